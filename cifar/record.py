@@ -1,0 +1,193 @@
+"""A run's folder: what was asked, where it ran, what was measured, how it ended. The truth; all else is made from it.
+
+    RUN/
+      run.json          schema, id, name, group, tags, sweep, cell, swept keys, dataset, cost, created, command
+      config.json       the flat configuration, every key
+      environment.json  versions, device, git state, data fingerprint
+      labels.json       metric -> {"label", "unit"}; "layers" lists the layers in the network's order
+      metrics.jsonl     a JSON object a line, one an epoch
+      summary.json      last values, written once at the end
+      status.json       {"state", "reason", "epoch", "epochs", "time", "pid"}; replaced as a whole
+      checkpoint.pt     while unfinished; weights.pt once finished
+      predictions.npz   what the final evaluation predicted, and its worst mistakes
+      pictures/         drawn by the report
+
+Every file but metrics.jsonl is replaced atomically. metrics.jsonl is only appended to, or cut back to a checkpoint's length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cifar.errors import UserError
+
+SCHEMA = 1
+OPEN_STATES = ("running", "interrupted", "preempted")  # a run that may go on
+END_STATES = ("finished", "failed", "killed", "diverged", "stopped", "pruned", "skipped")
+_SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
+_URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*):[^@/\s]+@")
+
+
+class Record:
+    """One run's folder. Reading is lazy; writing is atomic."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @classmethod
+    def create(cls, runs: Path, run_id: str, run: Mapping[str, Any], config: Mapping[str, Any]) -> Record:
+        """Make the folder of a new run. Raises UserError where it cannot be written, and leaves nothing half-made."""
+        record = cls(runs / run_id)
+        made = not record.path.exists()
+        try:
+            record.path.mkdir(parents=True, exist_ok=True)
+            record.write("config", config)
+            record.write("run", {"schema": SCHEMA, "id": run_id, "created": time.time(), **run})
+        except OSError as error:
+            if made:
+                with contextlib.suppress(OSError):
+                    for file in record.path.iterdir():
+                        file.unlink()
+                    record.path.rmdir()
+            raise UserError(
+                f"the run folder {record.path} cannot be written ({error.strerror}); "
+                "free some space or name another place with --runs-dir"
+            ) from error
+        return record
+
+    # -- writing --
+
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replace NAME.json as a whole."""
+        write_atomic(self.path / f"{name}.json", json.dumps(clean(value), indent=1, allow_nan=True).encode())
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one metrics row; it is on disk when this returns."""
+        line = json.dumps(clean(row), separators=(",", ":")) + "\n"
+        with open(self.path / "metrics.jsonl", "ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def metrics_bytes(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.path / "metrics.jsonl").stat().st_size
+        return 0
+
+    def cut_metrics(self, length: int) -> None:
+        """Drop what was appended after a checkpoint was taken."""
+        with open(self.path / "metrics.jsonl", "ab") as file:
+            file.truncate(length)
+
+    def set_status(self, state: str, *, reason: str = "", epoch: int = 0, epochs: int = 0) -> None:
+        assert state in OPEN_STATES + END_STATES, state
+        self.write(
+            "status",
+            {"state": state, "reason": redact(reason), "epoch": epoch, "epochs": epochs, "time": time.time(), "pid": os.getpid()},
+        )
+
+    # -- reading --
+
+    def read(self, name: str) -> dict[str, Any]:
+        """NAME.json, or {} where the run has not got there."""
+        with contextlib.suppress(FileNotFoundError):
+            value = json.loads((self.path / f"{name}.json").read_text())
+            if not isinstance(value, dict):
+                raise UserError(f"{self.path / name}.json is not a JSON object; the run folder is damaged")
+            return value
+        return {}
+
+    def rows(self, start: int = 0) -> Iterator[dict[str, Any]]:
+        """The metrics rows from byte `start`; a last line without its newline is still being written and is left out."""
+        with contextlib.suppress(FileNotFoundError), open(self.path / "metrics.jsonl", "rb") as file:
+            file.seek(start)
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield json.loads(line)
+
+    @property
+    def state(self) -> str:
+        return str(self.read("status").get("state", "running"))
+
+
+def runs_dir(option: Path | None = None) -> Path:
+    """--runs-dir, else CIFAR_RUNS, else ./runs."""
+    return Path(option or os.environ.get("CIFAR_RUNS") or "runs").resolve()
+
+
+def all_records(runs: Path) -> list[Record]:
+    """Every run folder, oldest first."""
+    found = [Record(path.parent) for path in runs.glob("*/run.json")]
+    return sorted(found, key=lambda record: record.path.joinpath("run.json").stat().st_mtime)
+
+
+def find(name: str, runs: Path) -> Record:
+    """A run by path, id, unique start of an id, or unique name."""
+    path = Path(name)
+    if (path / "run.json").exists():
+        return Record(path.resolve())
+    if name and (runs / name / "run.json").exists():
+        return Record(runs / name)
+    records = all_records(runs)
+    matches = [r for r in records if r.id.startswith(name)] or [r for r in records if r.read("run").get("name") == name]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"'{name}' fits {len(matches)} runs ({', '.join(r.id for r in matches[:6])}); give more of the id")
+    raise UserError(f"no run '{name}' in {runs}; `python -m cifar sweeps list` and `ls {runs}` show what there is")
+
+
+def new_id() -> str:
+    """Eight characters, as W&B takes them."""
+    return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write beside `path`, then replace it, so that a reader or a crash sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def clean(value: Any) -> Any:
+    """JSON-able copy without secrets: values under secret-looking names and passwords in URLs are masked."""
+    if isinstance(value, Mapping):
+        return {str(k): "***" if _SECRET.search(str(k)) and isinstance(v, str) and v else clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item) for item in value]
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return value  # json writes NaN and Infinity, and reads them back
+    return value
+
+
+def redact(text: str) -> str:
+    """Mask passwords in URLs, and the values of secret-looking environment variables."""
+    text = _URL_PASSWORD.sub(r"\1:***@", text)
+    for name, secret in os.environ.items():
+        if _SECRET.search(name) and len(secret) >= 8 and secret in text:
+            text = text.replace(secret, "***")
+    return text
