@@ -1,0 +1,62 @@
+"""Stochastic gradient descent with momentum, as torch.optim.SGD: the decay is added to the gradient (coupled L2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cifar.optim import Group, Momentum, Optimizer, Parameters, Rate, Rule
+from cifar.registry import optimizers
+
+
+def decayed_gradients(params: list[Tensor], grads: list[Tensor], weight_decay: Tensor) -> list[Tensor]:
+    """gradient + weight_decay * weight, in new tensors: probes and clipping may still want the gradients."""
+    decayed = list(torch._foreach_mul(params, weight_decay))
+    torch._foreach_add_(decayed, grads)
+    return decayed
+
+
+def sgd_rule(nesterov: bool) -> Rule:
+    """hyper: lr, momentum and, where the group decays, weight_decay. State: velocity."""
+
+    def rule(params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], hyper: dict[str, Tensor]) -> None:
+        if "weight_decay" in hyper:
+            grads = decayed_gradients(params, grads, hyper["weight_decay"])
+        velocity = state["velocity"]
+        torch._foreach_mul_(velocity, hyper["momentum"])
+        torch._foreach_add_(velocity, grads)
+        if nesterov:  # look ahead along the velocity (Sutskever et al. 2013)
+            update = torch._foreach_mul(velocity, hyper["momentum"])
+            torch._foreach_add_(update, grads)
+            torch._foreach_mul_(update, hyper["lr"])
+        else:
+            update = torch._foreach_mul(velocity, hyper["lr"])
+        torch._foreach_sub_(params, update)
+
+    return rule
+
+
+def sgd_group(
+    tensors: dict[str, Tensor], *, lr: float, momentum: float, nesterov: bool, weight_decay: float, until: float = 1.0
+) -> Group:
+    """One group of the rule; a decay of 0 costs nothing."""
+    hyper = {"lr": lr, "momentum": momentum} | ({"weight_decay": weight_decay} if weight_decay else {})
+    return Group(list(tensors), list(tensors.values()), sgd_rule(nesterov), hyper, ("velocity",), until)
+
+
+@optimizers.register("sgd")
+def sgd(
+    parameters: Parameters,
+    *,
+    lr: Rate = 0.1,
+    momentum: Momentum = 0.9,
+    nesterov: bool = True,
+    weight_decay: Rate = 5e-4,
+    decay_norm_and_bias: bool = False,
+) -> Optimizer:
+    """SGD with (Nesterov) momentum; coupled weight decay."""
+    decayed, others = parameters.halves(decay_norm_and_bias)
+    return Optimizer(
+        sgd_group(tensors, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+        for tensors, decay in ((decayed, weight_decay), (others, 0.0))
+    )

@@ -1,0 +1,28 @@
+"""Dead ends: the share of each layer's weights whose gradient is exactly zero (behind ReLUs that never fire, for example)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cifar.probes import gradients, weight_layers
+from cifar.registry import probes
+
+
+@probes.register("zero_gradients")
+class ZeroGradients:
+    """Share of exact zeros in the gradient of each layer's weight."""
+
+    labels: ClassVar = {"gradient_zeros": ("zero gradients", "share")}
+
+    def start(self, parameters: Mapping[str, Tensor]) -> None:
+        layers = weight_layers(parameters)
+        self.layers, self.names = list(layers), list(layers.values())
+
+    def after_backward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.names:
+            return {}
+        return {"gradient_zeros": torch.stack([(grad == 0).float().mean() for grad in gradients(parameters, self.names)])}
