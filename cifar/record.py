@@ -97,7 +97,14 @@ class Record:
         assert state in OPEN_STATES + END_STATES, state
         self.write(
             "status",
-            {"state": state, "reason": redact(reason), "epoch": epoch, "epochs": epochs, "time": time.time(), "pid": os.getpid()},
+            {
+                "state": state,
+                "reason": redact(reason),
+                "epoch": epoch,
+                "epochs": epochs,
+                "time": time.time(),
+                "pid": os.getpid(),
+            },
         )
 
     # -- reading --

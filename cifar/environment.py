@@ -1,0 +1,70 @@
+"""Where a run ran: versions, device, the state of the code. Nothing that names a person or holds a secret."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "numpy", "wandb", "ultralytics-thop", "optuna", "matplotlib", "pydantic", "typer", "rich")
+
+
+def describe(device: torch.device, fingerprint: str) -> dict[str, Any]:
+    """`fingerprint` is the dataset's. Takes some milliseconds."""
+    return {
+        "versions": versions(),
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "git": git_state(),
+        "data_fingerprint": fingerprint,
+        "started": time.time(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's, and those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """`NVIDIA H200`, `Apple MPS`, or the CPU's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple MPS"
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "CPU"
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of this code and whether files differ from it; {} outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}

@@ -1,0 +1,202 @@
+"""One run from its configuration to its record: what it leaves behind, how it ends, and that it goes on bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cifar import config as configuration
+from cifar import run
+from cifar.record import Record
+
+TINY: dict[str, Any] = {
+    "dataset": "stand-in", "model": "conv", "width": 8, "epochs": 2, "batch_size": 64, "train_size": 512, "val_size": 200,
+    "probe_every": 3, "threads": 1,
+}  # fmt: skip
+FULL: dict[str, Any] = {**TINY, "mixup": 0.2, "ema": 0.99, "cutout": 8, "optimizer": "sgd", "lr": 0.05, "schedule": "onecycle"}
+
+
+def trained(runs: Path, values: dict[str, Any], run_id: str = "", **options: Any) -> Record:
+    config = configuration.resolve(values)
+    record = run.create(config, runs, run_id=run_id)
+    run.train(config, record, **options)
+    return record
+
+
+def digest(record: Record) -> tuple[str, str]:
+    """SHA-256 of the final weights and of the metrics, `system/` (times, memory) aside."""
+    weights = hashlib.sha256()
+    for name, value in sorted(torch.load(record.path / "weights.pt", weights_only=True).items()):
+        weights.update(name.encode() + value.contiguous().numpy().tobytes())
+    rows = [{k: v for k, v in row.items() if not k.startswith("system/")} for row in record.rows()]
+    assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+    return weights.hexdigest(), hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def test_a_finished_run_leaves_its_whole_record(runs: Path) -> None:
+    record = trained(runs, {**TINY, "test": "final", "tta": "flip"})
+    assert record.state == "finished"
+    names = {path.name for path in record.path.iterdir()}
+    assert {
+        "run.json",
+        "config.json",
+        "environment.json",
+        "labels.json",
+        "metrics.jsonl",
+        "summary.json",
+        "weights.pt",
+    } <= names
+    assert "checkpoint.pt" not in names and not [name for name in names if name.startswith(".")]
+    rows, labels = list(record.rows()), record.read("labels")
+    assert len(rows) == 2
+    for key in rows[-1]:
+        assert key in ("epoch", "step") or key.split("/")[0] in labels or key in labels, key
+    summary, about = record.read("summary"), record.read("run")
+    assert summary["val/acc"] == rows[-1]["val/acc"] and summary["test/views"] == 2
+    assert about["dataset"] == "stand-in" and not about["official"] and "stand-in" in about["name"]
+    assert configuration.resolve(record.read("config")).flat() == record.read("config")
+    predictions = np.load(record.path / "predictions.npz")
+    assert str(predictions["split"]) == "test" and len(predictions["label"]) == 10000
+    assert (predictions["label"] == predictions["predicted"]).mean() == pytest.approx(summary["test/acc_one_view"])
+    worst = predictions["worst_index"]
+    assert (predictions["label"][worst] != predictions["predicted"][worst]).all()
+
+
+def test_without_a_cut_there_are_no_validation_rows_and_the_test_set_is_not_touched(runs: Path) -> None:
+    record = trained(runs, {**TINY, "val_size": 0, "epochs": 1})
+    assert not [key for row in record.rows() for key in row if key.startswith(("val/", "test/"))]
+    assert not [key for key in record.read("summary") if key.startswith(("val/", "test/"))]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(runs: Path) -> None:
+    first, second = trained(runs, FULL), trained(runs, FULL)
+    assert digest(first) == digest(second)
+    assert digest(first) != digest(trained(runs, {**FULL, "seed": 1}))
+
+
+def test_watching_changes_nothing(runs: Path) -> None:
+    watched, bare = trained(runs, {**FULL, "probe_every": 1}), trained(runs, {**FULL, "probes": "none"})
+    assert digest(watched)[0] == digest(bare)[0]
+    for row, plain in zip(watched.rows(), bare.rows(), strict=True):
+        assert {k: row[k] for k in plain if not k.startswith("system/")} == {
+            k: v for k, v in plain.items() if not k.startswith("system/")
+        }
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+def test_a_run_that_is_interrupted_at_any_step_goes_on_bit_for_bit(runs: Path, optimizer: str) -> None:
+    values = {key: value for key, value in FULL.items() if key != "lr"} | {"optimizer": optimizer}
+    whole = trained(runs, values)
+    config = configuration.resolve(values)
+    record = run.create(config, runs)
+    rng, pieces = random.Random(optimizer), 0
+    while record.read("status").get("state") != "finished":
+        left = rng.randint(1, 6)
+
+        def stop() -> str | None:
+            nonlocal left
+            left -= 1
+            return "interrupted" if left == 0 else None
+
+        run.train(config, record, stop=stop)
+        pieces += 1
+    assert pieces > 2
+    assert digest(record) == digest(whole)
+
+
+def test_a_non_finite_loss_ends_the_run_as_diverged(runs: Path) -> None:
+    record = trained(runs, {**TINY, "optimizer": "sgd", "lr": 1e30})
+    status = record.read("status")
+    assert status["state"] == "diverged" and "loss" in status["reason"]
+    assert record.read("summary") == {}
+
+
+def test_a_model_over_the_budget_is_skipped_before_it_costs_anything(runs: Path) -> None:
+    record = trained(runs, {**TINY, "max_macs": 1000.0})
+    assert record.state == "skipped" and "budget" in record.read("status")["reason"]
+    assert not list(record.rows())
+
+
+def test_on_epoch_can_prune(runs: Path) -> None:
+    record = trained(runs, {**TINY, "epochs": 3}, on_epoch=lambda row: row["epoch"] < 2)
+    assert record.state == "pruned" and len(list(record.rows())) == 2
+
+
+def test_an_exception_becomes_the_status(runs: Path) -> None:
+    def broken(row: dict[str, Any]) -> bool:
+        raise ZeroDivisionError("planted")
+
+    with pytest.raises(ZeroDivisionError):
+        trained(runs, TINY, run_id="broken", on_epoch=broken)
+    record = Record(runs / "broken")
+    assert record.state == "failed" and "planted" in record.read("status")["reason"]
+    assert "planted" in (record.path / "traceback.txt").read_text()
+
+
+@pytest.mark.parametrize("values", [{"cutmix": 1.0}, {"ema": 0.9}, {"flip": "alternating", "crop_padding": "reflect"}])
+def test_every_ingredient_trains(runs: Path, values: dict[str, Any]) -> None:
+    assert trained(runs, {**TINY, "epochs": 1, **values}).state == "finished"
+
+
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
+
+
+def start(record: Record) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "cifar", "train", "--wandb", "disabled", "--resume", record.id]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+
+
+def wait_for(path: Path, size: int, process: subprocess.Popen[bytes]) -> None:
+    while (not path.exists() or path.stat().st_size <= size) and process.poll() is None:
+        time.sleep(0.0005)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kill_nine_at_random_times(runs: Path) -> None:
+    """Seven kills of one run: before the first checkpoint, between a row and its checkpoint, and at random times."""
+    values = {**FULL, "epochs": 5, "train_size": 2048, "checkpoint_every": 9, "model": "resnet20", "width": 4}
+    whole = trained(runs, values)
+    config = configuration.resolve(values)
+    record = run.create(config, runs, run_id="killed")
+    metrics, checkpoint = record.path / "metrics.jsonl", record.path / "checkpoint.pt"
+    rng, torn, kills = random.Random(), 0, 0
+
+    process = start(record)
+    while record.read("status").get("state") != "running":
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.2))
+    process.send_signal(signal.SIGKILL)  # before the first checkpoint
+    process.wait()
+    kills += 1
+    while record.state != "finished":
+        process = start(record)
+        if kills in (1, 4):  # between a metrics row and the checkpoint that knows of it
+            wait_for(metrics, record.metrics_bytes(), process)
+        elif kills < 7:
+            known = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+            while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == known):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.5))
+        else:
+            process.wait()
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if checkpoint.exists():
+            torn += torch.load(checkpoint, weights_only=True)["metrics_bytes"] < record.metrics_bytes()
+    assert kills >= 7 and torn >= 1, (kills, torn)
+    assert digest(record) == digest(whole)
