@@ -1,0 +1,27 @@
+"""CIFAR-10: found or downloaded, verified, split once, augmented and served in batches."""
+
+from cifar.data.augment import MEAN, STD, Augment, crop, cutout, flip, mix, normalize
+from cifar.data.files import CLASSES, Dataset10, cache_folder, load, locate, obtain, resolve_auto, split
+from cifar.data.loader import CIFAR10Custom, Loader, dataloader
+
+__all__ = [
+    "CLASSES",
+    "MEAN",
+    "STD",
+    "Augment",
+    "CIFAR10Custom",
+    "Dataset10",
+    "Loader",
+    "cache_folder",
+    "crop",
+    "cutout",
+    "dataloader",
+    "flip",
+    "load",
+    "locate",
+    "mix",
+    "normalize",
+    "obtain",
+    "resolve_auto",
+    "split",
+]

@@ -1,0 +1,198 @@
+"""Batches: every image once, resumable, and the same distribution by both ways."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from cifar.data import Augment, CIFAR10Custom, Loader, dataloader
+from cifar.data.loader import seed_of
+
+
+def dataset(count: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=source), torch.arange(count)
+
+
+def training(count: int = 300, seed: int = 0, **changes: object) -> Loader:
+    return Loader(*dataset(count), batch_size=64, augment=Augment(**changes), seed=seed)  # type: ignore[arg-type]
+
+
+def test_training_visits_every_image_at_most_once_and_drops_the_rest() -> None:
+    loader = training()
+    assert loader.steps == 4
+    seen = torch.cat([labels for _, labels in loader.epoch(0)])
+    assert len(seen) == 256 == len(seen.unique()) and sorted(loader.order(0).tolist()) == list(range(300))
+    left = set(range(300)).difference(*(torch.cat([labels for _, labels in loader.epoch(e)]).tolist() for e in range(12)))
+    assert not left, "another few are dropped in each epoch"
+
+
+def test_images_and_labels_stay_together() -> None:
+    images, labels = dataset(256)
+    loader = Loader(images, labels, batch_size=64, augment=Augment(flip="none", crop=0))
+    for batch, places in loader.epoch(3):
+        assert torch.allclose(batch, images[places].float() / 127.5 - 1, atol=1e-6)
+
+
+def test_evaluation_counts_every_image_once_in_order() -> None:
+    images, labels = dataset()
+    loader = Loader(images, labels, batch_size=64, normalize="dataset", channels_last=True)
+    batches = list(loader.epoch(0))
+    assert loader.steps == len(batches) == 5 and torch.equal(torch.cat([places for _, places in batches]), labels)
+    again = torch.cat([batch for batch, _ in loader.epoch(1)])
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), again), "nothing random"
+
+
+def test_order_is_a_function_of_seed_and_epoch_alone() -> None:
+    one, other = training(seed=1), training(seed=1)
+    list(one.epoch(0))  # has drawn more than the other
+    assert torch.equal(one.order(1), other.order(1))
+    orders = [training(seed=seed).order(epoch) for seed in range(4) for epoch in range(4)]
+    assert len({tuple(order.tolist()) for order in orders}) == 16
+    torch.manual_seed(7)
+    assert torch.equal(one.order(1), orders[5])
+
+
+def test_global_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    list(training(cutout=8).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_decide() -> None:
+    one, same, other = (torch.cat([batch for batch, _ in training(seed=seed).epoch(0)]) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert len({seed_of("order", seed, epoch) for seed in range(50) for epoch in range(50)}) == 2500
+    assert all(0 <= seed_of("augment", seed) < 2**63 for seed in range(50))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_resumed_within_an_epoch_gives_the_same_batches(stop: int) -> None:
+    uninterrupted = training(flip="alternating", cutout=4)
+    whole = [batch for epoch in range(2) for batch in uninterrupted.epoch(epoch)]
+    first, second = training(flip="alternating", cutout=4), training(flip="alternating", cutout=4)
+    batches = first.epoch(0)
+    got = [next(batches) for _ in range(stop)]
+    state = first.state()
+    assert state.dtype == torch.uint8 and state.device.type == "cpu"
+    second.generator.manual_seed(99)
+    second.load(state)
+    got += [*second.epoch(0, start=stop), *second.epoch(1)]
+    assert len(got) == len(whole) == 8
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(got, whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_form_of_a_batch(dtype: torch.dtype) -> None:
+    images, labels = dataset(64)
+    plain, last = (
+        next(Loader(images, labels, batch_size=32, augment=Augment(), dtype=dtype, channels_last=flag).epoch(0))[0]
+        for flag in (False, True)
+    )
+    assert plain.dtype == last.dtype == dtype and plain.shape == (32, 3, 32, 32)
+    assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(plain, last)
+
+
+# -- the worksheets' way -----------------------------------------------------------------------------------------------
+
+
+def test_per_sample_without_training_only_normalises() -> None:
+    images, labels = dataset(4)
+    sample = CIFAR10Custom(images.numpy(), labels.numpy(), train=False)
+    image, label = sample[2]
+    assert len(sample) == 4 and label == 2 and torch.allclose(image, (images[2] / 255 - 0.5) / 0.5)
+    batches = list(dataloader(images, labels, train=False, batch_size=3))
+    assert [len(places) for _, places in batches] == [3, 1]
+
+
+def test_per_sample_training_repeats_with_the_global_seed() -> None:
+    images, labels = dataset(64)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append([batch for batch, _ in dataloader(images, labels, train=True, batch_size=32, seed=1)])
+    assert len(runs[0]) == 2 and all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_per_sample_with_worker_processes() -> None:
+    images, labels = dataset(64)
+    batches = list(dataloader(images, labels, train=True, batch_size=16, workers=2))
+    assert sorted(torch.cat([places for _, places in batches]).tolist()) == list(range(64))
+
+
+def tagged(count: int, side: int) -> Tensor:
+    """Each pixel holds its own place, so that what was done to an image can be read off it."""
+    places = torch.arange(side)[:, None] * side + torch.arange(side) + 1
+    return places.to(torch.uint8).expand(count, 3, side, side).contiguous()
+
+
+def placement(batch: Tensor, p: int) -> Tensor:
+    """Normalised images of 8x8 tags -> (mirrored, row, column) as one number below 2 * (2p + 1)^2."""
+    middle = ((batch[:, 0, 3:5, 3:5] + 1) * 127.5).round().long() - 1
+    mirrored = middle[:, 0, 1] < middle[:, 0, 0]
+    row, column = middle[:, 0, 0] // 8, middle[:, 0, 0] % 8
+    across = torch.where(mirrored, 7 - column, column)
+    return mirrored.long() * (2 * p + 1) ** 2 + (row - 3 + p) * (2 * p + 1) + across - 3 + p
+
+
+def test_both_ways_place_and_flip_alike() -> None:
+    count, p = 6000, 1
+    images, labels = tagged(count, 8), torch.arange(count)
+    torch.manual_seed(0)
+    slow = torch.cat(
+        [placement(b, p) for b, _ in dataloader(images, labels, train=True, batch_size=500, augment=Augment(crop=p))]
+    )
+    loader = Loader(images, labels, batch_size=500, augment=Augment(crop=p))
+    fast = torch.cat([placement(b, p) for epoch in range(3) for b, _ in loader.epoch(epoch)])
+    counts = [torch.bincount(cells, minlength=18).numpy() for cells in (slow, fast)]
+    assert all(len(c) == 18 and stats.chisquare(c).pvalue > 1e-3 for c in counts), "both are uniform"
+    assert stats.chi2_contingency(np.stack(counts)).pvalue > 1e-3, "and agree"
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [Augment(), Augment(crop_padding="reflect", normalize="dataset"), Augment(flip="none", crop=2, cutout=9)],
+    ids=["worksheet", "reflect", "cutout"],
+)
+def test_both_ways_agree_in_mean_and_variance_of_every_pixel(augment: Augment) -> None:
+    count = 2000
+    picture = dataset(1, seed=5)[0]
+    images, labels = picture.expand(count, 3, 32, 32).contiguous(), torch.arange(count)
+    torch.manual_seed(1)
+    slow = torch.cat([b for b, _ in dataloader(images, labels, train=True, batch_size=500, augment=augment)])
+    fast = torch.cat([b for b, _ in Loader(images, labels, batch_size=500, augment=augment).epoch(0)])
+    assert slow.min() == pytest.approx(float(fast.min()), abs=1e-5) and slow.max() == pytest.approx(float(fast.max()), abs=1e-5)
+    error = ((slow.var(0) + fast.var(0)) / count).sqrt()  # of a difference of means
+    assert ((slow.mean(0) - fast.mean(0)).abs() / error).max() < 5.5  # of 3072 pixels
+    centred = [(b - b.mean(0)) ** 2 for b in (slow, fast)]
+    error = ((centred[0].var(0) + centred[1].var(0)) / count).sqrt()
+    assert ((centred[0].mean(0) - centred[1].mean(0)).abs() / error).max() < 6
+
+
+def test_agrees_with_torchvision() -> None:
+    """The usual recipe, by the library that everyone uses: RandomCrop and RandomHorizontalFlip."""
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    count = 2000
+    picture = dataset(1, seed=6)[0]
+    recipe = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()])
+    torch.manual_seed(2)
+    theirs = torch.stack([recipe(picture[0]) for _ in range(count)]).float() / 127.5 - 1
+    images = picture.expand(count, 3, 32, 32).contiguous()
+    ours = torch.cat([b for b, _ in Loader(images, torch.arange(count), batch_size=500, augment=Augment()).epoch(0)])
+    error = ((theirs.var(0) + ours.var(0)) / count).sqrt()
+    assert ((theirs.mean(0) - ours.mean(0)).abs() / error).max() < 5.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: that an epoch never waits for the device is NOT checked")
+def test_an_epoch_never_waits_for_the_gpu() -> None:
+    images, labels = (tensor.cuda() for tensor in dataset(256))
+    loader = Loader(images, labels, batch_size=64, augment=Augment(cutout=4), dtype=torch.bfloat16, channels_last=True)
+    list(loader.epoch(0))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(loader.epoch(1))) == 4
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
