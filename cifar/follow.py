@@ -1,0 +1,240 @@
+"""The companion process of a worker: mirrors its records to W&B, and draws a run's pictures when it has ended.
+
+    python -m cifar.follow --wandb auto
+
+It reads JSON lines from its parent: {"run": FOLDER} follow this one, {"close": FOLDER} its trial is gone, {"end": true}
+finish what has ended. Slow, full or dead, W&B holds up this process only. It is never left behind: where the input ends
+without {"end": true}, the parent was killed, and this process and its wandb-core are gone within three seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar.errors import UserError
+from cifar.record import END_STATES, Record, redact
+
+if TYPE_CHECKING:
+    from cifar.wb.mirror import Mirror
+    from cifar.wb.mode import Mode
+
+POLL_SECONDS = 0.5
+ORPHAN_SECONDS = 1.5  # for tidying up after the parent was killed
+MARGIN_SECONDS = 3.0  # that the parent waits beyond the companion's own grace
+
+
+class Follower:
+    """The parent's end of the companion process. No call but `end` waits, and nothing it does can fail the caller."""
+
+    def __init__(self, mode: str = "auto", *, log: Path | None = None, grace: float = 20.0) -> None:
+        self._grace = grace
+        command = [sys.executable, "-m", "cifar.follow", "--wandb", mode, "--grace", str(grace)]
+        with contextlib.ExitStack() as files:
+            output = files.enter_context(open(log, "ab")) if log else subprocess.DEVNULL
+            # A session of its own: Ctrl-C is the parent's to answer, the companion follows it to its end.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, bufsize=0, start_new_session=True
+            )
+        assert self._process.stdin
+        os.set_blocking(self._process.stdin.fileno(), False)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def follow(self, folder: Path) -> None:
+        """Mirror this record from now on. Also says that a known one goes on."""
+        self._tell(run=str(Path(folder).resolve()))
+
+    def close(self, folder: Path) -> None:
+        """The process that wrote this record is gone, whatever its status says."""
+        self._tell(close=str(Path(folder).resolve()))
+
+    def end(self, timeout: float | None = None) -> bool:
+        """Let it finish, within `timeout` seconds (default: its grace and a little). True if W&B has all that has ended."""
+        self._tell(end=True)
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        try:
+            return self._process.wait(self._grace + MARGIN_SECONDS if timeout is None else timeout) == 0
+        except subprocess.TimeoutExpired:
+            self._process.terminate()  # it ends its wandb-core, then itself
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
+            self._process.kill()
+            self._process.wait()
+            return False
+
+    def _tell(self, **message: object) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the companion may be gone, or stuck with a full pipe
+            os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
+
+
+class _Followed:
+    """One record in the companion process. A record may end more than once (a failed run is resumed): ends have stamps."""
+
+    def __init__(self, folder: str) -> None:
+        self.record = Record(Path(folder))
+        self.mirror: Mirror | None = None
+        self.closed = False  # its writer is gone
+        self.drawn = 0.0  # the end that has its pictures
+        self.settled = -1.0  # the end that W&B has, or would not take; 0.0: it failed on the open record
+        self.lost = False  # W&B did not take it
+
+    def end(self) -> float:
+        """When the record came to an end; 0.0 while it is open, or its status cannot be read."""
+        status: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, UserError):
+            status = self.record.read("status")
+        return float(status["time"]) if status.get("state") in END_STATES else 0.0
+
+
+class Companion:
+    """Two threads, so that pictures are drawn while W&B hangs: one draws, one mirrors."""
+
+    def __init__(self, mode: Mode, say: Callable[[str], None]) -> None:
+        self._mode, self._say = mode, say
+        self._followed: dict[str, _Followed] = {}
+        self._ending = threading.Event()
+        self._drawer = threading.Thread(target=self._repeat, args=(self._draw, self._ending.is_set), daemon=True)
+        self._threads = [self._drawer]
+        if mode != "disabled":
+            all_drawn = lambda: not self._drawer.is_alive()  # noqa: E731
+            self._threads.append(threading.Thread(target=self._repeat, args=(self._mirror, all_drawn), daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def hear(self, message: dict[str, str]) -> None:
+        if folder := message.get("run"):
+            each = self._followed.setdefault(folder, _Followed(folder))
+            each.closed, each.settled = False, -1.0
+        elif (folder := message.get("close")) and folder in self._followed:
+            self._followed[folder].closed = True
+
+    def end(self, seconds: float, orphaned: Callable[[], bool]) -> bool:
+        """Finish what has ended, leave the rest. True if W&B has all that has ended."""
+        deadline = time.monotonic() + seconds
+        self._ending.set()
+        while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if orphaned():
+                deadline = min(deadline, time.monotonic() + ORPHAN_SECONDS)
+        late = any(thread.is_alive() for thread in self._threads)
+        if late:
+            self._say("the pictures or W&B took too long; the records have everything")
+        return not late and not any(each.lost for each in self._followed.values())
+
+    def _repeat(self, visit: Callable[[_Followed, bool], None], is_last: Callable[[], bool]) -> None:
+        last = False
+        while not last:
+            last = is_last()
+            for each in list(self._followed.values()):
+                visit(each, last)
+            self._ending.wait(POLL_SECONDS)
+            if self._ending.is_set():
+                time.sleep(0.02)
+
+    def _draw(self, each: _Followed, last: bool) -> None:
+        end = each.end()
+        if end == each.drawn:
+            return
+        try:
+            if end:
+                from cifar.report import pictures
+
+                pictures(each.record.path)
+        except Exception as error:
+            self._say(f"{each.record.id}: no pictures ({type(error).__name__}: {error})")
+        each.drawn = end
+
+    def _mirror(self, each: _Followed, last: bool) -> None:
+        end = each.end()
+        if end == each.settled:
+            return
+        try:
+            from cifar.wb.mirror import Mirror
+
+            each.mirror = each.mirror or Mirror(each.record, self._mode, self._say)
+            each.mirror.sync()
+            if end and end == each.drawn:
+                if each.mirror.finish(sorted((each.record.path / "pictures").glob("*.png"))):
+                    each.settled, each.lost = end, False
+            elif each.closed or last:
+                each.mirror.leave()
+                if not end:
+                    self._followed.pop(str(each.record.path), None)
+        except Exception as error:
+            self._say(f"{each.record.id}: not mirrored to W&B ({type(error).__name__}: {error}); its record is whole")
+            each.settled, each.lost = end, True
+            with contextlib.suppress(Exception):
+                each.mirror, broken = None, each.mirror
+                if broken:
+                    broken.leave()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Follow until told to end, or until the parent is gone. Exits by itself, with 0 if W&B has all that has ended."""
+    parser = argparse.ArgumentParser(prog="python -m cifar.follow", description=__doc__)
+    parser.add_argument("--wandb", default="auto", help="auto, online, offline or disabled")
+    parser.add_argument("--grace", type=float, default=20.0, help="seconds for what is left to do at the end")
+    options = parser.parse_args(arguments)
+    from cifar.wb.mode import mode_from_environment
+
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _leave(143))
+    os.nice(5)  # training comes first
+    companion = Companion(mode_from_environment(options.wandb), lambda line: print(redact(line), flush=True))
+
+    def orphaned() -> bool:
+        return os.getppid() != parent
+
+    told = _listen(companion, orphaned)
+    whole = companion.end(options.grace if told else ORPHAN_SECONDS, orphaned)
+    _leave(0 if whole else 3)
+    return 0
+
+
+def _listen(companion: Companion, orphaned: Callable[[], bool]) -> bool:
+    """Hand on what the parent says. True at its {"end": true}, False when it is gone.
+
+    The end of the input says so too, but a process that the parent forked may hold the pipe open.
+    """
+    heard = b""
+    while not orphaned():
+        if not select.select([0], [], [], POLL_SECONDS)[0]:
+            continue
+        piece = os.read(0, 65536)
+        if not piece:
+            break
+        *lines, heard = (heard + piece).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if message.get("end"):
+                return True
+            companion.hear(message)
+    return False
+
+
+def _leave(code: int) -> None:
+    """End this process now, wandb-core first; no exit hook may wait for a server."""
+    if mirror := sys.modules.get("cifar.wb.mirror"):
+        mirror.kill_core()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""A record, repeated to Weights & Biases. One loop for live, offline, resumed and late runs: send what W&B lacks.
+
+    mirror = Mirror(record, "offline")
+    mirror.sync()            # as often as one likes, while the record grows
+    mirror.finish(pictures)  # once the record has ended
+
+Row e of the record is W&B's step e, so a server says by itself which rows it has. A file on disk cannot be gone on with:
+an offline run that was left incomplete is deleted and written again, whole, from the record. wandb is imported when the
+first run is opened. Only the process that calls this waits for W&B; training never does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cifar.record import END_STATES, Record, redact, write_atomic
+from cifar.wb.mode import Mode, mode_from_environment
+
+__all__ = ["Mirror", "kill_core", "mode_from_environment", "stop_core"]
+
+INIT_SECONDS, FINISH_SECONDS = 10.0, 120.0  # how long this process waits for a server, at the start and at the end of a run
+GOOD_STATES = ("finished", "stopped", "pruned", "skipped")  # W&B calls these finished, all others failed
+
+# What one run is comes from its record; these would give the same id or name to every run of the process.
+_OF_ONE_RUN = ("RUN_ID", "NAME", "NOTES", "TAGS", "JOB_TYPE", "RUN_GROUP", "RESUME", "RESUME_FROM", "FORK_FROM", "PROGRAM")
+_OF_THE_PLACE = ("SWEEP_ID", "SWEEP_PARAM_PATH", "DIR", "MODE", "SERVICE")
+
+_cores_stopped = 0  # runs opened before the last stop are dead
+
+
+class Mirror:
+    """The W&B run of one record. `mode` is "online" or "offline"; it turns to "offline" when the server cannot be used."""
+
+    def __init__(self, record: Record, mode: Mode, say: Callable[[str], None] = print) -> None:
+        assert mode in ("online", "offline"), mode
+        self.record, self._say = record, say
+        self.mode: Mode = mode
+        self._folder = record.path / "wandb"
+        self._lock = FileLock(self._folder / "mirror.lock", timeout=0)
+        self._run: Any = None
+        self._core = 0
+        self._sent: dict[int, bytes] = {}  # epoch -> digest of its line
+        self._offset = 0
+        self._held = False  # the last row is with W&B but not closed, so that the pictures can join it
+
+    def sync(self) -> int:
+        """Send the rows that W&B lacks and return how many. 0 where another process is at it, or where it has them all."""
+        if self._run is not None and self._core != _cores_stopped:
+            self._run = None
+        if self._run is None and not self._open():
+            return 0
+        before = len(self._sent)
+        epochs = self.record.read("config").get("epochs", 0)
+        for line in self._lines():
+            row = json.loads(line)
+            epoch = int(row["epoch"])
+            if epoch in self._sent:
+                continue
+            if epoch >= self._run.step:  # less: the server has it since before a resume
+                self._held = epoch == epochs
+                self._run.log(row, step=epoch, commit=not self._held)
+            self._sent[epoch] = _digest(line)
+        return len(self._sent) - before
+
+    def finish(self, media: Sequence[Path] = ()) -> bool:
+        """Send the rest, the summary and the pictures, and close the run. True once W&B has all of the record.
+
+        Nothing happens where W&B has it already. False while the record is open, or another process mirrors it.
+        """
+        state = self.record.state
+        if state not in END_STATES:
+            return False
+        self.sync()
+        if self._run is None:
+            return self._complete()
+        if self.mode == "offline" and self._sent != {int(json.loads(line)["epoch"]): _digest(line) for line in self._lines(0)}:
+            self.leave()  # rows were cut off and made again by a resume after they were written here
+            self.sync()
+        self._send_media(media)
+        self._run.summary.update({**self.record.read("summary"), "state": state})
+        whole = self._whole()
+        run, self._run = self._run, None
+        try:
+            run.finish(exit_code=0 if state in GOOD_STATES else 1)
+            self._mark(whole)
+        finally:
+            self._lock.release()
+        return True
+
+    def leave(self) -> None:
+        """Close the run without an end: the trial was interrupted, and whoever resumes it goes on from the record."""
+        run, self._run = self._run, None
+        try:
+            if run is not None and self._core == _cores_stopped:
+                run.finish(exit_code=1)
+        finally:
+            self._lock.release()
+
+    def _send_media(self, media: Sequence[Path]) -> None:
+        import wandb
+
+        pictures = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in media}
+        if self._held:
+            self._run.log(pictures, commit=True)
+        elif pictures:
+            # A run that ended early: a row of its own would take the step of the next epoch, should the run be resumed.
+            self._run.summary.update(pictures)
+
+    def _open(self) -> bool:
+        """Start the W&B run, unless it is complete, the record is not there yet, or another process has it."""
+        if self._complete() or not self.record.read("run"):
+            return False
+        try:
+            self._folder.mkdir(exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            return False
+        try:
+            if self._complete():  # by whoever had the lock
+                self._lock.release()
+                return False
+            self._sent, self._offset, self._held = {}, 0, False
+            self._mark("")
+            if self.mode == "online":
+                try:
+                    self._run = self._start()
+                except Exception as error:
+                    reason = redact(f"{type(error).__name__}: {error}".replace("\n", " "))[:200]
+                    self._say(f"{self.record.id}: W&B cannot be used ({reason}); writing an offline run for `wandb sync`")
+                    stop_core()  # it keeps the run's id in use
+                    self._delete("run-*")
+                    self.mode = "offline"
+            if self._run is None:
+                self._run = self._start()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._core = _cores_stopped
+        return True
+
+    def _start(self) -> Any:
+        self._delete("offline-run-*" if self.mode == "offline" else "run-*")
+        if "wandb" not in sys.modules:
+            for name in _OF_ONE_RUN + _OF_THE_PLACE:
+                os.environ.pop(f"WANDB_{name}", None)
+            os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
+        import wandb
+
+        run = self.record.read("run")
+        sweep = run.get("sweep") or None
+        started = wandb.init(
+            id=self.record.id,
+            entity=run.get("entity") or None,
+            project=run.get("project") or "cifar",
+            name=str(run.get("name") or self.record.id)[:128],  # W&B's limits
+            group=run.get("group") or sweep,
+            tags=[str(tag)[:64] for tag in run.get("tags", []) if tag],
+            notes=run.get("command"),
+            job_type="sweep" if sweep else "train",
+            config=self.record.read("config"),
+            mode=self.mode,
+            resume="allow" if self.mode == "online" else None,
+            dir=str(self.record.path),
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                quiet=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                disable_job_creation=True,
+                label_disable=True,
+                program="cifar",
+                symlink=False,
+                use_dot_wandb=False,
+                init_timeout=INIT_SECONDS,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+                x_disable_meta=True,
+                x_disable_stats=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+                x_transaction_log_flush_interval=2.0,
+            ),
+        )
+        # A row without an epoch must not be given one: every epoch stands once in the history.
+        started.define_metric("epoch")
+        started.define_metric("*", step_metric="epoch", step_sync=False)
+        return started
+
+    def _delete(self, pattern: str) -> None:
+        for old in self._folder.glob(pattern):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _lines(self, start: int | None = None) -> Iterator[bytes]:
+        """The whole lines of metrics.jsonl from byte `start`, or those that came since the last look.
+
+        A file that was cut back in between is read from its beginning.
+        """
+        offset = self._offset if start is None else start
+        with contextlib.suppress(FileNotFoundError), open(self.record.path / "metrics.jsonl", "rb") as file:
+            if offset:
+                file.seek(offset - 1)
+                if file.read(1) != b"\n":
+                    offset = file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                offset += len(line)
+                if start is None:
+                    self._offset = offset
+                yield line
+
+    def _whole(self) -> str:
+        """What the record holds now, as a digest."""
+        files = [self.record.path / name for name in ("metrics.jsonl", "summary.json")]
+        content = b"\0".join(file.read_bytes() if file.exists() else b"" for file in files)
+        return _digest(content + self.record.state.encode()).hex()
+
+    def _complete(self) -> bool:
+        return self.record.state in END_STATES and self._marks().get(self.mode) == self._whole()
+
+    def _marks(self) -> dict[str, str]:
+        """mode -> digest of the record when its W&B run was closed; "" while it is open."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return dict(json.loads((self._folder / "mirror.json").read_bytes()))
+        return {}
+
+    def _mark(self, whole: str) -> None:
+        write_atomic(self._folder / "mirror.json", json.dumps({**self._marks(), self.mode: whole}).encode())
+
+
+def kill_core() -> None:
+    """End this process's wandb-core now. It has a session of its own, so nothing that ends this process ends it in time."""
+    for pid in _core_pids():
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def stop_core() -> None:
+    """The same, and let the next run start another one. Runs that are open are opened again by their mirrors."""
+    global _cores_stopped
+    _cores_stopped += 1
+    kill_core()
+    if "wandb" in sys.modules:
+        import wandb
+
+        with contextlib.suppress(Exception, SystemExit):  # it exits with the killed core's code
+            wandb.teardown()
+
+
+def _core_pids() -> list[int]:
+    """The wandb-core processes that this process started."""
+    if Path("/proc/self/stat").exists():
+        processes = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # "pid (name) state parent ..."; a name may hold anything
+                start, _, end = stat.read_text().rpartition(")")
+                processes.append((stat.parent.name, end.split()[1], start.partition("(")[2]))
+    else:
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,comm="], capture_output=True, text=True, check=False).stdout
+        processes = [(pid, parent, name) for pid, parent, name in (line.split(None, 2) for line in listing.splitlines())]
+    return [int(pid) for pid, parent, name in processes if int(parent) == os.getpid() and "wandb-core" in name]
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()

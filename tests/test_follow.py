@@ -1,0 +1,270 @@
+"""The companion process: what it leaves behind, on disk and in the process table, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from leet import Inspected, draw_png, end_record, inspect_only, make_record, row, wandb_files
+from wandb_server import WandbServer
+
+from cifar.follow import Follower
+from cifar.record import Record
+
+ROOT = Path(__file__).parent.parent
+FAKE_KEY = "0123456789abcdef" * 3
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A W&B that accepts connections and never answers, and a key for it."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+        yield
+
+
+def wait_for(condition: object, seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def cores_of(pid: int) -> list[int]:
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,comm="], capture_output=True, text=True, check=True).stdout
+    return [
+        int(p)
+        for p, parent, name in (line.split(None, 2) for line in listing.splitlines())
+        if int(parent) == pid and "wandb" in name
+    ]
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def grow(record: Record, epochs: range, seconds: float = 0.0) -> None:
+    for epoch in epochs:
+        record.append(row(epoch))
+        time.sleep(seconds)
+
+
+def test_follows_two_runs_to_their_ends(tmp_path: Path) -> None:
+    log = tmp_path / "follow.log"
+    follower = Follower("auto", log=log)
+    records = [make_record(tmp_path, f"two0000{n}", epochs=4, sweep="s1") for n in (1, 2)]
+    for record in records:  # one after the other, as a worker's trials
+        follower.follow(record.path)
+        grow(record, range(1, 5), 0.1)
+        draw_png(record.path / "pictures" / "curves.png")
+        end_record(record)
+    assert follower.end() is True, log.read_text()
+    for record in records:
+        seen = inspect_only(record)
+        assert seen.rows == list(record.rows()) and seen.config == record.read("config") and seen.exit_code == 0
+        assert seen.run["run_id"] == record.id and any("curves" in file for file in seen.files)
+    assert not alive(follower.pid)
+
+
+def test_an_interrupted_run_goes_on_in_the_same_companion(tmp_path: Path) -> None:
+    follower = Follower("offline")
+    record = make_record(tmp_path, "inter001", epochs=4)
+    follower.follow(record.path)
+    grow(record, range(1, 3))
+    wait_for(lambda: wandb_files(record))
+    record.set_status("interrupted")
+    follower.close(record.path)
+    wait_for(lambda: wandb_files(record) and Inspected(wandb_files(record)[0]).exit_code == 1)
+    record.set_status("running")
+    follower.follow(record.path)
+    grow(record, range(3, 5))
+    end_record(record)
+    assert follower.end()
+    assert inspect_only(record).rows == [row(epoch) for epoch in range(1, 5)]
+
+
+def test_a_killed_companion_loses_nothing(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "killed01")
+    first = Follower("offline")
+    first.follow(record.path)
+    grow(record, range(1, 4))
+    wait_for(lambda: wandb_files(record))
+    os.kill(first.pid, signal.SIGKILL)
+    grow(record, range(4, 6))
+    first.follow(record.path)  # into a broken pipe: training goes on
+    assert first.end() is False
+    second = Follower("offline")
+    second.follow(record.path)
+    grow(record, range(6, 7))
+    end_record(record)
+    assert second.end()
+    assert inspect_only(record).rows == list(record.rows())
+
+
+@pytest.mark.parametrize("held_open", [False, True])
+def test_a_killed_parent_leaves_no_process(tmp_path: Path, held_open: bool) -> None:
+    record = make_record(tmp_path, "orphan01")
+    grow(record, range(1, 4))
+    code = f"""
+import os, time
+from pathlib import Path
+from cifar.follow import Follower
+follower = Follower("offline")
+follower.follow(Path({str(record.path)!r}))
+if {held_open} and os.fork() == 0:  # as a data loader's worker would: it inherits the pipe
+    time.sleep(20); os._exit(0)
+print(follower.pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True)
+    assert parent.stdout
+    pid = int(parent.stdout.readline())
+    wait_for(lambda: cores_of(pid) and wandb_files(record))
+    (core,) = cores_of(pid)
+    parent.kill()
+    killed = time.monotonic()
+    wait_for(lambda: not alive(pid) and not alive(core), 5.0)
+    assert time.monotonic() - killed < 5
+    with contextlib.suppress(OSError):
+        os.killpg(parent.pid, signal.SIGKILL)
+    parent.wait()
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare here: cannot take the network away")
+def test_without_network_input_or_account(tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-rn", "true"], check=False).returncode:
+        pytest.skip("unshare -rn is not allowed here: cannot take the network away")
+    record = make_record(tmp_path, "nonet001", epochs=3)
+    grow(record, range(1, 4))
+    end_record(record)
+    code = f"""
+from pathlib import Path
+from cifar.follow import Follower
+follower = Follower("auto")
+follower.follow(Path({str(record.path)!r}))
+assert follower.end()
+"""
+    subprocess.run(["unshare", "-rn", sys.executable, "-c", code], stdin=subprocess.DEVNULL, check=True, timeout=60, cwd=ROOT)
+    assert inspect_only(record).rows == list(record.rows())
+
+
+def test_a_server_that_hangs_costs_its_grace_and_no_more(tmp_path: Path, silent_server: None) -> None:
+    record = make_record(tmp_path, "hangs001", epochs=3)
+    log = tmp_path / "follow.log"
+    follower = Follower("auto", log=log, grace=2.0)
+    started = time.monotonic()
+    follower.follow(record.path)
+    grow(record, range(1, 4))
+    end_record(record)
+    assert time.monotonic() - started < 0.5
+    wait_for(lambda: cores_of(follower.pid))
+    (core,) = cores_of(follower.pid)
+    started = time.monotonic()
+    assert follower.end() is False
+    assert time.monotonic() - started < 2.0 + 2.0
+    assert not alive(follower.pid) and not alive(core)
+    assert "took too long" in log.read_text()
+    for file in [log, *record.path.rglob("*")]:
+        assert not file.is_file() or FAKE_KEY.encode() not in file.read_bytes(), file
+
+
+def test_a_server_that_refuses_makes_it_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = WandbServer(refusing=True)
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+    record = make_record(tmp_path, "dead0001", epochs=3)
+    log = tmp_path / "follow.log"
+    follower = Follower("auto", log=log, grace=30.0)
+    follower.follow(record.path)
+    grow(record, range(1, 4))
+    end_record(record)
+    assert follower.end(), log.read_text()
+    server.close()
+    assert "offline run" in log.read_text() and FAKE_KEY not in log.read_text()
+    assert inspect_only(record).rows == list(record.rows())
+
+
+def test_disabled_does_not_import_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trap = tmp_path / "trap" / "wandb"
+    trap.mkdir(parents=True)
+    (trap / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()")
+    monkeypatch.setenv("PYTHONPATH", str(trap.parent))
+    record = make_record(tmp_path, "none0001", epochs=2)
+    follower = Follower("disabled", log=tmp_path / "follow.log")
+    follower.follow(record.path)
+    grow(record, range(1, 3))
+    end_record(record)
+    assert follower.end()
+    assert not (tmp_path / "imported").exists() and not (record.path / "wandb").exists()
+
+
+def test_pictures_are_drawn_without_wandb(tmp_path: Path) -> None:
+    report = pytest.importorskip("cifar.report")
+    if not hasattr(report, "pictures"):
+        pytest.skip("cifar.report.pictures is not there")
+    record = make_record(tmp_path, "draw0001", epochs=2)
+    follower = Follower("disabled", log=tmp_path / "follow.log")
+    follower.follow(record.path)
+    grow(record, range(1, 3))
+    end_record(record)
+    assert follower.end()
+    assert list((record.path / "pictures").glob("*.png")), (tmp_path / "follow.log").read_text()
+
+
+def test_no_room_for_the_wandb_files(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "full0001", epochs=2)
+    (record.path / "wandb").write_text("a file in the folder's place")
+    log = tmp_path / "follow.log"
+    follower = Follower("offline", log=log)
+    follower.follow(record.path)
+    grow(record, range(1, 3))
+    time.sleep(1.5)
+    end_record(record)
+    assert follower.end() is False
+    lines = [line for line in log.read_text().splitlines() if "not mirrored" in line]
+    assert 1 <= len(lines) <= 2 and "full0001" in lines[0], log.read_text()
+
+
+def test_ctrl_c_does_not_end_it(tmp_path: Path) -> None:
+    follower = Follower("disabled")
+    process = Path(f"/proc/{follower.pid}")
+    wait_for(lambda: b"cifar.follow" in (process / "cmdline").read_bytes())
+    assert os.getpgid(follower.pid) != os.getpgid(0)  # the terminal's Ctrl-C goes to the parent's group
+    assert follower.end()
+
+
+def test_garbage_is_survived(tmp_path: Path) -> None:
+    follower = Follower("offline", log=tmp_path / "follow.log")
+    broken = make_record(tmp_path, "broken01")
+    (broken.path / "status.json").write_text("{")
+    whole = make_record(tmp_path, "whole001", epochs=1)
+    grow(whole, range(1, 2))
+    end_record(whole)
+    for folder in (tmp_path / "missing", broken.path, whole.path):
+        follower.follow(folder)
+    wait_for(lambda: json.loads((whole.path / "wandb" / "mirror.json").read_text())["offline"] if wandb_files(whole) else False)
+    shutil.rmtree(broken.path)
+    follower.end()
+    assert inspect_only(whole).rows == [row(1)]

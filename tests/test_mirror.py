@@ -1,0 +1,294 @@
+"""record -> W&B's own file -> wandb's own reader: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from leet import draw_png, end_record, inspect_only, make_record, row, wandb_files
+from wandb_server import WandbServer
+
+from cifar.errors import UserError
+from cifar.record import Record
+from cifar.wb.mirror import Mirror, stop_core
+from cifar.wb.mode import credentials, mode_from_environment
+
+KEY = "0123456789abcdef" * 3
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_SERVICE"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_core_left() -> object:
+    yield
+    stop_core()
+
+
+def test_a_whole_run_arrives(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "whole001", sweep="abc123")
+    mirror = Mirror(record, "offline")
+    sent = []
+    for epoch in range(1, 7):
+        record.append(row(epoch))
+        sent.append(mirror.sync())
+    assert sent == [1] * 6 and mirror.sync() == 0
+    end_record(record)
+    picture = draw_png(record.path / "pictures" / "gradient_flow.png")
+    assert mirror.finish([picture])
+
+    seen = inspect_only(record)
+    assert seen.run["run_id"] == "whole001" and seen.run["project"] == "cifar" and seen.run["display_name"] == "lr=1e-05 <b>"
+    assert seen.run["run_group"] == "abc123" and seen.run["job_type"] == "sweep" and seen.run["tags"] == ["stand-in", "t" * 64]
+    assert seen.config == record.read("config")
+    assert seen.rows == list(record.rows()) and seen.steps == [1, 2, 3, 4, 5, 6]
+    assert seen.summary.items() >= {**record.read("summary"), "state": "finished", "train/loss": 2.3 / 6}.items()
+    (path,) = seen.files
+    assert path.startswith("media/images/pictures/gradient_flow")
+    assert (wandb_files(record)[0].parent / "files" / path).read_bytes() == picture.read_bytes()
+    assert seen.history[-1]["pictures/gradient_flow._type"] == "image-file"  # in the last epoch's row, not in one of its own
+    assert seen.exit_code == 0
+
+
+def test_repeating_it_does_nothing(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "again001", epochs=2)
+    for epoch in (1, 2):
+        record.append(row(epoch))
+    end_record(record)
+    assert Mirror(record, "offline").finish()
+    (before,) = wandb_files(record)
+    content = before.read_bytes()
+    for _ in range(2):
+        mirror = Mirror(record, "offline")
+        assert mirror.sync() == 0 and mirror.finish()
+    assert wandb_files(record) == [before] and before.read_bytes() == content
+    assert inspect_only(record).run.get("job_type") == "train"
+
+
+@pytest.mark.parametrize(("state", "code"), [("pruned", 0), ("failed", 1), ("diverged", 1)])
+def test_an_early_end(tmp_path: Path, state: str, code: int) -> None:
+    record = make_record(tmp_path, "early001", epochs=9)
+    record.append(row(1))
+    record.append({**row(2), "train/loss": float("nan")})
+    end_record(record, state)
+    assert Mirror(record, "offline").finish([draw_png(record.path / "pictures" / "curves.png")])
+    seen = inspect_only(record)
+    assert seen.steps == [1, 2] and seen.rows[0] == row(1) and seen.rows[1] == {**row(2), "train/loss": "NaN"}
+    assert seen.exit_code == code and seen.summary["state"] == state
+    assert seen.summary["pictures/curves"]["_type"] == "image-file" and len(seen.files) == 1
+
+
+def test_a_failed_run_that_is_resumed_is_written_whole(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "retry001", epochs=3)
+    record.append(row(1))
+    end_record(record, "failed")
+    assert Mirror(record, "offline").finish()
+    record.set_status("running")
+    mirror = Mirror(record, "offline")
+    mirror.sync()
+    for epoch in (2, 3):
+        record.append(row(epoch))
+    end_record(record)
+    assert mirror.finish()
+    seen = inspect_only(record)
+    assert seen.rows == list(record.rows()) and seen.exit_code == 0
+
+
+def test_rows_made_again_after_a_resume_are_the_ones_that_count(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "cut00001", epochs=4)
+    mirror = Mirror(record, "offline")
+    record.append(row(1))
+    checkpoint = record.metrics_bytes()
+    record.append(row(2))
+    record.append(row(3))
+    assert mirror.sync() == 3
+    record.cut_metrics(checkpoint)
+    record.append({**row(2), "system/seconds": 123456.789})  # longer than before: the old end is inside a line now
+    assert mirror.sync() == 0
+    for epoch in (3, 4):
+        record.append({**row(epoch), "system/seconds": 0.5})
+    end_record(record)
+    assert mirror.finish()
+    assert inspect_only(record).rows == list(record.rows())
+
+
+def test_half_a_line_waits(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "half0001", epochs=2)
+    record.append(row(1))
+    whole = (record.path / "metrics.jsonl").read_bytes()
+    (record.path / "metrics.jsonl").write_bytes(whole + b'{"epoch": 2, "tra')
+    mirror = Mirror(record, "offline")
+    assert mirror.sync() == 1
+    (record.path / "metrics.jsonl").write_bytes(whole)
+    record.append(row(2))
+    assert mirror.sync() == 1
+    mirror.leave()
+
+
+def test_killed_in_the_middle_then_run_again(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "kill0001")
+    for epoch in (1, 2, 3):
+        record.append(row(epoch))
+    code = f"""
+import time
+from pathlib import Path
+from cifar.record import Record
+from cifar.wb.mirror import Mirror
+mirror = Mirror(Record(Path({str(record.path)!r})), "offline")
+print(mirror.sync(), flush=True)
+time.sleep(60)
+"""
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root)
+    assert process.stdout and process.stdout.readline() == b"3\n"
+    rival = Mirror(record, "offline")
+    assert rival.sync() == 0 and len(wandb_files(record)) <= 1  # one process at a time
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for epoch in (4, 5, 6):
+        record.append(row(epoch))
+    end_record(record)
+    assert rival.finish()
+    seen = inspect_only(record)
+    assert seen.rows == list(record.rows()) and seen.exit_code == 0 and len(list(record.path.glob("wandb/*run-*"))) == 1
+
+
+def test_two_records_side_by_side_and_a_core_that_dies(tmp_path: Path) -> None:
+    records = [make_record(tmp_path, f"side000{n}", epochs=2) for n in (1, 2)]
+    mirrors = [Mirror(record, "offline") for record in records]
+    for record, mirror in zip(records, mirrors, strict=True):
+        record.append(row(1))
+        assert mirror.sync() == 1
+    stop_core()
+    for record, mirror in zip(records, mirrors, strict=True):
+        record.append(row(2))
+        end_record(record)
+        assert mirror.finish()
+        assert inspect_only(record).rows == [row(1), row(2)]
+
+
+@pytest.mark.parametrize("server_has", [3, 0])
+def test_a_server_is_sent_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server_has: int) -> None:
+    stop_core()  # the next one reads the environment anew
+    server = WandbServer()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1" if server_has else "60")
+    record = make_record(tmp_path, "online01")
+    for epoch in (1, 2, 3):
+        record.append(row(epoch))
+    mirror = Mirror(record, "online")
+    assert mirror.sync() == 3 and mirror.mode == "online"
+    deadline = time.monotonic() + 10
+    while len(server.rows) < server_has and time.monotonic() < deadline:
+        time.sleep(0.1)
+    stop_core()
+    mirror.leave()
+    assert len(server.rows) == server_has
+    for epoch in (4, 5, 6):
+        record.append(row(epoch))
+    end_record(record)
+    for _ in range(2):
+        assert Mirror(record, "online").finish([draw_png(record.path / "pictures" / "curves.png")])
+    assert server.rows == list(record.rows()) and server.exit_codes == [0]
+    stop_core()
+    server.close()
+
+
+def test_the_file_is_read_while_the_run_goes_on(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "live0001")
+    record.append(row(1))
+    record.append(row(2))
+    mirror = Mirror(record, "offline")
+    mirror.sync()
+    deadline = time.monotonic() + 10
+    while sum(line.count(b"gradient_norm/layers.0") for line in [wandb_files(record)[0].read_bytes()]) < 4:
+        assert time.monotonic() < deadline, "the rows of a running run did not reach its file"
+        time.sleep(0.2)
+    assert inspect_only(record).rows == [row(1), row(2)]
+    mirror.leave()
+    assert inspect_only(record).exit_code == 1
+
+
+def test_environment_of_another_run_is_not_taken(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "env00001", epochs=1)
+    record.append(row(1))
+    end_record(record)
+    code = f"""
+from pathlib import Path
+from cifar.record import Record
+from cifar.wb.mirror import Mirror, kill_core
+Mirror(Record(Path({str(record.path)!r})), "offline").finish(); kill_core()
+"""
+    alien = {
+        "RUN_ID": "alien",
+        "NAME": "alien",
+        "RUN_GROUP": "alien",
+        "SWEEP_ID": "alien",
+        "MODE": "disabled",
+        "DIR": "/nowhere",
+    }
+    environment = {**os.environ, **{f"WANDB_{name}": value for name, value in alien.items()}, "WANDB_API_KEY": KEY}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=Path(__file__).parent.parent, check=True, timeout=60)
+    seen = inspect_only(record)
+    assert seen.run["run_id"] == "env00001" and seen.rows == [row(1)] and "alien" not in str(seen.run)
+    for file in record.path.rglob("*"):
+        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
+
+
+def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / ".config" / "wandb").mkdir(parents=True)
+    assert credentials() == "" and mode_from_environment() == "offline"
+    with pytest.raises(UserError, match="wandb login"):
+        mode_from_environment("online")
+    with pytest.raises(UserError, match="did you mean 'offline'"):
+        mode_from_environment("ofline")
+
+    (home / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
+    assert mode_from_environment() == mode_from_environment("online") == "online" and credentials() == str(home / ".netrc")
+    assert mode_from_environment("offline") == "offline" and mode_from_environment("disabled") == "disabled"
+    (home / ".config" / "wandb" / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
+    assert mode_from_environment() == "offline"  # the key is another server's
+    monkeypatch.setenv("WANDB_BASE_URL", "https://api.wandb.ai")
+    assert mode_from_environment() == "online"
+    (home / ".config" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert mode_from_environment() == "offline" and mode_from_environment("online") == "online"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert mode_from_environment() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert mode_from_environment() == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    (home / ".netrc").write_text("machine api.wandb.ai password")  # damaged: no key, and no exception
+    assert mode_from_environment() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert mode_from_environment() == "online" and credentials() == "WANDB_API_KEY"
+
+
+def test_the_mode_agrees_with_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """wandb's own look-up, in a process of its own, finds a key where ours does."""
+    (tmp_path / "home").mkdir()
+    code = (
+        "from wandb.sdk.lib.wbauth import wbnetrc; from wandb.sdk import wandb_setup;"
+        "print(bool(wbnetrc.read_netrc_auth(host=wandb_setup.singleton().settings.base_url)))"
+    )
+    for machine, expected in (("api.wandb.ai", True), ("api.forge.coreweave.com", True), ("wandb.example.org", False)):
+        (tmp_path / "home" / ".netrc").write_text(f"machine {machine}\n  login user\n  password {KEY}\n")
+        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+        assert (answer.strip() == "True") == expected == bool(credentials()), machine
+
+
+def test_nothing_there_yet(tmp_path: Path) -> None:
+    mirror = Mirror(Record(tmp_path / "nothing1"), "offline")
+    assert mirror.sync() == 0 and not (tmp_path / "nothing1").exists()
