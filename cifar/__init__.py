@@ -2,31 +2,21 @@
 
 In a notebook:
 
-    cifar.runs("SWEEP")        # a table of its runs: swept keys, accuracies, MACs
+    cifar.runs("SWEEP")        # a table of its runs: swept keys, accuracies, MACs; .to_pandas() makes a DataFrame
     cifar.load("RUN")          # a run's trained model, ready to be asked
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # both are imported when they are used: `import cifar` costs nothing
+if TYPE_CHECKING:  # imported when they are used: `import cifar` costs nothing
     from torch import nn
 
+    from cifar.report.runs import Table
+
 __version__ = "0.1.0"
-
-
-class Table(list[dict[str, Any]]):
-    """Rows that notebooks draw; `pandas.DataFrame(table)` takes it as it is."""
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        columns = list(dict.fromkeys(name for row in self for name in row))
-        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-        body = "".join("<tr>" + "".join(f"<td>{escape(str(row.get(n, '')))}</td>" for n in columns) + "</tr>" for row in self)
-        return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
@@ -42,24 +32,18 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
     found = record.find(str(run), record.runs_dir(Path(runs_dir) if runs_dir else None))
     weights = found.path / "weights.pt"
     if not weights.exists():
-        raise UserError(f"run {found.id} has no weights ({found.state}); `python -m cifar train --resume {found.id}` goes on with it")
+        raise UserError(
+            f"run {found.id} has no weights, it is {found.state}; go on with `python -m cifar train --resume {found.id}`"
+        )
     settings = config.resolve(found.read("config"))
     model: nn.Module = registry.models[settings.model].build(**settings.part("model"))
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
 
 
-def runs(sweep: str = "", runs_dir: str | Path | None = None) -> Table:
-    """A row for each run of a sweep (all runs without one), oldest first: what was swept, and what came out."""
+def runs(*names: str, runs_dir: str | Path | None = None) -> Table:
+    """A row for each run of the named sweeps and runs; without a name, of the newest sweep."""
     from cifar import record
+    from cifar.report.runs import collect, table
 
-    table = Table()
-    for found in record.all_records(record.runs_dir(Path(runs_dir) if runs_dir else None)):
-        run = found.read("run")
-        if sweep in ("", run.get("sweep")):
-            config, cost = found.read("config"), run.get("cost", {})
-            swept = {key: config.get(key) for key in run.get("swept", [])}
-            named = {"run": found.id, "name": run.get("name"), "state": found.state, "dataset": run.get("dataset")}
-            named |= {"model": config.get("model"), "macs": cost.get("macs"), "params": cost.get("params")}
-            table.append({**named, **swept, **found.read("summary")})
-    return table
+    return table(collect(names, record.runs_dir(Path(runs_dir) if runs_dir else None)).runs)

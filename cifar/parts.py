@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class Training:
         random.seed(config.seed)
         self.model: nn.Module = registry.models[config.model].build(**config.part("model"))
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.model.to(self.device, memory_format=memory_format)
         self.train_batches = self._loader("train", training=True)
         if hasattr(self.model, "init_from_data"):
             self.model.init_from_data(data.normalize(self.splits["train"][0][:5000], config.normalize))
@@ -63,7 +63,7 @@ class Training:
             averaged = registry.models[config.model].build(**config.part("model"))
             averaged.to(self.device, memory_format=memory_format).load_state_dict(self.model.state_dict())
             self.average = Average(self.model, averaged, config.ema)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.forward = cast(nn.Module, torch.compile(self.model)) if config.compile else self.model
 
         schedule = registry.schedules[config.schedule].build(**config.part("schedule"))
         parameters = optim.Parameters.of(self.model)

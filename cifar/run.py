@@ -61,7 +61,7 @@ def create(
     sweep: str = "",
     cell: int | None = None,
     tags: Sequence[str] = (),
-    project: str = "cifar",
+    project: str = "",
 ) -> Record:
     """The folder of a new run, or of the run of that id if it is there already. `config.dataset` has to be resolved."""
     assert config.dataset != "auto"
@@ -75,7 +75,7 @@ def create(
         "name": ("stand-in " if stand_in else "") + (name or " ".join(named)),
         "group": sweep,
         "tags": [*tags, config.dataset, config.model] + ([] if measured.verified else ["macs unverified"]),
-        "project": project,
+        "project": project or os.environ.get("WANDB_PROJECT") or "cifar",
         "sweep": sweep,
         "cell": cell,
         "swept": list(swept),
@@ -115,8 +115,13 @@ def _cost(model: str, arguments: tuple[tuple[str, Any], ...]) -> cost.Cost:
 @contextlib.contextmanager
 def outcome(record: Record, config: Settings) -> Iterator[None]:
     """What goes wrong becomes the run's status before it goes on to the caller."""
+    before = record.read("status")
     try:
         yield
+    except UserError:
+        if before:  # what is wrong here can be mended; the run may go on as it could before
+            record.write("status", before)
+        raise
     except Exception as error:
         epoch = record.read("status").get("epoch", 0)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

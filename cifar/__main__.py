@@ -1,0 +1,5 @@
+"""`python -m cifar`."""
+
+from cifar.cli import run
+
+run()

@@ -1,0 +1,332 @@
+"""The door: commands and their options. What they do is in commands.py, imported when it is needed."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cifar.errors import UserError
+
+app = typer.Typer(
+    name="cifar",
+    help="CIFAR-10 experiments: a sweep file becomes trials, trials become a picture of accuracy against FLOPs.",
+    epilog="Start with `python -m cifar sweep sweeps/quickstart.yaml`; `python -m cifar doctor` says what is missing.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+sweeps_app = typer.Typer(help="List, look into and stop sweeps.")
+app.add_typer(sweeps_app, name="sweeps")
+
+Pairs = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="values, as in `lr=3e-4 epochs=3`")]
+Experiment = Annotated[str, typer.Option("--experiment", "-e", metavar="NAME", help="a file in experiments/, or a path")]
+Dataset = Annotated[
+    Literal["cifar10", "stand-in", "auto"] | None,
+    typer.Option("--dataset", help="auto: CIFAR-10 where it can be had within 10 s, else generated stand-in images"),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="DIR", help="where CIFAR-10 is or goes: a folder or the archive; else $CIFAR_DATA"),
+]
+RunsDir = Annotated[
+    Path | None, typer.Option("--runs-dir", metavar="DIR", help="where runs are written; else $CIFAR_RUNS, else ./runs")
+]
+Wandb = Annotated[
+    Literal["auto", "online", "offline", "disabled"],
+    typer.Option("--wandb", help="auto: online where a key is configured, else offline"),
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a fixed value for every trial; repeatable")]
+Count = Annotated[int | None, typer.Option("--count", min=1, metavar="N", help="end after N trials of this agent")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="trials at a time [default: what fits]")]
+Storage = Annotated[
+    str | None, typer.Option("--storage", metavar="URL", help="Optuna storage; else $CIFAR_STORAGE, else a SQLite file")
+]
+Split = Annotated[Literal["val", "test"], typer.Option("--split", help="test: only runs that scored it, apart")]
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # W&B's ${args} writes --lr=0.1
+def train(
+    pairs: Pairs = None,
+    experiment: Experiment = "",
+    from_run: Annotated[str, typer.Option("--from", metavar="RUN", help="start from the values of a run: repeats it")] = "",
+    resume: Annotated[str, typer.Option("--resume", metavar="RUN", help="go on with an interrupted run")] = "",
+    trial: Annotated[Path | None, typer.Option("--trial", metavar="FILE.json", help="values of a W&B trial, typed")] = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = None,
+    wandb: Wandb = "auto",
+    name: Annotated[str, typer.Option("--name", help="what the run is called [default: made of its keys]")] = "",
+    tags: Annotated[str, typer.Option("--tags", metavar="A,B", help="words to find it by")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the configuration and its cost, train nothing")] = False,
+) -> int:
+    """Train one network and write down everything about it.
+
+    Examples:
+
+    `python -m cifar train --experiment worksheet1`
+
+    `python -m cifar train model=resnet20 optimizer=sgd lr=0.1 schedule=cosine epochs=5`
+
+    `python -m cifar train --from a1b2c3d4 seed=1`
+    """
+    from cifar import commands
+
+    layers = commands.layers(from_run, experiment, trial, dataset, pairs or [], runs_dir)
+    if dry_run:
+        return commands.show_config(layers, with_cost=True)
+    if resume:
+        return commands.resume(resume, bool(pairs or experiment or from_run or trial), data_dir, runs_dir, wandb)
+    swept = commands.layer_named(layers, "--trial")
+    return commands.train(
+        layers, list(swept), data_dir, runs_dir, wandb, name, [t.strip() for t in tags.split(",") if t.strip()]
+    )
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a sweep YAML as W&B takes it")],
+    set_: Set = None,
+    dataset: Dataset = None,
+    count: Count = None,
+    workers: Workers = None,
+    sweep_seed: Annotated[int, typer.Option("--sweep-seed", min=0, help="of random suggestions")] = 0,
+    storage: Storage = None,
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = None,
+    wandb: Wandb = "auto",
+    no_agent: Annotated[bool, typer.Option("--no-agent", help="create it, print its id, run nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials, their MACs and an estimate of time")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="draw the report at the end")] = True,
+) -> int:
+    """Create a sweep, run its trials, draw the report.
+
+    Examples:
+
+    `python -m cifar sweep sweeps/quickstart.yaml`
+
+    `python -m cifar sweep sweeps/architectures.yaml --workers 2 --set epochs=10`
+
+    `python -m cifar sweep sweeps/worksheet1_tuning.yaml --no-agent`, then `python -m cifar agent ID` in any terminal
+    """
+    from cifar import many
+
+    return many.sweep(
+        file, set_ or [], dataset, count, workers, sweep_seed, storage, data_dir, runs_dir, wandb, no_agent, dry_run, report
+    )
+
+
+@app.command()
+def agent(
+    sweep_id: Annotated[str, typer.Argument(metavar="SWEEP", help="its id, as `sweep` printed it")],
+    count: Count = None,
+    workers: Workers = None,
+    storage: Storage = None,
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = None,
+    wandb: Wandb = "auto",
+) -> int:
+    """Join a sweep from another terminal; ends when no trial is open.
+
+    Example: `python -m cifar agent 3k9x2m1p --workers 2`
+    """
+    from cifar import many
+
+    return many.agent(sweep_id, count, workers, storage, data_dir, runs_dir, wandb)
+
+
+@sweeps_app.command("list")
+def sweeps_list(runs_dir: RunsDir = None) -> int:
+    """All sweeps of a runs folder, oldest first."""
+    from cifar import many
+
+    return many.list_sweeps(runs_dir)
+
+
+@sweeps_app.command("status")
+def sweeps_status(sweep_id: Annotated[str, typer.Argument(metavar="SWEEP")], runs_dir: RunsDir = None) -> int:
+    """The trials of a sweep and what became of them."""
+    from cifar import many
+
+    return many.sweep_status(sweep_id, runs_dir)
+
+
+@sweeps_app.command("stop")
+def sweeps_stop(sweep_id: Annotated[str, typer.Argument(metavar="SWEEP")], runs_dir: RunsDir = None) -> int:
+    """Hand out no more trials; agents end after what they are doing."""
+    from cifar import many
+
+    return many.stop_sweep(sweep_id, runs_dir)
+
+
+@app.command()
+def report(
+    names: Annotated[list[str] | None, typer.Argument(metavar="RUN|SWEEP", help="what to read [default: all runs]")] = None,
+    split: Split = "val",
+    budget: Annotated[str, typer.Option("--budget", metavar="MACS", help="name the best below it: 50M, 1.2G, 5e7")] = "",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where the page and the figures go")] = None,
+    runs_dir: RunsDir = None,
+    open_: Annotated[bool, typer.Option("--open", help="show the page in a browser")] = False,
+) -> int:
+    """Read runs and draw accuracy against FLOPs: a page, figures, a table.
+
+    Examples:
+
+    `python -m cifar report`
+
+    `python -m cifar report 3k9x2m1p --budget 50M`
+
+    `python -m cifar report --split test`
+    """
+    from cifar import many
+
+    return many.report(names or [], split, budget, out, runs_dir, open_)
+
+
+@app.command()
+def models(
+    time: Annotated[bool, typer.Option("--time/--no-time", help="measure a forward pass of each")] = True,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps")] = "auto",
+) -> int:
+    """All networks: parameters, MACs, time an image, and whether two counters agree."""
+    from cifar import inspection
+
+    return inspection.models(time, device)
+
+
+@app.command()
+def profile(model: Annotated[str, typer.Argument(metavar="MODEL")], pairs: Pairs = None) -> int:
+    """The layers of a network and what each costs.
+
+    Example: `python -m cifar profile resnet width=32`
+    """
+    from cifar import inspection
+
+    return inspection.profile(model, pairs or [])
+
+
+@app.command()
+def data(
+    pairs: Pairs = None,
+    show: Annotated[bool, typer.Option("--show", help="write a picture of augmented training images")] = False,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="where --show writes")] = Path("augmented.png"),
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare mean, std and class counts with what they have to be")
+    ] = False,
+    mirror: Annotated[
+        list[str] | None, typer.Option("--mirror", metavar="URL", help="try this address first; repeatable")
+    ] = None,
+    experiment: Experiment = "",
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+) -> int:
+    """Find CIFAR-10, or download it, and check its bytes.
+
+    Example: `python -m cifar data --show flip=alternating cutout=8`
+    """
+    from cifar import inspection
+
+    return inspection.data(pairs or [], show, out, verify, mirror or [], experiment, dataset, data_dir)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    split: Split = "val",
+    tta: Annotated[Literal["none", "flip", "flip+shift"], typer.Option("--tta", help="views averaged: 1, 2 or 6")] = "none",
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = None,
+) -> int:
+    """Score a finished run's weights again; its record stays as it is."""
+    from cifar import commands
+
+    return commands.evaluate(run, split, tta, data_dir, runs_dir)
+
+
+@app.command()
+def config(
+    pairs: Pairs = None,
+    experiment: Experiment = "",
+    from_run: Annotated[str, typer.Option("--from", metavar="RUN", help="start from the values of a run")] = "",
+    runs_dir: RunsDir = None,
+) -> int:
+    """Every key, its value, and where that came from.
+
+    Example: `python -m cifar config --experiment worksheet1 optimizer=sgd`
+    """
+    from cifar import commands
+
+    return commands.show_config(commands.layers(from_run, experiment, None, None, pairs or [], runs_dir), with_cost=False)
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, delete nothing")] = False,
+    days: Annotated[float, typer.Option("--days", min=0, help="unfinished runs go when untouched for so long")] = 30,
+    finished: Annotated[bool, typer.Option("--finished", help="finished runs that old go too")] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """Tidy the runs folder: checkpoints of ended runs, torn files, runs that nobody went on with."""
+    from cifar import inspection
+
+    return inspection.gc(dry_run, days, finished, runs_dir)
+
+
+@app.command()
+def doctor(data_dir: DataDir = None, runs_dir: RunsDir = None) -> int:
+    """What is found here (data, GPU, W&B, versions, disk), and what to do about the rest."""
+    from cifar import inspection
+
+    return inspection.doctor(data_dir, runs_dir)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command -> its exit code: 2 with one sentence for bad input, 130 after Ctrl-C. Bugs keep their traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(arguments or ["--help"], prog_name="python -m cifar", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except UserError as error:
+        return _bad(str(error))
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        return _bad(f"{(error.strerror or 'cannot write').lower()}{place}; {_DISK[error.errno]}")
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # typer's own usage errors; their class is private
+        if message is None:
+            raise
+        known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands} | {"sweeps"}
+        of = f"{arguments[0]} " if arguments and arguments[0] in known else ""
+        return _bad(f"{message().rstrip('.')}; see `python -m cifar {of}--help`")
+    if code in (130, 143):
+        print("interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+_ELSEWHERE = "name another place with --runs-dir, or mend this one"
+_DISK = {
+    errno.ENOSPC: "free some space, or name another place with --runs-dir",
+    errno.EDQUOT: "free some space, or name another place with --runs-dir",
+    errno.EFBIG: "free some space, or name another place with --runs-dir",
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.ENOTDIR: _ELSEWHERE,
+    errno.EEXIST: _ELSEWHERE,
+}
+
+
+def _bad(sentence: str) -> int:
+    print("error: " + " ".join(sentence.split()), file=sys.stderr)
+    return 2
+
+
+def run() -> None:
+    """The entry point `cifar`."""
+    sys.exit(main())

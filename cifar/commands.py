@@ -1,0 +1,233 @@
+"""What the commands about one run do. Each returns an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cifar import config as configuration
+from cifar import record as records
+from cifar import tidy
+from cifar.config import Settings
+from cifar.errors import UserError
+from cifar.record import Record
+from cifar.ui import obtain, say, table, waiting, warn_of_stand_in
+from cifar.wb.mode import mode_from_environment
+
+Layers = list[tuple[str, Mapping[str, Any]]]  # (where they came from, values); later ones win
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def layers(
+    from_run: str, experiment: str, trial: Path | None, dataset: str | None, pairs: Sequence[str], runs_dir: Path | None
+) -> Layers:
+    """What the options say, first to last, each with its name. Values are checked when they are resolved."""
+    found: Layers = []
+    if experiment:
+        found.append(("--experiment", {"experiment": experiment}))
+    if trial:
+        found.append(("--trial", _trial(trial)))
+    if dataset:
+        found.append(("--dataset", {"dataset": dataset}))
+    found.append(("command line", configuration.parse_pairs(pairs)))
+    if from_run:
+        if experiment:
+            raise UserError("--from and --experiment both say where to start from; give one of them")
+        run = records.find(from_run, records.runs_dir(runs_dir))
+        found.insert(0, (f"run {run.id}", _still_taken(run.read("config"), configuration.merge(*(v for _, v in found)))))
+    return found
+
+
+def layer_named(found: Layers, name: str) -> Mapping[str, Any]:
+    return next((configuration.flatten(values) for origin, values in found if origin == name), {})
+
+
+def _still_taken(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The old run's values without the keys of parts that `changes` replace: `--from RUN optimizer=sgd` drops Adam's."""
+    values = {**old, **changes}
+    chosen: dict[str, Any] = {kind: values[kind] for kind in ("model", "optimizer", "schedule", "probes") if kind in values}
+    taken = type(configuration.resolve(chosen)).model_fields
+    return {key: value for key, value in old.items() if key in taken}
+
+
+def _trial(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--trial: {path} is not a readable JSON file ({error}); W&B's ${{args_json_file}} names one") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--trial: {path} has to hold one JSON object of keys and values")
+    return values
+
+
+def show_config(found: Layers, *, with_cost: bool) -> int:
+    """Every key, its value, where that came from and what it means."""
+    rows = configuration.explain(found)
+    table(
+        "",
+        ("key", "value", "from", "meaning"),
+        [(k, "" if v is None else v, _short(origin), doc) for k, v, origin, doc in rows],
+    )
+    if with_cost:
+        with waiting("counting MACs ..."):
+            from cifar import run
+
+            config = configuration.resolve(*(values for _, values in found))
+            cost = run.cost_of(config)
+        images = (config.train_size or 50_000 - config.val_size) * config.epochs
+        pmacs = 3 * cost.macs * images / 1e15  # the backward pass costs twice the forward pass
+        say(f"\n{cost_line(cost)}; {pmacs:.3g} PMACs to train on {images:,} images")
+    return 0
+
+
+def _short(origin: str) -> str:
+    path = Path(origin)
+    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else origin
+
+
+def cost_line(cost: Any) -> str:
+    checked = "both counters agree" if cost.verified else f"UNVERIFIED: {cost.note}"
+    return f"{cost.macs / 1e6:.2f} MMACs an image, {cost.params:,} parameters ({checked})"
+
+
+# -- one run -----------------------------------------------------------------------------------------------------------
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask the run to end after its step; a second Ctrl-C does not wait."""
+
+    def __init__(self) -> None:
+        self.wish: str | None = None
+
+    def __call__(self) -> str | None:
+        return self.wish
+
+    def __enter__(self) -> Stop:
+        self.before = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self.wish:
+            raise KeyboardInterrupt
+        self.wish = "interrupted"
+
+
+def train(
+    found: Layers, swept: list[str], data_dir: Path | None, runs_dir: Path | None, wandb: str, name: str, tags: list[str]
+) -> int:
+    """A new run, from its values to its pictures."""
+    mode_from_environment(wandb)  # says now what is wrong with it
+    config = configuration.resolve(*(values for _, values in found))
+    runs = records.runs_dir(runs_dir)
+    with waiting("importing PyTorch ..."):
+        from cifar import run
+    config, reason = run.resolve_dataset(config, data_dir)
+    if reason:
+        say(f"dataset: {reason}")
+    prepare(config, data_dir)
+    sweep, run_id = (os.environ.get(f"WANDB_{kind}_ID", "") if swept else "" for kind in ("SWEEP", "RUN"))
+    record = run.create(config, runs, run_id=run_id, name=name, swept=swept, sweep=sweep, tags=tags)
+    return _train(config, record, data_dir, wandb)
+
+
+def resume(name: str, changed: bool, data_dir: Path | None, runs_dir: Path | None, wandb: str) -> int:
+    """Go on with a run where its checkpoint is."""
+    record = records.find(name, records.runs_dir(runs_dir))
+    if changed:
+        raise UserError(f"a resumed run keeps its values; for other ones: python -m cifar train --from {record.id} KEY=VALUE")
+    if record.state in tidy.OVER:
+        raise UserError(f"run {record.id} is {record.state}; to repeat it: python -m cifar train --from {record.id}")
+    if tidy.alive(record):
+        raise UserError(f"run {record.id} is being trained by process {record.read('status').get('pid')}; stop that one first")
+    config = configuration.resolve(record.read("config"))
+    prepare(config, data_dir)
+    return _train(config, record, data_dir, wandb)
+
+
+def prepare(config: Settings, data_dir: Path | None) -> None:
+    """Everything that can be wrong about device and data, before a folder is made; downloads with a bar."""
+    with waiting("importing PyTorch ..."):
+        from cifar import data, parts
+    device = parts.device_of(config.device)
+    if config.dataset == "cifar10" and data.locate(data_dir) is None:
+        obtain(data_dir, [])
+    with waiting(f"reading {config.dataset} ..."):
+        parts.splits(config.dataset, data_dir, config.val_size, config.train_size, device)
+
+
+def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str) -> int:
+    from cifar import follow, run, track
+
+    if config.dataset == "stand-in":
+        warn_of_stand_in()
+    described = record.read("run")
+    cost = described["cost"]
+    say(f"run {record.id}: {described['name']}, {cost['macs'] / 1e6:.2f} MMACs, {cost['params']:,} parameters")
+    if not cost["verified"]:
+        say(f"MACs UNVERIFIED: {cost['note']}")
+    sink = track.Terminal() if sys.stdout.isatty() else track.Lines()
+    follower = follow.Follower(mode_from_environment(wandb), log=record.path / "mirror.log")
+    try:
+        follower.follow(record.path)
+        with Stop() as stop:
+            state = run.train(config, record, data_dir=data_dir, sinks=[sink], stop=stop)
+    finally:
+        with waiting("drawing pictures, sending what is left to W&B ..."):
+            follower.end()
+    return _result(record, state)
+
+
+def _result(record: Record, state: str) -> int:
+    summary, status = record.read("summary"), record.read("status")
+    if state == "finished":
+        scores = [f"{k.split('/')[0]} {100 * summary[k]:.2f} %" for k in ("train/acc", "val/acc", "test/acc") if k in summary]
+        views = f" ({summary['test/views']} views)" if summary.get("test/views", 1) > 1 else ""
+        say(f"\n{', '.join(scores)}{views} after {summary['epochs']} epochs, {summary['seconds']:.1f} s of training")
+    else:
+        say(f"\n{state}: {status.get('reason', '')}")
+    say(f"folder    {record.path}")
+    for picture in sorted((record.path / "pictures").glob("*.png")):
+        say(f"picture   {picture}")
+    if state in records.OPEN_STATES:
+        say(f"go on     python -m cifar train --resume {record.id}")
+    say(f"repeat    {record.read('run')['command']}")
+    if record.read("run")["dataset"] == "stand-in":
+        warn_of_stand_in()
+    return {"diverged": 1, "failed": 1, "killed": 1, "interrupted": 130, "preempted": 130}.get(state, 0)
+
+
+def evaluate(name: str, split: str, tta: str, data_dir: Path | None, runs_dir: Path | None) -> int:
+    """Score a finished run's weights on a split, once more."""
+    import cifar
+
+    record = records.find(name, records.runs_dir(runs_dir))
+    config = configuration.resolve(record.read("config"))
+    if split == "val" and not config.val_size:
+        raise UserError(
+            f"run {record.id} was trained on all images (val_size 0), so it has no validation split; add --split test"
+        )
+    with waiting("importing PyTorch ..."):
+        model = cifar.load(record.path)
+        from cifar import parts, train
+    prepare(config, data_dir)
+    with waiting(f"scoring {split} ..."):
+        training = parts.Training(config, data_dir)
+        training.evaluated.load_state_dict(model.state_dict())
+        logits, labels = training.evaluate(split, tta)
+    loss, accuracy = train.score(logits, labels)
+    say(f"{record.id} {record.read('run')['name']}")
+    say(f"{split}: accuracy {100 * accuracy:.2f} %, loss {loss:.4f}, {len(labels):,} images, {train.VIEWS[tta][0]} view(s)")
+    if config.dataset == "stand-in":
+        warn_of_stand_in()
+    return 0

@@ -1,0 +1,156 @@
+"""What the commands about networks, images and this machine do. Each returns an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cifar import config as configuration
+from cifar import record as records
+from cifar import registry, tidy
+from cifar.commands import cost_line, layers
+from cifar.ui import obtain, say, table, waiting, warn_of_stand_in
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+def models(time: bool, device: str) -> int:
+    """The table of all networks, by MACs."""
+    with waiting("importing PyTorch ..."):
+        from cifar import cost, parts
+    where = parts.device_of(device)
+    rows = []
+    with waiting("counting ...") as status:
+        for entry in registry.models:
+            status.update(f"counting {entry.name} ...")
+            model = entry.build()
+            measured = cost.measure(model)
+            batch = max(1, min(256 if where.type == "cuda" else 32, int(2e9 // max(measured.macs, 1))))
+            micros = cost.microseconds_per_image(model, where, batch) if time else None
+            rows.append((measured.macs, entry, measured, micros))
+    rows.sort(key=lambda row: (row[0], row[1].name))
+    columns = ("model", "parameters", "MACs", "FLOPs", "µs an image", "MACs verified", "keys")
+    table(
+        "",
+        columns,
+        [
+            (
+                e.name,
+                f"{c.params:,}",
+                f"{c.macs:,}",
+                f"{c.flops:,}",
+                f"{micros:,.0f}" if micros else "-",
+                _yes(c),
+                ", ".join(e.keys),
+            )
+            for _, e, c, micros in rows
+        ],
+        right=columns[1:5],
+    )
+    say("\nMACs: multiply-adds of convolutions, linear layers and attention, one 3×32×32 image; FLOPs = 2 × MACs.")
+    if time:
+        say(f"Time of a forward pass on {where}.")
+    for _, entry, measured, _ in rows:
+        if not measured.verified:
+            say(f"{entry.name}: {measured.note}")
+    return 0
+
+
+def _yes(cost: Any) -> str:
+    return "yes" if cost.verified else "NO"
+
+
+def profile(model: str, pairs: Sequence[str]) -> int:
+    """The layers of one network."""
+    config = configuration.resolve({"model": model, **configuration.parse_pairs(pairs)})
+    with waiting("counting ..."):
+        from cifar import run
+
+        cost = run.cost_of(config)
+    columns = ("layer", "kind", "output", "parameters", "MACs", "share", "activations")
+    table(
+        "",
+        columns,
+        [
+            (
+                row.name,
+                row.kind,
+                "×".join(map(str, row.output_shape[1:])),
+                f"{row.params:,}",
+                f"{row.macs:,}",
+                f"{100 * row.macs / max(cost.macs, 1):.1f} %",
+                f"{row.activations:,}",
+            )
+            for row in cost.layers
+        ],
+        right=columns[3:],
+    )
+    say(f"\n{config.model}: {cost_line(cost)}, {cost.flops / 1e6:.2f} MFLOPs, {cost.activations:,} activations")
+    return 0
+
+
+# -- data and the machine ----------------------------------------------------------------------------------------------
+
+
+def data(
+    pairs: Sequence[str],
+    show: bool,
+    out: Path,
+    verify: bool,
+    mirrors: Sequence[str],
+    experiment: str,
+    dataset: str | None,
+    data_dir: Path | None,
+) -> int:
+    """Find or fetch the images, check them, show them."""
+    config = configuration.resolve(*(values for _, values in layers("", experiment, None, dataset, pairs, None)))
+    with waiting("importing PyTorch ..."):
+        from cifar import data, look, run
+    config, reason = run.resolve_dataset(config, data_dir)
+    if reason:
+        say(f"dataset: {reason}")
+    if config.dataset == "cifar10":
+        say(f"found at    {obtain(data_dir, mirrors)}")
+    else:
+        warn_of_stand_in()
+    with waiting(f"reading {config.dataset} ..."):
+        images = data.load(config.dataset, data_dir)
+    checked = ", every file's MD5 is the published one" if images.official else ""
+    say(f"{images.name}: {len(images.train_labels):,} training and {len(images.test_labels):,} test images{checked}")
+    say(f"fingerprint {images.fingerprint}")
+    wrong = look.problems(images) if verify else []
+    for problem in wrong:
+        say(f"WRONG: {problem}")
+    if verify and not wrong:
+        say("mean, std and class counts are as they have to be")
+    if show:
+        say(f"picture     {look.draw(images, config, out)}")
+    return 1 if wrong else 0
+
+
+def gc(dry_run: bool, days: float, finished: bool, runs_dir: Path | None) -> int:
+    """Delete, or only name, what nothing needs any more."""
+    runs = records.runs_dir(runs_dir)
+    found = tidy.leftovers(runs, days=days, finished=finished)
+    for leftover in found:
+        say(
+            f"{'would remove' if dry_run else 'removed'}  {leftover.path}  ({leftover.reason}, {leftover.size / 2**20:.1f} MiB)"
+        )
+        if not dry_run:
+            tidy.remove(leftover)
+    total = sum(leftover.size for leftover in found) / 2**20
+    say(f"{len(found)} things, {total:.1f} MiB {'could be freed' if dry_run else 'freed'} in {runs}")
+    return 0
+
+
+def doctor(data_dir: Path | None, runs_dir: Path | None) -> int:
+    """What is here, and what to do about what is not."""
+    from cifar.doctor import examine
+
+    rows = []
+    with waiting("looking ..."):
+        for check in examine(records.runs_dir(runs_dir), data_dir):
+            rows.append((check.name, {"ok": "ok", "note": "-", "bad": "BAD"}[check.state], check.found, check.advice))
+    table("", ("what", "", "found", "what to do"), rows)
+    return 1 if any(row[1] == "BAD" for row in rows) else 0
