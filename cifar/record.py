@@ -35,6 +35,8 @@ SCHEMA = 1
 OPEN_STATES = ("running", "interrupted", "preempted")  # a run that may go on
 END_STATES = ("finished", "failed", "killed", "diverged", "stopped", "pruned", "skipped")
 _SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # it can only be read by setting it
 _URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*):[^@/\s]+@")
 
 
@@ -168,6 +170,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o666 & ~_UMASK)  # mkstemp's 0600 would hide reports from colleagues and web servers
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -1,0 +1,141 @@
+"""Accuracy and loss by epoch: of one run, and of all points of a sweep."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cifar.registry import figures
+from cifar.report.points import Comparison
+from cifar.report.runs import Run
+from cifar.report.style import BLUE, MUTED, ORANGE, Nothing, colours, end_labels, power
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Series = tuple[list[int], list[float]]  # epochs, values
+NAMED = 14  # lines with a name of their own; more would be a wall of text
+
+
+def series(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> Series:
+    """The finite values of `key` by epoch."""
+    pairs = [
+        (int(row["epoch"]), scale * row[key])
+        for row in rows
+        if isinstance(row.get(key), int | float) and math.isfinite(row[key]) and "epoch" in row
+    ]
+    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    epochs: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+    front: bool
+
+
+@dataclass(frozen=True)
+class LearningData:
+    accuracy: list[Line]
+    loss: list[Line]
+    by_front: bool  # so many lines that only the front is coloured and named
+
+
+@figures.register("learning_curves")
+class LearningCurves:
+    scope, order = "sweep", 10
+    title = "Learning curves"
+    caption = (
+        "Validation accuracy and loss after each epoch, mean over seeds; the band spans the smallest and the largest seed. "
+        "Colours run from the fewest multiply-adds to the most."
+    )
+
+    def select(self, comparison: Comparison) -> LearningData | Nothing:
+        accuracy = [_line(point, "val/acc", 100.0) for point in comparison.configurations]
+        loss = [_line(point, "val/loss", 1.0) for point in comparison.configurations]
+        kept = [line for line in accuracy if line.epochs]
+        if not kept:
+            return Nothing("no finished run has validation rows")
+        return LearningData(kept, [line for line in loss if line.epochs], len(kept) > NAMED)
+
+    def size(self, data: LearningData) -> tuple[float, float]:
+        return 9.6, 3.9
+
+    def draw(self, data: LearningData, figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+        for axes, lines, title in ((left, data.loss, "validation loss"), (right, data.accuracy, "validation accuracy (%)")):
+            ends = []
+            for line, ramp in zip(lines, colours(len(lines)), strict=True):
+                grey = data.by_front and not line.front
+                colour = MUTED if grey else ramp
+                style = {"lw": 0.8, "alpha": 0.45} if grey else {"lw": 1.6}
+                axes.fill_between(line.epochs, line.low, line.high, color=colour, alpha=0.15, lw=0)
+                (drawn,) = axes.plot(
+                    line.epochs, line.mean, color=colour, marker="o" if len(line.epochs) == 1 else None, **style
+                )
+                drawn.set_gid(f"tip:{line.label}")
+                if not grey:
+                    ends.append((line.epochs[-1], line.mean[-1], line.label, colour))
+            axes.set_title(title)
+            _epochs(axes)
+            if axes is right:
+                end_labels(axes, ends)
+
+
+def _line(point: Any, key: str, scale: float) -> Line:
+    by_epoch: dict[int, list[float]] = defaultdict(list)
+    for run in point.runs:
+        for epoch, value in zip(*series(run.rows, key, scale), strict=True):
+            by_epoch[epoch].append(value)
+    epochs = sorted(by_epoch)
+    values = [by_epoch[epoch] for epoch in epochs]
+    return Line(point.label, epochs, [*map(statistics.fmean, values)], [*map(min, values)], [*map(max, values)], point.on_front)
+
+
+@figures.register("curves")
+class Curves:
+    scope, order = "run", 0
+    title = "Loss, accuracy and learning rate"
+    caption = (
+        "By epoch. Training values are averages while the epoch goes on, with augmentation; validation is scored after it."
+    )
+
+    def select(self, run: Run) -> dict[str, Series] | Nothing:
+        scales = {"train/loss": 1.0, "val/loss": 1.0, "train/acc": 100.0, "val/acc": 100.0, "train/lr": 1.0}
+        data = {key: series(run.rows, key, scale) for key, scale in scales.items()}
+        return data if any(epochs for epochs, _ in data.values()) else Nothing("the run has no finished epoch yet")
+
+    def size(self, data: dict[str, Series]) -> tuple[float, float]:
+        return 10.0, 3.2
+
+    def draw(self, data: dict[str, Series], figure: Figure) -> None:
+        panels = figure.subplots(1, 3, width_ratios=(1, 1, 0.7))
+        for axes, kind, title in zip(panels, ("loss", "acc", "lr"), ("loss", "accuracy (%)", "learning rate"), strict=True):
+            ends = []
+            for part, colour, name in (("train", ORANGE, "training"), ("val", BLUE, "validation")):
+                epochs, values = data.get(f"{part}/{kind}", ([], []))
+                axes.plot(
+                    epochs, values, color=MUTED if kind == "lr" else colour, marker="o" if len(epochs) < 3 else None, ms=4
+                )
+                if epochs and kind != "lr":
+                    ends.append((epochs[-1], values[-1], name, colour))
+            axes.set_title(title)
+            _epochs(axes)
+            if kind == "lr":
+                axes.yaxis.set_major_formatter(lambda value, _: power(round(value, 9)))
+                axes.set_ylim(bottom=0)
+            end_labels(axes, ends)
+
+
+def _epochs(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel("epoch")

@@ -1,0 +1,141 @@
+"""How much gradient reaches each layer: of one run over its training, and of all networks of a sweep."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cifar.registry import figures
+from cifar.report.points import Comparison
+from cifar.report.runs import Run
+from cifar.report.style import BLUE, MUTED, RED, Nothing, colours, layer_ticks, log_axis, power
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PANELS = 12
+
+
+@dataclass(frozen=True)
+class Flow:
+    layers: list[str]
+    first: list[float]  # mean |gradient| by layer, nan where it is zero or missing
+    mean: list[float]
+    maximum: list[float]
+    zero: list[int]  # layers whose last gradient is exactly zero
+    epochs: tuple[int, int]
+
+
+def _values(row: dict[str, Any], metric: str, layers: list[str]) -> list[float]:
+    found = [row.get(f"{metric}/{layer}") for layer in layers]
+    return [v if isinstance(v, int | float) and math.isfinite(v) and v > 0 else math.nan for v in found]
+
+
+@figures.register("gradient_flow")
+class GradientFlow:
+    scope, order = "run", 10
+    title = "Gradient flow across layers"
+    caption = (
+        "Mean and largest |gradient| of each weight, from the input to the output, averaged over the looks of an epoch. A line "
+        "that falls by decades towards the input is a vanishing gradient; a cross is a layer that no gradient reaches."
+    )
+
+    def select(self, run: Run) -> Flow | Nothing:
+        layers = run.layers("gradient_mean")
+        rows = [row for row in run.rows if any(f"gradient_mean/{layer}" in row for layer in layers)]
+        if not rows:
+            return Nothing("the run has no gradient_mean rows (probe gradient_flow was off, or no epoch has ended)")
+        first, last = rows[0], rows[-1]
+        return Flow(
+            layers,
+            _values(first, "gradient_mean", layers) if len(rows) > 1 else [],
+            _values(last, "gradient_mean", layers),
+            _values(last, "gradient_max", layers),
+            [i for i, layer in enumerate(layers) if last.get(f"gradient_mean/{layer}") == 0],
+            (int(first.get("epoch", 1)), int(last.get("epoch", len(rows)))),
+        )
+
+    def size(self, data: Flow) -> tuple[float, float]:
+        return min(12.0, max(6.0, 2.5 + 0.24 * len(data.layers))), 4.2
+
+    def draw(self, data: Flow, figure: Figure) -> None:
+        axes = figure.subplots()
+        where = range(len(data.layers))
+        axes.fill_between(where, data.mean, data.maximum, color=BLUE, alpha=0.10, lw=0)
+        axes.plot(where, data.maximum, "^-", color=BLUE, ms=4, lw=1, alpha=0.7, label=f"largest, epoch {data.epochs[1]}")
+        axes.plot(where, data.mean, "o-", color=BLUE, ms=4.5, label=f"mean, epoch {data.epochs[1]}")
+        if data.first:
+            axes.plot(where, data.first, "o--", color=MUTED, ms=3, lw=1, label=f"mean, epoch {data.epochs[0]}")
+        log_axis(axes.yaxis, power)
+        if data.zero:
+            at = axes.get_xaxis_transform()
+            axes.plot(
+                data.zero,
+                [0.02] * len(data.zero),
+                "x",
+                color=RED,
+                ms=7,
+                mew=2,
+                transform=at,
+                label="zero gradient",
+                clip_on=False,
+            )
+        layer_ticks(axes.xaxis, data.layers)
+        axes.tick_params(axis="x", rotation=60 if len(data.layers) < 14 else 90, labelsize=7)
+        axes.set_ylabel("|gradient| (log)")
+        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    layers: int
+    lines: list[tuple[str, list[float]]]  # label, gradient norm by layer
+
+
+@figures.register("gradient_flow_by_network")
+class GradientFlowByNetwork:
+    scope, order = "sweep", 20
+    title = "Gradient flow by network"
+    caption = (
+        "Norm of each layer's gradient in the last epoch, from the input (left) to the output (right), mean over seeds; one "
+        "panel a network, one line a configuration, on one common scale."
+    )
+
+    def select(self, comparison: Comparison) -> list[Panel] | Nothing:
+        panels: dict[tuple[str, int], list[tuple[str, list[float]]]] = {}
+        for point in comparison.configurations:
+            flows = []
+            for run in point.runs:
+                metric = next((m for m in ("gradient_norm", "gradient_mean") if run.layers(m)), "")
+                if metric:
+                    flows.append(_values(run.rows[-1], metric, run.layers(metric)))
+            flows = [flow for flow in flows if len(flow) == len(flows[0]) and any(map(math.isfinite, flow))]
+            if flows:
+                mean = [statistics.fmean(layer) for layer in zip(*flows, strict=True)]
+                panels.setdefault((point.model, len(mean)), []).append((point.label, mean))
+        if not panels:
+            return Nothing("no finished run has gradient_norm rows (the probes were off)")
+        return [Panel(model, layers, lines) for (model, layers), lines in panels.items()][:PANELS]
+
+    def size(self, data: list[Panel]) -> tuple[float, float]:
+        columns = min(4, len(data))
+        return 2.45 * columns + 0.7 if columns > 1 else 6.0, 1.9 * math.ceil(len(data) / 4) + 0.5
+
+    def draw(self, data: list[Panel], figure: Figure) -> None:
+        columns = min(4, len(data))
+        grid = figure.subplots(math.ceil(len(data) / columns), columns, sharey=True, squeeze=False)
+        for axes in grid.flat[len(data) :]:
+            axes.set_axis_off()
+        for axes, panel in zip(grid.flat, data, strict=False):
+            for (label, norms), colour in zip(panel.lines, colours(len(panel.lines)), strict=True):
+                (line,) = axes.plot(range(1, panel.layers + 1), norms, "o-", color=colour, ms=2.5, lw=1.2)
+                line.set_gid(f"tip:{label}")
+            axes.set_title(panel.title if len(panel.title) < 26 else panel.title[:25] + "…", size=8.5)
+            axes.set_xticks([1, panel.layers] if panel.layers > 1 else [1])
+            if axes is grid[0, 0]:
+                log_axis(axes.yaxis, power)
+        figure.supylabel("gradient norm (log)", size=9)
+        figure.supxlabel("layer, input → output", size=9)

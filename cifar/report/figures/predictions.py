@@ -1,0 +1,134 @@
+"""What a run's final evaluation got wrong, from its predictions.npz: the confusion matrix, and the worst mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cifar.registry import figures
+from cifar.report.runs import Run
+from cifar.report.style import RED, Nothing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# in the order of the labels: Krizhevsky 2009, "Learning multiple layers of features from tiny images"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def read(run: Run) -> dict[str, Any] | Nothing:
+    """The arrays of predictions.npz; never a pickle."""
+    import numpy
+
+    path = run.path / "predictions.npz"
+    if not path.exists():
+        return Nothing("the run has no predictions.npz (it has not finished)")
+    try:
+        with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # zipfile, zlib and numpy each raise their own
+        return Nothing(f"predictions.npz cannot be read ({type(error).__name__})")
+
+
+def names_of(run: Run) -> Sequence[str]:
+    return CLASSES if run.dataset == "cifar10" else [f"class {i}" for i in range(10)]  # the stand-in has its own
+
+
+@dataclass(frozen=True)
+class Counts:
+    share: Any  # (10, 10) percent of each true class
+    accuracy: float  # percent
+    n: int
+    split: str
+    names: Sequence[str]
+
+
+@figures.register("confusion")
+class Confusion:
+    scope, order = "run", 30
+    title = "Confusion matrix"
+    caption = "Rows: the true class. Columns: what was predicted. Percent of the row's images; a row adds up to 100."
+
+    def select(self, run: Run) -> Counts | Nothing:
+        import numpy
+
+        data = read(run)
+        if isinstance(data, Nothing):
+            return data
+        if not len(data["label"]):
+            return Nothing("predictions.npz is empty")
+        counts = numpy.zeros((10, 10))
+        numpy.add.at(counts, (data["label"], data["predicted"]), 1)
+        share = 100 * counts / numpy.maximum(counts.sum(1, keepdims=True), 1)
+        return Counts(
+            share, float(100 * counts.trace() / counts.sum()), int(counts.sum()), str(data.get("split", "")), names_of(run)
+        )
+
+    def size(self, data: Counts) -> tuple[float, float]:
+        return 6.2, 5.4
+
+    def draw(self, data: Counts, figure: Figure) -> None:
+        from matplotlib.colors import PowerNorm
+
+        axes = figure.subplots()
+        axes.grid(visible=False)
+        axes.imshow(data.share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
+        for row in range(10):
+            for column in range(10):
+                value = data.share[row, column]
+                weight = "bold" if row == column else "normal"
+                colour = "white" if value > 40 else "#1f2937"  # on a fixed colour map: not the page's ink
+                text = f"{value:.0f}" if value >= 0.5 else "·"
+                axes.text(column, row, text, ha="center", va="center", size=8, color=colour, weight=weight)
+        axes.set_xticks(range(10), data.names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(10), data.names)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        axes.set_title(f"{data.accuracy:.1f} % of {data.n:,} {data.split} images are right")
+
+
+@dataclass(frozen=True)
+class Mistake:
+    image: Any  # (32, 32, 3) uint8
+    true: str
+    predicted: str
+    confidence: float  # percent
+
+
+@figures.register("mistakes")
+class Mistakes:
+    scope, order = "run", 40
+    title = "Worst mistakes"
+    caption = "The images that the network got wrong with the most confidence: what they are, and in red what it said."
+
+    def select(self, run: Run) -> list[Mistake] | Nothing:
+        data = read(run)
+        if isinstance(data, Nothing):
+            return data
+        names = names_of(run)
+        place = {int(index): i for i, index in enumerate(data["index"])}
+        mistakes = []
+        for image, index in zip(data["worst_images"], data["worst_index"], strict=True):
+            i = place.get(int(index))
+            if i is not None and data["label"][i] != data["predicted"][i]:
+                true, predicted = names[data["label"][i]], names[data["predicted"][i]]
+                mistakes.append(Mistake(image.transpose(1, 2, 0), true, predicted, 100 * float(data["confidence"][i])))
+        return mistakes[:25] or Nothing("no image was wrong")
+
+    def size(self, data: list[Mistake]) -> tuple[float, float]:
+        return 6.6, 1.72 * -(-len(data) // 5)
+
+    def draw(self, data: list[Mistake], figure: Figure) -> None:
+        axes = figure.subplots()  # one for all: 25 axes take a second to lay out
+        axes.set_axis_off()
+        for i, mistake in enumerate(data):
+            x, y = i % 5, 1.32 * (i // 5)
+            axes.imshow(mistake.image, interpolation="nearest", extent=(x, x + 0.92, y + 0.92, y))
+            axes.text(x + 0.46, y - 0.03, mistake.true, size=8, ha="center", va="bottom")
+            said = f"{mistake.predicted} {mistake.confidence:.0f} %"
+            axes.text(x + 0.46, y + 0.95, said, size=8, color=RED, ha="center", va="top")
+        axes.set_xlim(0, 4.92)
+        axes.set_ylim(1.32 * ((len(data) - 1) // 5) + 1.12, -0.18)

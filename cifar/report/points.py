@@ -1,0 +1,193 @@
+"""Runs -> points: seeds folded, the front marked, and what cannot be compared set apart by name and with the reason."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from cifar.errors import UserError
+from cifar.report import stats
+from cifar.report.runs import SPLITS, STAND_IN, UNOFFICIAL, Apart, Run, count, show
+
+
+@dataclass(frozen=True)
+class Point:
+    """Runs that differ in nothing but their seed. `macs` counts all views of an image."""
+
+    label: str
+    values: dict[str, Any]
+    runs: tuple[Run, ...]
+    macs: float
+    params: int
+    views: int
+    accuracies: tuple[float, ...]
+    mean: float
+    half: float | None  # of the 95 % Student-t interval of the mean over seeds; None for one seed
+    on_front: bool = False
+
+    @property
+    def n(self) -> int:
+        return len(self.runs)
+
+    @property
+    def std(self) -> float | None:
+        return statistics.stdev(self.accuracies) if self.n > 1 else None
+
+    @property
+    def model(self) -> str:
+        return self.runs[0].model
+
+    @property
+    def seconds(self) -> float | None:
+        known = [run.seconds for run in self.runs if run.seconds is not None]
+        return statistics.fmean(known) if known else None
+
+    @property
+    def accuracy_text(self) -> str:
+        spread = f" ± {100 * self.half:.1f}" if self.half is not None else ""
+        return f"{100 * self.mean:.1f}{spread} % (n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the figures and tables of a report are made from; points are sorted by MACs."""
+
+    points: tuple[Point, ...]
+    apart: tuple[Apart, ...] = ()
+    keys: tuple[str, ...] = ()  # the configuration keys that tell the points apart
+    split: str = "val"
+    budget: float | None = None
+    title: str = ""
+    banner: str = ""
+
+    @property
+    def axis(self) -> str:
+        return f"{SPLITS[self.split]} accuracy, last epoch"
+
+    @property
+    def subtitle(self) -> str:
+        runs = {run.id for point in self.points for run in point.runs}
+        return f"{self.title} · {self.axis} · {count(len(self.points), 'point')} from {count(len(runs), 'run')}"
+
+    @cached_property
+    def front(self) -> tuple[Point, ...]:
+        return tuple(point for point in self.points if point.on_front)
+
+    @cached_property
+    def configurations(self) -> tuple[Point, ...]:
+        """Each configuration once, though its test may be scored with one view and with several."""
+        return tuple({point.runs[0].id: point for point in reversed(self.points)}.values())[::-1]
+
+    @property
+    def best(self) -> Point | None:
+        """The most accurate single-view point within the budget."""
+        fitting = [point for point in self.front if self.budget is None or point.macs <= self.budget]
+        return fitting[-1] if fitting else None
+
+    @property
+    def correlation(self) -> float | None:
+        single = [point for point in self.points if point.views == 1]
+        return stats.rank_correlation([point.macs for point in single], [point.mean for point in single])
+
+
+def compare(
+    runs: Iterable[Run], *, split: str = "val", budget: float | None = None, title: str = "", damaged: Sequence[Apart] = ()
+) -> Comparison:
+    """Fold seeds into points; set apart what cannot stand in one table with the others."""
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: choose val or test")
+    runs = sorted(runs, key=lambda run: (run.created, run.id))
+    finished = [run for run in runs if run.state == "finished"]
+    kinds = Counter((run.dataset, run.official) for run in finished or runs)
+    # most runs decide; the official CIFAR-10 wins a draw
+    majority = max(kinds, key=lambda kind: (kinds[kind], kind == ("cifar10", True)), default=("cifar10", True))
+    apart = list(damaged)
+    groups: dict[str, dict[Any, Run]] = {}
+    for run in runs:
+        why = _why_apart(run, split, majority)
+        if why:
+            apart.append(Apart(run.id, run.name, *why))
+            continue
+        group = groups.setdefault(json.dumps({**run.config, "seed": None}, sort_keys=True, default=str), {})
+        seed = run.config.get("seed")
+        if seed in group:  # a repeat of one seed tells nothing about seeds; the newest counts
+            old = group[seed]
+            apart.append(Apart(old.id, old.name, "repeated", f"same configuration and seed as the newer {run.id}"))
+        group[seed] = run
+    points = _label([point for group in groups.values() for point in _points(group.values(), split)])
+    points.sort(key=lambda point: (point.macs, -point.mean, point.label))
+    single = [point for point in points if point.views == 1]
+    best = {id(single[i]) for i in stats.front([p.macs for p in single], [p.mean for p in single])}
+    banner = "" if majority == ("cifar10", True) else UNOFFICIAL if majority[0] == "cifar10" else STAND_IN
+    return Comparison(
+        points=tuple(replace(point, on_front=id(point) in best) for point in points),
+        apart=tuple(apart),
+        keys=tuple(points[0].values) if points else (),
+        split=split,
+        budget=budget,
+        title=title,
+        banner=banner if runs else "",
+    )
+
+
+def _why_apart(run: Run, split: str, majority: tuple[str, bool]) -> tuple[str, str] | None:
+    """(kind, reason), or None for a run that is compared."""
+    if (run.dataset, run.official) != majority:
+        return "other data", f"on {run.banner or 'the official CIFAR-10'}, unlike most of these runs"
+    if run.state != "finished":
+        seen = run.accuracy("val")
+        so_far = f"epoch {run.epoch} of {run.epochs}" + (
+            f", validation accuracy {100 * seen:.1f} %" if seen is not None else ""
+        )
+        return run.state, run.reason or so_far
+    if not run.verified:
+        return "unverified MACs", run.cost_note or "two counters disagree on its MACs"
+    if run.accuracy(split) is None:
+        return (
+            f"no {SPLITS[split]} accuracy",
+            "trained without a validation cut" if split == "val" else "its test set was not scored",
+        )
+    return None
+
+
+def _points(runs: Iterable[Run], split: str) -> list[Point]:
+    """One point for each number of views that the seeds were scored with."""
+    by_views: dict[int, list[tuple[Run, float]]] = {}
+    for run in runs:
+        for views, accuracy in run.accuracies(split).items():
+            by_views.setdefault(views, []).append((run, accuracy))
+    points = []
+    for views, scored in by_views.items():
+        members, accuracies = zip(*scored, strict=True)
+        first = members[0]
+        points.append(Point("", {}, members, first.macs * views, first.params, views, accuracies, *stats.interval(accuracies)))
+    return points
+
+
+def _label(points: list[Point]) -> list[Point]:
+    """Name each point by the fewest keys that tell all of them apart; swept keys are kept before others."""
+    swept = list(dict.fromkeys(key for point in points for run in point.runs for key in run.swept))
+    every = dict.fromkeys(["model", *swept, *(key for point in points for key in point.runs[0].config)])
+    configs = [point.runs[0].config for point in points]
+    differing = [key for key in every if key != "seed" and len({json.dumps(c.get(key), default=str) for c in configs}) > 1]
+    needed, different = list(differing), len({_text(config, differing) for config in configs})
+    for key in reversed(differing):
+        fewer = [other for other in needed if other != key]
+        if key != "model" and len({_text(config, fewer) for config in configs}) == different:
+            needed = fewer
+    columns = ["model", *(key for key in differing if key != "model" and (key in needed or key in swept))]
+    named = []
+    for point, config in zip(points, configs, strict=True):
+        label = _text(config, needed) or point.model
+        label += f" ({point.views} views)" if point.views > 1 else ""
+        named.append(replace(point, label=label, values={key: config.get(key) for key in columns}))
+    return named
+
+
+def _text(config: dict[str, Any], keys: Iterable[str]) -> str:
+    return ", ".join(show(config[k]) if k == "model" else f"{k}={show(config[k])}" for k in keys if config.get(k) is not None)

@@ -1,0 +1,319 @@
+"""Run folders -> runs: sweeps, runs and folders by name, read whole; a damaged one is named and left out."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar.errors import UserError
+from cifar.record import Record, all_records, find
+
+STAND_IN = "STAND-IN DATA, not CIFAR-10"
+UNOFFICIAL = "NOT THE OFFICIAL CIFAR-10 FILES"
+SPLITS = {"val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as its folder tells it. Accuracies are fractions; `macs` is per 3x32x32 image and one view."""
+
+    id: str
+    name: str
+    path: Path
+    config: dict[str, Any]
+    macs: float
+    params: int
+    verified: bool
+    cost_note: str
+    dataset: str
+    official: bool
+    state: str
+    reason: str
+    epoch: int
+    epochs: int
+    swept: tuple[str, ...]
+    sweep: str
+    cell: int | None
+    created: float
+    command: str
+    rows: tuple[dict[str, Any], ...]
+    summary: dict[str, Any]
+    labels: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def banner(self) -> str:
+        """What has to be said wherever this run appears; empty on the official CIFAR-10."""
+        return "" if self.dataset == "cifar10" and self.official else UNOFFICIAL if self.dataset == "cifar10" else STAND_IN
+
+    @property
+    def subtitle(self) -> str:
+        return f"{self.name} ({self.id})" if self.name != self.id else self.id
+
+    @property
+    def model(self) -> str:
+        return str(self.config.get("model", "?"))
+
+    @property
+    def seconds(self) -> float | None:
+        return self.summary.get("seconds")
+
+    def accuracies(self, split: str) -> dict[int, float]:
+        """Of the last epoch, by the number of views of an image that were averaged. Validation has one view."""
+        if split == "val":
+            last = self.rows[-1] if self.rows else {}
+            found = {1: last.get("val/acc", self.summary.get("val/acc"))}
+        else:
+            views = int(self.summary.get("test/views") or 1)
+            found = {1: self.summary.get("test/acc_one_view"), views: self.summary.get("test/acc")}
+        return {n: float(acc) for n, acc in found.items() if isinstance(acc, int | float) and math.isfinite(acc)}
+
+    def accuracy(self, split: str) -> float | None:
+        """Of the last epoch, as the run was scored: with all of its views."""
+        found = self.accuracies(split)
+        return found[max(found)] if found else None
+
+    def layers(self, metric: str) -> list[str]:
+        """Layers that have `metric`, in the network's order."""
+        present = {key.removeprefix(f"{metric}/") for row in self.rows for key in row if key.startswith(f"{metric}/")}
+        order = {name: i for i, name in enumerate(self.labels.get("layers", []))}
+        first_seen = {key.removeprefix(f"{metric}/"): i for i, key in enumerate(self.rows[-1])} if self.rows else {}
+        return sorted(present, key=lambda name: (order.get(name, len(order)), first_seen.get(name, 0)))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A run that is not compared, and why."""
+
+    id: str
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What was asked for: runs, those that could not be read, and the sweep if it is exactly one."""
+
+    runs: tuple[Run, ...]
+    damaged: tuple[Apart, ...] = ()
+    sweep: str = ""
+    title: str = "runs"
+    question: str = ""
+    cells: int = 0  # trials that the sweep will have; 0: not known
+
+
+class Table(list[dict[str, Any]]):
+    """Rows for a notebook: a list of dicts that shows itself as a table."""
+
+    banner = ""
+
+    def _repr_html_(self) -> str:
+        columns = list(dict.fromkeys(key for row in self for key in row))
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(show(row.get(c)))}</td>" for c in columns) + "</tr>" for row in self)
+        note = f"<p><strong>{html.escape(self.banner)}</strong></p>" if self.banner else ""
+        return f"{note}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame. Raises UserError where pandas is not installed."""
+        try:
+            import pandas  # type: ignore[import-untyped, unused-ignore]
+        except ImportError:
+            raise UserError("pandas is not installed; `pip install pandas`, or use the rows as they are") from None
+        return pandas.DataFrame(list(self))
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Run:
+    """One run folder. Raises UserError that says what is damaged."""
+    record = Record(path)
+    try:
+        run, config, status = map(record.read, ("run", "config", "status"))
+        if not run or not config:
+            raise ValueError(f"{'config' if run else 'run'}.json is missing")
+        cost = run.get("cost") or {}
+        rows = tuple(record.rows())
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("metrics.jsonl holds a line that is no row")
+        dataset = str(run.get("dataset") or config.get("dataset"))
+        return Run(
+            id=path.name,
+            name=str(run.get("name") or path.name),
+            path=path,
+            config={**config, "dataset": dataset},
+            macs=float(cost.get("macs", 0)),
+            params=int(cost.get("params", 0)),
+            verified=bool(cost.get("verified", False)) and float(cost.get("macs", 0)) > 0,
+            cost_note=str(cost.get("note") or ("" if cost else "no MACs in its record")),
+            dataset=dataset,
+            official=bool(run.get("official", False)),
+            state=str(status.get("state", "running")),
+            reason=str(status.get("reason") or ""),
+            epoch=int(status.get("epoch") or 0),
+            epochs=int(status.get("epochs") or config.get("epochs") or 0),
+            swept=tuple(map(str, run.get("swept") or ())),
+            sweep=str(run.get("sweep") or ""),
+            cell=run.get("cell"),
+            created=float(run.get("created") or 0),
+            command=str(run.get("command") or ""),
+            rows=rows,
+            summary=record.read("summary"),
+            labels=record.read("labels"),
+            environment=record.read("environment"),
+        )
+    except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the run {path.name} is damaged and left out ({what}); delete {path} or restore it") from None
+
+
+def collect(names: Sequence[str], runs: Path) -> Collection:
+    """Sweeps, runs and folders by name -> their runs. No name: the newest sweep, or else every run."""
+    newest = "" if names else newest_sweep(runs)
+    paths: dict[Path, None] = {} if names or newest else dict.fromkeys(_run_folders(runs))  # in order, each once
+    sweeps = []
+    for name in [newest] if newest else names:
+        folder = Path(name)
+        if _is_sweep(name, runs):
+            home = folder.resolve().parent.parent if folder.name != name else runs
+            sweeps.append((folder.name, home))
+            paths.update(dict.fromkeys(_of_sweep(folder.name, home)))
+        elif not (folder / "run.json").exists() and (inside := _run_folders(folder)):
+            paths.update(dict.fromkeys(inside))
+        else:
+            paths[find(name, runs).path] = None
+    if not paths and not sweeps:
+        raise UserError(
+            f"no runs in {runs}; `python -m cifar sweep sweeps/quickstart.yaml` makes some, --runs-dir names a place"
+        )
+    found, damaged = [], []
+    for path in paths:
+        try:
+            found.append(load(path))
+        except UserError as error:
+            damaged.append(Apart(path.name, path.name, "damaged", str(error)))
+    if len(sweeps) == 1 and len(names) < 2:
+        title, question, cells = _describe(*sweeps[0])
+        return Collection(tuple(found), tuple(damaged), sweeps[0][0], title, question, cells)
+    if len(found) == len(paths) == 1:
+        title = found[0].name
+    else:
+        title = ", ".join([*names[:3], "…"] if len(names) > 3 else names) or f"all runs in {runs.name}"
+    return Collection(tuple(found), tuple(damaged), title=title)
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    whole = [record.path for record in all_records(folder)]
+    known = set(whole)
+    return whole + sorted({p.parent for p in folder.glob("*/config.json")} - known)  # run.json lost: named as damaged
+
+
+def _is_sweep(name: str, runs: Path) -> bool:
+    path = Path(name)
+    if path.name != name:  # a path: of a sweep's folder, or of anything else
+        return path.parent.name == "sweeps" and path.is_dir()
+    return bool(name) and ((runs / "sweeps" / name).is_dir() or any(_of_sweep(name, runs)))
+
+
+def _of_sweep(sweep: str, runs: Path) -> list[Path]:
+    chosen = []
+    for path in _run_folders(runs):
+        try:
+            of = str(json.loads((path / "run.json").read_text()).get("sweep") or "")
+        except (OSError, ValueError, AttributeError):
+            of = path.name.rpartition("-")[0]  # SWEEP-CELL: the folder's name still tells
+        if of == sweep:
+            chosen.append(path)
+    return sorted(chosen)
+
+
+def newest_sweep(runs: Path) -> str:
+    """The id of the sweep that was created last, or ""."""
+    files = [*(runs / "sweeps").glob("*/sweep.yaml")]
+    return max(files, key=lambda path: path.stat().st_mtime).parent.name if files else ""
+
+
+def _describe(sweep: str, runs: Path) -> tuple[str, str, int]:
+    """A sweep's title, the question that its file asks (its description, or the comment it opens with), and its cells."""
+    from cifar.config import parse_yaml
+
+    folder = runs / "sweeps" / sweep
+    text, content, info = "", {}, {}
+    with contextlib.suppress(OSError, ValueError, UserError):
+        text = (folder / "sweep.yaml").read_text(encoding="utf-8")
+        content = parse_yaml(text, "sweep.yaml")
+        info = json.loads((folder / "sweep.json").read_text())
+    comment = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())]
+    name = content.get("name") if isinstance(content, dict) else None
+    question = content.get("description") if isinstance(content, dict) else None
+    cells = info.get("cells") if isinstance(info, dict) else None
+    title = f"{name} ({sweep})" if name and name != sweep else sweep
+    return title, str(question or "\n".join(comment)).strip(), cells if isinstance(cells, int) else 0
+
+
+# -- printing ----------------------------------------------------------------------------------------------------------
+
+
+def table(runs: Iterable[Run]) -> Table:
+    """One row a run, for notebooks. Accuracies are fractions, `macs` per image."""
+    runs = list(runs)
+    swept = dict.fromkeys(key for run in runs for key in run.swept if key != "model")
+    rows = Table(
+        {
+            "id": run.id,
+            "name": run.name,
+            "state": run.state,
+            "model": run.model,
+            **{key: run.config.get(key) for key in swept},
+            "macs": run.macs,
+            "params": run.params,
+            "verified": run.verified,
+            "val/acc": run.accuracy("val"),
+            "test/acc": run.accuracy("test"),
+            "seconds": run.seconds,
+            "dataset": run.banner or run.dataset,
+        }
+        for run in runs
+    )
+    rows.banner = next((run.banner for run in runs if run.banner), "")
+    return rows
+
+
+def show(value: Any) -> str:
+    """A configuration value or a cell, as short as it can be read."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def count(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+def macs_text(macs: float) -> str:
+    """4.08e7 -> "40.8 MMACs"."""
+    size, prefix = next(((s, p) for s, p in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if macs >= s), (1.0, ""))
+    return f"{macs / size:.3g} {prefix}MACs"
+
+
+def amount(text: str) -> float:
+    """ "50M" -> 5e7; k, M, G and plain numbers (`5e7`) are read."""
+    scale = {"k": 1e3, "m": 1e6, "g": 1e9}.get(text.strip()[-1:].lower())
+    try:
+        value = float(text.strip()[:-1]) * scale if scale else float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"'{text}' is not a number of multiply-adds; write 50M, 1.2G or 5e7")
+    return value

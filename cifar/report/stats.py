@@ -1,0 +1,74 @@
+"""The few statistics of a report: an interval over seeds, a Pareto front, a rank correlation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def t_within(t: float, df: int) -> float:
+    """P(|T| <= t) for Student's T with `df` degrees of freedom. Abramowitz & Stegun 26.7.3 (odd df) and 26.7.4 (even df)."""
+    angle = math.atan(t / math.sqrt(df))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = df % 2
+    term = cosine if odd else 1.0
+    total = term if df > 1 else 0.0
+    for k in range(2 + odd, df, 2):  # term k of the series in cos(angle)**k
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def t_quantile(confidence: float, df: int) -> float:
+    """The t with P(|T| <= t) = confidence, by bisection."""
+    assert 0 < confidence < 1 and df >= 1
+    low, high = 0.0, 1.0
+    while t_within(high, df) < confidence:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_within(middle, df) < confidence else (low, middle)
+    return high
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None]:
+    """Mean, and the half-width of Student's interval of the mean; None for a single value."""
+    mean, n = statistics.fmean(values), len(values)
+    if n < 2:
+        return mean, None
+    return mean, t_quantile(confidence, n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
+    """Indices, cheapest first, of what nothing else beats: no other costs at most as much and gains at least as much.
+
+    Of equal pairs the first one stays.
+    """
+    kept: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i], i)):
+        if not kept or gains[i] > gains[kept[-1]]:
+            kept.append(i)
+    return kept
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    result = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
+            end += 1
+        for i in order[start : end + 1]:
+            result[i] = (start + end) / 2 + 1
+        start = end + 1
+    return result
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's rho; None where it is not defined (fewer than two points, or one side constant)."""
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return statistics.correlation(ranks(x), ranks(y))

@@ -1,0 +1,183 @@
+"""Every registered figure: it selects from a synthetic table, draws on an empty one, and announces stand-in data."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from fake_runs import NETWORKS, quickstart, write
+
+from cifar import registry
+from cifar.report import style
+from cifar.report.points import Comparison, compare
+from cifar.report.runs import STAND_IN, Run, collect, load
+from cifar.report.style import Nothing
+
+ENTRIES = sorted(registry.figures, key=style.order)
+BY_NAME = {entry.name: entry for entry in ENTRIES}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    runs = tmp_path_factory.mktemp("runs")
+    quickstart(runs, layers=5)
+    found = collect([], runs)
+    return compare(found.runs, title=found.title, budget=5e7)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return load(write(tmp_path_factory.mktemp("run"), "one", predictions=True, epochs=4).path)
+
+
+def empty_run(tmp_path: Path) -> Run:
+    return load(write(tmp_path, "empty", state="running", done=0).path)
+
+
+def test_what_is_promised_is_there() -> None:
+    scopes = {entry.name: style.scope(entry) for entry in ENTRIES}
+    assert scopes.items() >= {"accuracy_vs_macs": "sweep", "learning_curves": "sweep", "effects": "sweep"}.items()
+    assert scopes.items() >= {"gradient_flow": "run", "weight_updates": "run", "curves": "run", "confusion": "run"}.items()
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_draws_on_a_full_and_on_an_empty_table(entry: registry.Entry, sweep: Comparison, run: Run, tmp_path: Path) -> None:
+    of_run = style.scope(entry) == "run"
+    full = style.render(entry, run if of_run else sweep)
+    assert full.problem == "" or "only the network was swept" in full.problem
+    assert style.png(full.figure, dpi=40).startswith(b"\x89PNG")
+    empty = style.render(entry, empty_run(tmp_path) if of_run else compare([]))
+    assert empty.problem and not empty.failed
+    assert "nothing to show" in texts(empty)
+    ElementTree.fromstring(style.svg(empty.figure, "salt"))
+
+
+@pytest.mark.parametrize("name", ["accuracy_vs_macs", "gradient_flow"])
+def test_stand_in_data_is_announced_on_the_figure(name: str, tmp_path: Path) -> None:
+    run = load(write(tmp_path, "one", dataset="stand-in").path)
+    subject = run if style.scope(BY_NAME[name]) == "run" else compare([run])
+    for title in (True, False):
+        assert STAND_IN in texts(style.render(BY_NAME[name], subject, title=title))
+
+
+def test_svg_is_the_same_every_time_and_points_have_tips(sweep: Comparison) -> None:
+    first, second = (style.svg(style.render(BY_NAME["accuracy_vs_macs"], sweep).figure, "salt") for _ in range(2))
+    assert first == second
+    ElementTree.fromstring(first)
+    tips = re.findall(r'<g class="tip"><title>([^<]*)</title>', first)
+    assert len(tips) == len(NETWORKS)
+    assert any("resnet20" in tip and "40.8 MMACs" in tip and "seeds 0, 1, 2" in tip for tip in tips)
+
+
+def test_names_cannot_break_out_of_an_svg(tmp_path: Path) -> None:
+    name = "</title><script>alert(1)</script>--> &\"' $x_1$"
+    write(tmp_path, "a", name=name, recipe=name)
+    write(tmp_path, "b", name=name, recipe="plain")
+    comparison = compare(collect([], tmp_path).runs, title=name)
+    drawn = style.render(BY_NAME["accuracy_vs_macs"], comparison)
+    assert not drawn.problem
+    for text in (style.svg(drawn.figure, "salt"), style.inline(drawn.figure, "salt")):
+        root = ElementTree.fromstring(text)
+        assert not [node for node in root.iter() if node.tag.rpartition("}")[2] == "script"]
+        assert any(name in (node.text or "") for node in root.iter())
+
+
+def test_accuracy_vs_macs_selects_percent_intervals_and_the_front(sweep: Comparison) -> None:
+    data = BY_NAME["accuracy_vs_macs"].build().select(sweep)
+    dots = {dot.label: dot for dot in data.dots}
+    assert dots["vgg11"].error is None and dots["vgg11"].n == 1
+    assert dots["resnet20"].error > 0 and 70 < dots["resnet20"].y < 80
+    assert {label for label, dot in dots.items() if not dot.front} == {"vgg11", "worksheet2", "mobilenet_v2"}
+    xs, ys = zip(*data.steps, strict=True)
+    assert list(xs) == sorted(xs) and list(ys) == sorted(ys)
+
+
+def test_several_views_alone_have_no_front_and_are_drawn(tmp_path: Path) -> None:
+    comparison = compare([load(write(tmp_path, "a", test=0.8, views=6).path)], split="test")
+    drawn = style.render(BY_NAME["accuracy_vs_macs"], comparison)
+    assert not drawn.problem and comparison.best is None and "resnet20 (6 views)" in texts(drawn)
+
+
+def test_gradient_flow_marks_layers_that_get_none(tmp_path: Path) -> None:
+    record = write(tmp_path, "one", epochs=2, layers=3)
+    record.append(
+        {"epoch": 3, **{f"gradient_{m}/layer{i}.conv": 0.0 if i == 1 else 0.5 for i in range(3) for m in ("mean", "max")}}
+    )
+    flow = BY_NAME["gradient_flow"].build().select(load(record.path))
+    assert flow.zero == [1] and math.isnan(flow.mean[1]) and flow.mean[0] == 0.5 and flow.epochs == (1, 3)
+    assert flow.layers == ["layer0.conv", "layer1.conv", "layer2.conv"]
+
+
+def test_weight_updates_are_layers_by_epochs_in_the_networks_order(run: Run) -> None:
+    data = BY_NAME["weight_updates"].build().select(run)
+    assert data.layers == run.labels["layers"] and data.epochs == [1, 2, 3, 4]
+    assert data.ratio[2][1] == run.rows[1]["update_ratio/layer2.conv"]
+
+
+def test_confusion_rows_add_up_and_mistakes_are_mistakes(run: Run) -> None:
+    counts = BY_NAME["confusion"].build().select(run)
+    assert counts.share.sum(1) == pytest.approx(100)
+    assert counts.n == 5000 and 70 < counts.accuracy < 85
+    mistakes = BY_NAME["mistakes"].build().select(run)
+    assert len(mistakes) == 25 and all(m.true != m.predicted and m.image.shape == (32, 32, 3) for m in mistakes)
+
+
+def test_damaged_predictions_are_nothing_to_show(tmp_path: Path) -> None:
+    record = write(tmp_path, "one")
+    (record.path / "predictions.npz").write_bytes(b"PK\x03\x04 broken")
+    assert isinstance(BY_NAME["confusion"].build().select(load(record.path)), Nothing)
+
+
+def test_effects_use_a_log_axis_where_values_span(tmp_path: Path) -> None:
+    for i, (lr, size) in enumerate((lr, size) for lr in (0.001, 0.01, 0.1) for size in (64, 128)):
+        write(tmp_path, f"r{i}", lr=lr, batch_size=size, swept=("lr", "batch_size"), accuracy=0.5 + lr)
+    effects = {effect.key: effect for effect in BY_NAME["effects"].build().select(compare(collect([], tmp_path).runs))}
+    assert effects["lr"].log and [x for x, _ in effects["lr"].means] == [0.001, 0.01, 0.1]
+    assert effects["lr"].means[2][1] == pytest.approx(60)
+    assert effects["batch_size"].ticks == ["64", "128"]
+
+
+def test_names_beside_points_do_not_overlap() -> None:
+    assert style.spread([0, 0.1, 0.2, 9], 1) == pytest.approx([-0.9, 0.1, 1.1, 9])
+    places = style.spread(sorted((i * 37 % 11) / 3 for i in range(30)), 1)
+    assert all(b - a >= 1 - 1e-9 for a, b in itertools.pairwise(places))
+
+
+def test_a_new_figure_is_one_file_and_a_broken_one_costs_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "runs", "one")
+    write(tmp_path / "runs", "two", model="vgg11")
+    (tmp_path / "plugins" / "figures").mkdir(parents=True)
+    for name, body in (("mine", "figure.subplots().plot(data)"), ("broken", "raise ValueError('no')")):
+        (tmp_path / "plugins" / "figures" / f"{name}.py").write_text(
+            "from cifar.registry import figures\n"
+            f"@figures.register('{name}')\n"
+            "class Figure:\n"
+            "    scope, title = 'sweep', 'A figure of mine'\n"
+            "    def __init__(self, *, scale: float = 2.0) -> None:\n        self.scale = scale\n"
+            "    def select(self, comparison):\n        return [self.scale * p.mean for p in comparison.points]\n"
+            f"    def draw(self, data, figure):\n        {body}\n"
+        )
+    program = (
+        "import sys; from pathlib import Path; from cifar.report import report\n"
+        "result = report([], runs=Path(sys.argv[1]))\n"
+        "print(sorted(path.name for path in result.paths)); print(result.notes)\n"
+        "assert 'A figure of mine' in result.page.read_text()"
+    )
+    environment = {"CIFAR_PLUGINS": str(tmp_path / "plugins"), "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", program, str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "mine.png" in done.stdout and "broken.png" not in done.stdout
+    assert "figure 'broken' failed (ValueError: no)" in done.stdout
+
+
+def texts(drawn: style.Drawn) -> str:
+    from matplotlib.text import Text
+
+    return " ".join(text.get_text() for text in drawn.figure.findobj(Text)).replace("\n", "")

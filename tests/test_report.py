@@ -1,0 +1,335 @@
+"""The report: what is compared and what stands apart, the files it leaves, and what a page may never do."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fake_runs import NETWORKS, quickstart, sweep_folder, write
+
+from cifar.errors import UserError
+from cifar.report import pictures, report
+from cifar.report.page import sentences
+from cifar.report.points import compare
+from cifar.report.runs import STAND_IN, amount, collect, load, macs_text, table
+
+HOSTILE = "</title></script><script>alert(1)</script><img src=x onerror=alert(2)>-->&\"'"
+
+
+class Tags(HTMLParser):
+    """Tags with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def comparison_of(runs: Path, **options: object):  # type: ignore[no-untyped-def]
+    found = collect([], runs)
+    return compare(found.runs, damaged=found.damaged, title=found.title, **options)  # type: ignore[arg-type]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+# -- what is compared --
+
+
+def test_seeds_fold_into_one_point_with_students_interval(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.70, 0.72, 0.74)):
+        write(tmp_path, f"r{seed}", seed=seed, accuracy=accuracy)
+    write(tmp_path, "other", lr=0.5, accuracy=0.6)
+    points = {point.label: point for point in comparison_of(tmp_path).points}
+    assert set(points) == {"lr=0.1", "lr=0.5"}
+    assert points["lr=0.1"].n == 3 and points["lr=0.1"].mean == pytest.approx(0.72)
+    assert points["lr=0.1"].half == pytest.approx(4.30265 * 0.02 / 3**0.5, rel=1e-5)
+    assert points["lr=0.5"].half is None
+
+
+def test_a_repeated_seed_is_no_second_sample(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        write(tmp_path, name, accuracy=0.7)
+        time.sleep(0.01)
+    comparison = comparison_of(tmp_path)
+    assert [[run.id for run in point.runs] for point in comparison.points] == [["new"]]
+    assert [(run.id, run.kind) for run in comparison.apart] == [("old", "repeated")]
+
+
+def test_only_the_last_epoch_of_finished_runs_counts(tmp_path: Path) -> None:
+    record = write(tmp_path, "ok", accuracy=0.6)
+    record.write("summary", {**record.read("summary"), "best/val/acc": 0.99})
+    for state in ("running", "interrupted", "diverged", "failed", "pruned", "stopped", "skipped"):
+        write(tmp_path, state, seed=5, state=state, accuracy=0.95, reason="" if state == "running" else f"why {state}")
+    comparison = comparison_of(tmp_path)
+    assert comparison.best.mean == 0.6 and comparison.best.n == 1
+    apart = {run.kind: run.reason for run in comparison.apart}
+    assert apart["diverged"] == "why diverged" and "epoch 2 of 5" in apart["running"] and len(apart) == 7
+
+
+def test_other_data_and_unverified_macs_stand_apart_by_name(tmp_path: Path) -> None:
+    write(tmp_path, "a", accuracy=0.5)
+    write(tmp_path, "b", model="vgg11", accuracy=0.6)
+    write(tmp_path, "stand", dataset="stand-in", accuracy=0.9)
+    write(tmp_path, "unsure", seed=9, verified=False, accuracy=0.9)
+    comparison = comparison_of(tmp_path)
+    assert {run.id: run.kind for run in comparison.apart} == {"stand": "other data", "unsure": "unverified MACs"}
+    assert comparison.best.mean == 0.6 and comparison.banner == ""
+    write(tmp_path, "stand2", model="vgg11", dataset="stand-in")
+    assert comparison_of(tmp_path).banner == ""  # a draw: CIFAR-10
+    for i, model in enumerate(("worksheet1", "worksheet2")):
+        write(tmp_path, f"more{i}", model=model, dataset="stand-in")
+    comparison = comparison_of(tmp_path)
+    assert comparison.banner == STAND_IN and {run.dataset for p in comparison.points for run in p.runs} == {"stand-in"}
+
+
+def test_split_test_uses_only_runs_that_have_it_and_charges_views(tmp_path: Path) -> None:
+    write(tmp_path, "a", test=0.81, accuracy=0.6)
+    write(tmp_path, "b", model="worksheet1", test=0.9, views=6)
+    write(tmp_path, "c", model="vgg11", accuracy=0.99)
+    write(tmp_path, "d", model="worksheet2", test=0.95, views=2, one_view=0.94)
+    comparison = comparison_of(tmp_path, split="test")
+    points = {point.label: point for point in comparison.points}
+    assert points["resnet20"].mean == 0.81 and points["resnet20"].on_front
+    assert points["worksheet1 (6 views)"].macs == 6 * NETWORKS["worksheet1"][0]
+    assert not points["worksheet1 (6 views)"].on_front and comparison.best.label == "worksheet2"
+    assert points["worksheet2"].mean == 0.94 and points["worksheet2 (2 views)"].mean == 0.95 and len(points) == 4
+    assert [(run.id, run.kind) for run in comparison.apart] == [("c", "no test accuracy")]
+    assert all(point.views == 1 for point in comparison_of(tmp_path).points)
+
+
+def test_best_under_a_budget(tmp_path: Path) -> None:
+    quickstart(tmp_path, seeds=1)
+    assert comparison_of(tmp_path, budget=5e7).best.label == "resnet20"
+    assert comparison_of(tmp_path, budget=1e9).best.label == "preact_resnet18"
+    assert comparison_of(tmp_path, budget=1e6).best is None
+    answer = sentences(comparison_of(tmp_path, budget=5e7))[0]
+    assert re.fullmatch(r"Best under 50 MMACs: resnet20, val accuracy 7\d\.\d % \(n = 1\) at 40\.8 MMACs\.", answer)
+
+
+def test_labels_are_as_short_as_they_can_be(tmp_path: Path) -> None:
+    swept = ("model", "lr", "optimizer")
+    for i, (model, lr, optimizer) in enumerate([("vgg11", 0.1, "sgd"), ("resnet20", 0.1, "sgd"), ("resnet20", 0.2, "adam")]):
+        write(tmp_path, f"r{i}", model=model, lr=lr, optimizer=optimizer, swept=swept)
+    comparison = comparison_of(tmp_path)
+    assert [p.label for p in comparison.points] == ["resnet20, lr=0.1", "resnet20, lr=0.2", "vgg11, lr=0.1"]
+    assert comparison.keys == ("model", "lr", "optimizer")
+
+
+# -- reading --
+
+
+def test_names_are_sweeps_runs_and_folders(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    quickstart(runs, seeds=1)
+    write(runs, "alone", model="vgg11")
+    n = len(NETWORKS) + 2
+    assert len(collect([], runs).runs) == len(collect(["abcd1234"], runs).runs) == n
+    assert len(collect([str(runs / "sweeps" / "abcd1234")], tmp_path).runs) == n
+    assert len(collect([str(runs)], tmp_path / "elsewhere").runs) == n + 1
+    assert [run.id for run in collect(["alone", "abcd1234-000"], runs).runs] == ["alone", "abcd1234-000"]
+    assert len(collect(["alone", "abcd1234", "alone"], runs).runs) == n + 1
+    assert collect([], runs).title == "quickstart (abcd1234)"
+    assert collect([], runs).question.startswith("Which network is worth")
+    sweep_folder(runs, "newer000")
+    os.utime(runs / "sweeps" / "newer000" / "sweep.yaml", (time.time() + 9, time.time() + 9))
+    assert collect([], runs).sweep == "newer000"
+    with pytest.raises(UserError, match="no run 'nonsense'"):
+        collect(["nonsense"], runs)
+    with pytest.raises(UserError, match="no runs in"):
+        collect([], tmp_path / "empty")
+
+
+DAMAGE = {
+    "run.json": b"{",
+    "config.json": b"[1]",
+    "metrics.jsonl": b'{"epoch": 1}\n\x00\xff\n',
+    "status.json": b"\xff\xfe",
+    "summary.json": b"null",
+}
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_a_damaged_run_is_named_and_the_others_are_reported(file: str, tmp_path: Path) -> None:
+    sweep_folder(tmp_path, "abcd1234")
+    write(tmp_path, "abcd1234-000", sweep="abcd1234")
+    record = write(tmp_path, "abcd1234-001", sweep="abcd1234", model="vgg11")
+    (record.path / file).write_bytes(DAMAGE[file])
+    comparison = comparison_of(tmp_path)
+    assert [point.label for point in comparison.points] == ["resnet20"]
+    assert [(run.id, run.kind) for run in comparison.apart] == [("abcd1234-001", "damaged")]
+    if file == "run.json":
+        result = report([], runs=tmp_path)
+        assert "Apart, damaged: abcd1234-001." in result.notes
+        assert "abcd1234-001 is damaged and left out" in result.page.read_text()
+
+
+def test_wrong_types_are_damage_too(tmp_path: Path) -> None:
+    write(tmp_path, "ok")
+    record = write(tmp_path, "bad")
+    record.write("run", {**record.read("run"), "cost": {"macs": "many"}})
+    found = collect([], tmp_path)
+    assert [run.id for run in found.runs] == ["ok"] and [run.id for run in found.damaged] == ["bad"]
+
+
+def test_a_thousand_runs_in_five_seconds(tmp_path: Path) -> None:
+    record = write(tmp_path, "r0000", epochs=10)
+    files = {path.name: path.read_bytes() for path in record.path.iterdir()}
+    for i in range(1, 1000):
+        folder = tmp_path / f"r{i:04d}"
+        folder.mkdir()
+        for name, content in files.items():
+            folder.joinpath(name).write_bytes(content.replace(b'"seed": 0', b'"seed": %d' % i))
+    started = time.process_time()
+    comparison = comparison_of(tmp_path)
+    assert time.process_time() - started < 5
+    assert [point.n for point in comparison.points] == [1000]
+
+
+# -- what it leaves --
+
+
+def test_the_files_of_a_sweeps_report(tmp_path: Path) -> None:
+    quickstart(tmp_path, layers=4)
+    result = report([], runs=tmp_path, budget=5e7)
+    folder = tmp_path / "sweeps" / "abcd1234" / "report"
+    assert {path.parent for path in result.paths} == {folder} and all(path.stat().st_size for path in result.paths)
+    assert {"accuracy_vs_macs.png", "accuracy_vs_macs.svg", "learning_curves.png", "report.csv"} <= {
+        p.name for p in result.paths
+    }
+    rows = rows_of(folder / "report.csv")
+    assert [row["label"] for row in rows] == sorted(NETWORKS, key=lambda name: NETWORKS[name][0])
+    assert all(0 < float(row["val/acc"]) < 1 and float(row["flops"]) == 2 * float(row["macs"]) for row in rows)
+    facts = json.loads((folder / "report.json").read_text())
+    assert facts["best"] == "resnet20" and len(facts["points"]) == len(NETWORKS) == len(result.rows)
+    assert facts["rank_correlation"] > 0.7 and {run["kind"] for run in facts["apart"]} == {"running", "diverged"}
+    assert result.banner == "" and "STAND-IN" not in "".join(map(repr, (result, facts, rows)))
+
+
+def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    quickstart(tmp_path, seeds=1, layers=4)
+    page = report([], runs=tmp_path).page.read_text()
+    for tag, attributes in Tags(page).tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:")), (tag, name, value)
+    assert "@import" not in page and not re.findall(r"url\((?!#)[^)]*\)", page)
+    assert "default-src 'none'" in page and page.count("<script>") == 1
+    ids = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_nothing_of_a_record_is_taken_for_markup(tmp_path: Path) -> None:
+    sweep_folder(tmp_path, "abcd1234", f"name: {json.dumps(HOSTILE)}\ndescription: {json.dumps(HOSTILE)}\n")
+    for i in range(3):
+        state = "failed" if i == 2 else "finished"
+        record = write(
+            tmp_path, f"abcd1234-00{i}", sweep="abcd1234", name=HOSTILE, recipe=f"{HOSTILE}{i}", state=state, reason=HOSTILE
+        )
+        record.write("environment", {"device": HOSTILE, "versions": {"torch": HOSTILE}})
+    page = report([], runs=tmp_path).page.read_text()
+    read = Tags(page)
+    assert [tag for tag, _ in read.tags].count("script") == 1 and "onerror" not in {key for _, a in read.tags for key in a}
+    assert "img" not in [tag for tag, _ in read.tags]
+    assert read.text.count(HOSTILE) >= 5
+    shown = table(collect([], tmp_path).runs)._repr_html_()
+    assert HOSTILE in Tags(shown).text and "img" not in [tag for tag, _ in Tags(shown).tags]
+
+
+def test_stand_in_data_is_said_on_every_output(tmp_path: Path) -> None:
+    quickstart(tmp_path, seeds=1, layers=4, dataset="stand-in")
+    result = report([], runs=tmp_path)
+    folder = result.page.parent
+    assert result.banner == STAND_IN and result.title.startswith(STAND_IN)
+    assert all(row["dataset"] == STAND_IN for row in rows_of(folder / "report.csv"))
+    assert json.loads((folder / "report.json").read_text())["dataset"] == STAND_IN
+    page = result.page.read_text()
+    assert f"<title>{STAND_IN}" in page and f'role="alert">{STAND_IN}' in page and f"<h2>{STAND_IN} – All points" in page
+    assert STAND_IN in table(collect([], tmp_path).runs)._repr_html_()
+    for path in folder.glob("*.svg"):
+        assert STAND_IN in path.read_text(), path
+
+
+def test_a_sweep_in_progress_and_one_without_a_finished_run(tmp_path: Path) -> None:
+    sweep_folder(tmp_path, "abcd1234")
+    (tmp_path / "sweeps" / "abcd1234" / "sweep.json").write_text('{"cells": 4}')
+    assert report([], runs=tmp_path).notes[0] == "No finished run to compare yet."  # not even a run
+    write(tmp_path, "abcd1234-000", sweep="abcd1234", state="running")
+    result = report([], runs=tmp_path)
+    assert result.rows == [] and "0 of 4 trials finished, 1 running." in result.notes
+    assert "No finished run" in result.page.read_text() and (result.page.parent / "accuracy_vs_macs.png").exists()
+    write(tmp_path, "abcd1234-001", sweep="abcd1234", cell=1, model="vgg11")
+    assert "1 of 4 trials finished, 1 running." in report([], runs=tmp_path).notes
+
+
+def test_a_run_has_pictures_and_a_page_of_its_own(tmp_path: Path) -> None:
+    record = write(tmp_path, "one", predictions=True, layers=20, epochs=10)
+    started = time.process_time()
+    drawn = pictures(record.path)
+    assert time.process_time() - started < 3
+    names = {"curves", "gradient_flow", "weight_updates", "confusion", "mistakes"}
+    assert {path.stem for path in drawn} == names and {path.parent for path in drawn} == {record.path / "pictures"}
+    result = report(["one"], runs=tmp_path, out=tmp_path / "out")
+    assert {path.stem for path in result.paths if path.suffix == ".svg"} == names
+    assert "Worst mistakes" in result.page.read_text()
+    unfinished = write(tmp_path, "two", state="running", done=0)
+    assert pictures(unfinished.path) == []
+
+
+def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
+    write(tmp_path, "one")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="name another place with --out"):
+        report([], runs=tmp_path, out=tmp_path / "file")
+    with pytest.raises(UserError, match="choose val or test"):
+        report([], runs=tmp_path, split="train")
+
+
+# -- small things --
+
+
+def test_amounts_of_multiply_adds() -> None:
+    assert [amount(text) for text in ("50M", "1.2G", "5e7", " 300k ")] == pytest.approx([5e7, 1.2e9, 5e7, 3e5])
+    assert [macs_text(n) for n in (4.08e7, 1.23e9, 5e5)] == ["40.8 MMACs", "1.23 GMACs", "500 kMACs"]
+    for text in ("", "M", "fifty", "-1M", "nan", "0"):
+        with pytest.raises(UserError, match="write 50M"):
+            amount(text)
+
+
+def test_a_table_for_notebooks(tmp_path: Path) -> None:
+    quickstart(tmp_path, seeds=1)
+    rows = table(collect([], tmp_path).runs)
+    assert len(rows) == len(NETWORKS) + 2 and rows[0]["model"] == "worksheet1" and rows[0]["macs"] == 6_654_464
+    pytest.importorskip("pandas")
+    assert list(rows.to_pandas()["model"][:2]) == [rows[0]["model"], rows[1]["model"]]
+
+
+def test_importing_the_report_is_light() -> None:
+    program = (
+        "import sys, cifar.report; print([m for m in ('torch', 'matplotlib', 'pandas', 'scipy', 'wandb') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_run_read_back_is_what_was_written(tmp_path: Path) -> None:
+    run = load(write(tmp_path, "one", name="a name", test=0.8, views=2, cell=3, sweep="s").path)
+    assert (run.name, run.id, run.sweep, run.cell, run.state) == ("a name", "one", "s", 3, "finished")
+    assert run.accuracy("val") == run.rows[-1]["val/acc"] and run.accuracies("test") == {2: 0.8}
+    assert run.layers("gradient_norm") == [f"layer{i}.conv" for i in range(22)]
