@@ -181,8 +181,15 @@ def _label(points: list[Point]) -> list[Point]:
         if key != "model" and len({_text(config, fewer) for config in configs}) == different:
             needed = fewer
     columns = ["model", *(key for key in differing if key != "model" and (key in needed or key in swept))]
+    # In a sweep of several networks a key may be swept for some of them only; the others have it by default: no news.
+    owned = [
+        {k: v for k, v in config.items() if k not in swept or any(k in run.swept for run in point.runs) or k == "model"}
+        for point, config in zip(points, configs, strict=True)
+    ]
+    if len({_text(config, needed) for config in owned}) < different:
+        owned = configs
     named = []
-    for point, config in zip(points, configs, strict=True):
+    for point, config in zip(points, owned, strict=True):
         label = _text(config, needed) or point.model
         label += f" ({point.views} views)" if point.views > 1 else ""
         named.append(replace(point, label=label, values={key: config.get(key) for key in columns}))

@@ -1,0 +1,73 @@
+"""The databases that hold local sweeps: opening one, locking it, and writing its URL down without the password."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import sqlalchemy
+from filelock import FileLock
+from optuna.storages import RDBStorage
+
+from cifar.errors import UserError
+
+
+def default(folder: Path) -> str:
+    """A SQLite file in the sweep's own folder."""
+    return f"sqlite:///{folder / 'study.db'}"
+
+
+def redacted(url: str) -> str:
+    """The URL as it may be written down: without passwords, and with a SQLite file's whole path."""
+    if not url:
+        return ""
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        return "***"
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        return f"sqlite:///{Path(parsed.database).resolve()}"
+    secret = {key: "***" for key in parsed.query if "pass" in key.lower() or "key" in key.lower()}
+    return parsed.update_query_dict(secret).render_as_string(hide_password=True)
+
+
+def open(url: str) -> RDBStorage:
+    """Connect, and make Optuna's tables where there are none. Raises UserError."""
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        raise UserError("the storage is no database URL; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DB") from None
+    backend = parsed.get_backend_name()
+    if backend not in ("sqlite", "postgresql"):
+        raise UserError(f"storage '{backend}' cannot lock a claim; use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DB")
+    if parsed.drivername == "postgresql":  # SQLAlchemy 2.1 would look for psycopg 3
+        parsed = parsed.set(drivername="postgresql+psycopg2")
+    options = {"connect_args": {"timeout": 60}} if backend == "sqlite" else {"pool_pre_ping": True}
+    try:
+        whole = redacted(url) if backend == "sqlite" else parsed.render_as_string(hide_password=False)
+        return RDBStorage(whole, engine_kwargs=options)
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
+        what = "install psycopg2-binary" if isinstance(error, ImportError) else type(error).__name__
+        raise UserError(f"the storage {redacted(url)} cannot be opened ({what}); check the URL and its server") from None
+
+
+@contextlib.contextmanager
+def locked(storage: RDBStorage, name: str) -> Iterator[None]:
+    """One process at a time, of all that share the storage. The lock goes with its holder, however that ends.
+
+    Optuna's own claim is not enough: two processes can be given the same waiting trial of a SQLite file.
+    """
+    if storage.engine.dialect.name == "sqlite":
+        with FileLock(f"{storage.engine.url.database}.lock"):
+            yield
+        return
+    key = {"key": zlib.crc32(name.encode())}
+    with storage.engine.connect() as connection:
+        connection.execute(sqlalchemy.text("select pg_advisory_lock(:key)"), key)
+        try:
+            yield
+        finally:
+            connection.execute(sqlalchemy.text("select pg_advisory_unlock(:key)"), key)

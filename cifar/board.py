@@ -1,0 +1,75 @@
+"""What is to be seen of a sweep while it runs, and the plain way to show it. The live table is cifar/live.py."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cifar.record import OPEN_STATES
+
+OPEN = ("waiting", *OPEN_STATES)
+
+
+@dataclass
+class Row:
+    """A trial of this agent, as it is shown."""
+
+    cell: int
+    name: str
+    state: str = "starting"
+    epoch: int = 0
+    epochs: int = 0
+    fraction: float = 0.0
+    value: float | None = None
+    images_per_second: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Board:
+    """What is to be seen of a sweep while it runs."""
+
+    title: str
+    metric: str
+    rows: dict[int, Row] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    best: str = ""
+    begun: float = field(default_factory=time.monotonic)
+    ended_before: int = 0  # cells that were done when we came
+
+    def progress(self) -> float:
+        """Cells done, with the running ones' shares."""
+        done = sum(n for state, n in self.counts.items() if state not in OPEN)
+        return done + sum(row.fraction for row in self.rows.values() if row.state == "running")
+
+    def seconds_left(self) -> float | None:
+        """At the pace up to now; None before there is one."""
+        made = self.progress() - self.ended_before
+        left = sum(self.counts.values()) - self.progress()
+        return (time.monotonic() - self.begun) * left / made if made > 0.02 else None
+
+
+class Display(Protocol):
+    """Where the board goes: cifar/live.py draws it."""
+
+    def say(self, text: str) -> None: ...
+    def show(self, board: Board) -> None: ...
+    def end(self) -> None: ...
+
+
+class Lines:
+    """A plain line for each piece of news."""
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def show(self, board: Board) -> None: ...
+    def end(self) -> None: ...
+
+
+def shown(value: float | None, metric: str) -> str:
+    """An accuracy in percent, anything else as it is."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if metric.endswith("/acc") else f"{value:.4g}"

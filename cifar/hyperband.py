@@ -1,0 +1,78 @@
+"""Early termination by W&B's bands: at a few epochs ("rungs") a trial goes on only if it is among the best 1/eta so far.
+
+Successive halving after Li et al. 2018, "Hyperband" (JMLR 18), in the asynchronous form of W&B's `early_terminate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cifar.errors import UserError, choices
+
+_OPTIONS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
+
+
+@dataclass(frozen=True)
+class Hyperband:
+    """`min_iter` (bands at min_iter * eta^i) or `max_iter` with `s` (bands at max_iter / eta^i, i = 1..s)."""
+
+    min_iter: int = 0
+    max_iter: int = 0
+    s: int = 0
+    eta: float = 3.0
+    strict: bool = True  # the schema's default: judge the band's own epoch; False: the best epoch up to now
+
+    def rungs(self, epochs: int) -> list[int]:
+        """The epochs after which a run of so many epochs is judged. Its last epoch is none: nothing is saved there."""
+        if self.max_iter:
+            bands, band = [], float(self.max_iter)
+            for _ in range(self.s):
+                band /= self.eta
+                bands.append(int(band))
+        else:
+            bands, band = [], float(self.min_iter)
+            while band < epochs:
+                bands.append(int(band))
+                band *= self.eta
+        return sorted({band for band in bands if 1 <= band < epochs})
+
+    def goes_on(self, value: float, best: float, peers: Sequence[float]) -> bool:
+        """Whether a run goes on past a band. All numbers are less-is-better.
+
+        value: its own at the band; best: its own of all epochs; peers: every run's at the band, its own included.
+        """
+        threshold = sorted(peers)[int(1.0 / self.eta * len(peers))]
+        return (value if self.strict else best) <= threshold
+
+
+def parse(spec: Any) -> Hyperband:
+    """The `early_terminate` block of a sweep. Raises UserError with what W&B would take."""
+    if not isinstance(spec, Mapping):
+        raise UserError("early_terminate: write a mapping, for example {type: hyperband, min_iter: 3}")
+    for option in spec:
+        if option not in _OPTIONS:
+            raise UserError(f"early_terminate: unknown key '{option}': {choices(str(option), _OPTIONS)}")
+    if spec.get("type") != "hyperband":
+        raise UserError("early_terminate: the only type there is is hyperband; write type: hyperband")
+    if "min_iter" not in spec and not ("max_iter" in spec and "s" in spec):
+        raise UserError("early_terminate: hyperband needs min_iter, or max_iter and s; add them")
+    for option in ("min_iter", "max_iter", "s"):
+        value = spec.get(option, 1)
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if not whole or isinstance(value, bool) or value < 1:
+            raise UserError(f"early_terminate: {option} = {value!r}: expected a whole number of epochs, at least 1")
+    eta, strict = spec.get("eta", 3), spec.get("strict", True)
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 1 < eta < float("inf"):
+        raise UserError(f"early_terminate: eta = {eta!r}: expected a number above 1")
+    if not isinstance(strict, bool):
+        raise UserError(f"early_terminate: strict = {strict!r}: expected true or false")
+    by_max = "max_iter" in spec and "s" in spec  # W&B looks at max_iter first
+    found = Hyperband(
+        0 if by_max else int(spec["min_iter"]), int(spec["max_iter"]) if by_max else 0, int(spec["s"]) if by_max else 0,
+        float(eta), strict,
+    )  # fmt: skip
+    if by_max and found.max_iter / eta < 1:
+        raise UserError(f"early_terminate: max_iter {found.max_iter} over eta {eta:g} is below one epoch; raise max_iter")
+    return found

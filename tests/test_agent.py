@@ -1,0 +1,276 @@
+"""The agent with real trainings in real processes: ends, retries, signals, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cifar import agent as agents
+from cifar import board, live
+from cifar import sweep as sweeps
+from cifar.backends import local
+from cifar.backends.local import Local
+from cifar.config import parse_yaml
+from cifar.record import Record
+
+ROOT = Path(__file__).parent.parent
+METRIC = "method: grid\nmetric: {name: val/acc, goal: maximize}\n"
+TINY = {
+    "dataset": "stand-in", "val_size": 200, "train_size": 256, "batch_size": 64, "probes": "none", "epochs": 2,
+    "optimizer": "sgd",
+}  # fmt: skip
+BROKEN = """
+import os, signal
+from torch import nn
+from cifar.models.conv import ConvNet
+from cifar.registry import models
+
+class Broken(ConvNet):
+    def __init__(self, kind):
+        super().__init__(width=4, depth=1)
+        self.kind = kind
+    def forward(self, x):
+        if self.training and self.kind == "raises":
+            raise RuntimeError("a bug in the model")
+        if self.training:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+@models.register("broken", kind="raises")
+@models.register("killer", kind="dies")
+def broken(*, kind: str = "raises") -> nn.Module:
+    return Broken(kind)
+"""
+
+
+def made(runs: Path, text: str, **fixed: Any) -> Local:
+    text = METRIC + text
+    read = sweeps.parse(parse_yaml(text, "sweep"), text, "sweep", "tiny")
+    fixed = {**{k: v for k, v in TINY.items() if k not in read.swept}, **fixed}
+    return Local(local.create(read, runs, fixed=fixed, threads=1), runs)
+
+
+def launched(backend: Local, *options: str, **environment: str) -> subprocess.Popen[str]:
+    code = (
+        "import sys; from pathlib import Path; from cifar.agent import agent;"
+        f"sys.exit(agent({backend.id!r}, Path({str(backend.runs)!r}), wandb='disabled', {', '.join(options)}))"
+    )
+    environment = {**os.environ, "CIFAR_LEASE": "4", **environment}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return process
+
+
+def ended(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def until(condition: Callable[[], Any], seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def family(parent: int) -> set[int]:
+    """The process ids of all that descend from `parent`."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ProcessLookupError):
+            continue
+    found, grown = {parent}, True
+    while grown:
+        more = {child for child, its in parents.items() if its in found} - found
+        found, grown = found | more, bool(more)
+    return found - {parent}
+
+
+def workers(parent: int) -> list[int]:
+    return [pid for pid in family(parent) if b"cifar.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {p for p in pids if Path(f"/proc/{p}/stat").exists() and ") Z " not in Path(f"/proc/{p}/stat").read_text()}
+
+
+def rows(backend: Local, cell: int) -> list[int]:
+    return [row["epoch"] for row in Record(backend.runs / backend.run_id(cell)).rows()]
+
+
+def test_trials_end_as_they_should_and_two_agents_share_them(runs: Path) -> None:
+    backend = made(
+        runs, "parameters: {model: {values: [conv4, conv8]}, lr: {values: [0.05, 1.0e+30]}, max_macs: {value: 5.0e5}}"
+    )
+    second = launched(backend)
+    code, output = ended(launched(backend))
+    assert (code, ended(second)[0]) == (0, 0), output
+    assert [cell["state"] for cell in backend.cells()] == ["finished", "diverged", "skipped", "skipped"]
+    assert backend.cells()[0]["value"] == Record(runs / backend.run_id(0)).read("summary")["val/acc"]
+    assert "STAND-IN DATA" in output and "2 skipped" in output
+    run = Record(runs / backend.run_id(0)).read("run")
+    assert (run["sweep"], run["cell"], run["swept"]) == (backend.id, 0, ["model", "lr"]) and "lr=0.05" in run["name"]
+    config = Record(runs / backend.run_id(0)).read("config")
+    assert config["threads"] == 1 and config["test"] == "never"
+
+
+def test_interrupted_trials_are_given_back_and_go_on(runs: Path) -> None:
+    backend = made(runs, "parameters: {model: {value: conv4}, epochs: {value: 60}}", epochs=60)
+    process = launched(backend)
+    until(lambda: len(rows(backend, 0)) > 3)
+    children = family(process.pid)
+    process.send_signal(signal.SIGINT)
+    code, output = ended(process)
+    assert code == 130 and "go on with: python -m cifar agent" in output
+    assert not alive(children) and backend.counts() == {"interrupted": 1}
+    assert Record(runs / backend.run_id(0)).state == "interrupted" and len(rows(backend, 0)) < 60
+    assert ended(launched(backend))[0] == 0
+    assert rows(backend, 0) == list(range(1, 61)) and backend.counts() == {"finished": 1}
+    assert backend.cells()[0]["attempt"] == 2
+
+
+@pytest.mark.slow
+def test_three_failures_in_a_row_stop_the_agent_with_the_traceback(runs: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "plugin" / "models").mkdir(parents=True)
+    (tmp_path / "plugin" / "models" / "broken.py").write_text(BROKEN)
+    monkeypatch.setenv("CIFAR_PLUGINS", str(tmp_path / "plugin"))
+    try:
+        backend = made(runs, "parameters: {model: {values: [killer, conv4, broken]}, seed: {values: [0, 1, 2, 3]}}")
+    finally:
+        from cifar import registry
+
+        registry.models._entries.pop("broken", None), registry.models._entries.pop("killer", None)
+    code, output = ended(launched(backend, "count=1"))
+    assert code == 0 and backend.cells()[0]["state"] == "killed" and backend.cells()[0]["attempt"] == 3, output
+    assert "SIGKILL" in backend.cells()[0]["reason"] and Record(runs / backend.run_id(0)).state == "killed"
+    code, output = ended(launched(backend))
+    assert code == 1 and "stopped after 3 failures in a row" in output
+    assert [cell["state"] for cell in backend.cells()].count("killed") == 4
+    code, output = ended(launched(backend))
+    assert code == 1 and "RuntimeError: a bug in the model" in output and "traceback.txt" in output
+    assert backend.counts() == {"waiting": 1, "finished": 4, "failed": 3, "killed": 4}
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_a_killed_agent_leaves_nothing_but_its_lease(runs: Path) -> None:
+    backend = made(runs, "parameters: {model: {value: conv4}, seed: {values: [0, 1, 2]}, epochs: {value: 50}}", epochs=50)
+    process = launched(backend)
+    until(lambda: len(rows(backend, 0)) > 3)
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    until(lambda: backend.cells()[0]["attempt"] == 2)
+    until(lambda: len(rows(backend, 1)) > 3)
+    children = family(process.pid)
+    assert len(children) >= 2
+    process.kill()
+    killed = time.monotonic()
+    until(lambda: not alive(children), 5)
+    assert [cell["state"] for cell in backend.cells()] == ["finished", "running", "waiting"]
+    code, output = ended(launched(backend))
+    assert code == 0, output
+    assert time.monotonic() - killed > 4
+    assert backend.counts() == {"finished": 3} and [cell["attempt"] for cell in backend.cells()] == [2, 2, 1]
+    assert all(rows(backend, cell) == list(range(1, 51)) for cell in range(3))
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once_and_sigterm_gives_back(runs: Path) -> None:
+    backend = made(runs, "parameters: {model: {value: conv4}, epochs: {values: [500, 501]}}")
+    process = launched(backend, "workers=2")
+    until(lambda: rows(backend, 0) and rows(backend, 1))
+    children = family(process.pid)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    code, _ = ended(process, 30)
+    assert code in (130, 143) and backend.counts() == {"interrupted": 2} and not alive(children)
+
+
+@pytest.mark.slow
+def test_early_termination_prunes_in_the_run(runs: Path) -> None:
+    early = "early_terminate: {type: hyperband, min_iter: 2, eta: 3}\n"
+    text = early + "parameters: {model: {value: conv4}, lr: {values: [0.05, 1.0e-9]}}"
+    backend = made(runs, text, epochs=4, train_size=1024)
+    code, output = ended(launched(backend))
+    assert code == 0 and "after epochs 2\n" in output
+    assert [cell["state"] for cell in backend.cells()] == ["finished", "pruned"] and rows(backend, 1) == [1, 2]
+
+
+@pytest.mark.slow
+def test_four_agents_with_real_trainings_run_each_of_24_cells_once(runs: Path) -> None:
+    text = "parameters: {model: {values: [conv4, conv8, conv16]}, seed: {values: [0, 1, 2, 3, 4, 5, 6, 7]}, epochs: {value: 1}}"
+    backend = made(runs, text, epochs=1)
+    results = [ended(process) for process in [launched(backend) for _ in range(4)]]
+    assert [code for code, _ in results] == [0] * 4
+    said = [line.split()[1] for _, output in results for line in output.splitlines() if ", run " in line]
+    assert sorted(said) == [f"{cell:03d}" for cell in range(24)]
+    assert backend.counts() == {"finished": 24} and all(cell["attempt"] == 1 for cell in backend.cells())
+
+
+# -- what is seen ------------------------------------------------------------------------------------------------------
+
+
+def a_board() -> board.Board:
+    shown = board.Board("sweep abc [red]x[/red]", "val/acc", begun=time.monotonic() - 30)
+    shown.rows = {
+        0: board.Row(0, "lr=0.1", "finished", 2, 2, 1.0, 0.512, 900.0, 12.0),
+        1: board.Row(1, "lr=[1]", "running", 1, 2, 0.5, 0.25, 800.0),
+    }
+    shown.counts, shown.best = {"waiting": 2, "running": 1, "finished": 1}, "val/acc 51.20 % by abc-000 (lr=0.1)"
+    return shown
+
+
+def test_time_left_is_the_pace_up_to_now() -> None:
+    shown = a_board()  # one and a half of four in 30 s
+    assert shown.progress() == 1.5 and shown.seconds_left() == pytest.approx(50, abs=0.5)
+    shown.ended_before = 1  # only half a trial was our doing
+    assert shown.seconds_left() == pytest.approx(150, abs=1.5)
+
+
+def test_the_table_shows_trials_states_best_and_time_left() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    display = live.display(console)
+    display.say("news [bold]")
+    display.show(a_board())
+    display.end()
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for words in (
+        "news [bold]",
+        "[red]x[/red]",
+        "lr=[1]",
+        "51.20 %",
+        "25.00 %",
+        "800",
+        "1/2",
+        "2 waiting",
+        "by abc-000",
+        "about 50 s left",
+    ):
+        assert words in text, words
+    assert isinstance(live.display(Console(file=io.StringIO())), board.Lines)
+
+
+def test_agent_processes_hand_no_password_on(monkeypatch: Any, tmp_path: Path) -> None:
+    import queue
+
+    monkeypatch.setenv("CIFAR_STORAGE", "postgresql://me:hunter2hunter2@host/db")
+    worker = agents.Worker("w", tmp_path / "log", queue.SimpleQueue())
+    try:
+        assert b"hunter2hunter2" not in Path(f"/proc/{worker.process.pid}/environ").read_bytes()
+    finally:
+        worker.end()
+    assert json.dumps(worker.process.returncode) in ("3", "-9", "-15")

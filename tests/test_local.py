@@ -1,0 +1,246 @@
+"""The local backend: each cell once whoever asks, leases, retries, ends, early termination, and what is written down."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar import sweep as sweeps
+from cifar.backends import local, storage
+from cifar.backends.local import Local, Trial
+from cifar.config import parse_yaml
+from cifar.errors import UserError
+
+FORK = multiprocessing.get_context("fork")  # no second import of everything
+METRIC = "metric: {name: val/acc, goal: maximize}\n"
+GRID = f"""
+method: grid
+{METRIC}
+parameters:
+  model: {{value: conv}}
+  seed: {{values: [0, 1, 2, 3, 4, 5]}}
+  lr: {{values: [1, 2, 3, 4]}}
+"""
+BAYES = f"""
+method: bayes
+{METRIC}
+parameters:
+  model: {{value: conv}}
+  optimizer: {{values: [adam, {{optimizer: sgd, momentum: 0.5}}]}}
+  lr: {{distribution: log_uniform_values, min: 1.0e-4, max: 1.0}}
+  label_smoothing: {{min: 0.0, max: 0.5}}
+"""
+
+
+def made(runs: Path, text: str = GRID, **options: Any) -> Local:
+    read = sweeps.parse(parse_yaml(text, "sweep"), text, "sweep", "a sweep")
+    return Local(local.create(read, runs, fixed={"dataset": "stand-in"}, **options), runs)
+
+
+def taken(backend: Local, worker: str = "me") -> Trial:
+    trial = backend.claim(worker)
+    assert isinstance(trial, Trial)
+    return trial
+
+
+def _work(runs: Path, sweep_id: str, ready: Any, log: Path, seconds: float, dies: bool) -> None:
+    backend = Local(sweep_id, runs)
+    ready.wait()
+    while trial := backend.claim(str(os.getpid())):
+        if trial == "wait":
+            time.sleep(0.02)
+            continue
+        with open(log, "a") as file:
+            file.write(f"{trial.cell} {trial.attempt}\n")
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(seconds)
+        backend.finish(trial, "finished", trial.values["lr"] / 10)
+
+
+def _together(backend: Local, log: Path, workers: int, dying: int = 0, seconds: float = 0.02) -> list[tuple[int, int]]:
+    """Workers released together, run to their end -> (cell, attempt) of every execution, as logged by them."""
+    ready = FORK.Barrier(workers)
+    for i in range(workers):
+        FORK.Process(target=_work, args=(backend.runs, backend.id, ready, log, seconds, i < dying)).start()
+    for child in multiprocessing.active_children():
+        child.join()
+    return [(int(line.split()[0]), int(line.split()[1])) for line in log.read_text().splitlines()]
+
+
+def test_eight_processes_run_each_of_24_cells_once(runs: Path, tmp_path: Path) -> None:
+    backend = made(runs)
+    executions = _together(backend, tmp_path / "log", workers=8)
+    assert sorted(executions) == [(cell, 1) for cell in range(24)]
+    assert backend.counts() == {"finished": 24} and len(backend.cells()) == 24
+    assert [cell["value"] for cell in backend.cells()] == [cell["values"]["lr"] / 10 for cell in backend.cells()]
+
+
+def test_cells_of_killed_processes_are_run_again_by_exactly_one(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIFAR_LEASE", "1")
+    backend = made(runs)
+    begun = time.monotonic()
+    executions = _together(backend, tmp_path / "log", workers=5, dying=2)
+    assert time.monotonic() - begun > 1.0
+    counted = Counter(executions)
+    assert set(counted.values()) == {1} and sum(attempt == 2 for _, attempt in executions) == 2
+    assert {cell for cell, _ in executions} == set(range(24)) and backend.counts() == {"finished": 24}
+
+
+def test_a_lease_ends_only_without_beats_and_the_late_one_is_told(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR_LEASE", "0.6")
+    mine, theirs = made(runs, GRID + "\nrun_cap: 1"), None
+    theirs = Local(mine.id, runs)
+    trial = taken(mine)
+    for _ in range(6):
+        assert theirs.claim("they") == "wait"
+        assert mine.beat(trial) == "go"
+        time.sleep(0.2)
+    assert theirs.claim("they") == "wait"
+    time.sleep(0.7)
+    again = taken(theirs, "they")
+    assert (again.cell, again.run_id, again.attempt) == (trial.cell, trial.run_id, 2)
+    assert trial.run_id == f"{mine.id}-000"
+    assert mine.beat(trial) == "lost" and mine.finish(trial, "finished", 0.1) == "lost"
+    assert theirs.finish(again, "finished", 0.2) == "finished" and theirs.finish(again, "failed") == "lost"
+    assert [cell["value"] for cell in mine.cells()] == [0.2]
+
+
+def test_ends_and_retries(runs: Path) -> None:
+    backend = made(runs, GRID + "\nrun_cap: 9")
+    for state in ("finished", "failed", "diverged", "pruned", "skipped", "stopped"):
+        assert backend.finish(taken(backend), state, float("nan") if state == "diverged" else 0.5, f"because {state}") == state
+    given_back = taken(backend)
+    assert backend.finish(given_back, "interrupted", reason="Ctrl-C") == "interrupted"
+    assert backend.counts()["interrupted"] == 1 and backend.counts()["waiting"] == 2
+    assert taken(backend).run_id == given_back.run_id
+    for result in ("interrupted", "interrupted", "killed"):  # two retries
+        trial = taken(backend)
+        assert (trial.cell, backend.finish(trial, "killed", reason="SIGKILL")) == (7, result)
+    cells = {cell["cell"]: cell for cell in backend.cells()}
+    assert cells[1]["reason"] == "because failed" and cells[2]["value"] is None
+    states = Counter(cell["state"] for cell in cells.values())
+    assert states == backend.counts() and set(states) <= set(local.STATES)
+
+
+def test_a_stopped_sweep_hands_out_nothing_and_a_cancelled_one_ends_what_runs(runs: Path) -> None:
+    for cancel in (False, True):
+        backend = made(runs, GRID + "\nrun_cap: 3")
+        trial = taken(backend)
+        Local(backend.id, runs).stop(cancel=cancel)
+        assert backend.claim("me") is None and backend.beat(trial) == ("stop" if cancel else "go")
+        assert backend.finish(trial, "interrupted") == "stopped"
+        assert backend.counts() == {"stopped": 3}
+
+
+def test_a_reached_target_ends_the_sweep(runs: Path) -> None:
+    backend = made(runs, GRID.replace("goal: maximize", "goal: maximize, target: 0.6"))
+    assert backend.finish(taken(backend), "finished", 0.5) == "finished" and backend.claim("me") is not None
+    assert backend.finish(taken(backend), "finished", 0.7) == "finished" and backend.claim("me") is None
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_the_same_seed_makes_the_same_suggestions(runs: Path, method: str) -> None:
+    text = BAYES.replace("bayes", method)
+
+    def history(sweep_seed: int) -> list[dict[str, Any]]:
+        backend = made(runs, text, sweep_seed=sweep_seed, count=12)
+        for k in range(12):
+            backend = Local(backend.id, runs) if k == 11 else backend  # as a new process would
+            trial = taken(backend)
+            values = trial.values
+            backend.finish(
+                trial, "finished", values["label_smoothing"] - (values["optimizer"] == "sgd") * values.get("momentum", 0)
+            )
+        assert backend.claim("me") is None
+        return [cell["values"] for cell in backend.cells()]
+
+    first = history(3)
+    assert len(first) == 12 and first == history(3) != history(4)
+    assert all(
+        1e-4 <= v["lr"] <= 1 and 0 <= v["label_smoothing"] <= 0.5 and ("momentum" in v) == (v["optimizer"] == "sgd")
+        for v in first
+    )
+
+
+def test_bayes_finds_a_narrow_peak_better_than_chance(runs: Path) -> None:
+    backend = made(runs, BAYES, count=25)
+    while isinstance(trial := backend.claim("me"), Trial):
+        backend.finish(trial, "finished", -abs(trial.values["label_smoothing"] - 0.37))
+    tried = [cell["values"]["label_smoothing"] for cell in backend.cells()]
+    near = [abs(value - 0.37) < 0.05 for value in tried]  # a fifth of the range
+    assert sum(near[12:]) > 5 > sum(near[:10])
+
+
+def test_early_termination_compares_with_all_that_reached_the_rung(runs: Path) -> None:
+    early = "\nearly_terminate: {type: hyperband, min_iter: 1, eta: 3}"
+    backend = made(runs, GRID + early)
+    assert backend.sweep.early and backend.sweep.early.rungs(5) == [1, 3]
+    a, b, c = (taken(backend) for _ in range(3))
+    assert backend.report(a, {1: 0.5}, 0.5, 5)
+    assert not backend.report(b, {1: 0.4}, 0.4, 5)
+    assert backend.finish(b, "pruned", 0.4) == "pruned"
+    assert backend.report(c, {1: 0.6}, 0.6, 5)
+    assert backend.report(a, {1: 0.5, 3: 0.7}, 0.7, 5) and not backend.report(c, {1: 0.6, 3: 0.5}, 0.6, 5)
+    assert backend.report(c, {1: 0.6, 3: 0.9}, 0.9, 5)  # said again after a resumption: the later word counts
+
+
+def test_no_password_is_written_down_or_said(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hunter2hunter2"
+    for url in (f"postgresql://me:{secret}@127.0.0.1:1/db", f"postgresql://me@127.0.0.1:1/db?password={secret}"):
+        assert secret not in storage.redacted(url) and "127.0.0.1" in storage.redacted(url)
+        with pytest.raises(UserError, match="cannot be opened") as error:
+            made(runs, url=url)
+        assert secret not in str(error.value) and error.value.__suppress_context__
+    assert not list((runs / "sweeps").glob("*"))  # nothing half-made
+    for url, said in (("mysql://a@b/c", "cannot lock"), ("nonsense", "no database URL")):
+        with pytest.raises(UserError, match=said):
+            made(runs, url=url)
+
+
+def test_a_storage_elsewhere_is_found_again_also_without_the_folder(runs: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    backend = made(runs, url=url)
+    assert (
+        not (backend.folder / "study.db").exists() and json.loads((backend.folder / "sweep.json").read_text())["storage"] == url
+    )
+    assert taken(Local(backend.id, runs)).cell == 0
+    joined = Local(backend.id, tmp_path / "another machine", url)
+    assert taken(joined).cell == 1 and joined.sweep.text == backend.sweep.text
+
+
+def test_what_is_not_there_is_said(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no sweep 'nonsense'"):
+        Local("nonsense", runs)
+    backend = made(runs)
+    (backend.folder / "study.db").unlink()
+    with pytest.raises(UserError, match="does not hold sweep"):
+        Local(backend.id, runs)
+
+
+def test_a_sweep_is_found_by_its_name_and_by_the_start_of_its_id(runs: Path) -> None:
+    backend = made(runs)
+    assert (
+        local.resolve("a sweep", runs) == local.resolve(backend.id[:5], runs) == local.resolve(backend.id, runs) == backend.id
+    )
+    made(runs)
+    with pytest.raises(UserError, match="fits 2 sweeps"):
+        local.resolve("a sweep", runs)
+    assert len(local.listing(runs)) == 2
+
+
+def test_the_first_agent_settles_the_threads_of_all(runs: Path) -> None:
+    backend = made(runs)
+    assert backend.settle_threads(2) == 2 == Local(backend.id, runs).settle_threads(8)
+    assert json.loads((backend.folder / "sweep.json").read_text())["threads"] == 2
+    assert made(runs, threads=3).settle_threads(2) == 3
