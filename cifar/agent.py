@@ -100,7 +100,9 @@ def agent(
         from cifar import live
 
         display = live.display(console)
-    return Agent(backend, count=count, workers=workers or default_workers(), data_dir=data_dir, wandb=wandb, display=display).run()
+    return Agent(
+        backend, count=count, workers=workers or default_workers(), data_dir=data_dir, wandb=wandb, display=display
+    ).run()
 
 
 class Agent:

@@ -164,7 +164,7 @@ def sweeps_stop(sweep_id: Annotated[str, typer.Argument(metavar="SWEEP")], runs_
 
 @app.command()
 def report(
-    names: Annotated[list[str] | None, typer.Argument(metavar="RUN|SWEEP", help="what to read [default: the newest sweep]")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="RUN|SWEEP", help="[default: the newest sweep]")] = None,
     split: Split = "val",
     budget: Annotated[str, typer.Option("--budget", metavar="MACS", help="name the best below it: 50M, 1.2G, 5e7")] = "",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where the page and the figures go")] = None,
