@@ -29,7 +29,7 @@ from cifar.board import OPEN, Board, Display, Lines, Row, shown
 from cifar.follow import Follower
 from cifar.record import Record
 
-CPU_WORKERS = 4  # at most, one a core: two trials of one thread beat one of two (LOG.md), but each takes a GiB of memory
+CPU_WORKERS = 4  # at most; one a core takes less CPU time than one trial of many threads (LOG.md)
 FAILURES_IN_A_ROW = 3
 POLL_SECONDS = 1.0  # between two looks for a trial while others hold the open ones
 FOLLOWER_SECONDS = 20.0  # for pictures and uploads after the last trial
