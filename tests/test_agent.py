@@ -210,17 +210,6 @@ def test_early_termination_prunes_in_the_run(runs: Path) -> None:
     assert [cell["state"] for cell in backend.cells()] == ["finished", "pruned"] and rows(backend, 1) == [1, 2]
 
 
-@pytest.mark.slow
-def test_four_agents_with_real_trainings_run_each_of_24_cells_once(runs: Path) -> None:
-    text = "parameters: {model: {values: [conv4, conv8, conv16]}, seed: {values: [0, 1, 2, 3, 4, 5, 6, 7]}, epochs: {value: 1}}"
-    backend = made(runs, text, epochs=1)
-    results = [ended(process) for process in [launched(backend) for _ in range(4)]]
-    assert [code for code, _ in results] == [0] * 4
-    said = [line.split()[1] for _, output in results for line in output.splitlines() if ", run " in line]
-    assert sorted(said) == [f"{cell:03d}" for cell in range(24)]
-    assert backend.counts() == {"finished": 24} and all(cell["attempt"] == 1 for cell in backend.cells())
-
-
 # -- what is seen ------------------------------------------------------------------------------------------------------
 
 
