@@ -76,9 +76,11 @@ def train(
     from cifar import commands
 
     layers = commands.layers(from_run, experiment, trial, dataset, pairs or [], runs_dir)
-    if dry_run:
+    if dry_run and not resume:
         return commands.show_config(layers, with_cost=True)
     if resume:
+        if dry_run:
+            raise UserError(f"--dry-run is for new runs; `python -m cifar config --from {resume}` shows what a run is made of")
         return commands.resume(resume, bool(pairs or experiment or from_run or trial), data_dir, runs_dir, wandb)
     swept = commands.layer_named(layers, "--trial")
     return commands.train(
@@ -147,19 +149,23 @@ def sweeps_list(runs_dir: RunsDir = None) -> int:
 
 
 @sweeps_app.command("status")
-def sweeps_status(sweep_id: Annotated[str, typer.Argument(metavar="SWEEP")], runs_dir: RunsDir = None) -> int:
+def sweeps_status(
+    sweep_id: Annotated[str, typer.Argument(metavar="SWEEP")], storage: Storage = None, runs_dir: RunsDir = None
+) -> int:
     """The trials of a sweep and what became of them."""
     from cifar import many
 
-    return many.sweep_status(sweep_id, runs_dir)
+    return many.sweep_status(sweep_id, storage, runs_dir)
 
 
 @sweeps_app.command("stop")
-def sweeps_stop(sweep_id: Annotated[str, typer.Argument(metavar="SWEEP")], runs_dir: RunsDir = None) -> int:
+def sweeps_stop(
+    sweep_id: Annotated[str, typer.Argument(metavar="SWEEP")], storage: Storage = None, runs_dir: RunsDir = None
+) -> int:
     """Hand out no more trials; agents end after what they are doing."""
     from cifar import many
 
-    return many.stop_sweep(sweep_id, runs_dir)
+    return many.stop_sweep(sweep_id, storage, runs_dir)
 
 
 @app.command()

@@ -41,7 +41,7 @@ class Settings(BaseModel):
     epochs: int = Field(25, ge=1, description="passes over the training images")
     max_steps: int = Field(0, ge=0, description="end every epoch after N steps; 0: no limit (for trying things out)")
     batch_size: int = Field(128, ge=1, description="images a step")
-    seed: int = Field(0, ge=0, description="weights, order and augmentation; the validation cut has its own, fixed seed")
+    seed: int = Field(0, ge=0, lt=2**63, description="weights, order, augmentation; the validation cut's own is fixed")
     flip: Literal["none", "random", "alternating"] = Field("random", description="horizontal flip of training images")
     crop: int = Field(4, ge=0, le=16, description="pixels of padding before a random 32x32 crop; 0: no crop")
     crop_padding: Literal["zero", "reflect"] = Field("zero", description="what the padding holds")
@@ -91,7 +91,10 @@ def probe_names(chosen: str) -> list[str]:
     """`all`, `none` or `a,b` -> names of registered probes."""
     if chosen in ("all", "none"):
         return registry.probes.names() if chosen == "all" else []
-    return [registry.probes[name.strip()].name for name in chosen.split(",") if name.strip()]
+    names = [registry.probes[name.strip()].name for name in chosen.split(",") if name.strip()]
+    if len(set(names)) < len(names):
+        raise UserError(f"probes = '{chosen}': a name stands there twice; once is enough")
+    return names
 
 
 def _chosen(values: Mapping[str, Any]) -> list[Entry]:
@@ -173,6 +176,8 @@ def flatten(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 def resolve(*layers: Mapping[str, Any]) -> Settings:
     """Layers of values -> one validated, frozen configuration. Raises UserError with what to do."""
     values = merge(*layers)
+    if registry.plugin_directories():
+        every_key()  # a plug-in's key that has another type elsewhere is said now, not by the sweep that mixes the two
     entries = _chosen(values)
     _reject_unknown(values, entries)
     schema = _schema(*(entry.name for entry in entries[:3]), values.get("probes", Settings.model_fields["probes"].default))
@@ -199,11 +204,14 @@ def _reject_unknown(values: Mapping[str, Any], entries: list[Entry]) -> None:
         raise UserError(f"unknown key '{name}': {choices(name, taken)}")
 
 
+_WRITE = {"bool_type": "write true or false", "int_type": "write a whole number", "float_type": "write a number"}
+
+
 def _sentence(error: ValidationError) -> str:
     parts = []
     for problem in error.errors():
         name = ".".join(str(p) for p in problem["loc"][:1])
-        message = problem["msg"].removeprefix("Value error, ")
+        message = _WRITE.get(problem["type"], problem["msg"].removeprefix("Value error, "))
         parts.append(f"{name} = {problem['input']!r}: {message[0].lower()}{message[1:]}" if name else message)
     return "; ".join(parts)
 
@@ -228,11 +236,12 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: PyYAML's 1.1 reads `1e-5` as a string and `on`, `yes` as booleans."""
 
 
-_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+_REPLACED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in known if tag not in _REPLACED]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9]\d*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

@@ -72,7 +72,7 @@ class Parameter:
     @property
     def ends(self) -> list[Any]:
         """What has to be valid for all the rest to be: every listed value, or both ends of the range."""
-        edge = 0.0 if "min" in self.options or "a" in self.options else EDGE
+        edge = 0.0 if "min" in self.options else EDGE  # a beta never reaches its ends
         return self.values or [self.at(edge), self.at(1.0 - edge)]
 
     def _distinct(self) -> list[Any]:
@@ -101,7 +101,8 @@ def parse(name: str, spec: Any) -> Parameter:
     """One entry of `parameters:`. Raises UserError with what W&B would take."""
     where = f"parameters.{name}"
     if not isinstance(spec, Mapping):
-        raise UserError(f"{where}: write a mapping, for example {{value: {spec}}} or {{values: [{spec}]}}")
+        shown = f"values: {spec}" if isinstance(spec, list) else f"value: {'...' if spec is None else spec}"
+        raise UserError(f"{where}: write a mapping, for example {{{shown}}}")
     kind = spec.get("distribution") or _bare(where, spec)
     if kind not in FORMS:
         raise UserError(f"{where}: unknown distribution '{kind}': {choices(str(kind), FORMS)}")

@@ -14,5 +14,5 @@ def choices(wrong: str, known: Iterable[str]) -> str:
     """The tail of a message about an unknown name: the nearest known one, then all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}(known: {', '.join(known)})"
+    listed = f"known: {', '.join(known)}"
+    return f"did you mean '{near[0]}'? ({listed})" if near else listed

@@ -51,7 +51,7 @@ def draw(board: Board) -> Table:
     """The board as a table: running trials, the latest ended ones, and the whole in the caption."""
     table = Table(title=escape(board.title), title_justify="left", caption_justify="left", caption=escape(caption(board)))
     for column in ("trial", "values", "state", "progress", "epoch", board.metric, "images/s", "seconds"):
-        table.add_column(column, justify="left" if column in ("values", "state", "progress") else "right")
+        table.add_column(escape(column), justify="left" if column in ("values", "state", "progress") else "right")
     running = [row for row in board.rows.values() if row.state in ("running", "starting")]
     ended = [row for row in board.rows.values() if row not in running]
     for row in [*ended[-SHOWN:], *running]:

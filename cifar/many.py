@@ -38,7 +38,10 @@ def sweep(
     read = sweeps.read(file)
     fixed = {**configuration.parse_pairs(pairs), **({"dataset": dataset} if dataset else {})}
     with waiting("checking every trial ..."):
-        fixed["dataset"] = sweeps.check(read, fixed, sweep_seed, count)
+        try:
+            fixed["dataset"] = sweeps.check(read, fixed, sweep_seed, count)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
     if dry_run:
         return _plan(sweeps.dry_run, read, fixed, sweep_seed, count)
     with waiting("importing PyTorch ..."):
@@ -77,7 +80,7 @@ def _plan(look: Any, read: Any, fixed: dict[str, Any], sweep_seed: int, count: i
         rows.append((p.cell, p.model, sweeps.name_of(p.values, list(p.values)), p.macs / 1e6, p.params, p.epochs, seconds))
     table("", columns, [(*r[:3], f"{r[3]:.2f}", f"{r[4]:,}", *r[5:]) for r in rows], right=("cell", *columns[3:]))
     total = sum(p.seconds for p in plan)
-    say(f"\n{len(plan)} trials, about {total / 60:.1f} minutes of training if one runs after the other")
+    say(f"\n{len(plan)} trials, very roughly {total / 60:.1f} minutes of training if one runs after the other")
     return 0
 
 
@@ -118,18 +121,19 @@ def list_sweeps(runs_dir: Path | None) -> int:
     return 0
 
 
-def sweep_status(name: str, runs_dir: Path | None) -> int:
+def sweep_status(name: str, storage: str | None, runs_dir: Path | None) -> int:
     """One line a trial."""
     from cifar import sweep as sweeps
     from cifar.backends import local
+    from cifar.board import shown
 
     runs = runs_folder(runs_dir)
-    found = local.Local(local.resolve(name, runs), runs)
+    found = local.Local(local.resolve(name, runs), runs, storage or "")
     rows = []
     for cell in found.cells():
         values = sweeps.name_of(cell["values"], found.sweep.swept)
         epoch = records.Record(runs / cell["run_id"]).read("status").get("epoch", "")
-        value = "" if cell["value"] is None else f"{cell['value']:.4f}"
+        value = "" if cell["value"] is None else shown(cell["value"], found.sweep.metric.name)
         rows.append((cell["cell"], cell["run_id"], values, cell["state"], epoch, value, cell["reason"]))
     columns = ("cell", "run", "values", "state", "epoch", found.sweep.metric.name, "reason")
     table("", columns, rows, right=("cell", "epoch", columns[5]))
@@ -137,14 +141,15 @@ def sweep_status(name: str, runs_dir: Path | None) -> int:
     return 0
 
 
-def stop_sweep(name: str, runs_dir: Path | None) -> int:
+def stop_sweep(name: str, storage: str | None, runs_dir: Path | None) -> int:
     """No more trials are handed out."""
     from cifar.backends import local
 
     runs = runs_folder(runs_dir)
-    found = local.Local(local.resolve(name, runs), runs)
+    found = local.Local(local.resolve(name, runs), runs, storage or "")
     found.stop()
-    say(f"sweep {found.id} hands out no more trials; what runs is let finish")
+    running = found.counts().get("running", 0)
+    say(f"sweep {found.id} hands out no more trials" + (f"; the {running} that run are let finish" if running else ""))
     return 0
 
 

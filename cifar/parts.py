@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +29,12 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+            raise RuntimeError("no such device")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"device '{name}' cannot be used ({first}); take device=auto, cpu, cuda or mps") from None
+        raise UserError(f"device '{name}' cannot be used ({first}); take device=auto, cpu, cuda, cuda:1 or mps") from None
 
 
 class Training:
@@ -126,6 +129,7 @@ class Training:
             "augmentation": self.train_batches.state(),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "mps": torch.mps.get_rng_state() if self.device.type == "mps" else None,
             "python": random.getstate(),
             "threads": torch.get_num_threads(),
         }
@@ -144,6 +148,8 @@ class Training:
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
+        if state["mps"] is not None and self.device.type == "mps":
+            torch.mps.set_rng_state(state["mps"])
         random.setstate(state["python"])
         if self.device.type == "cpu":
             torch.set_num_threads(state["threads"])  # sums over 1 and over 2 threads differ in the last bit

@@ -50,6 +50,13 @@ class Record:
     def id(self) -> str:
         return self.path.name
 
+    @property
+    def name(self) -> str:
+        """What the run is called; nothing where its folder is damaged."""
+        with contextlib.suppress(UserError):
+            return str(self.read("run").get("name", ""))
+        return ""
+
     @classmethod
     def create(cls, runs: Path, run_id: str, run: Mapping[str, Any], config: Mapping[str, Any]) -> Record:
         """Make the folder of a new run. Raises UserError where it cannot be written, and leaves nothing half-made."""
@@ -57,7 +64,7 @@ class Record:
         made = not record.path.exists()
         try:
             record.path.mkdir(parents=True, exist_ok=True)
-            record.write("config", config)
+            record.write("config", config, mask=False)  # keys are ours: `token_mode` is no secret, and has to come back
             record.write("run", {"schema": SCHEMA, "id": run_id, "created": time.time(), **run})
         except OSError as error:
             if made:
@@ -73,9 +80,9 @@ class Record:
 
     # -- writing --
 
-    def write(self, name: str, value: Mapping[str, Any]) -> None:
-        """Replace NAME.json as a whole."""
-        write_atomic(self.path / f"{name}.json", json.dumps(clean(value), indent=1, allow_nan=True).encode())
+    def write(self, name: str, value: Mapping[str, Any], *, mask: bool = True) -> None:
+        """Replace NAME.json as a whole, without secrets; `mask=False` keeps text under secret-looking names."""
+        write_atomic(self.path / f"{name}.json", json.dumps(clean(value, mask=mask), indent=1, allow_nan=True).encode())
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one metrics row; it is on disk when this returns."""
@@ -112,13 +119,8 @@ class Record:
     # -- reading --
 
     def read(self, name: str) -> dict[str, Any]:
-        """NAME.json, or {} where the run has not got there."""
-        with contextlib.suppress(FileNotFoundError):
-            value = json.loads((self.path / f"{name}.json").read_text())
-            if not isinstance(value, dict):
-                raise UserError(f"{self.path / name}.json is not a JSON object; the run folder is damaged")
-            return value
-        return {}
+        """NAME.json, or {} where the run has not got there. Raises UserError where it is damaged."""
+        return read_json(self.path / f"{name}.json")
 
     def rows(self, start: int = 0) -> Iterator[dict[str, Any]]:
         """The metrics rows from byte `start`; a last line without its newline is still being written and is left out."""
@@ -126,7 +128,10 @@ class Record:
             file.seek(start)
             for line in file:
                 if line.endswith(b"\n"):
-                    yield json.loads(line)
+                    try:
+                        yield json.loads(line)
+                    except ValueError:
+                        raise UserError(f"{file.name} is damaged; restore it, or delete {self.path}") from None
 
     @property
     def state(self) -> str:
@@ -152,7 +157,7 @@ def find(name: str, runs: Path) -> Record:
     if name and (runs / name / "run.json").exists():
         return Record(runs / name)
     records = all_records(runs)
-    matches = [r for r in records if r.id.startswith(name)] or [r for r in records if r.read("run").get("name") == name]
+    matches = [r for r in records if r.id.startswith(name)] or [r for r in records if r.name == name]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -163,6 +168,19 @@ def find(name: str, runs: Path) -> Record:
 def new_id() -> str:
     """Eight characters, as W&B takes them."""
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, {} where there is none. Raises UserError where it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or delete {path.parent}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (not a JSON object); restore it, or delete {path.parent}")
+    return value
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -181,12 +199,13 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
-def clean(value: Any) -> Any:
-    """JSON-able copy without secrets: values under secret-looking names and passwords in URLs are masked."""
+def clean(value: Any, *, mask: bool = True) -> Any:
+    """JSON-able copy without secrets: text under secret-looking names (with `mask`) and what `redact` finds."""
     if isinstance(value, Mapping):
-        return {str(k): "***" if _SECRET.search(str(k)) and isinstance(v, str) and v else clean(v) for k, v in value.items()}
+        secret = {k for k, v in value.items() if mask and _SECRET.search(str(k)) and isinstance(v, str) and v}
+        return {str(k): "***" if k in secret else clean(v, mask=mask) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
+        return [clean(item, mask=mask) for item in value]
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -14,8 +14,10 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,8 @@ def outcome(record: Record, config: Settings) -> Iterator[None]:
     except UserError:
         if before:  # what is wrong here can be mended; the run may go on as it could before
             record.write("status", before)
+        elif not record.metrics_bytes():  # it has not begun: nothing half-made stays
+            shutil.rmtree(record.path, ignore_errors=True)
         raise
     except Exception as error:
         epoch = record.read("status").get("epoch", 0)
@@ -157,7 +161,7 @@ def train(
     with outcome(record, config):
         macs = record.read("run")["cost"]["macs"]
         if config.max_macs and macs > config.max_macs:
-            reason = f"needs {macs / 1e6:.1f} MMACs, the budget max_macs is {config.max_macs / 1e6:.1f}"
+            reason = f"needs {macs:,} MACs, the budget max_macs is {config.max_macs:,.0f}"
             record.set_status("skipped", reason=reason, epochs=config.epochs)
             return "skipped"
         record.set_status("running", epoch=record.read("status").get("epoch", 0), epochs=config.epochs)
@@ -348,8 +352,16 @@ def resume(training: Training, record: Record) -> None:
         record.cut_metrics(0)
         return
     try:
+        with zipfile.ZipFile(path) as checked:  # torch.load does not look at the checksums
+            if checked.testzip():
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-        record.cut_metrics(state["metrics_bytes"])
         training.load(state)
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
-        raise UserError(f"{path} cannot be used ({str(error).splitlines()[0]}); delete it to start this run again") from error
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, KeyError, EOFError, AssertionError) as error:
+        # torch's own words would tell people to load it unsafely
+        raise UserError(f"{path} is damaged, or no checkpoint of this run; delete it to start the run again") from error
+    if record.metrics_bytes() < state["metrics_bytes"]:
+        raise UserError(f"{record.path / 'metrics.jsonl'} is shorter than its checkpoint knows; restore it, or delete {path}")
+    record.cut_metrics(state["metrics_bytes"])
+    for _ in record.rows():  # a damaged row is said now, and not after the last epoch
+        pass

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cifar.errors import UserError
 from cifar.record import END_STATES, Record, all_records
 
 HOUR = 3600.0
@@ -47,7 +48,10 @@ def leftovers(runs: Path, *, days: float, finished: bool = False, now: float | N
     now = time.time() if now is None else now
     found = []
     for record in all_records(runs):
-        state = record.state
+        try:
+            state = record.state
+        except UserError:  # damaged: for its owner to look at, not for a broom
+            continue
         age = (now - max(file.stat().st_mtime for file in [record.path, *record.path.iterdir()])) / (24 * HOUR)
         if alive(record):
             continue

@@ -54,7 +54,7 @@ class Terminal(Sink):
 
         self.epochs, self.steps = epochs, steps
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a name is anybody's text
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps"),

@@ -20,10 +20,10 @@ STAND_IN = "STAND-IN DATA: generated images, not CIFAR-10. These accuracies comp
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[str] = ()) -> None:
     """Print a table; columns named in `right` hold numbers."""
     drawn = Table(
-        title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0)
+        title=escape(title) or None, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0)
     )
     for column in columns:
-        drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        drawn.add_column(escape(column), justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(_literal(cell) for cell in row))
     console.print(drawn)

@@ -89,7 +89,7 @@ def test_a_whole_float_is_an_int() -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-5", 1e-5), ("3E4", 3e4), ("-2e+3", -2e3), ("on", "on"), ("yes", "yes"), ("true", True), ("1.5", 1.5), (".5", 0.5),
-     ("12", 12), ("1_0", 10), ("v1e3", "v1e3"), ("null", None), ("[1e-3, no]", [1e-3, "no"])],
+     ("12", 12), ("1_0", "1_0"), ("v1e3", "v1e3"), ("null", None), ("[1e-3, no]", [1e-3, "no"])],
 )  # fmt: skip
 def test_scalars_are_read_as_people_mean_them(text: str, value: object) -> None:
     assert config.parse_yaml(text, "here") == value
@@ -162,3 +162,22 @@ def test_every_family_has_an_experiment() -> None:
     used = {registry.models[config.resolve({"experiment": path.stem}).model].file for path in EXPERIMENTS}
     families = {entry.file for entry in registry.models}
     assert {Path(file).stem for file in families - used} <= {"conv"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"seed": 10**30}, {"probes": "gradient_flow,gradient_flow"}, {"deterministic": "true"}, {"lr": "nan", "optimizer": "sgd"}],
+)
+def test_further_mistakes_are_answered(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        config.resolve(values)
+
+
+def test_whole_numbers_are_read_as_people_write_them() -> None:
+    assert config.parse_pairs(["a=010", "b=1:30", "c=-7", "d=0", "e=0x10"]) == {
+        "a": "010",
+        "b": "1:30",
+        "c": -7,
+        "d": 0,
+        "e": "0x10",
+    }

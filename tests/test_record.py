@@ -149,3 +149,21 @@ def test_the_runs_folder_is_option_then_variable_then_default(monkeypatch: pytes
 def test_ids_are_what_wandb_takes() -> None:
     ids = {record.new_id() for _ in range(200)}
     assert len(ids) == 200 and all(re.fullmatch("[a-z0-9]{8}", i) for i in ids)
+
+
+def test_a_damaged_run_is_named_and_does_not_hide_the_others(tmp_path: Path) -> None:
+    for name in ("aaa", "bbb"):
+        Record.create(tmp_path, name, {"name": f"the {name}"}, {"token_mode": "cls"})
+    (tmp_path / "aaa" / "run.json").write_text("{")
+    assert record.find("the bbb", tmp_path).id == "bbb" and record.find("b", tmp_path).id == "bbb"
+    with pytest.raises(UserError, match=r"run\.json is damaged .*restore it, or delete"):
+        record.find("aaa", tmp_path).read("run")
+    (tmp_path / "bbb" / "metrics.jsonl").write_text("{]\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        list(Record(tmp_path / "bbb").rows())
+
+
+def test_a_configuration_comes_back_as_it_was_while_secrets_elsewhere_do_not(tmp_path: Path) -> None:
+    made = Record.create(tmp_path, "a", {"api_key": "abc"}, {"token_mode": "cls", "url": "postgresql://me:pass@host/x"})
+    assert made.read("config") == {"token_mode": "cls", "url": "postgresql://me:***@host/x"}
+    assert made.read("run")["api_key"] == "***"

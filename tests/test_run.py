@@ -18,6 +18,7 @@ import torch
 
 from cifar import config as configuration
 from cifar import run
+from cifar.errors import UserError
 from cifar.record import Record
 
 TINY: dict[str, Any] = {
@@ -200,3 +201,57 @@ def test_kill_nine_at_random_times(runs: Path) -> None:
             torn += torch.load(checkpoint, weights_only=True)["metrics_bytes"] < record.metrics_bytes()
     assert kills >= 7 and torn >= 1, (kills, torn)
     assert digest(record) == digest(whole)
+
+
+# -- what cannot be gone on with ---------------------------------------------------------------------------------------
+
+
+def begun(runs: Path) -> Record:
+    """A run that was interrupted in its second epoch."""
+    config = configuration.resolve({**FULL, "epochs": 3})
+    record, steps = run.create(config, runs), iter(range(100))
+    run.train(config, record, stop=lambda: "interrupted" if next(steps) == 10 else None)
+    assert len(list(record.rows())) == 1 and record.state == "interrupted"
+    return record
+
+
+def emptied(record: Record) -> None:
+    (record.path / "checkpoint.pt").write_bytes(b"")
+
+
+def flipped(record: Record) -> None:
+    path = record.path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def not_ours(record: Record) -> None:
+    torch.save({"weights": torch.zeros(3)}, record.path / "checkpoint.pt")
+
+
+def cut_short(record: Record) -> None:
+    (record.path / "metrics.jsonl").write_bytes(b"")
+
+
+def scribbled_on(record: Record) -> None:
+    path = record.path / "metrics.jsonl"
+    path.write_bytes(b"XXXX" + path.read_bytes()[4:])
+
+
+@pytest.mark.parametrize("damage", [emptied, flipped, not_ours, cut_short, scribbled_on])
+def test_damage_is_named_before_training_and_nothing_is_lost(runs: Path, damage: Any) -> None:
+    record = begun(runs)
+    damage(record)
+    before = {path.name: path.read_bytes() for path in record.path.iterdir()}
+    with pytest.raises(UserError, match=r"delete|restore"):
+        run.train(configuration.resolve(record.read("config")), record)
+    assert {path.name: path.read_bytes() for path in record.path.iterdir()} == before
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(runs: Path) -> None:
+    config = configuration.resolve({**TINY, "device": "cuda:99"})
+    record = run.create(config, runs)
+    with pytest.raises(UserError, match="cannot be used"):
+        run.train(config, record)
+    assert not record.path.exists()

@@ -9,6 +9,7 @@ again, with the same run id. Every claim has a number, and who comes back late w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from cifar import sweep as sweeps
 from cifar.backends import storage
 from cifar.config import parse_yaml
 from cifar.errors import UserError
-from cifar.record import new_id, write_atomic
+from cifar.record import new_id, read_json, write_atomic
 from cifar.sweep import Sweep
 
 STATES = (
@@ -127,7 +128,7 @@ class Local:
         url = url or os.environ.get("CIFAR_STORAGE", "")
         if not (self.folder / "sweep.json").exists() and not (url and self._join(url)):
             raise UserError(f"no sweep '{sweep_id}' in {runs}; `python -m cifar sweeps list` shows what there is")
-        self.info: dict[str, Any] = json.loads((self.folder / "sweep.json").read_text())
+        self.info: dict[str, Any] = read_json(self.folder / "sweep.json")
         text = (self.folder / "sweep.yaml").read_text(encoding="utf-8")
         self.sweep = sweeps.parse(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", self.info["name"])
         known = self.info["storage"]
@@ -352,8 +353,11 @@ def _direction(sweep: Sweep) -> optuna.study.StudyDirection:
 
 def listing(runs: Path) -> list[dict[str, Any]]:
     """Every local sweep, oldest first: what is in its sweep.json."""
-    found = [json.loads(path.read_text()) for path in (runs / "sweeps").glob("*/sweep.json")]
-    return sorted(found, key=lambda info: float(info["created"]))
+    found = []
+    for path in (runs / "sweeps").glob("*/sweep.json"):
+        with contextlib.suppress(UserError):  # a damaged one is named to whoever asks for it
+            found.append(read_json(path))
+    return sorted((info for info in found if "created" in info), key=lambda info: float(info["created"]))
 
 
 def resolve(name: str, runs: Path) -> str:

@@ -1,0 +1,25 @@
+"""Names are anybody's text: what looks like markup is shown as it is, and ends nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from cifar import track, ui
+
+NAME = "[/red] a [bold]b[/bold] <script>"
+
+
+def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.table(NAME, ["[red]column"], [[NAME]])
+    ui.say(NAME)
+    shown = capsys.readouterr().out
+    assert shown.count(NAME) == 3 and "[red]column" in shown
+
+
+def test_the_progress_bar_survives_any_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    terminal = track.Terminal()
+    terminal.start({"name": NAME}, epochs=1, steps=2)
+    terminal.step(1, 1)
+    terminal.end("finished", "", {})
+    assert "steps" in capsys.readouterr().out
