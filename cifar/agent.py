@@ -175,9 +175,10 @@ class Agent:
         if info["dataset"] == "stand-in":
             self.display.say("STAND-IN DATA: these are not CIFAR-10 images; accuracies say nothing about CIFAR-10")
         if self.sweep.early:
-            known = [sweeps.bind(cell["values"], info["fixed"]).epochs for cell in self.backend.cells()]
-            rungs = self.sweep.early.rungs(max(known, default=1)) if known else []
-            shown = ", ".join(map(str, rungs)) or ("by each trial's epochs" if not known else "none: its runs are too short")
+            # a search has no cells yet: what it may suggest first stands for all of them
+            planned = [cell["values"] for cell in self.backend.cells()] or [sweeps.suggest(self.sweep, 0, info["sweep_seed"])]
+            rungs = self.sweep.early.rungs(max(sweeps.bind(values, info["fixed"]).epochs for values in planned))
+            shown = ", ".join(map(str, rungs)) or "none: its runs are too short"
             self.display.say(f"early termination (hyperband, eta {self.sweep.early.eta:g}): after epochs {shown}")
 
     def _farewell(self) -> int:

@@ -71,7 +71,7 @@ def create(
     if (runs / run_id / "run.json").exists():
         return Record(runs / run_id)
     measured = cost_of(config)
-    named = [str(config.experiment or config.model), *(f"{key}={getattr(config, key)}" for key in swept if key not in _NAMED)]
+    named = [str(config.experiment or config.model), *(f"{key}={_short(getattr(config, key))}" for key in swept if key not in _NAMED)]
     stand_in = config.dataset == "stand-in"
     run = {
         "name": ("stand-in " if stand_in else "") + (name or " ".join(named)),
@@ -90,6 +90,10 @@ def create(
 
 
 _NAMED = ("model", "dataset", "experiment")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def resolve_dataset(config: Settings, data_dir: Path | None) -> tuple[Settings, str]:
