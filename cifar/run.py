@@ -71,7 +71,8 @@ def create(
     if (runs / run_id / "run.json").exists():
         return Record(runs / run_id)
     measured = cost_of(config)
-    named = [str(config.experiment or config.model), *(f"{key}={_short(getattr(config, key))}" for key in swept if key not in _NAMED)]
+    values = [f"{key}={_short(getattr(config, key))}" for key in swept if key not in _NAMED]
+    named = [str(config.experiment or config.model), *values]
     stand_in = config.dataset == "stand-in"
     run = {
         "name": ("stand-in " if stand_in else "") + (name or " ".join(named)),
