@@ -28,6 +28,7 @@ from cifar.backends.local import Local, Trial
 from cifar.board import OPEN, Board, Display, Lines, Row, shown
 from cifar.follow import Follower
 from cifar.record import Record
+from cifar.report.runs import STAND_IN
 
 CPU_WORKERS = 4  # at most; one a core takes less CPU time than one trial of many threads (LOG.md)
 FAILURES_IN_A_ROW = 3
@@ -173,7 +174,7 @@ class Agent:
             f"{self.size} worker{'s' * (self.size > 1)}, {self.threads} CPU thread{'s' * (self.threads > 1)} a trial"
         )
         if info["dataset"] == "stand-in":
-            self.display.say("STAND-IN DATA: these are not CIFAR-10 images; accuracies say nothing about CIFAR-10")
+            self.display.say(STAND_IN)
         if self.sweep.early:
             # a search has no cells yet: what it may suggest first stands for all of them
             planned = [cell["values"] for cell in self.backend.cells()] or [sweeps.suggest(self.sweep, 0, info["sweep_seed"])]

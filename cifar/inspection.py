@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from cifar import config as configuration
 from cifar import record as records
 from cifar import registry, tidy
 from cifar.commands import cost_line, layers
+from cifar.registry import Entry
 from cifar.ui import obtain, say, table, waiting, warn_of_stand_in
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -22,39 +23,53 @@ def models(time: bool, device: str) -> int:
     where = parts.device_of(device)
     rows = []
     with waiting("counting ...") as status:
-        for entry in registry.models:
+        for entry, aliases, keys in families(registry.models):
             status.update(f"counting {entry.name} ...")
             model = entry.build()
             measured = cost.measure(model)
             batch = max(1, min(256 if where.type == "cuda" else 32, int(2e9 // max(measured.macs, 1))))
             micros = cost.microseconds_per_image(model, where, batch) if time else None
-            rows.append((measured.macs, entry, measured, micros))
-    rows.sort(key=lambda row: (row[0], row[1].name))
+            rows.append((entry.name + aliases, ", ".join(keys), measured, micros))
+    rows.sort(key=lambda row: (row[2].macs, row[0]))
     columns = ("model", "parameters", "MACs", "FLOPs", "µs an image", "MACs verified", "keys")
     table(
         "",
         columns,
         [
             (
-                e.name,
+                name,
                 f"{c.params:,}",
                 f"{c.macs:,}",
                 f"{c.flops:,}",
                 f"{micros:,.0f}" if micros else "-",
                 _yes(c),
-                ", ".join(e.keys),
+                keys,
             )
-            for _, e, c, micros in rows
+            for name, keys, c, micros in rows
         ],
         right=columns[1:5],
     )
     say("\nMACs: multiply-adds of convolutions, linear layers and attention, one 3×32×32 image; FLOPs = 2 × MACs.")
     if time:
         say(f"Time of a forward pass on {where}.")
-    for _, entry, measured, _ in rows:
+    for name, _, measured, _ in rows:
         if not measured.verified:
-            say(f"{entry.name}: {measured.note}")
+            say(f"{name}: {measured.note}")
     return 0
+
+
+def families(entries: Iterable[Entry]) -> list[tuple[Entry, str, list[str]]]:
+    """Entries that build the same network by default as one: the most specific name, " (= family)", the family's keys."""
+    same: dict[Any, list[Entry]] = {}
+    for entry in entries:
+        values = {**{key.name: key.default for key in entry.keys.values()}, **entry.bound}
+        same.setdefault((entry.builder, repr(sorted(values.items()))), []).append(entry)
+    found = []
+    for group in same.values():
+        first, *others = sorted(group, key=lambda entry: (len(entry.keys), entry.name))
+        aliases = f" (= {', '.join(entry.name for entry in others)})" if others else ""
+        found.append((first, aliases, list([first, *others][-1].keys)))
+    return found
 
 
 def _yes(cost: Any) -> str:
@@ -140,7 +155,8 @@ def gc(dry_run: bool, days: float, finished: bool, runs_dir: Path | None) -> int
         if not dry_run:
             tidy.remove(leftover)
     total = sum(leftover.size for leftover in found) / 2**20
-    say(f"{len(found)} things, {total:.1f} MiB {'could be freed' if dry_run else 'freed'} in {runs}")
+    things = "1 thing" if len(found) == 1 else f"{len(found)} things"
+    say(f"{things}, {total:.1f} MiB {'could be freed' if dry_run else 'freed'} in {runs}")
     return 0
 
 

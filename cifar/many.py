@@ -167,8 +167,9 @@ def report(names: Sequence[str], split: str, budget: str, out: Path | None, runs
     if result.banner:
         warn_of_stand_in(f"{result.banner}: these accuracies compare with nothing else.")
     numbers = [column for column in result.columns if column not in ("network", "front")]
-    table(result.title, result.columns, [[row.get(c) for c in result.columns] for row in result.rows], right=numbers)
-    say()
+    if result.rows:
+        table(result.title, result.columns, [[row.get(c) for c in result.columns] for row in result.rows], right=numbers)
+        say()
     for note in result.notes:
         say(note)
     for path in result.paths:

@@ -120,6 +120,22 @@ def test_weight_updates_are_layers_by_epochs_in_the_networks_order(run: Run) -> 
     assert data.ratio[2][1] == run.rows[1]["update_ratio/layer2.conv"]
 
 
+@pytest.mark.parametrize("name", ["curves", "learning_curves", "weight_updates"])
+@pytest.mark.parametrize("epochs", [1, 2, 9])
+def test_epochs_are_whole_and_values_written_out(name: str, epochs: int, tmp_path: Path) -> None:
+    runs = [load(write(tmp_path, f"r{i}", epochs=epochs, seed=i, accuracy=0.15038, layers=3).path) for i in range(2)]
+    drawn = style.render(BY_NAME[name], runs[0] if style.scope(BY_NAME[name]) == "run" else compare(runs))
+    assert not drawn.problem
+    panels = [axes for axes in drawn.figure.axes if axes.get_xlabel() == "epoch"]
+    for axes in panels:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks and all(tick == round(tick) and 1 <= tick <= epochs for tick in ticks)
+        assert ticks == [1] or epochs > 1
+        assert axes.yaxis.get_offset_text().get_text() == "" == axes.xaxis.get_offset_text().get_text()
+    assert panels
+
+
 def test_confusion_rows_add_up_and_mistakes_are_mistakes(run: Run) -> None:
     counts = BY_NAME["confusion"].build().select(run)
     assert counts.share.sum(1) == pytest.approx(100)

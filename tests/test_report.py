@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from fake_runs import NETWORKS, quickstart, sweep_folder, write
 
+from cifar import registry
 from cifar.errors import UserError
+from cifar.inspection import families
 from cifar.report import pictures, report
 from cifar.report.page import sentences
-from cifar.report.points import compare
-from cifar.report.runs import STAND_IN, amount, collect, load, macs_text, table
+from cifar.report.points import compare, settings
+from cifar.report.runs import STAND_IN, amount, collect, cuts, load, macs_text, seconds_text, table
 
 HOSTILE = "</title></script><script>alert(1)</script><img src=x onerror=alert(2)>-->&\"'"
 
@@ -133,6 +135,47 @@ def test_labels_are_as_short_as_they_can_be(tmp_path: Path) -> None:
     assert comparison.keys == ("model", "lr", "optimizer")
 
 
+@pytest.mark.parametrize("state", ["diverged", "pruned", "failed", "killed"])
+def test_seeds_that_came_to_nothing_are_counted_at_their_point(state: str, tmp_path: Path) -> None:
+    write(tmp_path, "good", seed=0)
+    write(tmp_path, "gone1", seed=1, state=state)
+    write(tmp_path, "gone2", seed=2, state=state)
+    write(tmp_path, "again", seed=2, state=state)
+    write(tmp_path, "tried", seed=0, state=state)  # the same seed has a result
+    write(tmp_path, "goes", seed=3, state="running")
+    write(tmp_path, "other", model="vgg11")
+    comparison = comparison_of(tmp_path)
+    points = {point.label: point for point in comparison.points}
+    assert points["resnet20"].n == 1 and points["resnet20"].lost == 2 and points["vgg11"].lost == 0
+    note = "2 of 3 seeds of resnet20 did not finish: its mean is over the rest and may be biased."
+    result = report([], runs=tmp_path)
+    assert note in result.notes and {row["network"]: row["n"] for row in result.rows} == {"resnet20": "1 of 3", "vgg11": "1"}
+    assert ">1 of 3</td>" in result.page.read_text() and note in result.page.read_text()
+    facts = json.loads(result.page.with_suffix(".json").read_text())["points"]
+    assert [(point["n"], point["seeds_not_finished"]) for point in facts] == [(1, 2), (1, 0)]
+
+
+def test_what_all_points_share_is_said(tmp_path: Path) -> None:
+    for seed in range(3):
+        write(tmp_path, f"a{seed}", seed=seed, train_size=512, cutout=8, crop=4, momentum=0.9, warmup=0.0, flip="none")
+    write(tmp_path, "b", model="vgg11", train_size=512, cutout=8, crop=4, momentum=0.9, warmup=0.0, flip="random")
+    comparison = comparison_of(tmp_path)
+    text = "epochs 5, optimizer sgd, lr 0.1, batch_size 128, train_size 512, cutout 8, momentum 0.9, seeds 0 to 2"
+    assert settings(comparison) == text and comparison.differing == ["flip"]
+    assert "512 training images only" in comparison.subtitle and "512 training images only" in comparison.runs[0].subtitle
+    result = report([], runs=tmp_path)
+    page, facts = result.page.read_text(), json.loads(result.page.with_suffix(".json").read_text())
+    assert f"<dt>held fixed</dt><dd>{text}</dd>" in page and "<dt>differs as well</dt><dd>flip</dd>" in page
+    assert "512 training images only" in Tags(page).text and "512 training images only" in result.title
+    assert facts["shared"]["train_size"] == 512 and "flip" not in facts["shared"] and facts["seeds"] == [0, 1, 2]
+
+
+def test_a_cut_training_set_is_never_left_out() -> None:
+    assert cuts([{"train_size": 0}, {}]) == [] == cuts([])
+    assert cuts([{"train_size": 512, "max_steps": 1}]) == ["512 training images only", "at most 1 step an epoch"]
+    assert cuts([{"train_size": 512}, {"max_steps": 4}]) == ["training sets of different size", "some epochs cut short"]
+
+
 # -- reading --
 
 
@@ -155,6 +198,27 @@ def test_names_are_sweeps_runs_and_folders(tmp_path: Path) -> None:
         collect(["nonsense"], runs)
     with pytest.raises(UserError, match="no runs in"):
         collect([], tmp_path / "empty")
+
+
+def test_a_sweep_is_found_by_name_and_by_the_start_of_its_id(tmp_path: Path) -> None:
+    quickstart(tmp_path, seeds=1)
+    sweep_folder(tmp_path, "efgh5678", "method: grid\n")
+    (tmp_path / "sweeps" / "efgh5678" / "sweep.json").write_text('{"name": "from-the-file"}')
+    write(tmp_path, "efgh5678-000", sweep="efgh5678")
+    write(tmp_path, "alone")
+    for name in ("quickstart", "abcd", "abcd1234"):
+        assert collect([name], tmp_path).sweep == "abcd1234"
+    for name in ("from-the-file", "e"):
+        assert collect([name], tmp_path).title == "from-the-file (efgh5678)"
+    assert [run.id for run in collect(["abcd1234-000"], tmp_path).runs] == ["abcd1234-000"]
+    assert [run.id for run in collect(["al", "efgh"], tmp_path).runs] == ["alone", "efgh5678-000"]
+    sweep_folder(tmp_path, "abxx0000")
+    for name in ("quickstart", "ab"):
+        with pytest.raises(UserError, match="fits 2 sweeps"):
+            collect([name], tmp_path)
+    write(tmp_path, "efghrun")
+    with pytest.raises(UserError, match="fits the sweep efgh5678 and the run efghrun"):
+        collect(["efgh"], tmp_path)
 
 
 DAMAGE = {
@@ -221,6 +285,40 @@ def test_the_files_of_a_sweeps_report(tmp_path: Path) -> None:
     assert facts["best"] == "resnet20" and len(facts["points"]) == len(NETWORKS) == len(result.rows)
     assert facts["rank_correlation"] > 0.7 and {run["kind"] for run in facts["apart"]} == {"running", "diverged"}
     assert result.banner == "" and "STAND-IN" not in "".join(map(repr, (result, facts, rows)))
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_each_scope_and_split_has_its_own_place_and_no_figure_of_another(tmp_path: Path) -> None:
+    quickstart(tmp_path, seeds=1, layers=4)
+    write(tmp_path, "one", test=0.8)
+    sweep = tmp_path / "sweeps" / "abcd1234"
+    kept = names_in(report(["abcd1234"], runs=tmp_path).page.parent)
+    page = (sweep / "report" / "report.html").read_bytes()
+    assert report(["abcd1234"], runs=tmp_path, split="test").page.parent == sweep / "report-test"
+    assert names_in(sweep / "report") == kept and (sweep / "report" / "report.html").read_bytes() == page
+    assert report(["one"], runs=tmp_path).page.parent == tmp_path / "one" / "report"
+    assert report(["one"], runs=tmp_path, split="test").page.parent == tmp_path / "one" / "report-test"
+    assert report(["one", "abcd1234"], runs=tmp_path).page.parent == tmp_path / "report"
+    assert report(["one", "abcd1234"], runs=tmp_path, split="test").page.parent == tmp_path / "report-test"
+    for names in (["one", "abcd1234"], ["one"], ["abcd1234"]):  # into one place: the last one's files, and no others
+        result = report(names, runs=tmp_path, out=tmp_path / "out")
+        assert names_in(tmp_path / "out") == {path.name for path in result.paths}
+
+
+def test_without_a_test_score_it_says_how_to_get_one(tmp_path: Path) -> None:
+    quickstart(tmp_path, seeds=1)
+    out = tmp_path / "out"
+    report([], runs=tmp_path, out=out)
+    for names in ([], ["abcd1234-000"]):
+        result = report(names, runs=tmp_path, split="test", out=out)
+        answer = "No run has a test accuracy; `python -m cifar train ... test=final` makes one."
+        assert result.notes[0] == answer and answer in result.page.read_text()
+        assert result.rows == [] and result.columns == () and "<table" not in result.page.read_text().split("What stands")[0]
+        assert not {"accuracy_vs_macs.png", "report.csv"} & names_in(out)
+    assert "No finished run" in sentences(compare([]))[0]
 
 
 def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
@@ -311,6 +409,23 @@ def test_amounts_of_multiply_adds() -> None:
     for text in ("", "M", "fifty", "-1M", "nan", "0"):
         with pytest.raises(UserError, match="write 50M"):
             amount(text)
+
+
+def test_seconds_below_ten_have_a_decimal() -> None:
+    assert [seconds_text(s) for s in (0.04, 3.14, 9.94, 9.96, 10, 12345.6, None)] == (
+        ["0.0", "3.1", "9.9", "10", "10", "12,346", "–"]
+    )
+
+
+def test_networks_of_two_names_are_one_row() -> None:
+    found = {entry.name: (aliases, keys) for entry, aliases, keys in families(registry.models)}
+    for name, family in (
+        ("conv16", "conv"), ("resnet20", "resnet"), ("airbench94", "airbench"), ("vgg11", "vgg"), ("wrn_16_4", "wrn"),
+        ("preact_resnet18", "preact_resnet"),
+    ):  # fmt: skip
+        assert found[name] == (f" (= {family})", list(registry.models[family].keys)) and family not in found
+    assert found["resnet56"] == ("", ["width", "shortcut"]) and found["convmixer"][0] == ""
+    assert len(found) == len(registry.models.names()) - 6
 
 
 def test_a_table_for_notebooks(tmp_path: Path) -> None:

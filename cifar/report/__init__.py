@@ -17,7 +17,7 @@ from cifar.record import write_atomic
 from cifar.report import page as pages
 from cifar.report import style
 from cifar.report.points import Comparison, compare
-from cifar.report.runs import Collection, Table, collect, count, load, show
+from cifar.report.runs import Collection, Table, collect, count, load, seconds_text, show
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,14 @@ def report(
 ) -> Result:
     """Compare the named runs and sweeps (none: the newest sweep, or else all runs) and write the report into `out`.
 
+    `out` is by default report/ (of the test split report-test/) in the sweep's folder, in the run's where it is one run, or
+    in `runs`. Where nothing is compared, the result has no columns.
+
     Raises UserError for an unknown name, and where `out` cannot be written.
     """
     found = collect(names, runs)
     comparison = compare(found.runs, split=split, budget=budget, title=found.title, damaged=found.damaged)
-    out = out or (runs / "sweeps" / found.sweep / "report" if found.sweep else runs / "report")
+    out = out or _home(found, runs) / ("report-test" if split == "test" else "report")
     options = ["--split", "test"] if split == "test" else []
     options += ["--budget", f"{budget / 1e6:g}M"] if budget else []
     notes = [*pages.sentences(comparison), *_progress(found, comparison)]
@@ -60,9 +63,12 @@ def report(
         out.mkdir(parents=True, exist_ok=True)
         paths = [out / "report.html", out / "report.csv", out / "report.json"]
         sections, drawn = _draw(found, comparison, out, notes)
-        write_atomic(paths[1], _csv(comparison).encode())
         write_atomic(paths[2], json.dumps(_json(comparison, notes), indent=1).encode())
-        made = pages.provenance([run for point in comparison.points for run in point.runs] or found.runs, command)
+        if comparison.points:
+            write_atomic(paths[1], _csv(comparison).encode())
+        else:
+            paths.pop(1).unlink(missing_ok=True)
+        made = pages.provenance(comparison, found.runs, command)
         html = pages.page(comparison, sections, question=found.question, notes=notes, made=made)
         write_atomic(paths[0], html.encode())
     except OSError as error:
@@ -90,19 +96,20 @@ def pictures(run_folder: Path) -> list[Path]:
     return paths
 
 
+def _home(found: Collection, runs: Path) -> Path:
+    return runs / "sweeps" / found.sweep if found.sweep else found.runs[0].path if found.alone else runs
+
+
 def _draw(found: Collection, comparison: Comparison, out: Path, notes: list[str]) -> tuple[list[pages.Section], list[Path]]:
     """Files and page sections of every figure; of a single run its own figures too. Problems become notes."""
     sections, paths = [], []
-    alone = len(found.runs) == 1 and not found.sweep
     for entry in sorted(registry.figures, key=style.order):
         of_run = style.scope(entry) == "run"
-        if of_run != alone:
-            continue
-        subject = found.runs[0] if of_run else comparison
-        drawn = style.render(entry, subject)
-        if drawn.failed:
+        subject = found.runs[0] if found.alone else comparison
+        drawn = style.render(entry, subject) if of_run == found.alone and (of_run or comparison.tested) else None
+        if drawn and drawn.failed:
             notes.append(f"{drawn.problem}.")
-        if drawn.problem and entry.name != "accuracy_vs_macs":
+        if not drawn or (drawn.problem and entry.name != "accuracy_vs_macs"):
             for suffix in ("png", "svg"):  # of an earlier report: it would be taken for this one's
                 (out / f"{entry.name}.{suffix}").unlink(missing_ok=True)
             continue
@@ -139,8 +146,8 @@ def _row(comparison: Comparison, point: Any) -> dict[str, str]:
         "params M": f"{point.params / 1e6:.3g}",
         f"{comparison.split} acc %": f"{100 * point.mean:.1f}",
         "± 95 %": "–" if point.half is None else f"{100 * point.half:.1f}",
-        "n": str(point.n),
-        "s a run": "–" if point.seconds is None else f"{point.seconds:,.0f}",
+        "n": point.n_text,
+        "s a run": seconds_text(point.seconds),
         "front": "*" if point.on_front else "",
     }
     return row
@@ -158,6 +165,7 @@ def _facts(comparison: Comparison) -> list[dict[str, Any]]:
             "params": point.params,
             "views": point.views,
             "n": point.n,
+            "seeds_not_finished": point.lost,
             f"{comparison.split}/acc": point.mean,
             "std": point.std,
             "interval95_half": point.half,
@@ -172,8 +180,7 @@ def _facts(comparison: Comparison) -> list[dict[str, Any]]:
 def _csv(comparison: Comparison) -> str:
     text = io.StringIO()
     facts = _facts(comparison)
-    columns = list(facts[0]) if facts else ["label", "dataset", "macs", f"{comparison.split}/acc"]
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, list(facts[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, "runs": " ".join(row["runs"])} for row in facts)
     return text.getvalue()
@@ -187,6 +194,8 @@ def _json(comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
         "dataset": comparison.banner or "CIFAR-10",
         "split": comparison.split,
         "budget": comparison.budget,
+        "shared": comparison.shared,
+        "seeds": comparison.seeds,
         "best": best.label if best else None,
         "rank_correlation": comparison.correlation,
         "points": _facts(comparison),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from cifar.report.points import Comparison, Point
-from cifar.report.runs import Apart, Run, count, macs_text, show
+from cifar.report.points import Comparison, Point, settings
+from cifar.report.runs import Apart, Run, count, macs_text, seconds_text, show
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class Section:
     caption: str
     svg: str
 
+
+UNTESTED = "No run has a test accuracy; `python -m cifar train ... test=final` makes one."
+MOST_BIASED = 5  # points named in the sentences; the table marks all
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --page: #f6f7f9; --ink: #1f2a37; --muted: #6b7785; --line: #e3e7ec;
@@ -146,8 +149,8 @@ def _points(comparison: Comparison) -> str:
             _cell(f"{point.params / 1e6:.3g}", point.params),
             _cell(f"{100 * point.mean:.1f}", point.mean),
             _cell("–" if point.half is None else f"{100 * point.half:.1f}", -1 if point.half is None else point.half),
-            _cell(str(point.n), point.n),
-            _cell("–" if point.seconds is None else f"{point.seconds:,.0f}", -1 if point.seconds is None else point.seconds),
+            _cell(point.n_text, point.n),
+            _cell(seconds_text(point.seconds), -1 if point.seconds is None else point.seconds),
             _cell("front" if point.on_front else ""),
         ]
         body.append(f'<tr class="{"front" if point.on_front else "dominated"}">{"".join(cells)}</tr>')
@@ -157,6 +160,8 @@ def _points(comparison: Comparison) -> str:
         "Accuracy of the last epoch, mean over n seeds. A click on a heading sorts. "
         "Grey: another point has at least this accuracy for at most these multiply-adds."
     )
+    if any(point.lost for point in comparison.points):
+        note += " n = 1 of 3: two more seeds came to an end without a result, and are not in the mean."
     return f'<section><h2>{escape(title)}</h2>{table}<p class="caption">{note}</p></section>'
 
 
@@ -195,9 +200,9 @@ def _pair(name: str, value: str) -> str:
     return f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(value)}</code>' if name == 'command' else escape(value)}</dd>"
 
 
-def provenance(runs: Iterable[Run], command: str) -> dict[str, str]:
-    """How the report was made, from the environments that the runs recorded."""
-    runs = list(runs)
+def provenance(comparison: Comparison, runs: Iterable[Run], command: str) -> dict[str, str]:
+    """How the report was made, from the configurations and the environments that the runs recorded."""
+    runs = list(comparison.runs or runs)
 
     def distinct(*keys: str) -> str:
         found: dict[str, int] = {}
@@ -217,9 +222,12 @@ def provenance(runs: Iterable[Run], command: str) -> dict[str, str]:
         distinct("data_fingerprint"),
     )
     seconds = sum(run.seconds or 0 for run in runs)
+    timed = count(sum(1 for run in runs if run.seconds), "run")
     days = sorted({time.strftime("%Y-%m-%d", time.gmtime(run.created)) for run in runs if run.created})
     facts = {
         "command": command,
+        "held fixed" if len(comparison.points) > 1 else "settings": settings(comparison),
+        "differs as well": ", ".join(comparison.differing),
         "drawn": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "runs of": " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",
         "dataset": ", ".join(dict.fromkeys(run.banner or "CIFAR-10, the official files" for run in runs)),
@@ -229,7 +237,7 @@ def provenance(runs: Iterable[Run], command: str) -> dict[str, str]:
         "versions": "; ".join(f"{name} {text}" for name, text in (("Python", python), ("torch", torch)) if text),
         "code": re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit)
         + (", with local changes" if "true" in distinct("git", "dirty") else ""),
-        "training time": f"{seconds:,.0f} s over {count(sum(1 for run in runs if run.seconds), 'run')}" if seconds else "",
+        "training time": f"{seconds_text(seconds)} s over {timed}" if seconds else "",
     }
     return {name: text for name, text in facts.items() if text}
 
@@ -248,11 +256,18 @@ def sentences(comparison: Comparison) -> list[str]:
     elif comparison.points:
         notes = ["No point has a single view of an image, and several views do not compare with one: nothing is the best."]
     else:
-        notes = ["No finished run to compare yet."]
+        notes = ["No finished run to compare yet." if comparison.tested else UNTESTED]
     xs = [point.macs for point in comparison.points if point.views == 1]
     if len(xs) > 2 and (rho := comparison.correlation) is not None:
         spread = f"over a factor {xs[-1] / xs[0]:.3g} in MACs" if xs[0] else ""
         notes.append(f"Rank correlation of MACs and accuracy: {rho:.2f} (Spearman, {len(xs)} points {spread}).")
     if comparison.points and all(point.n == 1 for point in comparison.points):
         notes.append("One seed a point: differences of a point or so may be luck; repeat with seed: {values: [0, 1, 2]}.")
+    biased = [point for point in comparison.configurations if point.lost]
+    for point in biased[:MOST_BIASED]:
+        gone = f"{point.lost} of {count(point.n + point.lost, 'seed')} of {point.label} did not finish"
+        notes.append(f"{gone}: its mean is over the rest and may be biased.")
+    if len(biased) > MOST_BIASED:
+        more = count(len(biased) - MOST_BIASED, "more point")
+        notes.append(f"{more} also lost seeds: column n of the table says how many.")
     return notes

@@ -10,9 +10,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from cifar.config import Settings
 from cifar.errors import UserError
+from cifar.record import END_STATES
 from cifar.report import stats
-from cifar.report.runs import SPLITS, STAND_IN, UNOFFICIAL, Apart, Run, count, show
+from cifar.report.runs import SPLITS, STAND_IN, UNOFFICIAL, Apart, Run, count, cuts, show
+
+# said of every report, whatever their values; of the other settings those that are not the default,
+# of the keys of networks, optimizers and schedules those that are on
+_ALWAYS = ("epochs", "optimizer", "lr", "schedule", "batch_size")
+# how a run is carried out and looked at, or said elsewhere
+_PLUMBING = (
+    "experiment", "dataset", "test", "probes", "probe_every", "checkpoint_every", "device", "threads", "max_macs", "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,10 +39,15 @@ class Point:
     mean: float
     half: float | None  # of the 95 % Student-t interval of the mean over seeds; None for one seed
     on_front: bool = False
+    lost: int = 0  # seeds that came to an end without a result: diverged, pruned, failed, ...
 
     @property
     def n(self) -> int:
         return len(self.runs)
+
+    @property
+    def n_text(self) -> str:
+        return f"{self.n} of {self.n + self.lost}" if self.lost else str(self.n)
 
     @property
     def std(self) -> float | None:
@@ -50,7 +65,7 @@ class Point:
     @property
     def accuracy_text(self) -> str:
         spread = f" ± {100 * self.half:.1f}" if self.half is not None else ""
-        return f"{100 * self.mean:.1f}{spread} % (n = {self.n})"
+        return f"{100 * self.mean:.1f}{spread} % (n = {self.n_text})"
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,7 @@ class Comparison:
     budget: float | None = None
     title: str = ""
     banner: str = ""
+    tested: bool = True  # False: the split is test, and no run has scored it
 
     @property
     def axis(self) -> str:
@@ -71,8 +87,30 @@ class Comparison:
 
     @property
     def subtitle(self) -> str:
-        runs = {run.id for point in self.points for run in point.runs}
-        return f"{self.title} · {self.axis} · {count(len(self.points), 'point')} from {count(len(runs), 'run')}"
+        size = f"{count(len(self.points), 'point')} from {count(len(self.runs), 'run')}"
+        return " · ".join([self.title, *cuts(run.config for run in self.runs), self.axis, size])
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs that the points are made of, each once."""
+        return tuple({run.id: run for point in self.points for run in point.runs}.values())
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """The configuration keys, other than the seed, that have one value in all of these runs."""
+        first = self.runs[0].config if self.runs else {}
+        return {k: v for k, v in first.items() if k != "seed" and all(k in r.config and r.config[k] == v for r in self.runs)}
+
+    @property
+    def differing(self) -> list[str]:
+        """The settings that the points differ in beside those that tell them apart; keys of one network are its own."""
+        keys = dict.fromkeys((*_ALWAYS, *Settings.model_fields))
+        told = (*self.shared, *self.keys, *_PLUMBING)
+        return [key for key in keys if key not in told and any(key in run.config for run in self.runs)]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for run in self.runs if isinstance(seed := run.config.get("seed"), int)})
 
     @cached_property
     def front(self) -> tuple[Point, ...]:
@@ -108,18 +146,27 @@ def compare(
     majority = max(kinds, key=lambda kind: (kinds[kind], kind == ("cifar10", True)), default=("cifar10", True))
     apart = list(damaged)
     groups: dict[str, dict[Any, Run]] = {}
+    ended: dict[str, set[Any]] = {}  # group -> seeds that came to nothing
     for run in runs:
         why = _why_apart(run, split, majority)
+        name = json.dumps({**run.config, "seed": None}, sort_keys=True, default=str)
+        seed = run.config.get("seed")
         if why:
             apart.append(Apart(run.id, run.name, *why))
+            if why[0] == run.state and run.state in END_STATES:
+                ended.setdefault(name, set()).add(seed)
             continue
-        group = groups.setdefault(json.dumps({**run.config, "seed": None}, sort_keys=True, default=str), {})
-        seed = run.config.get("seed")
+        group = groups.setdefault(name, {})
         if seed in group:  # a repeat of one seed tells nothing about seeds; the newest counts
             old = group[seed]
             apart.append(Apart(old.id, old.name, "repeated", f"same configuration and seed as the newer {run.id}"))
         group[seed] = run
-    points = _label([point for group in groups.values() for point in _points(group.values(), split)])
+    points = [
+        replace(point, lost=len(ended.get(name, set()) - set(group)))
+        for name, group in groups.items()
+        for point in _points(group.values(), split)
+    ]
+    points = _label(points)
     points.sort(key=lambda point: (point.macs, -point.mean, point.label))
     single = [point for point in points if point.views == 1]
     best = {id(single[i]) for i in stats.front([p.macs for p in single], [p.mean for p in single])}
@@ -132,7 +179,23 @@ def compare(
         budget=budget,
         title=title,
         banner=banner if runs else "",
+        tested=split == "val" or any(run.accuracies(split) for run in runs),
     )
+
+
+def settings(comparison: Comparison) -> str:
+    """What all points share, as far as it matters: "epochs 5, optimizer sgd, lr 0.1, ..., seeds 0, 1, 2"."""
+    shared = {key: value for key, value in comparison.shared.items() if key not in _PLUMBING}
+    default = {name: field.default for name, field in Settings.model_fields.items()}
+    told = [key for key in _ALWAYS if key in shared]
+    told += [key for key, value in shared.items() if key not in told and (value != default[key] if key in default else value)]
+    texts = [f"{key} {show(shared[key])}" for key in told]
+    seeds = comparison.seeds
+    if seeds:
+        run = len(seeds) > 2 and seeds == [*range(seeds[0], seeds[-1] + 1)]
+        listed = f"{seeds[0]} to {seeds[-1]}" if run else ", ".join(map(str, seeds))
+        texts.append(f"{'seed' if len(seeds) == 1 else 'seeds'} {listed}")
+    return ", ".join(texts)
 
 
 def _why_apart(run: Run, split: str, majority: tuple[str, bool]) -> tuple[str, str] | None:

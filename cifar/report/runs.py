@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar.errors import UserError
-from cifar.record import Record, all_records, find
+from cifar.record import Record, all_records, find, read_json
 
 STAND_IN = "STAND-IN DATA, not CIFAR-10"
 UNOFFICIAL = "NOT THE OFFICIAL CIFAR-10 FILES"
@@ -55,7 +55,8 @@ class Run:
 
     @property
     def subtitle(self) -> str:
-        return f"{self.name} ({self.id})" if self.name != self.id else self.id
+        name = f"{self.name} ({self.id})" if self.name != self.id else self.id
+        return " · ".join([name, *cuts([self.config])])
 
     @property
     def model(self) -> str:
@@ -108,6 +109,11 @@ class Collection:
     title: str = "runs"
     question: str = ""
     cells: int = 0  # trials that the sweep will have; 0: not known
+
+    @property
+    def alone(self) -> bool:
+        """A single run, which is shown with figures of its own."""
+        return len(self.runs) == 1 and not self.sweep and not self.damaged
 
 
 class Table(list[dict[str, Any]]):
@@ -181,7 +187,8 @@ def collect(names: Sequence[str], runs: Path) -> Collection:
     newest = "" if names else newest_sweep(runs)
     paths: dict[Path, None] = {} if names or newest else dict.fromkeys(_run_folders(runs))  # in order, each once
     sweeps = []
-    for name in [newest] if newest else names:
+    for asked in [newest] if newest else names:
+        name = sweep_of(asked, runs) or asked
         folder = Path(name)
         if _is_sweep(name, runs):
             home = folder.resolve().parent.parent if folder.name != name else runs
@@ -236,6 +243,35 @@ def _of_sweep(sweep: str, runs: Path) -> list[Path]:
     return sorted(chosen)
 
 
+def sweep_of(name: str, runs: Path) -> str:
+    """The id of the sweep that `name` means, as `agent` reads it: its name, or the start of its id. "" if it means none."""
+    known = sorted(path.name for path in (runs / "sweeps").glob("*/"))
+    if not name or Path(name).name != name or name in known or (runs / name).exists() or _run_folders(Path(name)):
+        return ""  # an id, a run, or a folder: read as such
+    named = [sweep for sweep in known if _info(sweep, runs).get("name") == name]
+    fits = named or [sweep for sweep in known if sweep.startswith(name)]
+    if len(fits) > 1:
+        raise UserError(f"'{name}' fits {count(len(fits), 'sweep')} ({', '.join(fits[:6])}); give the id")
+    runs_too = [path.name for path in runs.glob("*/") if path.name.startswith(name)] if fits and not named else []
+    if others := [run for run in runs_too if run != "sweeps" and not run.startswith(f"{fits[0]}-")]:
+        raise UserError(f"'{name}' fits the sweep {fits[0]} and the run {others[0]}; give more of the id")
+    return fits[0] if fits else ""
+
+
+def _info(sweep: str, runs: Path) -> dict[str, Any]:
+    """A sweep's sweep.json and, over it, the name that its file gives; what is damaged counts as not said."""
+    from cifar.config import parse_yaml
+
+    info: dict[str, Any] = {}
+    with contextlib.suppress(UserError):
+        info = read_json(runs / "sweeps" / sweep / "sweep.json")
+    with contextlib.suppress(OSError, ValueError, UserError):
+        text = (runs / "sweeps" / sweep / "sweep.yaml").read_text(encoding="utf-8")
+        content = parse_yaml(text, "sweep.yaml")
+        info |= {"text": text, **{key: content[key] for key in ("name", "description") if content.get(key)}}
+    return info
+
+
 def newest_sweep(runs: Path) -> str:
     """The id of the sweep that was created last, or ""."""
     files = [*(runs / "sweeps").glob("*/sweep.yaml")]
@@ -244,20 +280,11 @@ def newest_sweep(runs: Path) -> str:
 
 def _describe(sweep: str, runs: Path) -> tuple[str, str, int]:
     """A sweep's title, the question that its file asks (its description, or the comment it opens with), and its cells."""
-    from cifar.config import parse_yaml
-
-    folder = runs / "sweeps" / sweep
-    text, content, info = "", {}, {}
-    with contextlib.suppress(OSError, ValueError, UserError):
-        text = (folder / "sweep.yaml").read_text(encoding="utf-8")
-        content = parse_yaml(text, "sweep.yaml")
-        info = json.loads((folder / "sweep.json").read_text())
+    info = _info(sweep, runs)
+    text, name, cells = info.get("text", ""), info.get("name"), info.get("cells")
     comment = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())]
-    name = content.get("name") if isinstance(content, dict) else None
-    question = content.get("description") if isinstance(content, dict) else None
-    cells = info.get("cells") if isinstance(info, dict) else None
     title = f"{name} ({sweep})" if name and name != sweep else sweep
-    return title, str(question or "\n".join(comment)).strip(), cells if isinstance(cells, int) else 0
+    return title, str(info.get("description") or "\n".join(comment)).strip(), cells if isinstance(cells, int) else 0
 
 
 # -- printing ----------------------------------------------------------------------------------------------------------
@@ -299,6 +326,25 @@ def show(value: Any) -> str:
 
 def count(n: int, word: str) -> str:
     return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Whole seconds, below ten with a decimal."""
+    if seconds is None:
+        return "–"
+    return f"{seconds:.1f}" if seconds < 9.95 else f"{seconds:,.0f}"
+
+
+def cuts(configs: Iterable[dict[str, Any]]) -> list[str]:
+    """What has to be said beside every accuracy of runs that saw less than the whole training set."""
+    configs = list(configs)
+    sizes, steps = ({int(config.get(key) or 0) for config in configs} for key in ("train_size", "max_steps"))
+    said = []
+    if sizes - {0}:
+        said.append(f"{count(max(sizes), 'training image')} only" if len(sizes) == 1 else "training sets of different size")
+    if steps - {0}:
+        said.append(f"at most {count(max(steps), 'step')} an epoch" if len(steps) == 1 else "some epochs cut short")
+    return said
 
 
 def macs_text(macs: float) -> str:

@@ -81,6 +81,7 @@ def rc() -> Any:
         "axes.linewidth": 0.7,
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "axes.formatter.useoffset": False,  # "+1.504e1" in a corner is not read
         "axes.grid": True,
         "axes.axisbelow": True,
         "axes.titlesize": 9.5,
@@ -233,6 +234,14 @@ def log_axis(axis: Any, text: Callable[[float], str]) -> None:
     axis.set_minor_locator(LogLocator(subs=tuple(range(2, 10)) if decades < 8 else (1.0,)))
     axis.set_minor_formatter(NullFormatter())
     axis.grid(visible=False, which="minor")
+
+
+def epoch_axis(axes: Axes, most: int = 6) -> None:
+    """Whole epochs along x; of a single epoch that one tick."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
 
 
 def power(value: float) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cifar.registry import figures
 from cifar.report.points import Comparison, Point
-from cifar.report.runs import macs_text
+from cifar.report.runs import macs_text, seconds_text
 from cifar.report.style import BLUE, DIM, GREEN, INK, MUTED, ORANGE, PAPER, Mark, Nothing, label_points, log_axis
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Dot:
     y: float  # accuracy in percent
     error: float | None  # half-width of the interval, percentage points
     n: int
+    seeds: str  # n, or "1 of 3" where two came to nothing
     label: str
     kind: str  # front, dominated or views (several views of an image: not comparable with the front)
     tip: str
@@ -58,7 +59,7 @@ class AccuracyVsMacs:
         if not comparison.points:
             return Nothing(f"no finished run with {comparison.axis.partition(',')[0]} and verified MACs yet")
         dots = [
-            Dot(p.macs, 100 * p.mean, None if p.half is None else 100 * p.half, p.n, p.label, kind(p), tip(p))
+            Dot(p.macs, 100 * p.mean, None if p.half is None else 100 * p.half, p.n, p.n_text, p.label, kind(p), tip(p))
             for p in comparison.points
         ]
         xs = [dot.x for dot in dots] + ([comparison.budget] if comparison.budget else [])
@@ -94,14 +95,15 @@ class AccuracyVsMacs:
         axes.set_ylabel(f"{data.axis} (%)")
         self._legend(axes, data)
         bars = [[(d.x, d.y - (d.error or 0)), (d.x, d.y + (d.error or 0))] for d in data.dots]
-        same_n = len({dot.n for dot in data.dots}) == 1
+        same_n = len({dot.seeds for dot in data.dots}) == 1
         ordered = sorted(data.dots, key=lambda dot: not dot.front)
         named = [dot for dot in ordered if dot.front or len(ordered) <= NAMED]
         marks = [
-            Mark(d.x, d.y, d.label if same_n else f"{d.label} ({d.n})", INK if d.front else MUTED, must=d.front) for d in named
+            Mark(d.x, d.y, d.label if same_n else f"{d.label} ({d.seeds})", INK if d.front else MUTED, must=d.front)
+            for d in named
         ]
         hidden = len(ordered) - len(named) + label_points(axes, marks, [data.steps, *bars])
-        note = f"n = {data.dots[0].n} each" if same_n else "n in brackets"
+        note = f"n = {data.dots[0].seeds} each" if same_n else "n in brackets"
         note += f"; {hidden} dominated without a name" if hidden else ""
         axes.set_title(note, loc="right", size=8, color=MUTED, weight="normal")
 
@@ -129,7 +131,7 @@ def kind(point: Point) -> str:
 def tip(point: Point) -> str:
     """What a reader sees who points at a point."""
     seeds = ", ".join(str(run.config.get("seed")) for run in point.runs)
-    seconds = f"\n{point.seconds:,.0f} s a run" if point.seconds is not None else ""
+    seconds = f"\n{seconds_text(point.seconds)} s a run" if point.seconds is not None else ""
     place = {"front": "on the front", "dominated": "dominated", "views": "several views: apart from the front"}[kind(point)]
     return (
         f"{point.label}\n{point.accuracy_text}\n{macs_text(point.macs)}, {point.params / 1e6:.3g} M parameters\n"

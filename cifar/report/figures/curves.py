@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cifar.registry import figures
 from cifar.report.points import Comparison
 from cifar.report.runs import Run
-from cifar.report.style import BLUE, MUTED, ORANGE, Nothing, colours, end_labels, power
+from cifar.report.style import BLUE, MUTED, ORANGE, Nothing, colours, end_labels, epoch_axis, power
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ class LearningCurves:
                 if not grey:
                     ends.append((line.epochs[-1], line.mean[-1], line.label, colour))
             axes.set_title(title)
-            _epochs(axes)
+            epoch_axis(axes)
             if axes is right:
                 end_labels(axes, ends)
 
@@ -127,15 +127,8 @@ class Curves:
                 if epochs and kind != "lr":
                     ends.append((epochs[-1], values[-1], name, colour))
             axes.set_title(title)
-            _epochs(axes)
+            epoch_axis(axes)
             if kind == "lr":
                 axes.yaxis.set_major_formatter(lambda value, _: power(round(value, 9)))
                 axes.set_ylim(bottom=0)
             end_labels(axes, ends)
-
-
-def _epochs(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_xlabel("epoch")

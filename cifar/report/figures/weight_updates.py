@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cifar.registry import figures
 from cifar.report.runs import Run
-from cifar.report.style import Nothing, layer_ticks, power
+from cifar.report.style import Nothing, epoch_axis, layer_ticks, power
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ class WeightUpdates:
 
     def draw(self, data: Updates, figure: Figure) -> None:
         from matplotlib.colors import LogNorm
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
         axes = figure.subplots()
         axes.grid(visible=False)
@@ -57,8 +57,7 @@ class WeightUpdates:
                             extent=(data.epochs[0] - 0.5, data.epochs[-1] + 0.5, len(data.layers) - 0.5, -0.5))  # fmt: skip
         layer_ticks(axes.yaxis, data.layers)
         axes.tick_params(axis="y", labelsize=7, length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        axes.set_xlabel("epoch")
+        epoch_axis(axes, most=10)
         bar = figure.colorbar(image, pad=0.02, aspect=35, extend="both")
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
         few = data.limits[1] / data.limits[0] < 100
