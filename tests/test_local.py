@@ -87,11 +87,11 @@ def test_eight_processes_run_each_of_24_cells_once(runs: Path, tmp_path: Path) -
 def test_cells_of_killed_processes_are_run_again_by_exactly_one(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CIFAR_LEASE", "1")
+    monkeypatch.setenv("CIFAR_LEASE", "5")  # on a busy machine two hundredths of a second of work can take long
     backend = made(runs)
     begun = time.monotonic()
     executions = _together(backend, tmp_path / "log", workers=5, dying=2)
-    assert time.monotonic() - begun > 1.0
+    assert time.monotonic() - begun > 5.0
     counted = Counter(executions)
     assert set(counted.values()) == {1} and sum(attempt == 2 for _, attempt in executions) == 2
     assert {cell for cell, _ in executions} == set(range(24)) and backend.counts() == {"finished": 24}
