@@ -35,6 +35,7 @@ help:
 	echo "setting up .venv with $$($$base --version) (once; PyTorch is large) ..."; \
 	$$base -m venv .venv || { echo "error: 'venv' is missing; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-compile -c constraints.txt -e '.[dev]'
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps 'sweeps==0.3.0' # its JSON schema, for tests
 	@touch $@
 
 setup: $(READY)

@@ -22,10 +22,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cifar import engines
 from cifar import sweep as sweeps
 from cifar.backends import local
-from cifar.backends.local import Local, Trial
 from cifar.board import OPEN, Board, Display, Lines, Row, shown
+from cifar.claims import Backend, Trial
 from cifar.follow import Follower
 from cifar.record import Record
 from cifar.report.runs import STAND_IN
@@ -95,22 +96,26 @@ def agent(
 ) -> int:
     """Run trials of a sweep until none is open. Returns the exit code: 0; 1 after three failures in a row or where the
     machine fails (a full disk); 130 and 143 after SIGINT and SIGTERM. `console`: rich's, for a live table."""
-    backend = Local(local.resolve(sweep_id, runs), runs, url)
+    workers = workers or default_workers()
+    backend = engines.opened(sweep_id, runs, url, wandb, workers, data_dir)
+    if backend.place.get("engine") == "wandb":
+        wandb = "online"
     display: Display = Lines()
     if console is not None:
         from cifar import live
 
         display = live.display(console)
-    return Agent(
-        backend, count=count, workers=workers or default_workers(), data_dir=data_dir, wandb=wandb, display=display
-    ).run()
+    try:
+        return Agent(backend, count=count, workers=workers, data_dir=data_dir, wandb=wandb, display=display).run()
+    finally:
+        backend.close()
 
 
 class Agent:
     """One agent's state; `run` is its life."""
 
     def __init__(
-        self, backend: Local, *, count: int | None, workers: int, data_dir: Path | None, wandb: str, display: Display
+        self, backend: Backend, *, count: int | None, workers: int, data_dir: Path | None, wandb: str, display: Display
     ) -> None:
         self.backend, self.sweep, self.display = backend, backend.sweep, display
         self.left = float("inf") if count is None else count  # trials that may still be taken
@@ -141,6 +146,8 @@ class Agent:
                     if self._claims():
                         self._hand_out()
                     self._beat()
+                    for line in self.backend.news():
+                        self.display.say(line)
                     self.display.show(self.board)
                     with contextlib.suppress(queue.Empty):
                         self._hear(*self.events.get(timeout=0.25))
@@ -226,7 +233,7 @@ class Agent:
         if time.monotonic() < self.next_claim:
             return
         while self.left > 0 and len(self._busy()) < self.size:
-            trial = self.backend.claim(self.name)
+            trial = self.backend.claim(self.name, int(min(self.left, self.size - len(self._busy()))))
             if not isinstance(trial, Trial):
                 self.next_claim = time.monotonic() + POLL_SECONDS
                 if trial is None and not self._busy():
@@ -252,7 +259,7 @@ class Agent:
                 "cell": trial.cell,
                 "values": {"threads": self.threads, **values},
                 "sweep": self.backend.id,
-                "project": self.sweep.project,
+                "place": self.backend.place,
                 "runs": str(self.backend.runs),
                 "swept": self.sweep.swept,
                 "metric": self.sweep.metric.name,

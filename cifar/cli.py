@@ -104,7 +104,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials, their MACs and an estimate of time")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="draw the report at the end")] = True,
 ) -> int:
-    """Create a sweep, run its trials, draw the report.
+    """Create a sweep, run its trials, draw the report. Logged in to W&B, the sweep is made there, unless --storage is given.
 
     Examples:
 
@@ -123,7 +123,9 @@ def sweep(
 
 @app.command()
 def agent(
-    sweep_id: Annotated[str, typer.Argument(metavar="SWEEP", help="its id, as `sweep` printed it")],
+    sweep_id: Annotated[
+        str, typer.Argument(metavar="SWEEP", help="its id; on W&B also project/id, entity/project/id or the URL of its page")
+    ],
     count: Count = None,
     workers: Workers = None,
     storage: Storage = None,
@@ -133,7 +135,11 @@ def agent(
 ) -> int:
     """Join a sweep from another terminal; ends when no trial is open.
 
-    Example: `python -m cifar agent 3k9x2m1p --workers 2`
+    Examples:
+
+    `python -m cifar agent 3k9x2m1p --workers 2`
+
+    `python -m cifar agent https://wandb.ai/me/cifar/sweeps/3k9x2m1p`
     """
     from cifar import many
 
@@ -170,14 +176,17 @@ def sweeps_stop(
 
 @app.command()
 def report(
-    names: Annotated[list[str] | None, typer.Argument(metavar="RUN|SWEEP", help="[default: the newest sweep]")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN|SWEEP|ENTITY/PROJECT[/SWEEP]", help="[default: the newest sweep]")
+    ] = None,
     split: Split = "val",
     budget: Annotated[str, typer.Option("--budget", metavar="MACS", help="name the best below it: 50M, 1.2G, 5e7")] = "",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where the page and the figures go")] = None,
     runs_dir: RunsDir = None,
     open_: Annotated[bool, typer.Option("--open", help="show the page in a browser")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="make a report and a workspace on W&B, too")] = False,
 ) -> int:
-    """Read runs and draw accuracy against FLOPs: a page, figures, a table.
+    """Read runs and draw accuracy against FLOPs: a page, figures, a table. Runs are here, or on W&B.
 
     Examples:
 
@@ -186,10 +195,28 @@ def report(
     `python -m cifar report 3k9x2m1p --budget 50M`
 
     `python -m cifar report --split test`
+
+    `python -m cifar report me/cifar/x7k2m1pq --publish`
     """
     from cifar import many
 
-    return many.report(names or [], split, budget, out, runs_dir, open_)
+    return many.report(names or [], split, budget, out, runs_dir, open_, publish)
+
+
+@app.command()
+def push(
+    sweep_id: Annotated[str, typer.Argument(metavar="SWEEP", help="a local sweep's id or name")],
+    project: Annotated[str, typer.Option("--project", help="on W&B [default: the file's, else the runs']")] = "",
+    entity: Annotated[str, typer.Option("--entity", help="user or team [default: yours]")] = "",
+    runs_dir: RunsDir = None,
+) -> int:
+    """Make a local sweep a sweep on W&B, with all its runs. Again: only what is new.
+
+    Example: `python -m cifar push 3k9x2m1p --project cifar`
+    """
+    from cifar import many
+
+    return many.push(sweep_id, project, entity, runs_dir)
 
 
 @app.command()

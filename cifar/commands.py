@@ -101,7 +101,11 @@ def cost_line(cost: Any) -> str:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask the run to end after its step; a second Ctrl-C does not wait."""
+    """Ctrl-C and SIGTERM ask the run to end after its step; a second Ctrl-C does not wait.
+
+    SIGTERM is how the plain `wandb agent` says that the run was stopped on W&B, and that is its end. With
+    CIFAR_PREEMPTIBLE=1 it is the machine that is taken away, and the run goes on elsewhere.
+    """
 
     def __init__(self) -> None:
         self.wish: str | None = None
@@ -120,7 +124,8 @@ class Stop:
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.wish:
             raise KeyboardInterrupt
-        self.wish = "interrupted"
+        told = number == signal.SIGTERM and "WANDB_SWEEP_ID" in os.environ and os.environ.get("CIFAR_PREEMPTIBLE") != "1"
+        self.wish = "stopped" if told else "interrupted"
 
 
 def train(
@@ -137,7 +142,8 @@ def train(
         say(f"dataset: {reason}")
     prepare(config, data_dir)
     sweep, run_id = (os.environ.get(f"WANDB_{kind}_ID", "") if swept else "" for kind in ("SWEEP", "RUN"))
-    record = run.create(config, runs, run_id=run_id, name=name, swept=swept, sweep=sweep, tags=tags)
+    engine = "wandb" if sweep else ""  # the plain `wandb agent` started us
+    record = run.create(config, runs, run_id=run_id, name=name, swept=swept, sweep=sweep, engine=engine, tags=tags)
     return _train(config, record, data_dir, wandb)
 
 

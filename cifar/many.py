@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from cifar import config as configuration
 from cifar import record as records
 from cifar.errors import UserError
 from cifar.record import runs_dir as runs_folder
-from cifar.ui import console, obtain, say, table, waiting, warn_of_stand_in
+from cifar.ui import console, counting, obtain, say, table, waiting, warn_of_stand_in
 from cifar.wb.mode import mode_from_environment
 
 
@@ -34,37 +35,57 @@ def sweep(
     from cifar import sweep as sweeps
 
     runs = runs_folder(runs_dir)
-    mode_from_environment(wandb)  # says now what is wrong with it
+    hosted = mode_from_environment(wandb) == "online" and not (storage or os.environ.get("CIFAR_STORAGE"))
     read = sweeps.read(file)
     fixed = {**configuration.parse_pairs(pairs), **({"dataset": dataset} if dataset else {})}
+    asked = dict(fixed)
     with waiting("checking every trial ..."):
         try:
-            fixed["dataset"] = sweeps.check(read, fixed, sweep_seed, count)
+            fixed["dataset"] = sweeps.check(read, fixed, sweep_seed, count or (read.run_cap or 20 if hosted else None))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     if dry_run:
         return _plan(sweeps.dry_run, read, fixed, sweep_seed, count)
     with waiting("importing PyTorch ..."):
-        from cifar import data
         from cifar.backends import local
-    if fixed["dataset"] == "auto":
+    fixed["dataset"] = _prepared(fixed["dataset"], data_dir)
+    if hosted:
+        from cifar.wb import sweeps as on_wandb
+
+        with waiting("creating the sweep on W&B ..."):
+            url = on_wandb.create(read, runs, fixed=asked)
+        sweep_id = on_wandb.parts_of(url)[2]
+        say(f"sweep {sweep_id}: {read.name}, {read.method}, on W&B: {url}")
+        return _run_and_draw(url, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb)
+    sweep_id = local.create(read, runs, fixed=fixed, data_dir=data_dir, url=storage or "", sweep_seed=sweep_seed, count=count)
+    say(f"sweep {sweep_id}: {read.name}, {read.method}, in {runs / 'sweeps' / sweep_id}")
+    return _run_and_draw(sweep_id, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb)
+
+
+def _prepared(dataset: str, data_dir: Path | None) -> str:
+    """Settle `auto`, and have the images at hand, before anything is made. Damaged files are named."""
+    from cifar import data
+
+    if dataset == "auto":
         with waiting("looking for CIFAR-10 ..."):
-            fixed["dataset"], reason = data.resolve_auto(data_dir)
+            dataset, reason = data.resolve_auto(data_dir)
         say(f"dataset: {reason}")
-    if fixed["dataset"] == "cifar10":
+    if dataset == "cifar10":
         obtain(data_dir, [])
     else:
         warn_of_stand_in()
-    with waiting(f"reading {fixed['dataset']} ..."):
-        data.load(fixed["dataset"], data_dir)  # damaged files are named before anything is made; the stand-in is made once
-    sweep_id = local.create(read, runs, fixed=fixed, data_dir=data_dir, url=storage or "", sweep_seed=sweep_seed, count=count)
-    say(f"sweep {sweep_id}: {read.name}, {read.method}, in {runs / 'sweeps' / sweep_id}")
+    with waiting(f"reading {dataset} ..."):
+        data.load(dataset, data_dir)  # the stand-in is made once
+    return dataset
+
+
+def _run_and_draw(name: str, sweep_id: str, no_agent: bool, draw: bool, count: int | None, *options: Any) -> int:
     if no_agent:
-        say(f"run it with: python -m cifar agent {sweep_id}")
+        say(f"run it with: python -m cifar agent {name}")
         return 0
-    code = agent(sweep_id, count, workers, storage, data_dir, runs_dir, wandb)
+    code = agent(name, count, *options)
     if draw and code not in (130, 143):
-        code = max(code, report([sweep_id], "val", "", None, runs_dir, False))
+        code = max(code, report([sweep_id], "val", "", None, options[3], False))
     return code
 
 
@@ -153,17 +174,45 @@ def stop_sweep(name: str, storage: str | None, runs_dir: Path | None) -> int:
     return 0
 
 
+def push(name: str, project: str, entity: str, runs_dir: Path | None) -> int:
+    """A local sweep becomes one on W&B."""
+    from cifar.backends import local
+    from cifar.wb import push as pushing
+
+    runs = runs_folder(runs_dir)
+    sweep_id = local.resolve(name, runs)
+    folder = runs / "sweeps" / sweep_id
+    if not (folder / "sweep.json").exists():
+        known = "is on W&B already" if (folder / "wandb.json").exists() else f"is no sweep in {runs}"
+        raise UserError(f"'{name}' {known}; `python -m cifar sweeps list` shows what can be pushed")
+    mine = [record for record in records.all_records(runs) if record.read("run").get("sweep") == sweep_id]
+    with counting(f"sending {sweep_id} to W&B", "runs") as progress:
+        pushed = pushing.push(folder, mine, entity=entity, project=project, progress=progress, say=say)
+    say(f"{len(mine) - len(pushed.open)} runs of {sweep_id} are on W&B ({pushed.sent} sent now): {pushed.url}")
+    if pushed.open:
+        say(f"not ended yet, push again later: {', '.join(pushed.open)}")
+    return 0
+
+
 # -- reports -----------------------------------------------------------------------------------------------------------
 
 
-def report(names: Sequence[str], split: str, budget: str, out: Path | None, runs_dir: Path | None, show: bool) -> int:
+def report(
+    names: Sequence[str],
+    split: str,
+    budget: str,
+    out: Path | None,
+    runs_dir: Path | None,
+    show: bool,
+    publish: bool = False,
+) -> int:
     """Read runs, draw, and say where the drawings are."""
-    with waiting("drawing ..."):
+    with counting("reading from W&B", "runs") as progress:
         from cifar import report as reports
         from cifar.report.runs import amount
 
         limit = amount(budget) if budget else None
-        result = reports.report(names, runs=runs_folder(runs_dir), out=out, split=split, budget=limit)
+        result = reports.report(names, runs=runs_folder(runs_dir), out=out, split=split, budget=limit, progress=progress)
     if result.banner:
         warn_of_stand_in(f"{result.banner}: these accuracies compare with nothing else.")
     numbers = [column for column in result.columns if column not in ("network", "front")]
@@ -175,6 +224,35 @@ def report(names: Sequence[str], split: str, budget: str, out: Path | None, runs
     for path in result.paths:
         if path.suffix != ".svg":  # beside each PNG
             say(f"{path.suffix[1:]:<5} {path}")
+    if publish:
+        with waiting("publishing on W&B ..."):
+            published = _publish(names, result, runs_folder(runs_dir), split)
+        say(f"on W&B: report {published.report}")
+        say(f"     workspace {published.workspace}")
     if show:
         webbrowser.open(result.page.as_uri())
     return 0
+
+
+def _publish(names: Sequence[str], result: Any, runs: Path, split: str) -> Any:
+    from cifar.wb import publish as publishing
+    from cifar.wb.push import place_of_sweep
+    from cifar.wb.read import place_of
+
+    place = place_of(names[0]) if len(names) == 1 and "/" in names[0] else None
+    place = place or (place_of_sweep(runs / "sweeps" / result.sweep) if result.sweep else None)
+    if place is None:
+        raise UserError("--publish needs one place on W&B: name ENTITY/PROJECT[/SWEEP], or `push` the sweep first")
+    best = result.comparison.best
+    run = best.runs[0] if best else None
+    metric = next((m for m in ("gradient_norm", "gradient_mean") if run and run.layers(m)), "")
+    content = publishing.Content(
+        title=" – ".join(part for part in (result.banner, result.comparison.title) if part),
+        sentences=result.notes,
+        columns=result.columns,
+        rows=result.rows,
+        runs=[run.id for point in result.comparison.points for run in point.runs],
+        split=split,
+        layers=[f"{metric}/{layer}" for layer in run.layers(metric)] if run and metric else [],
+    )
+    return publishing.publish(place, content, result.page.parent / "published.json")

@@ -64,8 +64,13 @@ def create(
     cell: int | None = None,
     tags: Sequence[str] = (),
     project: str = "",
+    entity: str = "",
+    engine: str = "",
 ) -> Record:
-    """The folder of a new run, or of the run of that id if it is there already. `config.dataset` has to be resolved."""
+    """The folder of a new run, or of the run of that id if it is there already. `config.dataset` has to be resolved.
+
+    `engine`: "wandb" where W&B handed the run out, so that it belongs to W&B's sweep of that id.
+    """
     assert config.dataset != "auto"
     run_id = run_id or new_id()
     if (runs / run_id / "run.json").exists():
@@ -79,7 +84,9 @@ def create(
         "group": sweep,
         "tags": [*tags, config.dataset, config.model] + ([] if measured.verified else ["macs unverified"]),
         "project": project or os.environ.get("WANDB_PROJECT") or "cifar",
+        "entity": entity or os.environ.get("WANDB_ENTITY", ""),
         "sweep": sweep,
+        "engine": engine,
         "cell": cell,
         "swept": list(swept),
         "dataset": config.dataset,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 # Rich wraps tables at 80 columns where there is no terminal; a log or a pipe has no such edge.
@@ -41,6 +50,15 @@ def warn_of_stand_in(text: str = STAND_IN) -> None:
 def waiting(text: str) -> Any:
     """A spinner with `text` on a terminal; nothing elsewhere."""
     return console.status(text)
+
+
+@contextlib.contextmanager
+def counting(text: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, which appears with the first call of what is handed out: (done, total)."""
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def _literal(cell: Any) -> str:

@@ -89,10 +89,8 @@ class Worker:
         state = record.read("status").get("state", "")
         if state not in DONE:
             swept = [key for key in trial["swept"] if key in config.flatten(trial["values"])]
-            named = {"project": trial["project"]} if trial["project"] else {}
-            record = run.create(
-                settings, runs, run_id=self.run_id, sweep=trial["sweep"], cell=trial["cell"], swept=swept, **named
-            )
+            place = {"sweep": trial["sweep"], "cell": trial["cell"], **trial["place"]}
+            record = run.create(settings, runs, run_id=self.run_id, swept=swept, **place)
         macs = record.read("run")["cost"]["macs"]
         self.say("started", folder=str(record.path), epochs=settings.epochs, macs=macs, pid=os.getpid())
         if state not in DONE:

@@ -6,8 +6,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from protocol import Server
 
 _WORLD = Path(tempfile.gettempdir()) / f"cifar-tests-{os.getuid()}"  # the stand-in data is generated once for many sessions
 _WORLD.mkdir(exist_ok=True)
@@ -23,3 +27,18 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("CIFAR_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("CIFAR_PLUGINS", raising=False)
     yield tmp_path / "runs"
+
+
+@pytest.fixture
+def wandb_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A W&B server that this process and its children talk to. The test fails where they ask what it was not taught."""
+    from protocol import Server
+
+    with Server() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+        yield server
+        server.assert_understood()

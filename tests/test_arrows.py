@@ -22,8 +22,10 @@ LAYERS = [
     ["run"],
     ["distributions", "hyperband"],
     ["sweep"],
-    ["backends", "wb", "report"],
-    ["follow"],
+    ["claims"],
+    ["backends", "wb"],
+    ["report"],
+    ["follow", "engines"],
     ["worker", "board"],
     ["live"],
     ["agent", "tidy", "look", "doctor"],
@@ -37,6 +39,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 DOORS = {  # package -> the files that may import it
     "wandb": ["wb/"],
+    "wandb_workspaces": ["wb/"],
     "thop": ["cost.py"],
     "matplotlib": ["report/", "look.py"],
     "optuna": ["backends/"],

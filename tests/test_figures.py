@@ -62,8 +62,16 @@ def test_draws_on_a_full_and_on_an_empty_table(entry: registry.Entry, sweep: Com
 def test_stand_in_data_is_announced_on_the_figure(name: str, tmp_path: Path) -> None:
     run = load(write(tmp_path, "one", dataset="stand-in").path)
     subject = run if style.scope(BY_NAME[name]) == "run" else compare([run])
-    for title in (True, False):
-        assert STAND_IN in texts(style.render(BY_NAME[name], subject, title=title))
+    drawn = style.render(BY_NAME[name], subject)
+    width, height = drawn.figure.get_size_inches()
+    assert STAND_IN in texts(drawn) and subject.subtitle in texts(drawn)
+    whole = style.svg(drawn.figure, name)
+    inline = style.inline(whole, drawn.cut)
+    ElementTree.fromstring(inline)
+    box = [float(side) for side in re.findall(r'viewBox="0 ([\d.]+) ([\d.]+) ([\d.]+)"', inline)[0]]
+    assert box == pytest.approx([72 * 0.45, 72 * width, 72 * (height - 0.45)])  # the inches of title and subtitle
+    assert whole.count('id="head:') == 4 and 'id="head:' not in inline
+    assert inline.count('display="none"') == 3 and 'transform="translate(0 32.4)"' in inline
 
 
 def test_svg_is_the_same_every_time_and_points_have_tips(sweep: Comparison) -> None:
@@ -82,7 +90,7 @@ def test_names_cannot_break_out_of_an_svg(tmp_path: Path) -> None:
     comparison = compare(collect([], tmp_path).runs, title=name)
     drawn = style.render(BY_NAME["accuracy_vs_macs"], comparison)
     assert not drawn.problem
-    for text in (style.svg(drawn.figure, "salt"), style.inline(drawn.figure, "salt")):
+    for text in (style.svg(drawn.figure, "salt"), style.inline(style.svg(drawn.figure, "salt"), drawn.cut)):
         root = ElementTree.fromstring(text)
         assert not [node for node in root.iter() if node.tag.rpartition("}")[2] == "script"]
         assert any(name in (node.text or "") for node in root.iter())

@@ -19,7 +19,6 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -31,16 +30,13 @@ from optuna.trial import FrozenTrial, TrialState
 from cifar import data
 from cifar import sweep as sweeps
 from cifar.backends import storage
+from cifar.claims import RETRIES, STATES, Trial
 from cifar.config import parse_yaml
 from cifar.errors import UserError
 from cifar.record import new_id, read_json, write_atomic
 from cifar.sweep import Sweep
 
-STATES = (
-    "waiting", "running", "interrupted", "finished", "failed", "killed", "diverged", "stopped", "pruned", "skipped",
-)  # fmt: skip
 _SHOWN = {"reason": "", "value": None, "attempt": 0, "worker": ""}
-RETRIES = 2  # of a trial whose process was killed
 # what Bayesian search learns from an end: a value, that it was bad, or nothing
 _OPTUNA = {
     "finished": TrialState.COMPLETE,
@@ -50,16 +46,6 @@ _OPTUNA = {
 }
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A claimed cell."""
-
-    cell: int
-    values: dict[str, Any]
-    run_id: str
-    attempt: int  # the claim's number, 1, 2, ...
 
 
 def lease() -> float:
@@ -131,6 +117,7 @@ class Local:
         self.info: dict[str, Any] = read_json(self.folder / "sweep.json")
         text = (self.folder / "sweep.yaml").read_text(encoding="utf-8")
         self.sweep = sweeps.parse(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", self.info["name"])
+        self.place = {"project": self.sweep.project} if self.sweep.project else {}
         known = self.info["storage"]
         if known and "***" in known and not url:
             raise UserError(f"sweep {sweep_id} is kept in {known}; give the whole URL by CIFAR_STORAGE or --storage")
@@ -159,7 +146,7 @@ class Local:
 
     # -- what a worker asks --
 
-    def claim(self, worker: str) -> Trial | Literal["wait"] | None:
+    def claim(self, worker: str, most: int = 1) -> Trial | Literal["wait"] | None:
         """An open cell, "wait" while only other workers' cells are open, or None at the sweep's end."""
         with storage.locked(self._storage, self.id):
             if self.stopped:
@@ -264,6 +251,11 @@ class Local:
             self.info["threads"] = kept or threads
             write_atomic(self.folder / "sweep.json", json.dumps(self.info, indent=1).encode())
             return int(kept or threads)
+
+    def news(self) -> list[str]:
+        return []
+
+    def close(self) -> None: ...
 
     def run_id(self, cell: int) -> str:
         return f"{self.id}-{cell:03d}"

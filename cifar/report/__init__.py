@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Result:
     rows: list[dict[str, str]]
     notes: tuple[str, ...]
     banner: str
+    comparison: Comparison
+    sweep: str = ""  # the local sweep, where it is of one
 
     @property
     def page(self) -> Path:
@@ -44,17 +47,20 @@ def report(
     split: str = "val",
     budget: float | None = None,
     command: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Result:
     """Compare the named runs and sweeps (none: the newest sweep, or else all runs) and write the report into `out`.
 
     `out` is by default report/ (of the test split report-test/) in the sweep's folder, in the run's where it is one run, or
-    in `runs`. Where nothing is compared, the result has no columns.
+    in `runs`. Where nothing is compared, the result has no columns. `progress` hears of (runs read, runs in all) where they
+    come from W&B.
 
     Raises UserError for an unknown name, and where `out` cannot be written.
     """
-    found = collect(names, runs)
+    found = collect(names, runs, progress)
     comparison = compare(found.runs, split=split, budget=budget, title=found.title, damaged=found.damaged)
-    out = out or _home(found, runs) / ("report-test" if split == "test" else "report")
+    elsewhere = re.sub(r"[^\w.-]+", "_", found.place.partition("://")[2] or found.place)  # of a place on W&B
+    out = out or _home(found, runs) / ("report-test" if split == "test" else "report") / elsewhere
     options = ["--split", "test"] if split == "test" else []
     options += ["--budget", f"{budget / 1e6:g}M"] if budget else []
     notes = [*pages.sentences(comparison), *_progress(found, comparison)]
@@ -78,7 +84,7 @@ def report(
     rows = [_row(comparison, point) for point in comparison.points]
     title = " – ".join(part for part in (comparison.banner, comparison.subtitle) if part)
     columns = tuple(rows[0]) if rows else ()
-    return Result((*paths, *drawn), title, columns, rows, tuple(notes), comparison.banner)
+    return Result((*paths, *drawn), title, columns, rows, tuple(notes), comparison.banner, comparison, found.sweep)
 
 
 def pictures(run_folder: Path) -> list[Path]:
@@ -97,7 +103,7 @@ def pictures(run_folder: Path) -> list[Path]:
 
 
 def _home(found: Collection, runs: Path) -> Path:
-    return runs / "sweeps" / found.sweep if found.sweep else found.runs[0].path if found.alone else runs
+    return runs / "sweeps" / found.sweep if found.sweep else found.runs[0].path if found.alone and not found.place else runs
 
 
 def _draw(found: Collection, comparison: Comparison, out: Path, notes: list[str]) -> tuple[list[pages.Section], list[Path]]:
@@ -115,10 +121,10 @@ def _draw(found: Collection, comparison: Comparison, out: Path, notes: list[str]
             continue
         paths += [out / f"{entry.name}.png", out / f"{entry.name}.svg"]
         write_atomic(paths[-2], style.png(drawn.figure))
-        write_atomic(paths[-1], style.svg(drawn.figure, entry.name).encode())
-        bare = style.render(entry, subject, title=False).figure
+        vector = style.svg(drawn.figure, entry.name)
+        write_atomic(paths[-1], vector.encode())
         maker: Any = entry.builder
-        sections.append(pages.Section(maker.title, getattr(maker, "caption", ""), style.inline(bare, entry.name)))
+        sections.append(pages.Section(maker.title, getattr(maker, "caption", ""), style.inline(vector, drawn.cut)))
     return sections, paths
 
 

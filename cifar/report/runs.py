@@ -1,4 +1,4 @@
-"""Run folders -> runs: sweeps, runs and folders by name, read whole; a damaged one is named and left out."""
+"""Run folders -> runs: sweeps, runs and folders by name, and what W&B has, read whole; a damaged one is named and left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ class Run:
 
     def layers(self, metric: str) -> list[str]:
         """Layers that have `metric`, in the network's order."""
-        present = {key.removeprefix(f"{metric}/") for row in self.rows for key in row if key.startswith(f"{metric}/")}
+        columns = set[str]().union(*self.rows)
+        present = {key.removeprefix(f"{metric}/") for key in columns if key.startswith(f"{metric}/")}
         order = {name: i for i, name in enumerate(self.labels.get("layers", []))}
         first_seen = {key.removeprefix(f"{metric}/"): i for i, key in enumerate(self.rows[-1])} if self.rows else {}
         return sorted(present, key=lambda name: (order.get(name, len(order)), first_seen.get(name, 0)))
@@ -109,6 +110,7 @@ class Collection:
     title: str = "runs"
     question: str = ""
     cells: int = 0  # trials that the sweep will have; 0: not known
+    place: str = ""  # entity/project[/sweep], where that is all that was asked for
 
     @property
     def alone(self) -> bool:
@@ -148,7 +150,7 @@ def load(path: Path) -> Run:
         if not run or not config:
             raise ValueError(f"{'config' if run else 'run'}.json is missing")
         cost = run.get("cost") or {}
-        rows = tuple(record.rows())
+        rows = _rows(path / "metrics.jsonl")
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("metrics.jsonl holds a line that is no row")
         dataset = str(run.get("dataset") or config.get("dataset"))
@@ -182,11 +184,24 @@ def load(path: Path) -> Run:
         raise UserError(f"the run {path.name} is damaged and left out ({what}); delete {path} or restore it") from None
 
 
-def collect(names: Sequence[str], runs: Path) -> Collection:
-    """Sweeps, runs and folders by name -> their runs. No name: the newest sweep, or else every run."""
+def _rows(file: Path) -> tuple[Any, ...]:
+    """The whole lines, as record.rows() has them, read in one go."""
+    if not file.exists():
+        return ()
+    lines = file.read_bytes().split(b"\n")[:-1]  # what follows the last newline is still being written
+    return tuple(json.loads(b"[" + b",".join(lines) + b"]"))
+
+
+def collect(names: Sequence[str], runs: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Collection:
+    """Sweeps, runs and folders by name, and places on W&B -> their runs. No name: the newest sweep, or else every run.
+
+    A run that is in several of them counts once, by its id; the record on disk wins over what W&B has of it.
+    `progress` hears of (runs read, runs in all) while W&B is read.
+    """
     newest = "" if names else newest_sweep(runs)
     paths: dict[Path, None] = {} if names or newest else dict.fromkeys(_run_folders(runs))  # in order, each once
-    sweeps = []
+    remote: dict[Path, None] = {}
+    sweeps, damaged, pulled = [], [], None
     for asked in [newest] if newest else names:
         name = sweep_of(asked, runs) or asked
         folder = Path(name)
@@ -196,26 +211,61 @@ def collect(names: Sequence[str], runs: Path) -> Collection:
             paths.update(dict.fromkeys(_of_sweep(folder.name, home)))
         elif not (folder / "run.json").exists() and (inside := _run_folders(folder)):
             paths.update(dict.fromkeys(inside))
+        elif wandb_files := _wandb_files(folder):
+            from cifar.wb import offline
+
+            read, bad = offline.unpack(wandb_files)
+            remote.update(dict.fromkeys(read))
+            damaged += [Apart(run_id, called, "damaged", reason) for run_id, called, reason in bad]
+        elif not folder.exists() and (place := _place(name)):
+            from cifar.wb import read as wandb_runs
+
+            pulled = wandb_runs.pull(place, progress)
+            remote.update(dict.fromkeys(pulled.folders))
+            damaged += [Apart(run_id, called, "damaged", reason) for run_id, called, reason in pulled.damaged]
         else:
             paths[find(name, runs).path] = None
-    if not paths and not sweeps:
+    if not (paths or remote or sweeps or damaged or pulled):
         raise UserError(
             f"no runs in {runs}; `python -m cifar sweep sweeps/quickstart.yaml` makes some, --runs-dir names a place"
         )
-    found, damaged = [], []
-    for path in paths:
+    found: dict[str, Run] = {}
+    for path in [*paths, *remote]:
+        if path.name in found:
+            continue
         try:
-            found.append(load(path))
+            found[path.name] = load(path)
         except UserError as error:
             damaged.append(Apart(path.name, path.name, "damaged", str(error)))
+    loaded = tuple(found.values())
+    apart = tuple(run for run in damaged if run.id not in found)
     if len(sweeps) == 1 and len(names) < 2:
         title, question, cells = _describe(*sweeps[0])
-        return Collection(tuple(found), tuple(damaged), sweeps[0][0], title, question, cells)
-    if len(found) == len(paths) == 1:
-        title = found[0].name
+        return Collection(loaded, apart, sweeps[0][0], title, question, cells)
+    if pulled and len(names) == 1:
+        return Collection(loaded, apart, "", pulled.title, pulled.question, pulled.cells, names[0])
+    if len(loaded) == 1 and not apart:
+        title = loaded[0].name
     else:
         title = ", ".join([*names[:3], "…"] if len(names) > 3 else names) or f"all runs in {runs.name}"
-    return Collection(tuple(found), tuple(damaged), title=title)
+    return Collection(loaded, apart, title=title)
+
+
+def _place(name: str) -> Any:
+    """The place on W&B that `name` names, or None."""
+    if "/" not in name:
+        return None
+    from cifar.wb.read import place_of
+
+    return place_of(name)
+
+
+def _wandb_files(path: Path) -> list[Path]:
+    """The .wandb files that `path` is or holds: of an offline run's folder, or of a folder of such."""
+    if path.suffix == ".wandb" and path.is_file():
+        return [path]
+    patterns = ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb")
+    return next((found for pattern in patterns if (found := sorted(path.glob(pattern)))), []) if path.is_dir() else []
 
 
 def _run_folders(folder: Path) -> list[Path]:

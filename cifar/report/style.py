@@ -54,6 +54,7 @@ class Drawn:
     figure: Figure
     problem: str = ""
     failed: bool = False
+    cut: float = 0.0  # inches at its top that hold title and subtitle, which a page says by itself
 
 
 def order(entry: Entry) -> tuple[bool, int, str]:
@@ -107,31 +108,30 @@ def rc() -> Any:
     }
 
 
-def render(entry: Entry, subject: Any, *, title: bool = True) -> Drawn:
+def render(entry: Entry, subject: Any) -> Drawn:
     """Select and draw one registered figure on a Comparison or a Run. It never raises: a failure is drawn and returned."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def fresh(size: tuple[float, float]) -> Figure:
+    def fresh(size: tuple[float, float]) -> tuple[Figure, float]:
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        _head(figure, maker.title if title else "", subject.subtitle if title else "", subject.banner)
-        return figure
+        return figure, _head(figure, maker.title, subject.subtitle, subject.banner)
 
     with matplotlib.rc_context(rc()), _quiet():
         try:
             maker = entry.build()
             data = maker.select(subject)
             if isinstance(data, Nothing):
-                figure = fresh((SIZE[0], 2.2))
+                figure, cut = fresh((SIZE[0], 2.2))
                 _say(figure, f"nothing to show: {data.why}")
-                return Drawn(figure, data.why)
-            figure = fresh(maker.size(data) if hasattr(maker, "size") else SIZE)
+                return Drawn(figure, data.why, cut=cut)
+            figure, cut = fresh(maker.size(data) if hasattr(maker, "size") else SIZE)
             maker.draw(data, figure)
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # laid out: each of the files it is saved to needs not do it again
-            return Drawn(figure)
+            return Drawn(figure, cut=cut)
         except Exception as error:  # one figure (perhaps a plug-in's) must not cost the report
             problem = f"figure '{entry.name}' failed ({type(error).__name__}: {error}); mend {entry.file}"
             figure = Figure(figsize=(SIZE[0], 2.2), layout="constrained")
@@ -150,12 +150,20 @@ def svg(figure: Figure, salt: str) -> str:
     return re.sub(r'<g id="tip:([^"]*)">', r'<g class="tip"><title>\1</title>', text)
 
 
-def inline(figure: Figure, salt: str) -> str:
-    """The <svg> element for a page, in the page's colours and on its background."""
-    figure.set_facecolor("none")
-    text = svg(figure, salt)
+def inline(text: str, cut: float = 0.0) -> str:
+    """svg() -> the <svg> element for a page, bare, in the page's colours and on its background. `cut`: as in Drawn."""
+    points = 72 * cut
+    for part, instead in (
+        ("title", 'display="none"'),
+        ("paper", 'display="none"'),
+        ("banner", f'transform="translate(0 {points:g})"'),
+    ):
+        text = text.replace(f'<g id="head:{part}">', f"<g {instead}>")
+    width, height = map(float, re.findall(r' viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0])
+    text = re.sub(r' viewBox="[^"]*"', f' viewBox="0 {points:g} {width:g} {height - points:g}"', text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', lambda size: f'{size[0]} role="img"', text, count=1)
+    size = f' width="{width:g}pt" height="{height - points:g}pt" role="img"'
+    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', size, text, count=1)
     for colour, variable in THEMED.items():
         text = text.replace(colour, variable)
     return text
@@ -179,24 +187,27 @@ class _quiet(warnings.catch_warnings):
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
-def _head(figure: Figure, title: str, subtitle: str, banner: str) -> None:
-    """Title, subtitle and the banner about the data, above the area that is laid out."""
+def _head(figure: Figure, title: str, subtitle: str, banner: str) -> float:
+    """Title, subtitle and the banner about the data, above the area that is laid out -> inches of the first two."""
     width, height = figure.get_size_inches()
     rows = [(banner, 9, "bold", INK, 0.26), (title, 12, "bold", INK, 0.25), (subtitle, 8.5, "normal", MUTED, 0.2)]
     below = 0.08
     top = below
     total = sum(row[4] for row in rows if row[0]) + (0.12 if title or banner else 0)
+    figure.patch.set_gid("head:paper")
     figure.set_size_inches(width, height + total)
     for text, size, weight, colour, inches in rows:
         if text:
             box = {"facecolor": AMBER, "edgecolor": "none", "pad": 3.5} if text is banner else None
             colour = "#5c3c00" if text is banner else colour
             x, y = 0.1 / width, 1 - top / (height + total)
-            figure.text(x, y, _short(text, int(width * 16)), size=size, weight=weight, color=colour, va="top", bbox=box)
+            drawn = figure.text(x, y, _short(text, int(width * 16)), size=size, weight=weight, color=colour, va="top", bbox=box)
+            drawn.set_gid("head:banner" if text is banner else "head:title")
             top += inches
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.set(rect=(0, 0, 1, 1 - total / (height + total)), w_pad=0.06, h_pad=0.06)  # type: ignore[call-arg]
+    return total - (rows[0][4] + 0.12 if banner else 0)
 
 
 def _say(figure: Figure, text: str) -> None:

@@ -19,13 +19,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cifar.record import END_STATES, Record, redact, write_atomic
+from cifar.record import END_STATES, OPEN_STATES, Record, redact, write_atomic
 from cifar.wb.mode import Mode, mode_from_environment
 
 __all__ = ["Mirror", "kill_core", "mode_from_environment", "stop_core"]
@@ -41,11 +41,16 @@ _cores_stopped = 0  # runs opened before the last stop are dead
 
 
 class Mirror:
-    """The W&B run of one record. `mode` is "online" or "offline"; it turns to "offline" when the server cannot be used."""
+    """The W&B run of one record. `mode` is "online" or "offline"; it turns to "offline" when the server cannot be used.
 
-    def __init__(self, record: Record, mode: Mode, say: Callable[[str], None] = print) -> None:
+    `place` says what run.json does not, or otherwise: entity, project, sweep, engine.
+    """
+
+    def __init__(
+        self, record: Record, mode: Mode, say: Callable[[str], None] = print, place: Mapping[str, str] | None = None
+    ) -> None:
         assert mode in ("online", "offline"), mode
-        self.record, self._say = record, say
+        self.record, self._say, self._place = record, say, place or {}
         self.mode: Mode = mode
         self._folder = record.path / "wandb"
         self._lock = FileLock(self._folder / "mirror.lock", timeout=0)
@@ -54,6 +59,7 @@ class Mirror:
         self._sent: dict[int, bytes] = {}  # epoch -> digest of its line
         self._offset = 0
         self._held = False  # the last row is with W&B but not closed, so that the pictures can join it
+        self._about = ""
 
     def sync(self) -> int:
         """Send the rows that W&B lacks and return how many. 0 where another process is at it, or where it has them all."""
@@ -68,7 +74,9 @@ class Mirror:
             epoch = int(row["epoch"])
             if epoch in self._sent:
                 continue
-            if epoch >= self._run.step:  # less: the server has it since before a resume
+            if len(self._sent) == before:
+                self._describe()
+            if epoch >= self._run.starting_step:  # less: the server has it since before a resume
                 self._held = epoch == epochs
                 self._run.log(row, step=epoch, commit=not self._held)
             self._sent[epoch] = _digest(line)
@@ -89,7 +97,10 @@ class Mirror:
             self.leave()  # rows were cut off and made again by a resume after they were written here
             self.sync()
         self._send_media(media)
-        self._run.summary.update({**self.record.read("summary"), "state": state})
+        self._describe()
+        summary = self.record.read("summary")
+        status = {name: value for name, value in self.record.read("status").items() if name != "pid"}
+        self._run.summary.update({**summary, "state": state, "cifar": json.dumps({"status": status, "summary": summary})})
         whole = self._whole()
         run, self._run = self._run, None
         try:
@@ -104,9 +115,21 @@ class Mirror:
         run, self._run = self._run, None
         try:
             if run is not None and self._core == _cores_stopped:
+                if self.record.read("run").get("engine") == "wandb" and self.record.state in OPEN_STATES:
+                    run.mark_preempting()  # W&B hands it out again
                 run.finish(exit_code=1)
         finally:
             self._lock.release()
+
+    def _describe(self) -> None:
+        """The rest of the record, as the configuration's key `cifar`: with it a run is read back whole (rebuild.py).
+
+        As text, because W&B keeps neither the order of keys nor 1.0 from 1.
+        """
+        about = json.dumps({name: self.record.read(name) for name in ("run", "config", "labels", "environment")})
+        if about != self._about:
+            self._run.config.update({"cifar": about}, allow_val_change=True)
+            self._about = about
 
     def _send_media(self, media: Sequence[Path]) -> None:
         import wandb
@@ -131,7 +154,7 @@ class Mirror:
             if self._complete():  # by whoever had the lock
                 self._lock.release()
                 return False
-            self._sent, self._offset, self._held = {}, 0, False
+            self._sent, self._offset, self._held, self._about = {}, 0, False, ""
             self._mark("")
             if self.mode == "online":
                 try:
@@ -158,7 +181,7 @@ class Mirror:
             os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
         import wandb
 
-        run = self.record.read("run")
+        run = {**self.record.read("run"), **self._place}
         sweep = run.get("sweep") or None
         started = wandb.init(
             id=self.record.id,
@@ -175,6 +198,7 @@ class Mirror:
             dir=str(self.record.path),
             reinit="create_new",
             settings=wandb.Settings(
+                sweep_id=sweep if self.mode == "online" and run.get("engine") == "wandb" else None,
                 silent=True,
                 quiet=True,
                 console="off",
@@ -231,16 +255,21 @@ class Mirror:
         return _digest(content + self.record.state.encode()).hex()
 
     def _complete(self) -> bool:
-        return self.record.state in END_STATES and self._marks().get(self.mode) == self._whole()
+        return self.record.state in END_STATES and self._marks().get(self._mark_name) == self._whole()
+
+    @property
+    def _mark_name(self) -> str:
+        where = "/".join(self._place.get(name, "") for name in ("server", "entity", "project"))
+        return f"{self.mode} {where}" if self._place else self.mode
 
     def _marks(self) -> dict[str, str]:
-        """mode -> digest of the record when its W&B run was closed; "" while it is open."""
+        """mode (and place) -> digest of the record when its W&B run was closed; "" while it is open."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return dict(json.loads((self._folder / "mirror.json").read_bytes()))
         return {}
 
     def _mark(self, whole: str) -> None:
-        write_atomic(self._folder / "mirror.json", json.dumps({**self._marks(), self.mode: whole}).encode())
+        write_atomic(self._folder / "mirror.json", json.dumps({**self._marks(), self._mark_name: whole}).encode())
 
 
 def kill_core() -> None:

@@ -1,0 +1,99 @@
+"""Offline runs, `wandb/offline-run-*/run-ID.wandb`, made run folders again without a server.
+
+The file is a log of protocol-buffer records in LevelDB's form (blocks of 32 KiB, records in pieces), behind 7 bytes of W&B's.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cifar.wb import rebuild
+
+HEADER, BLOCK = 7, 32768  # bytes; ":W&B", a magic number and a version; LevelDB's doc/log_format.md
+FULL, FIRST, LAST = 1, 2, 4  # kinds of pieces; 3: in the middle
+
+
+def unpack(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str, str]]]:
+    """.wandb files -> run folders in the cache, and (id, name, reason) of those that cannot be read.
+
+    Of two files of one run the one with more rows counts.
+    """
+    folders: dict[str, tuple[int, Path]] = {}
+    damaged = []
+    for file in files:
+        run_id = file.stem.removeprefix("run-")
+        try:
+            run_id, config, summary, history, code = _read(file)
+            state = {None: "running", 0: "finished"}.get(code, "failed")
+            content, rows = rebuild.files(run_id, config, summary, state), rebuild.rows(history)
+            if len(rows) >= folders.get(run_id, (0,))[0]:
+                folder = rebuild.cache_folder() / "offline" / run_id
+                rebuild.write(folder, content, rows)
+                folders[run_id] = (len(rows), folder)
+        except (OSError, ValueError) as error:
+            damaged.append((run_id, run_id, f"{file}: {error}"))
+    return [folder for _, folder in folders.values()], damaged
+
+
+def _read(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]], int | None]:
+    """(id, configuration, summary, history, exit code: None while the run is open)."""
+    from wandb.proto import wandb_internal_pb2 as protocol
+
+    run_id, code = "", None
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    history = []
+    for content in _records(file.read_bytes()):
+        record = protocol.Record.FromString(content)  # type: ignore[attr-defined, unused-ignore]
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run_id = record.run.run_id
+            _update(config, record.run.config.update)
+        elif kind == "config":
+            _update(config, record.config.update)
+        elif kind == "summary":
+            _update(summary, record.summary.update)
+        elif kind == "history":
+            history.append(_update({}, record.history.item))
+        elif kind == "exit":
+            code = record.exit.exit_code
+    if not run_id:
+        raise ValueError("it holds no run")
+    return run_id, config, summary, history, code
+
+
+def _update(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:
+    for item in items:
+        *outer, last = list(item.nested_key) or [item.key]
+        inside = values
+        for key in outer:
+            inside = inside.setdefault(key, {})
+        inside[last] = json.loads(item.value_json)
+    return values
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """The whole records; a file that is being written, or was cut off, ends with its last whole one."""
+    if data[:4] != b":W&B":
+        raise ValueError("it is no .wandb file")
+    at, begun = HEADER, b""
+    while at + 7 <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < 7:  # a block's end is filled up with zeros
+            at += left
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", data, at)
+        piece = data[at + 7 : at + 7 + length]
+        if len(piece) < length or not FULL <= kind <= LAST:
+            return
+        if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
+            raise ValueError(f"it is damaged at byte {at}")
+        begun = piece if kind in (FULL, FIRST) else begun + piece
+        if kind in (FULL, LAST):
+            yield begun
+        at += 7 + length

@@ -1,0 +1,390 @@
+"""Sweeps on W&B, against the real client and a server of our own: every cell once, commands obeyed, nobody waits."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from protocol import Fault, Server
+
+from cifar import sweep as sweeps
+from cifar.claims import Trial
+from cifar.config import parse_yaml
+from cifar.errors import UserError
+from cifar.record import Record
+from cifar.wb import sweeps as hosted
+from cifar.wb.mirror import stop_core
+from cifar.wb.sweeps import Hosted
+
+ROOT = Path(__file__).parent.parent
+HEAD = "# Question: which?\nname: tiny\nmethod: grid\nmetric: {name: val/acc, goal: maximize}\n"
+TINY = """  dataset: {value: stand-in}
+  val_size: {value: 200}
+  train_size: {value: 256}
+  batch_size: {value: 64}
+  probes: {value: none}
+  optimizer: {value: sgd}
+"""
+GRID = HEAD + "parameters:\n" + TINY + "  model: {values: [conv4, conv8]}\n  lr: {values: [0.01, 0.02]}\n"
+Make = Callable[..., Hosted]
+
+
+@pytest.fixture
+def make(wandb_server: Server, runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Makes a sweep on the server and opens it."""
+    monkeypatch.setattr(hosted, "BEAT_SECONDS", 0.1)
+    stop_core()  # the next one reads the environment anew
+    made = []
+
+    def new(text: str = GRID, slots: int = 1, url: str = "") -> Hosted:
+        read = sweeps.parse(parse_yaml(text, "tiny"), text, "tiny")
+        made.append(Hosted(url or hosted.create(read, runs, fixed={}), runs, slots=slots))
+        return made[-1]
+
+    yield new
+    for each in made:
+        each.close()
+    stop_core()
+
+
+def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def claimed(backend: Hosted, most: int = 1) -> Trial:
+    found = until(lambda: (trial := backend.claim("me", most)) != "wait" and trial)
+    assert isinstance(found, Trial)
+    return found
+
+
+def test_names() -> None:
+    assert hosted.parts_of("abc") == ("", "", "abc")
+    assert hosted.parts_of("p/abc") == ("", "p", "abc") and hosted.parts_of("me/p/abc") == ("me", "p", "abc")
+    for page in (
+        "https://wandb.ai/me/p/sweeps/abc",
+        "https://h.org/wandb/me/p/sweeps/abc?nw=x",
+        "http://127.0.0.1:1/me/p/sweeps/abc/table",
+    ):
+        assert hosted.parts_of(page) == ("me", "p", "abc")
+    for wrong in ("https://wandb.ai/me/p/runs/abc", "a/b/c/d", "a//c", "https://wandb.ai/sweeps/abc"):
+        with pytest.raises(UserError, match=r"names no sweep|is not a sweep's page"):
+            hosted.parts_of(wrong)
+
+
+def test_the_file_is_sent_as_it_is_unless_wandb_would_read_other_values() -> None:
+    def sent(text: str, **fixed: Any) -> str:
+        return hosted.text_for(sweeps.parse(parse_yaml(text, "tiny"), text, "tiny"), fixed)
+
+    assert sent(GRID) == GRID
+    small = GRID.replace("0.01", "1e-2")  # PyYAML reads it as text
+    assert yaml.safe_load(sent(small)) == yaml.safe_load(GRID)
+    with_epochs = yaml.safe_load(sent(GRID, epochs=1))
+    assert with_epochs["parameters"].pop("epochs") == {"value": 1} and with_epochs == yaml.safe_load(GRID)
+    for path in sorted((ROOT / "sweeps").glob("*.yaml")):
+        assert sent(path.read_text()) == path.read_text(), path
+
+
+def test_two_slots_share_a_grid(make: Make, wandb_server: Server) -> None:
+    backend = make(slots=2)
+    sweep = wandb_server.only_sweep()
+    assert sweep.text == GRID and (sweep.entity, sweep.project) == ("me", "cifar")
+    assert (backend.folder / "sweep.yaml").read_text() == GRID and backend.info["cells"] == 4
+    seen = []
+    for _ in range(2):
+        pair = [claimed(backend, 2), claimed(backend, 2)]
+        assert backend.claim("me", 0) is None  # no slot is free
+        assert backend.counts()["running"] == 2
+        seen += pair
+        assert pair[0].cell != pair[1].cell
+        for trial in pair:
+            assert backend.beat(trial) == "go"
+            until(lambda trial=trial: wandb_server.runs[trial.run_id].sweep == sweep.id)  # W&B knows that it runs
+            assert backend.finish(trial, "finished", 0.5) == "finished"
+    until(lambda: backend.claim("me", 2) is None)
+    assert sorted((t.values["model"], t.values["lr"]) for t in seen) == [
+        (m, lr) for m in ("conv4", "conv8") for lr in (0.01, 0.02)
+    ]
+    assert all(trial.values["train_size"] == 256 for trial in seen) and len({trial.run_id for trial in seen}) == 4
+    assert set(wandb_server.runs) == {trial.run_id for trial in seen} and len(sweep.agents) == 2
+    assert backend.counts() == {"finished": 4} and len(backend.cells()) == 4
+
+
+def test_a_joining_agent_needs_the_id_only(make: Make, wandb_server: Server) -> None:
+    first = make()
+    trial = claimed(first)
+    until(lambda: wandb_server.runs[trial.run_id].arrived)
+    second = make(url=first.id)
+    assert second.place == first.place and second.sweep.text == GRID and second.counts() == {"waiting": 3, "elsewhere": 1}
+    assert claimed(second).run_id != trial.run_id
+    assert second.settle_threads(2) == 2 and first.settle_threads(1) == 2
+    with pytest.raises(UserError, match="W&B has no sweep me/other/"):
+        make(url=f"other/{first.id}")
+
+
+def test_what_the_server_says_is_done(make: Make, wandb_server: Server) -> None:
+    backend, sweep = make(slots=2), wandb_server.only_sweep()
+    sweep.state = "PAUSED"
+    assert backend.claim("me") == "wait"
+    assert until(backend.news) == ["the sweep is paused on W&B; waiting until it is resumed"] and not wandb_server.runs
+    sweep.state = "RUNNING"
+    trial, other = claimed(backend, 2), claimed(backend, 2)
+    wandb_server.world.stop(trial.run_id)
+    until(lambda: backend.beat(trial) == "stop")
+    assert backend.beat(other) == "go" and backend.finish(trial, "stopped") == "stopped"
+    sweep.state = "CANCELED"
+    until(lambda: backend.beat(other) == "stop")
+    assert backend.finish(other, "killed") == "killed"  # not tried again: W&B wants its end
+    until(lambda: backend.claim("me", 2) is None)
+
+
+def test_a_killed_run_goes_on_under_its_id(make: Make, wandb_server: Server) -> None:
+    backend = make()
+    trial = claimed(backend)
+    for attempt in (2, 3):
+        assert backend.finish(trial, "killed") == "interrupted"
+        trial = claimed(backend)
+        assert trial.attempt == attempt and len(wandb_server.runs) == 1
+    assert backend.finish(trial, "killed") == "killed"
+    assert claimed(backend).run_id != trial.run_id
+
+
+def test_a_run_that_was_preempted_comes_back(make: Make, wandb_server: Server) -> None:
+    backend = make()
+    trial = claimed(backend)
+    run = wandb_server.runs[trial.run_id]
+    until(lambda: run.sweep)
+    run.preempting = True
+    wandb_server.world.end(run, 1)
+    assert backend.finish(trial, "interrupted") == "interrupted"
+    again = claimed(backend)
+    assert (again.run_id, again.values, again.cell) == (trial.run_id, trial.values, trial.cell)
+
+
+def test_a_server_that_dies_holds_up_nobody(make: Make, wandb_server: Server) -> None:
+    backend = make(slots=2)
+    trial = claimed(backend)
+    wandb_server.fault = Fault("hang")
+    longest = 0.0
+    for _ in range(5):
+        began = time.monotonic()
+        assert backend.claim("me") == "wait" and backend.beat(trial) == "go" and backend.counts()
+        longest = max(longest, time.monotonic() - began)
+    assert longest < 1
+    wandb_server.die()
+    assert backend.finish(trial, "finished", 0.1) == "finished"
+    wandb_server.revive()
+    wandb_server.heal()
+    assert claimed(backend).run_id != trial.run_id
+    began = time.monotonic()
+    backend.close()
+    assert time.monotonic() - began < 3
+
+
+def test_nobody_waits_for_a_server_that_has_nothing_more(
+    make: Make, wandb_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text, patience in ((GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]"), 600.0), (GRID, 0.0)):
+        monkeypatch.setattr(hosted, "PATIENCE_SECONDS", patience)
+        backend = make(text)
+        trial = claimed(backend)
+        until(lambda trial=trial: wandb_server.runs[trial.run_id].arrived)
+        wandb_server.fault = Fault("status", 404)
+        assert backend.finish(trial, "finished", 0.5) == "finished"
+        until(lambda backend=backend: backend.claim("me") is None)
+        assert "W&B does not answer" in backend.news()[0]
+        wandb_server.heal()
+
+
+def test_no_server_is_a_sentence(wandb_server: Server, runs: Path) -> None:
+    stop_core()
+    wandb_server.fault = Fault("status", 401)
+    with pytest.raises(UserError, match=r"W&B does not take it .*--wandb offline"):
+        Hosted("me/p/abc", runs)
+    stop_core()
+    assert not (runs / "sweeps").exists()
+
+
+def test_what_is_private_of_wandb_is_as_it_was() -> None:
+    """The one private thing that cifar/wb/sweeps.py calls, and the GraphQL that wandb's own agent says."""
+    from wandb.apis.public import sweeps as theirs
+    from wandb.apis.public.service_api import ServiceApi
+
+    assert list(inspect.signature(ServiceApi.execute_graphql).parameters)[:4] == ["self", "query", "variables", "timeout"]
+    assert isinstance(ServiceApi.app_url, property)
+    same = {
+        hosted._CREATE: theirs._upsert_sweep,
+        hosted._REGISTER: theirs._register_agent,
+        hosted._BEAT: theirs._agent_heartbeat,
+    }
+    for ours, function in same.items():
+        source = inspect.getsource(function)
+        for name, kind in re.findall(r"\$(\w+): ([\w!]+)", ours):
+            assert re.search(rf"\${name}: {kind}[,\s]", source), (name, kind)
+        for pair in re.findall(r"(\w+: \$\w+)", ours):
+            assert pair in source, pair
+    binary = Path(theirs.__file__).parents[2] / "bin" / "wandb-core"
+    said = re.search(rb"mutation UpsertBucket \(.*?inserted", binary.read_bytes(), re.DOTALL)
+    assert said
+    for field in (b"modelName:$project", b"entityName:$entity", b"sweep:$sweep", b"state:$state", b"name:$name"):
+        assert field in said[0]
+
+
+# -- real trainings ----------------------------------------------------------------------------------------------------
+
+
+def command(server: Server, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str], timeout: float = 280) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def assert_as_trained(server: Server, runs: Path, run_id: str, epochs: int) -> None:
+    """The run on the server is the record on disk, to the last digit."""
+    record, run = Record(runs / run_id), server.runs[run_id]
+    assert run.rows == list(record.rows()) and [row["epoch"] for row in run.rows] == list(range(1, epochs + 1))
+    assert [row["_step"] for row in run.history] == list(range(1, epochs + 1))
+    assert {key: value for key, value in run.config.items() if key != "cifar"} == record.read("config")
+    assert run.summary.items() >= {**record.read("summary"), "state": record.state}.items()
+    assert run.sweep and run.group == run.sweep == record.read("run")["sweep"]
+    assert run.display_name == record.read("run")["name"][:128] and any("pictures" in name for name in run.files)
+
+
+def test_the_commands(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
+    text = GRID + "  epochs: {value: 1}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    code, output = ended(command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--no-agent"))
+    sweep = wandb_server.only_sweep()
+    url = f"{wandb_server.url}/me/cifar/sweeps/{sweep.id}"
+    assert code == 0 and url in output and sweep.text == text and not wandb_server.runs
+    code, output = ended(command(wandb_server, "-m", "cifar", "agent", url, "--count", "2", "--workers", "2"))
+    assert code == 0 and "2 finished" in output and len(wandb_server.runs) == 2, output
+    for run_id, run in wandb_server.runs.items():
+        assert run.state == "finished" and run.exits == [0]
+        assert_as_trained(wandb_server, runs, run_id, 1)
+
+
+@pytest.mark.slow
+def test_two_agents_of_two_workers_share_twelve_cells(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
+    """Promise 1 of the issue, without the report."""
+    text = GRID.replace("[0.01, 0.02]", "[0.01, 0.02, 0.05]") + "  seed: {values: [0, 1]}\n  epochs: {value: 3}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    assert ended(command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--no-agent"))[0] == 0
+    sweep = wandb_server.only_sweep()
+    agents = [command(wandb_server, "-m", "cifar", "agent", sweep.id, "--workers", "2") for _ in range(2)]
+    for agent in agents:
+        code, output = ended(agent)
+        assert code == 0, output
+    assert len(wandb_server.runs) == 12 == len(sweep.runs) and len(sweep.agents) == 4 and sweep.state == "FINISHED"
+    cells = {(run.config["model"], run.config["lr"], run.config["seed"]) for run in wandb_server.runs.values()}
+    assert len(cells) == 12
+    for run_id, run in wandb_server.runs.items():
+        assert run.state == "finished" and run.exits == [0]
+        assert_as_trained(wandb_server, runs, run_id, 3)
+
+
+@pytest.mark.slow
+def test_an_agent_that_is_interrupted_gives_its_run_back(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 60}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
+    run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    until(lambda: Record(runs / run.id).read("status").get("epoch", 0) >= 5, 60)
+    process.send_signal(signal.SIGINT)
+    code, output = ended(process)
+    assert code == 130 and run.state == "preempted", output
+    sweep = wandb_server.only_sweep()
+    assert sweep.requeued == [run.id]
+    code, output = ended(command(wandb_server, "-m", "cifar", "agent", sweep.id, "--workers", "1"))
+    assert code == 0 and list(wandb_server.runs) == [run.id] and run.state == "finished", output
+    assert_as_trained(wandb_server, runs, run.id, 60)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_on_the_server_is_stopped(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 2000}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
+    run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    until(lambda: len(run.rows) >= 2, 60)
+    wandb_server.world.stop(run.id)
+    code, output = ended(process)
+    record = Record(runs / run.id)
+    assert code == 0 and record.state == "stopped" and "1 stopped" in output, output
+    assert run.summary["state"] == "stopped" and run.exits == [0] and run.rows == list(record.rows())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plain_tools_run_every_sweep(path: Path, wandb_server: Server, runs: Path, tmp_path: Path) -> None:
+    """Promise 2: `wandb sweep FILE`, then `wandb agent ID`. The file itself is accepted; what the agent runs is a copy of it
+    with two steps of one epoch of the stand-in data, for every other run of these files takes minutes."""
+    tools = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    code, output = ended(command(wandb_server, "-m", "wandb", "sweep", "--project", "plain", str(path), **tools))
+    assert code == 0 and "Creating sweep with ID" in output, output
+    assert yaml.safe_load(wandb_server.only_sweep().text) == yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text())
+    small = {"epochs": 1, "max_steps": 2, "dataset": "stand-in", "val_size": 200, "train_size": 512}
+    content["parameters"].update({key: {"value": value} for key, value in small.items()})
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    code, output = ended(
+        command(wandb_server, "-m", "wandb", "sweep", "--project", "plain", str(tmp_path / "small.yaml"), **tools)
+    )
+    sweep = list(wandb_server.sweeps.values())[-1]
+    plain = ("-m", "wandb", "agent", "--count", "2", f"me/plain/{sweep.id}")
+    code, output = ended(command(wandb_server, *plain, **tools))
+    assert code == 0 and len(sweep.runs) == 2, output
+    for run_id in sweep.runs:
+        run = wandb_server.runs[run_id]
+        assert run.state == "finished" and run.sweep == sweep.id and (run.entity, run.project) == ("me", "plain"), output
+        assert_as_trained(wandb_server, runs, run_id, 1)
+        given = sweeps.flat(_given(wandb_server, run_id))
+        assert {key: run.config[key] for key in given} == given  # typed as the file has them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preemptible", ["", "1"])
+def test_a_run_of_the_plain_agent_is_stopped(preemptible: str, wandb_server: Server, runs: Path, tmp_path: Path) -> None:
+    tools = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CIFAR_PREEMPTIBLE": preemptible}
+    content = yaml.safe_load(GRID) | {key: yaml.safe_load((ROOT / "sweeps/quickstart.yaml").read_text())[key] for key in TOLD}
+    content["parameters"] |= {"epochs": {"value": 2000}, "model": {"value": "conv4"}, "lr": {"value": 0.01}}
+    sweep = wandb_server.world.add_sweep("me", "plain", yaml.safe_dump(content))
+    process = command(wandb_server, "-m", "wandb", "agent", "--count", "1", f"me/plain/{sweep.id}", **tools)
+    run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    until(lambda: len(run.rows) >= 2, 60)
+    wandb_server.world.stop(run.id)
+    _, output = ended(process)
+    record = Record(runs / run.id)
+    assert record.state == ("interrupted" if preemptible else "stopped"), output
+    assert run.state == ("preempted" if preemptible else "finished") and run.rows == list(record.rows())
+    assert sweep.requeued == ([run.id] if preemptible else [])
+
+
+TOLD = ("program", "command")
+
+
+def _given(server: Server, run_id: str) -> dict[str, Any]:
+    """What W&B told the agent of a run."""
+    (told,) = [c for agent in server.agents.values() for c in agent.commands if c.get("run_id") == run_id]
+    return json.loads(json.dumps({name: each["value"] for name, each in told["args"].items()}))
