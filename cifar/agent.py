@@ -1,6 +1,7 @@
 """The supervisor of a sweep's worker processes: hands them trials, beats for them, and answers signals and deaths.
 
-Ctrl-C or SIGTERM once: every worker writes a checkpoint after its next step and its trial is given back; twice: at once.
+Ctrl-C once: every worker finishes its epoch, writes a checkpoint, and its trial is given back; twice: at once. SIGTERM and
+SIGUSR1: a checkpoint after the next step, and the trial is given back as pre-empted.
 If this process is killed, its children see their standard input end and are gone at once; its trials are offered again
 after their lease.
 """
@@ -8,79 +9,32 @@ after their lease.
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import queue
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cifar import engines
+from cifar import devices, engines, stops
 from cifar import sweep as sweeps
 from cifar.backends import local
 from cifar.board import OPEN, Board, Display, Lines, Row, shown
 from cifar.claims import Backend, Trial
+from cifar.crew import Failures, Worker, death
 from cifar.follow import Follower
 from cifar.record import Record
 from cifar.report.runs import STAND_IN
+from cifar.space import Pause
 
 CPU_WORKERS = 4  # at most; one a core takes less CPU time than one trial of many threads (LOG.md)
 FAILURES_IN_A_ROW = 3
 POLL_SECONDS = 1.0  # between two looks for a trial while others hold the open ones
 FOLLOWER_SECONDS = 20.0  # for pictures and uploads after the last trial
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class Worker:
-    """A worker process and the trial it has in hand."""
-
-    def __init__(self, name: str, log: Path, events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]]) -> None:
-        self.name, self.log = name, log
-        self.trial: Trial | None = None
-        self.folder: Path | None = None
-        self.begun = 0.0
-        environment = {key: value for key, value in os.environ.items() if key != "CIFAR_STORAGE"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-        with open(log, "ab") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cifar.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the supervisor
-            )
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
-
-    def _listen(self, events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]]) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            events.put((self, json.loads(line)))
-        events.put((self, {"event": "gone", "code": self.process.wait()}))
-
-    def tell(self, **message: Any) -> None:
-        assert self.process.stdin
-        with contextlib.suppress(OSError):  # it has just died; its listener says so
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def end(self) -> None:
-        """It ends as its standard input does."""
-        assert self.process.stdin
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def agent(
@@ -93,11 +47,16 @@ def agent(
     wandb: str = "auto",
     console: Any = None,
     url: str = "",
+    gpus: str = "",
+    per_gpu: int = 1,
+    time_limit: float = math.inf,
 ) -> int:
     """Run trials of a sweep until none is open. Returns the exit code: 0; 1 after three failures in a row or where the
-    machine fails (a full disk); 130 and 143 after SIGINT and SIGTERM. `console`: rich's, for a live table."""
-    workers = workers or default_workers()
-    backend = engines.opened(sweep_id, runs, url, wandb, workers, data_dir)
+    machine fails; 130, 143 and 138 after SIGINT, SIGTERM and SIGUSR1. `console`: rich's, for a live table.
+    `gpus`: "all" or "0,1", with `per_gpu` workers on each; `time_limit`: seconds."""
+    pins, said = devices.pins(gpus, per_gpu) if gpus else ([], [])
+    size = len(pins) or workers or default_workers()
+    backend = engines.opened(sweep_id, runs, url, wandb, size, data_dir)
     if backend.place.get("engine") == "wandb":
         wandb = "online"
     display: Display = Lines()
@@ -105,8 +64,11 @@ def agent(
         from cifar import live
 
         display = live.display(console)
+    for line in said:
+        display.say(line)
+    options: dict[str, Any] = {"pins": pins, "time_limit": time_limit}
     try:
-        return Agent(backend, count=count, workers=workers, data_dir=data_dir, wandb=wandb, display=display).run()
+        return Agent(backend, count=count, workers=size, data_dir=data_dir, wandb=wandb, display=display, **options).run()
     finally:
         backend.close()
 
@@ -115,7 +77,16 @@ class Agent:
     """One agent's state; `run` is its life."""
 
     def __init__(
-        self, backend: Backend, *, count: int | None, workers: int, data_dir: Path | None, wandb: str, display: Display
+        self,
+        backend: Backend,
+        *,
+        count: int | None,
+        workers: int,
+        data_dir: Path | None,
+        wandb: str,
+        display: Display,
+        pins: Sequence[Mapping[str, str]] = (),
+        time_limit: float = math.inf,
     ) -> None:
         self.backend, self.sweep, self.display = backend, backend.sweep, display
         self.left = float("inf") if count is None else count  # trials that may still be taken
@@ -126,8 +97,10 @@ class Agent:
         self.workers: list[Worker] = []
         self.follower: Follower | None = None
         self.signals: list[int] = []
-        self.told = 0  # signals acted upon
-        self.failures, self.halted = 0, ""
+        self.told = 0  # the level of the last wish acted upon
+        self.limit, self.pins = stops.TimeLimit(time_limit), pins
+        self.failures, self.halted = Failures(FAILURES_IN_A_ROW), ""
+        self.pause, self.news = Pause(backend.folder), list[str]()  # while the disk is full; what there is to say
         self.next_claim = self.next_beat = 0.0
         self.best: float | None = None
         self.board = Board(f"sweep {backend.id} {self.sweep.name}", self.sweep.metric.name)
@@ -140,14 +113,15 @@ class Agent:
             self.wandb, log=self.backend.folder / "logs" / f"{self.name}-follow.log", grace=FOLLOWER_SECONDS
         )
         try:
-            with self._signals():
+            with stops.heard(self.signals):
                 while self._busy() or self._claims():
-                    self._answer_signals()
-                    if self._claims():
-                        self._hand_out()
-                    self._beat()
-                    for line in self.backend.news():
-                        self.display.say(line)
+                    self._stop()
+                    with self.pause.catching(self.news):
+                        if self._claims():
+                            self._hand_out()
+                        self._beat()
+                    self.news.extend(self.backend.news())
+                    self._say_news()
                     self.display.show(self.board)
                     with contextlib.suppress(queue.Empty):
                         self._hear(*self.events.get(timeout=0.25))
@@ -156,15 +130,21 @@ class Agent:
                 worker.end()
             for worker in self._busy():  # something above went wrong: the cells are open again for others at once
                 with contextlib.suppress(Exception):
-                    self.backend.finish(worker.trial, "interrupted", reason="its agent ended")  # type: ignore[arg-type]
+                    self.backend.finish(worker.trial, "interrupted", reason="its agent ended")
             self.display.end()
             if self.follower:
                 self.display.say("finishing pictures and uploads ...")
                 self.follower.end()
         return self._farewell()
 
+    def _say_news(self) -> None:
+        if self.pause.over():
+            self.news.append("there is space on the disk again: going on")
+        while self.news:
+            self.display.say(self.news.pop(0))
+
     def _claims(self) -> bool:
-        return not (self.signals or self.halted) and self.left > 0
+        return not (self.signals or self.halted) and self.left > 0 and self.limit.takes()
 
     def _busy(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.trial]
@@ -195,42 +175,32 @@ class Agent:
             self.display.say(f"best {self.board.best}")
         if self.halted:
             self.display.say(self.halted)
-        elif self.signals:
+        late = self.left > 0 and not self.limit.takes()
+        if late:
+            self.display.say("the time limit is near, or a trial would not end in it: no more are taken")
+        if self.signals or late:
             self.display.say(f"go on with: python -m cifar agent {self.backend.id}")
         return 1 if self.halted else 128 + self.signals[0] if self.signals else 0
 
-    # -- signals --
+    # -- ends --
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
+    def _stop(self) -> None:
+        """Ask of every trial that runs what signals, failures and the time limit ask of us."""
+        wish = stops.wish_of(self.signals, bool(self.halted), self.limit.over())
+        if wish is None or wish.level <= self.told:
             return
-        before = {
-            number: signal.signal(number, lambda n, _: self.signals.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _answer_signals(self) -> None:
-        if self.told == 0 and (self.signals or self.halted):
-            self.told = 1
-            if self._busy():
-                self.display.say("writing checkpoints and giving the trials back ... (again: at once)")
-            for worker in self._busy():
-                worker.tell(stop="interrupted", run_id=worker.trial.run_id)  # type: ignore[union-attr]
-        if self.told == 1 and len(self.signals) > 1:
-            self.told = 2
-            for worker in self._busy():
+        self.told = wish.level
+        if self._busy() and wish.text:
+            self.display.say(wish.text)
+        for worker in self._busy():
+            if wish.level == 3:
                 worker.process.kill()
+            worker.tell(stop=wish.state, when=wish.when, run_id=worker.trial.run_id)
 
     # -- trials --
 
     def _hand_out(self) -> None:
-        if time.monotonic() < self.next_claim:
+        if self.pause.on or time.monotonic() < self.next_claim:
             return
         while self.left > 0 and len(self._busy()) < self.size:
             trial = self.backend.claim(self.name, int(min(self.left, self.size - len(self._busy()))))
@@ -239,16 +209,15 @@ class Agent:
                 if trial is None and not self._busy():
                     self.left = 0
                 return
+            try:
+                self._start(trial)
+            except OSError:
+                self.backend.finish(trial, "interrupted", reason="its worker could not be started")
+                raise
             self.left -= 1
-            self._start(trial)
 
     def _start(self, trial: Trial) -> None:
-        worker = next((w for w in self.workers if not w.trial), None)
-        if worker is None:
-            slot = next(i for i in range(self.size) if all(not w.name.endswith(f"-{i}") for w in self.workers))
-            name = f"{self.name}-{slot}"
-            worker = Worker(name, self.backend.folder / "logs" / f"{name}.log", self.events)
-            self.workers.append(worker)
+        worker = self._worker(trial.cell)
         info = self.backend.info
         values = {**trial.values, **info["fixed"], "test": "never"}
         worker.trial, worker.begun, worker.folder = trial, time.monotonic(), None
@@ -268,6 +237,17 @@ class Agent:
             }
         )
 
+    def _worker(self, cell: int) -> Worker:
+        """A free worker, started where there is none; not in a slot where this cell has failed, if there is another."""
+        busy = {worker.slot for worker in self._busy()}
+        slot = self.failures.best_slot(cell, [slot for slot in range(self.size) if slot not in busy])
+        worker = next((w for w in self.workers if w.slot == slot and not w.spent), None)
+        if worker is None:
+            name, pin = f"{self.name}-{slot}", self.pins[slot] if self.pins else {}
+            worker = Worker(name, slot, self.backend.folder / "logs" / f"{name}.log", self.events, pin)
+            self.workers.append(worker)
+        return worker
+
     def _beat(self) -> None:
         if time.monotonic() < self.next_beat:
             return
@@ -286,14 +266,24 @@ class Agent:
         assert worker.trial
         self.display.say(f"trial {worker.trial.cell:03d} was taken over by another agent: this one was too long silent")
         self.board.rows.pop(worker.trial.cell, None)
-        worker.trial = None
+        worker.trial, worker.spent = None, True
         worker.process.kill()
 
     # -- news from the workers --
 
     def _hear(self, worker: Worker, event: dict[str, Any]) -> None:
+        with self.pause.catching(self.news):
+            return self._take(worker, event)
+        if self.signals:  # nobody waits for space any more; the lease gives the cell back
+            worker.trial = None
+            return
+        time.sleep(0.25)  # the disk is full: the news has to wait
+        self.events.put((worker, event))
+
+    def _take(self, worker: Worker, event: dict[str, Any]) -> None:
         if event["event"] == "gone":
-            self.workers.remove(worker)
+            if worker in self.workers:
+                self.workers.remove(worker)
             if worker.trial:
                 self._died(worker, event["code"])
             return
@@ -328,43 +318,46 @@ class Agent:
     def _died(self, worker: Worker, code: int) -> None:
         """A worker ended without a word: a signal, the kernel's out-of-memory killer, or our own second Ctrl-C."""
         assert worker.trial
-        if self.told == 2:
-            state, reason = "interrupted", "ended at once by a second signal"
-        elif code < 0:
-            state, reason = "killed", f"its process was killed by {signal.Signals(-code).name}"
-        else:
-            state, reason = "failed", f"its process ended with code {code}"
+        event = death(code)
+        if self.told == 3:
+            event = {"state": "interrupted", "reason": "ended at once by a second signal"}
         if worker.folder:
             record = Record(worker.folder)
             status = record.read("status")
             with contextlib.suppress(OSError):
-                record.set_status(state, reason=reason, epoch=status.get("epoch", 0), epochs=status.get("epochs", 0))
+                told = {key: status.get(key, 0) for key in ("epoch", "epochs")}
+                record.set_status(event["state"], reason=event["reason"], **told)
             if self.follower:
                 self.follower.close(worker.folder)
-        self._ended(worker, worker.trial, {"state": state, "reason": reason, "value": None})
+        self._ended(worker, worker.trial, event)
 
     def _ended(self, worker: Worker, trial: Trial, event: dict[str, Any]) -> None:
-        row, worker.trial = self.board.rows[trial.cell], None
-        row.seconds, row.fraction = time.monotonic() - worker.begun, 1.0
         value, reason, asked = event.get("value"), event.get("reason", ""), event["state"]
+        bad = asked in ("failed", "killed")
+        worker.spent = bad or event.get("full", False) or event.get("halt", False)  # it ends itself
+        if bad and "retry" not in event:  # heard again where the disk was full
+            event["retry"] = self.failures.retries(trial.cell, worker.slot, event.get("cause", ""))
+        state = self.backend.finish(trial, asked, value, reason, retry=event.get("retry"))
+        row, worker.trial = self.board.rows[trial.cell], None
+        row.seconds, row.fraction, row.state = time.monotonic() - worker.begun, 1.0, state
         row.value = value if value is not None else row.value
-        row.state = self.backend.finish(trial, asked, value, reason)
-        if row.state == "interrupted":
+        if state in ("interrupted", "preempted"):
             self.left += 1
-            reason = f"{reason}; it will be tried again" if asked == "killed" else reason
+            reason = f"{reason}; it will be tried again" if bad else reason
         self.display.say(f"trial {trial.cell:03d} {asked}: {self._shown(row.value)}" + (f" ({reason})" if reason else ""))
-        self._best(value if row.state == "finished" else None, trial.run_id, trial.values)
+        if state == "finished":
+            self.limit.seen(row.seconds)
+        self._best(value if state == "finished" else None, trial.run_id, trial.values)
         self.board.counts = self.backend.counts()
-        self.failures = (
-            self.failures + 1 if row.state in ("failed", "killed") else 0 if row.state != "interrupted" else self.failures
-        )
+        self.failures.count(state, bad=bad and state != "lost")
+        if event.get("full"):
+            self.news.append(self.pause.begin() or f"trial {trial.cell:03d} waits for space too")
+        else:
+            self.pause.ended()
         if event.get("halt"):
             self.halted = f"stopped: {event['reason']}"
-        elif self.failures >= FAILURES_IN_A_ROW:
-            self.halted = (
-                f"stopped after {self.failures} failures in a row, the last one: {event['reason']} "
-                f"(the whole of it: {event.get('whole') or worker.log})"
-            )
+        elif not self.halted:
+            self.halted = self.failures.verdict(event, worker.log)
 
     def _best(self, value: float | None, run_id: str, values: dict[str, Any]) -> None:
         worse = self.sweep.metric.worse

@@ -5,11 +5,28 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from cifar.cli_sweeps import sweeps_app
 from cifar.errors import UserError
+from cifar.options import (
+    Count,
+    DataDir,
+    Dataset,
+    Experiment,
+    Gpus,
+    Pairs,
+    PerGpu,
+    RunsDir,
+    Set,
+    Split,
+    Storage,
+    TimeLimit,
+    Wandb,
+    Workers,
+)
 
 app = typer.Typer(
     name="cifar",
@@ -19,33 +36,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-sweeps_app = typer.Typer(help="List, look into and stop sweeps.")
 app.add_typer(sweeps_app, name="sweeps")
-
-Pairs = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="values, as in `lr=3e-4 epochs=3`")]
-Experiment = Annotated[str, typer.Option("--experiment", "-e", metavar="NAME", help="a file in experiments/, or a path")]
-Dataset = Annotated[
-    Literal["cifar10", "stand-in", "auto"] | None,
-    typer.Option("--dataset", help="auto: CIFAR-10 where it can be had within 10 s, else generated stand-in images"),
-]
-DataDir = Annotated[
-    Path | None,
-    typer.Option("--data-dir", metavar="DIR", help="where CIFAR-10 is or goes: a folder or the archive; else $CIFAR_DATA"),
-]
-RunsDir = Annotated[
-    Path | None, typer.Option("--runs-dir", metavar="DIR", help="where runs are written; else $CIFAR_RUNS, else ./runs")
-]
-Wandb = Annotated[
-    Literal["auto", "online", "offline", "disabled"],
-    typer.Option("--wandb", help="auto: online where a key is configured, else offline"),
-]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a fixed value for every trial; repeatable")]
-Count = Annotated[int | None, typer.Option("--count", min=1, metavar="N", help="end after N trials of this agent")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="trials at a time [default: what fits]")]
-Storage = Annotated[
-    str | None, typer.Option("--storage", metavar="URL", help="Optuna storage; else $CIFAR_STORAGE, else a SQLite file")
-]
-Split = Annotated[Literal["val", "test"], typer.Option("--split", help="test: only runs that scored it, apart")]
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # W&B's ${args} writes --lr=0.1
@@ -103,6 +94,9 @@ def sweep(
     no_agent: Annotated[bool, typer.Option("--no-agent", help="create it, print its id, run nothing")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials, their MACs and an estimate of time")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="draw the report at the end")] = True,
+    gpus: Gpus = "",
+    per_gpu: PerGpu = 1,
+    time_limit: TimeLimit = "",
 ) -> int:
     """Create a sweep, run its trials, draw the report. Logged in to W&B, the sweep is made there, unless --storage is given.
 
@@ -117,7 +111,20 @@ def sweep(
     from cifar import many
 
     return many.sweep(
-        file, set_ or [], dataset, count, workers, sweep_seed, storage, data_dir, runs_dir, wandb, no_agent, dry_run, report
+        file,
+        set_ or [],
+        dataset,
+        count,
+        workers,
+        sweep_seed,
+        storage,
+        data_dir,
+        runs_dir,
+        wandb,
+        no_agent,
+        dry_run,
+        report,
+        _fleet(gpus, per_gpu, time_limit, workers),
     )
 
 
@@ -132,6 +139,9 @@ def agent(
     data_dir: DataDir = None,
     runs_dir: RunsDir = None,
     wandb: Wandb = "auto",
+    gpus: Gpus = "",
+    per_gpu: PerGpu = 1,
+    time_limit: TimeLimit = "",
 ) -> int:
     """Join a sweep from another terminal; ends when no trial is open.
 
@@ -140,38 +150,23 @@ def agent(
     `python -m cifar agent 3k9x2m1p --workers 2`
 
     `python -m cifar agent https://wandb.ai/me/cifar/sweeps/3k9x2m1p`
+
+    `python -m cifar agent 3k9x2m1p --gpus all --per-gpu 2 --time-limit 50m`
     """
     from cifar import many
 
-    return many.agent(sweep_id, count, workers, storage, data_dir, runs_dir, wandb)
+    fleet = _fleet(gpus, per_gpu, time_limit, workers)
+    return many.agent(sweep_id, count, workers, storage, data_dir, runs_dir, wandb, fleet)
 
 
-@sweeps_app.command("list")
-def sweeps_list(runs_dir: RunsDir = None) -> int:
-    """All sweeps of a runs folder, oldest first."""
-    from cifar import many
+def _fleet(gpus: str, per_gpu: int, time_limit: str, workers: int | None) -> dict[str, Any]:
+    """Options of the agent, checked before anything heavy is imported."""
+    from cifar.stops import seconds_of
 
-    return many.list_sweeps(runs_dir)
-
-
-@sweeps_app.command("status")
-def sweeps_status(
-    sweep_id: Annotated[str, typer.Argument(metavar="SWEEP")], storage: Storage = None, runs_dir: RunsDir = None
-) -> int:
-    """The trials of a sweep and what became of them."""
-    from cifar import many
-
-    return many.sweep_status(sweep_id, storage, runs_dir)
-
-
-@sweeps_app.command("stop")
-def sweeps_stop(
-    sweep_id: Annotated[str, typer.Argument(metavar="SWEEP")], storage: Storage = None, runs_dir: RunsDir = None
-) -> int:
-    """Hand out no more trials; agents end after what they are doing."""
-    from cifar import many
-
-    return many.stop_sweep(sweep_id, storage, runs_dir)
+    if gpus and workers:
+        raise UserError("--workers and --gpus both say how many workers there are; on GPUs give --gpus and --per-gpu")
+    limit = {"time_limit": seconds_of(time_limit)} if time_limit else {}
+    return {"gpus": gpus, "per_gpu": per_gpu, **limit}
 
 
 @app.command()
@@ -337,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
         known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands} | {"sweeps"}
         of = f"{arguments[0]} " if arguments and arguments[0] in known else ""
         return _bad(f"{message().rstrip('.')}; see `python -m cifar {of}--help`")
-    if code in (130, 143):
+    if code in (130, 138, 143):
         print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
 

@@ -101,20 +101,24 @@ def cost_line(cost: Any) -> str:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask the run to end after its step; a second Ctrl-C does not wait.
+    """Ctrl-C, SIGTERM and SIGUSR1 ask the run to end after its step; a second Ctrl-C does not wait.
 
-    SIGTERM is how the plain `wandb agent` says that the run was stopped on W&B, and that is its end. With
-    CIFAR_PREEMPTIBLE=1 it is the machine that is taken away, and the run goes on elsewhere.
+    `foreign`: W&B's plain agent started us. It tells by SIGTERM that a person stopped the run, which is then not to be run
+    again, unless CIFAR_PREEMPTIBLE=1 says that here a SIGTERM is the machine's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, foreign: bool = False) -> None:
         self.wish: str | None = None
+        self.number = 0
+        stopped = foreign and os.environ.get("CIFAR_PREEMPTIBLE", "") in ("", "0")
+        self.states = {signal.SIGINT: "interrupted", signal.SIGUSR1: "preempted"}
+        self.states[signal.SIGTERM] = "stopped" if stopped else "preempted"
 
     def __call__(self) -> str | None:
         return self.wish
 
     def __enter__(self) -> Stop:
-        self.before = {number: signal.signal(number, self._heard) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._heard) for number in self.states}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,10 +126,14 @@ class Stop:
             signal.signal(number, handler)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self.wish:
+        if self.wish and number == signal.SIGINT:
             raise KeyboardInterrupt
-        told = number == signal.SIGTERM and "WANDB_SWEEP_ID" in os.environ and os.environ.get("CIFAR_PREEMPTIBLE") != "1"
-        self.wish = "stopped" if told else "interrupted"
+        if not self.wish:
+            self.wish, self.number = self.states[signal.Signals(number)], number
+
+    def code(self, state: str) -> int:
+        """Of the process: 130, 143 or 138 after a signal that gave the run back; 0 where a person stopped it."""
+        return {"diverged": 1, "failed": 1, "killed": 1, "interrupted": 130, "preempted": 128 + self.number}.get(state, 0)
 
 
 def train(
@@ -186,15 +194,16 @@ def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str) 
     follower = follow.Follower(mode_from_environment(wandb), log=record.path / "mirror.log")
     try:
         follower.follow(record.path)
-        with Stop() as stop:
+        with Stop(foreign=described["sweep"] != "" and "WANDB_SWEEP_ID" in os.environ) as stop:
             state = run.train(config, record, data_dir=data_dir, sinks=[sink], stop=stop)
     finally:
         with waiting("drawing pictures, sending what is left to W&B ..."):
             follower.end()
-    return _result(record, state)
+    _result(record, state)
+    return stop.code(state)
 
 
-def _result(record: Record, state: str) -> int:
+def _result(record: Record, state: str) -> None:
     summary, status = record.read("summary"), record.read("status")
     if state == "finished":
         scores = [f"{k.split('/')[0]} {100 * summary[k]:.2f} %" for k in ("train/acc", "val/acc", "test/acc") if k in summary]
@@ -210,7 +219,6 @@ def _result(record: Record, state: str) -> int:
     say(f"repeat    {record.read('run')['command']}")
     if record.read("run")["dataset"] == "stand-in":
         warn_of_stand_in()
-    return {"diverged": 1, "failed": 1, "killed": 1, "interrupted": 130, "preempted": 130}.get(state, 0)
 
 
 def evaluate(name: str, split: str, tta: str, data_dir: Path | None, runs_dir: Path | None) -> int:

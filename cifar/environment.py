@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -18,7 +19,7 @@ PACKAGES = ("torch", "numpy", "wandb", "ultralytics-thop", "optuna", "matplotlib
 def describe(device: torch.device, fingerprint: str) -> dict[str, Any]:
     """`fingerprint` is the dataset's. Takes some milliseconds."""
     return {
-        "versions": versions(),
+        "versions": dict(versions()),
         "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
@@ -30,6 +31,7 @@ def describe(device: torch.device, fingerprint: str) -> dict[str, Any]:
     }
 
 
+@functools.cache  # as the code of this process was when it was loaded, for all its trials
 def versions() -> dict[str, str]:
     """Python's, and those of the packages that are installed."""
     found = {"python": platform.python_version()}
@@ -41,6 +43,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def device_name(device: torch.device) -> str:
     """`NVIDIA H200`, `Apple MPS`, or the CPU's own name."""
     if device.type == "cuda":
@@ -56,6 +59,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or "CPU"
 
 
+@functools.cache
 def git_state() -> dict[str, Any]:
     """Commit of this code and whether files differ from it; {} outside a checkout."""
     here = Path(__file__).resolve().parent

@@ -10,6 +10,10 @@ class UserError(Exception):
     """Bad input. Its text is one clear sentence that says what to do; the command line prints it and exits with 2."""
 
 
+class DiskFull(UserError):
+    """No space is left; what was begun can go on once there is some."""
+
+
 def choices(wrong: str, known: Iterable[str]) -> str:
     """The tail of a message about an unknown name: the nearest known one, then all of them."""
     known = sorted(known)

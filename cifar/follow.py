@@ -194,6 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a batch system may warn every process
     signal.signal(signal.SIGTERM, lambda *_: _leave(143))
     os.nice(5)  # training comes first
     companion = Companion(mode_from_environment(options.wandb), lambda line: print(redact(line), flush=True))

@@ -30,6 +30,7 @@ def sweep(
     no_agent: bool,
     dry_run: bool,
     draw: bool,
+    fleet: dict[str, Any],
 ) -> int:
     """Read and check a sweep file, create the sweep, run it, draw it."""
     from cifar import sweep as sweeps
@@ -56,10 +57,10 @@ def sweep(
             url = on_wandb.create(read, runs, fixed=asked)
         sweep_id = on_wandb.parts_of(url)[2]
         say(f"sweep {sweep_id}: {read.name}, {read.method}, on W&B: {url}")
-        return _run_and_draw(url, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb)
+        return _run_and_draw(url, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb, fleet)
     sweep_id = local.create(read, runs, fixed=fixed, data_dir=data_dir, url=storage or "", sweep_seed=sweep_seed, count=count)
     say(f"sweep {sweep_id}: {read.name}, {read.method}, in {runs / 'sweeps' / sweep_id}")
-    return _run_and_draw(sweep_id, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb)
+    return _run_and_draw(sweep_id, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb, fleet)
 
 
 def _prepared(dataset: str, data_dir: Path | None) -> str:
@@ -84,7 +85,7 @@ def _run_and_draw(name: str, sweep_id: str, no_agent: bool, draw: bool, count: i
         say(f"run it with: python -m cifar agent {name}")
         return 0
     code = agent(name, count, *options)
-    if draw and code not in (130, 143):
+    if draw and code < 128:
         code = max(code, report([sweep_id], "val", "", None, options[3], False))
     return code
 
@@ -113,11 +114,12 @@ def agent(
     data_dir: Path | None,
     runs_dir: Path | None,
     wandb: str,
+    fleet: dict[str, Any],
 ) -> int:
     """Run trials of a sweep until none is open."""
     from cifar import agent as agents
 
-    options: dict[str, Any] = {"count": count, "workers": workers, "data_dir": data_dir, "url": storage or ""}
+    options: dict[str, Any] = {"count": count, "workers": workers, "data_dir": data_dir, "url": storage or "", **fleet}
     return agents.agent(sweep_id, runs_folder(runs_dir), wandb=wandb, console=console, **options)
 
 
@@ -191,6 +193,34 @@ def push(name: str, project: str, entity: str, runs_dir: Path | None) -> int:
     say(f"{len(mine) - len(pushed.open)} runs of {sweep_id} are on W&B ({pushed.sent} sent now): {pushed.url}")
     if pushed.open:
         say(f"not ended yet, push again later: {', '.join(pushed.open)}")
+    return 0
+
+
+def retry_cells(name: str, storage: str | None, runs_dir: Path | None) -> int:
+    """Failed, killed and diverged cells wait again."""
+    from cifar.backends import amend, local
+
+    runs = runs_folder(runs_dir)
+    found = local.Local(local.resolve(name, runs), runs, storage or "")
+    count = amend.retry(found)
+    return _amended(found.id, count, "to be tried again")
+
+
+def extend_sweep(name: str, file: Path, storage: str | None, runs_dir: Path | None) -> int:
+    """The cells of another grid join those of a sweep."""
+    from cifar.backends import amend, local
+
+    runs = runs_folder(runs_dir)
+    found = local.Local(local.resolve(name, runs), runs, storage or "")
+    with waiting("checking every trial ..."):
+        count = amend.extend(found, file)
+    return _amended(found.id, count, "added")
+
+
+def _amended(sweep_id: str, count: int, what: str) -> int:
+    say(f"sweep {sweep_id}: {count} cell{'s' * (count != 1)} {what}")
+    if count:
+        say(f"run {'it' if count == 1 else 'them'} with: python -m cifar agent {sweep_id}")
     return 0
 
 

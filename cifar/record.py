@@ -18,6 +18,7 @@ Every file but metrics.jsonl is replaced atomically. metrics.jsonl is only appen
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cifar.errors import UserError
+from cifar.errors import DiskFull, UserError
 
 SCHEMA = 1
 OPEN_STATES = ("running", "interrupted", "preempted")  # a run that may go on
@@ -72,7 +73,8 @@ class Record:
                     for file in record.path.iterdir():
                         file.unlink()
                     record.path.rmdir()
-            raise UserError(
+            kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+            raise kind(
                 f"the run folder {record.path} cannot be written ({error.strerror}); "
                 "free some space or name another place with --runs-dir"
             ) from error

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cifar import cost, data, environment, registry
 from cifar.config import Settings
-from cifar.errors import UserError
+from cifar.errors import DiskFull, UserError
 from cifar.parts import Training
 from cifar.probes import weight_layers
 from cifar.record import Record, new_id, write_atomic
@@ -143,17 +143,28 @@ def outcome(record: Record, config: Settings) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):
                 record.set_status("interrupted", reason="no space left on the disk", epoch=epoch, epochs=config.epochs)
-            raise UserError(
+            raise DiskFull(
                 f"no space is left for {record.path}; free some, then go on with `python -m cifar train --resume {record.id}`"
             ) from error
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            total = torch.cuda.get_device_properties(0).total_memory / 2**30
-            reason = f"out of GPU memory ({total:.0f} GiB) at batch_size {config.batch_size}; take a smaller one"
+        memory = out_of_memory(error, config)
+        state, reason = ("killed", memory) if memory else ("failed", f"{type(error).__name__}: {error}")
         with contextlib.suppress(OSError):
             write_atomic(record.path / "traceback.txt", traceback.format_exc().encode())
-            record.set_status("failed", reason=reason, epoch=epoch, epochs=config.epochs)
+            record.set_status(state, reason=reason, epoch=epoch, epochs=config.epochs)
         raise
+
+
+def out_of_memory(error: BaseException, config: Settings) -> str:
+    """Empty, or which memory ran out, how much there is of it, and at which batch size."""
+    advice = f"at batch_size {config.batch_size}; take a smaller one"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        return f"out of GPU memory ({total:.0f} GiB) {advice}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's own words on the CPU
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if limit == resource.RLIM_INFINITY else limit
+        return f"out of memory ({total / 2**30:.1f} GiB) {advice}"
+    return ""
 
 
 def train(

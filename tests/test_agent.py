@@ -146,58 +146,23 @@ def test_interrupted_trials_are_given_back_and_go_on(runs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_failures_in_a_row_stop_the_agent_with_the_traceback(runs: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "plugin" / "models").mkdir(parents=True)
-    (tmp_path / "plugin" / "models" / "broken.py").write_text(BROKEN)
-    monkeypatch.setenv("CIFAR_PLUGINS", str(tmp_path / "plugin"))
-    try:
-        backend = made(runs, "parameters: {model: {values: [killer, conv4, broken]}, seed: {values: [0, 1, 2, 3]}}")
-    finally:
-        from cifar import registry
-
-        registry.models._entries.pop("broken", None), registry.models._entries.pop("killer", None)
-    code, output = ended(launched(backend, "count=1"))
-    assert code == 0 and backend.cells()[0]["state"] == "killed" and backend.cells()[0]["attempt"] == 3, output
-    assert "SIGKILL" in backend.cells()[0]["reason"] and Record(runs / backend.run_id(0)).state == "killed"
-    code, output = ended(launched(backend))
-    assert code == 1 and "stopped after 3 failures in a row" in output
-    assert [cell["state"] for cell in backend.cells()].count("killed") == 4
-    code, output = ended(launched(backend))
-    assert code == 1 and "RuntimeError: a bug in the model" in output and "traceback.txt" in output
-    assert backend.counts() == {"waiting": 1, "finished": 4, "failed": 3, "killed": 4}
-
-
-@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_a_killed_agent_leaves_nothing_but_its_lease(runs: Path) -> None:
     backend = made(runs, "parameters: {model: {value: conv4}, seed: {values: [0, 1, 2]}, epochs: {value: 50}}", epochs=50)
-    process = launched(backend)
+    process = launched(backend, "workers=1")
     until(lambda: len(rows(backend, 0)) > 3)
     os.kill(workers(process.pid)[0], signal.SIGKILL)
-    until(lambda: backend.cells()[0]["attempt"] == 2)
-    until(lambda: len(rows(backend, 1)) > 3)
+    until(lambda: len(rows(backend, 1)) > 3)  # what was killed comes last
     children = family(process.pid)
     assert len(children) >= 2
     process.kill()
     killed = time.monotonic()
     until(lambda: not alive(children), 5)
-    assert [cell["state"] for cell in backend.cells()] == ["finished", "running", "waiting"]
+    assert [cell["state"] for cell in backend.cells()] == ["interrupted", "running", "waiting"]
     code, output = ended(launched(backend))
     assert code == 0, output
     assert time.monotonic() - killed > 4
     assert backend.counts() == {"finished": 3} and [cell["attempt"] for cell in backend.cells()] == [2, 2, 1]
     assert all(rows(backend, cell) == list(range(1, 51)) for cell in range(3))
-
-
-@pytest.mark.slow
-def test_a_second_signal_ends_at_once_and_sigterm_gives_back(runs: Path) -> None:
-    backend = made(runs, "parameters: {model: {value: conv4}, epochs: {values: [500, 501]}}")
-    process = launched(backend, "workers=2")
-    until(lambda: rows(backend, 0) and rows(backend, 1))
-    children = family(process.pid)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
-    code, _ = ended(process, 30)
-    assert code in (130, 143) and backend.counts() == {"interrupted": 2} and not alive(children)
 
 
 @pytest.mark.slow
@@ -257,7 +222,7 @@ def test_agent_processes_hand_no_password_on(monkeypatch: Any, tmp_path: Path) -
     import queue
 
     monkeypatch.setenv("CIFAR_STORAGE", "postgresql://me:hunter2hunter2@host/db")
-    worker = agents.Worker("w", tmp_path / "log", queue.SimpleQueue())
+    worker = agents.Worker("w", 0, tmp_path / "log", queue.SimpleQueue())
     try:
         assert b"hunter2hunter2" not in Path(f"/proc/{worker.process.pid}/environ").read_bytes()
     finally:

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from cifar import sweep as sweeps
-from cifar.backends import local, storage
+from cifar.backends import amend, local, storage
 from cifar.backends.local import Local, Trial
 from cifar.config import parse_yaml
 from cifar.errors import UserError
+from cifar.record import Record
 
 FORK = multiprocessing.get_context("fork")  # no second import of everything
 METRIC = "metric: {name: val/acc, goal: maximize}\n"
@@ -117,12 +118,12 @@ def test_a_lease_ends_only_without_beats_and_the_late_one_is_told(runs: Path, mo
 
 
 def test_ends_and_retries(runs: Path) -> None:
-    backend = made(runs, GRID + "\nrun_cap: 9")
+    backend = made(runs, GRID + "\nrun_cap: 8")
     for state in ("finished", "failed", "diverged", "pruned", "skipped", "stopped"):
         assert backend.finish(taken(backend), state, float("nan") if state == "diverged" else 0.5, f"because {state}") == state
     given_back = taken(backend)
     assert backend.finish(given_back, "interrupted", reason="Ctrl-C") == "interrupted"
-    assert backend.counts()["interrupted"] == 1 and backend.counts()["waiting"] == 2
+    assert backend.counts()["interrupted"] == 1 and backend.counts()["waiting"] == 1
     assert taken(backend).run_id == given_back.run_id
     for result in ("interrupted", "interrupted", "killed"):  # two retries
         trial = taken(backend)
@@ -131,6 +132,58 @@ def test_ends_and_retries(runs: Path) -> None:
     assert cells[1]["reason"] == "because failed" and cells[2]["value"] is None
     states = Counter(cell["state"] for cell in cells.values())
     assert states == backend.counts() and set(states) <= set(local.STATES)
+
+
+def test_what_failed_comes_last_and_is_retried_only_where_that_can_help(runs: Path) -> None:
+    backend = made(runs, GRID + "\nrun_cap: 4")
+    assert backend.finish(taken(backend), "killed") == "interrupted"
+    assert backend.finish(taken(backend), "killed", retry=False) == "killed"
+    assert backend.finish(taken(backend), "failed", retry=True) == "interrupted"
+    assert backend.finish(taken(backend), "preempted") == "preempted" and backend.counts()["preempted"] == 1
+    assert [taken(backend).cell for _ in range(3)] == [3, 0, 2]
+
+
+def test_retry_offers_what_failed_once_more_with_the_same_run_id(runs: Path) -> None:
+    backend = made(runs, GRID + "\nrun_cap: 5")
+    ends = ("finished", "failed", "killed", "diverged", "stopped")
+    before = [taken(backend) for _ in ends]
+    for trial, state in zip(before, ends, strict=True):
+        backend.finish(trial, state, 0.5 if state == "finished" else None, retry=False)
+    diverged = Record.create(runs, before[3].run_id, {}, {})
+    diverged.append({"epoch": 1})
+    diverged.set_status("diverged")
+    backend.stop()
+    assert amend.retry(Local(backend.id, runs)) == 3
+    assert backend.counts() == {"waiting": 3, "finished": 1, "stopped": 1} and len(backend.cells()) == 5
+    assert diverged.state == "interrupted" and not list(diverged.rows())
+    again = [taken(backend) for _ in range(3)]
+    assert [(t.cell, t.run_id, t.attempt) for t in again] == [(t.cell, t.run_id, 2) for t in before[1:4]]
+    assert backend.beat(before[1]) == "lost" and backend.beat(again[0]) == "go"
+    assert backend.finish(again[0], "finished", 0.7) == "finished" and backend.cells()[1]["value"] == 0.7
+    assert amend.retry(backend) == 0
+
+
+def test_extend_adds_the_new_cells_and_keeps_what_is_done(runs: Path, tmp_path: Path) -> None:
+    small = GRID.replace("[0, 1, 2, 3, 4, 5]", "[0, 1]").replace("[1, 2, 3, 4]", "[1, 2]")
+    backend = made(runs, small)
+    backend.finish(taken(backend), "finished", 0.5)
+    running = taken(backend)
+    larger = tmp_path / "larger.yaml"
+    larger.write_text(small.replace("[1, 2]", "[2, 1, 3]") + "  label_smoothing: {values: [0.0, 0.1]}\n")
+    assert amend.extend(Local(backend.id, runs), larger) == 8 and amend.extend(Local(backend.id, runs), larger) == 0
+    assert backend.counts() == {"waiting": 10, "running": 1, "finished": 1}  # an agent that has it open already
+    assert backend.beat(running) == "go" and backend.finish(running, "finished", 0.1) == "finished"
+    opened = Local(backend.id, runs)
+    assert opened.info["cells"] == 12 and opened.sweep.swept == ["seed", "lr", "label_smoothing"]
+    assert (opened.folder / "sweep-1.yaml").read_text() == small
+    while isinstance(trial := opened.claim("me"), Trial):
+        opened.finish(trial, "finished", 0.1)
+    configs = {str(sweeps.bind(cell["values"], opened.info["fixed"]).flat()) for cell in opened.cells()}
+    assert len(configs) == 12 == opened.counts()["finished"]
+    for text, said in ((BAYES, "method: grid"), (small.replace("val/acc", "val/loss"), "metric is val/loss")):
+        larger.write_text(text)
+        with pytest.raises(UserError, match=said):
+            amend.extend(opened, larger)
 
 
 def test_a_stopped_sweep_hands_out_nothing_and_a_cancelled_one_ends_what_runs(runs: Path) -> None:

@@ -93,7 +93,7 @@ def create(
         study = backend.create_new_study([_direction(sweep)], sweep_id)
         for cell, values in enumerate(known):
             backend.create_new_trial(study, _waiting(cell, values))
-        backend.set_study_user_attr(study, "sweep", {"yaml": sweep.text, "info": info})
+        backend.set_study_user_attr(study, "sweep", {"yaml": sweep.text, "info": info})  # for other machines
         write_atomic(folder / "sweep.json", json.dumps(info, indent=1).encode())  # last: now the sweep is there
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -130,6 +130,7 @@ class Local:
                 f"{storage.redacted(self._url)} does not hold sweep {sweep_id}; check CIFAR_STORAGE or --storage"
             ) from None
         self._seen: dict[int, tuple[Any, float]] = {}  # cell -> its last beat and when we first saw that
+        self._keys: dict[tuple[int, int], int] = {}  # (cell, attempt) that was claimed here -> Optuna's key
 
     def _join(self, url: str) -> bool:
         """Another machine's sweep: its definition is in the storage too."""
@@ -160,14 +161,16 @@ class Local:
             waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
             if not waiting and len(trials) < self.info["cells"]:
                 self._storage.create_new_trial(self._study, self._ask(trials))
-                waiting = self._trials()[-1:]
+                waiting = [trial for trial in self._trials() if trial.state == TrialState.WAITING]
             if not waiting:
                 return "wait" if any(trial.state == TrialState.RUNNING for trial in trials) else None
-            chosen = waiting[0]
+            chosen = min(waiting, key=lambda trial: _now(trial).get("kills", 0))  # what failed comes last
             attempt = _now(chosen).get("attempt", 0) + 1
             self._set(chosen, attempt=attempt, worker=worker, beat=f"{attempt}.0", state="running", reason="")
             self._storage.set_trial_state_values(chosen._trial_id, TrialState.RUNNING)
-            return Trial(chosen.number, chosen.user_attrs["values"], self.run_id(chosen.number), attempt)
+            cell = _cell(chosen)
+            self._keys[cell, attempt] = chosen._trial_id
+            return Trial(cell, chosen.user_attrs["values"], self.run_id(cell), attempt)
 
     def beat(self, trial: Trial) -> Literal["go", "stop", "lost"]:
         """Hold on to the trial. "stop": the sweep was cancelled; "lost": it is somebody else's by now."""
@@ -193,16 +196,22 @@ class Local:
             peers = [metric.worse(t.intermediate_values[band]) for t in self._trials() if band in t.intermediate_values]
         return early.goes_on(metric.worse(history[band]), metric.worse(best), peers)
 
-    def finish(self, trial: Trial, state: str, value: float | None = None, reason: str = "") -> str:
-        """How a trial ended -> the cell's state now: "interrupted" is open again, "lost" belongs to somebody else."""
+    def finish(
+        self, trial: Trial, state: str, value: float | None = None, reason: str = "", *, retry: bool | None = None
+    ) -> str:
+        """How a trial ended -> the cell's state now: "interrupted" and "preempted" are open again, "lost" is somebody else's.
+
+        `retry`: whether another try can help, RETRIES times at most [default: if it was killed].
+        """
         with storage.locked(self._storage, self.id):
             held = self._held(trial)
             if held is None:
                 return "lost"
-            kills = _now(held).get("kills", 0) + (state == "killed")
-            again = state in ("interrupted", "preempted") or (state == "killed" and kills <= RETRIES)
-            if again and not self.stopped:
-                return self._give_back(held, reason, kills=kills)
+            given_back, bad = state in ("interrupted", "preempted"), state in ("failed", "killed")
+            kills = _now(held).get("kills", 0) + bad
+            again = bad and kills <= RETRIES and (state == "killed" if retry is None else retry)
+            if (given_back or again) and not self.stopped:
+                return self._give_back(held, reason, state=state if given_back else "interrupted", kills=kills)
             state = "stopped" if state in ("interrupted", "preempted") else state
             self._end(held, state, value, reason)
             if state == "finished" and value is not None and self.sweep.metric.reached(value):
@@ -225,8 +234,8 @@ class Local:
         """Every cell: cell, run_id, state, reason, values, value, attempt, worker."""
         return [
             {
-                "cell": trial.number,
-                "run_id": self.run_id(trial.number),
+                "cell": _cell(trial),
+                "run_id": self.run_id(_cell(trial)),
                 "state": _state(trial),
                 "values": trial.user_attrs["values"],
                 **{name: _now(trial).get(name, empty) for name, empty in _SHOWN.items()},
@@ -239,8 +248,22 @@ class Local:
         trials = self._trials()
         counted = Counter(_state(trial) for trial in trials)
         if not self.stopped:
-            counted["waiting"] += self.info["cells"] - len(trials)
+            counted["waiting"] += max(0, self.info["cells"] - len(trials))  # another process may have extended it
         return {state: counted[state] for state in STATES if counted[state]}
+
+    def offer(self, cell: int, values: Mapping[str, Any], **now: Any) -> None:
+        """A new cell, or one that has ended once more. Under the lock."""
+        trial = _waiting(cell, values)
+        trial.set_user_attr("now", {"state": "waiting", **now})
+        self._storage.create_new_trial(self._study, trial)
+
+    def reopen(self) -> None:
+        """Hand out trials again, whatever stopped the sweep."""
+        self._storage.set_study_user_attr(self._study, "stopped", "")
+
+    def publish(self, text: str) -> None:
+        """The sweep's definition for other machines."""
+        self._storage.set_study_user_attr(self._study, "sweep", {"yaml": text, "info": self.info})
 
     def settle_threads(self, threads: int) -> int:
         """The CPU threads of each trial: of the first agent that asks, then the same for all."""
@@ -263,27 +286,32 @@ class Local:
     # -- inside, under the lock --
 
     def _trials(self) -> list[FrozenTrial]:
-        return sorted(self._storage.get_all_trials(self._study, deepcopy=False), key=lambda trial: trial.number)
+        """One a cell: of a cell that was offered again, the latest."""
+        trials = sorted(self._storage.get_all_trials(self._study, deepcopy=False), key=lambda trial: trial.number)
+        return sorted({_cell(trial): trial for trial in trials}.values(), key=_cell)
 
     def _set(self, trial: FrozenTrial, **changes: Any) -> None:
         self._storage.set_trial_user_attr(trial._trial_id, "now", {**_now(trial), **changes})
 
     def _held(self, trial: Trial) -> FrozenTrial | None:
         """The trial as it is stored, while the claim is still good."""
-        key = self._storage.get_trial_id_from_study_id_trial_number(self._study, trial.cell)
+        key = self._keys.get((trial.cell, trial.attempt))
+        if key is None:  # claimed through another object than this one
+            key = next(stored._trial_id for stored in self._trials() if _cell(stored) == trial.cell)
         stored = self._storage.get_trial(key)
         return stored if stored.state == TrialState.RUNNING and _now(stored)["attempt"] == trial.attempt else None
 
     def _lapsed(self, trial: FrozenTrial) -> bool:
         beat, now = _now(trial).get("beat"), time.monotonic()
-        if self._seen.get(trial.number, (None,))[0] != beat:
-            self._seen[trial.number] = (beat, now)  # clocks of two machines differ: only one's own is compared
-        return now - self._seen[trial.number][1] > lease()
+        if self._seen.get(_cell(trial), (None,))[0] != beat:
+            self._seen[_cell(trial)] = (beat, now)  # clocks of two machines differ: only one's own is compared
+        return now - self._seen[_cell(trial)][1] > lease()
 
     def _give_back(self, trial: FrozenTrial, reason: str, **changes: Any) -> str:
-        self._set(trial, state="interrupted", reason=reason, **changes)
+        state = changes.pop("state", "interrupted")
+        self._set(trial, state=state, reason=reason, **changes)
         self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-        return "interrupted"
+        return str(state)
 
     def _end(self, trial: FrozenTrial, state: str, value: float | None, reason: str) -> None:
         if value is not None and not math.isfinite(value):
@@ -328,6 +356,10 @@ def _waiting(
         distributions=dict(space or {}),
         user_attrs={"cell": cell, "values": dict(values)},
     )
+
+
+def _cell(trial: FrozenTrial) -> int:
+    return int(trial.user_attrs.get("cell", trial.number))
 
 
 def _state(trial: FrozenTrial) -> str:

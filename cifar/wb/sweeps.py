@@ -37,7 +37,6 @@ CALL_SECONDS = 60.0  # for one call, wandb-core's own retries included
 PATIENCE_SECONDS = 600.0  # that an idle agent waits for a server that has gone away
 CLAIM_SECONDS = 0.25  # that `claim` waits for the answer to be there
 PROJECT = "cifar"
-
 # The names are those of wandb 0.31's apis/public/sweeps.py and of wandb-core; tests/test_hosted.py holds them against both.
 _CREATE = """mutation UpsertSweep($config: String, $entityName: String, $projectName: String) {
   upsertSweep(input: {config: $config, entityName: $entityName, projectName: $projectName}) {
@@ -293,12 +292,15 @@ class Hosted:
     def report(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool:
         return True
 
-    def finish(self, trial: Trial, state: str, value: float | None = None, reason: str = "") -> str:
+    def finish(
+        self, trial: Trial, state: str, value: float | None = None, reason: str = "", *, retry: bool | None = None
+    ) -> str:
         """How a trial ended -> its state now: "interrupted" is open again, here (a killed process) or elsewhere."""
         with self.lock:
             slot = self._slot(trial)
-            self._kills[trial.run_id] += state == "killed"
-            if state == "killed" and self._kills[trial.run_id] <= RETRIES and not slot.stopped:
+            self._kills[trial.run_id] += state in ("failed", "killed")
+            again = state == "killed" if retry is None else retry
+            if again and self._kills[trial.run_id] <= RETRIES and not slot.stopped:
                 slot.again, state = replace(trial, attempt=trial.attempt + 1), "interrupted"
             else:
                 slot.run_id, slot.stopped = "", False

@@ -1,0 +1,124 @@
+"""A worker process as its supervisor sees it, and the policy for what goes wrong in one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TAIL = 15  # lines of a traceback that are shown
+
+
+class Worker:
+    """A worker process and the trial it has in hand. `pin` is what its environment has beyond ours."""
+
+    def __init__(
+        self,
+        name: str,
+        slot: int,
+        log: Path,
+        events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]],
+        pin: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.slot, self.log = name, slot, log
+        self.trial: Any = None
+        self.spent = False  # it ends, or is dead, and takes no trial any more
+        self.folder: Path | None = None
+        self.begun = 0.0
+        environment = {key: value for key, value in os.environ.items() if key != "CIFAR_STORAGE"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+        with open(log, "ab") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cifar.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**environment, **(pin or {})},
+                start_new_session=True,  # Ctrl-C is for the supervisor
+            )
+        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+
+    def _listen(self, events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]]) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError):  # killed in the middle of a line
+                events.put((self, json.loads(line)))
+        events.put((self, {"event": "gone", "code": self.process.wait()}))
+
+    def tell(self, **message: Any) -> None:
+        assert self.process.stdin
+        with contextlib.suppress(OSError):  # it has just died; its listener says so
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def end(self) -> None:
+        """It ends as its standard input does."""
+        assert self.process.stdin
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def death(code: int) -> dict[str, Any]:
+    """What it means that a worker's process ended, without a word, with this code."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = ", as the kernel does where memory runs out" if name == "SIGKILL" else ""
+        return {"state": "killed", "cause": name, "reason": f"its process was killed by {name}{hint}"}
+    return {"state": "failed", "cause": f"exit code {code}", "reason": f"its process ended with code {code}"}
+
+
+class Failures:
+    """What went wrong in this agent: which worker slot met which cause in which cell, and how often in a row."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.row = most, 0
+        self._met: Counter[tuple[int, int, str]] = Counter()  # (cell, slot, cause)
+        self._slots: dict[int, set[int]] = {}  # cell -> the slots it failed in
+
+    def retries(self, cell: int, slot: int, cause: str) -> bool:
+        """Whether another try can help, asked once a failure: not where the same slot meets the same cause again.
+
+        `cause` is a signal, "memory", "device", or "" for a fault of the trial's own that no other try mends.
+        """
+        self._met[cell, slot, cause] += 1
+        self._slots.setdefault(cell, set()).add(slot)
+        return bool(cause) and self._met[cell, slot, cause] == 1
+
+    def best_slot(self, cell: int, free: list[int]) -> int:
+        """Of the free slots the first where this cell has not failed."""
+        return next((slot for slot in free if slot not in self._slots.get(cell, ())), free[0])
+
+    def count(self, state: str, *, bad: bool) -> None:
+        """Another trial ended. What was given back says nothing about this machine."""
+        if bad:
+            self.row += 1
+        elif state not in ("interrupted", "preempted", "lost"):
+            self.row = 0
+
+    def verdict(self, event: Mapping[str, Any], log: Path) -> str:
+        """Empty, or that the agent stops, with the last traceback."""
+        if self.row < self.most:
+            return ""
+        whole = Path(event.get("whole") or log)
+        lines: deque[str] = deque(maxlen=TAIL)
+        with contextlib.suppress(OSError), open(whole, errors="replace") as file:
+            lines.extend(file)
+        return (
+            f"stopped after {self.row} failures in a row, the last one: {event['reason']} (the whole of it: {whole})\n"
+            + "".join(lines)
+        ).rstrip()

@@ -1,0 +1,40 @@
+"""The options that several commands share: their types, names and help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Pairs = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="values, as in `lr=3e-4 epochs=3`")]
+Experiment = Annotated[str, typer.Option("--experiment", "-e", metavar="NAME", help="a file in experiments/, or a path")]
+Dataset = Annotated[
+    Literal["cifar10", "stand-in", "auto"] | None,
+    typer.Option("--dataset", help="auto: CIFAR-10 where it can be had within 10 s, else generated stand-in images"),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="DIR", help="where CIFAR-10 is or goes: a folder or the archive; else $CIFAR_DATA"),
+]
+RunsDir = Annotated[
+    Path | None, typer.Option("--runs-dir", metavar="DIR", help="where runs are written; else $CIFAR_RUNS, else ./runs")
+]
+Wandb = Annotated[
+    Literal["auto", "online", "offline", "disabled"],
+    typer.Option("--wandb", help="auto: online where a key is configured, else offline"),
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a fixed value for every trial; repeatable")]
+Count = Annotated[int | None, typer.Option("--count", min=1, metavar="N", help="end after N trials of this agent")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="trials at a time [default: what fits]")]
+Storage = Annotated[
+    str | None, typer.Option("--storage", metavar="URL", help="Optuna storage; else $CIFAR_STORAGE, else a SQLite file")
+]
+Gpus = Annotated[
+    str, typer.Option("--gpus", metavar="all|0,1", help="workers on these GPUs; those in use by others are skipped and named")
+]
+PerGpu = Annotated[int, typer.Option("--per-gpu", min=1, metavar="K", help="workers on each GPU of --gpus")]
+TimeLimit = Annotated[
+    str, typer.Option("--time-limit", metavar="TIME", help="wall time, as in 50m or 2h: what runs at its end is given back")
+]
+Split = Annotated[Literal["val", "test"], typer.Option("--split", help="test: only runs that scored it, apart")]

@@ -1,0 +1,169 @@
+"""What goes wrong in a trial or on its machine, with real processes: its state, its retries, and what the agent does."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_agent import BROKEN, ended, launched, made, rows, until
+
+from cifar import config as configuration
+from cifar import registry, run
+from cifar.backends import amend
+from cifar.backends.local import Local
+from cifar.crew import Failures, death
+from cifar.errors import DiskFull
+from cifar.record import Record
+from cifar.space import LEAST, Pause, is_full
+
+HOGS = """
+import resource
+import torch
+from pathlib import Path
+
+class Hog(ConvNet):
+    def forward(self, x):
+        if self.training:
+            now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (now + 2**28, now + 2**28))
+            torch.empty(2**30)
+        return super().forward(x)
+
+@models.register("hog")
+def hog(*, hog_width: int = 4) -> nn.Module:
+    return Hog(width=hog_width, depth=1)
+"""
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "plugin" / "models").mkdir(parents=True)
+    (tmp_path / "plugin" / "models" / "broken.py").write_text(BROKEN + HOGS)
+    monkeypatch.setenv("CIFAR_PLUGINS", str(tmp_path / "plugin"))
+    yield
+    for name in ("broken", "killer", "hog"):
+        registry.models._entries.pop(name, None)
+
+
+@pytest.mark.slow
+def test_killed_and_out_of_memory_are_tried_once_more_in_another_process(runs: Path, broken: None) -> None:
+    backend = made(runs, "parameters: {model: {values: [killer, conv4, hog]}}")
+    code, output = ended(launched(backend, "workers=1"))
+    cells = backend.cells()
+    assert code == 1 and "stopped after 3 failures in a row" in output  # the first tries' ends and the second ones'
+    assert [cell["state"] for cell in cells] == ["killed", "finished", "killed"]
+    assert [cell["attempt"] for cell in cells] == [2, 1, 2]
+    assert "SIGKILL" in cells[0]["reason"] and output.count("it will be tried again") == 2
+    reason, record = cells[2]["reason"], Record(runs / cells[2]["run_id"])
+    assert "out of memory" in reason and "GiB" in reason and "batch_size 64" in reason
+    assert record.state == "killed" and record.read("status")["reason"] == reason
+    assert "can't allocate memory" in (record.path / "traceback.txt").read_text()
+
+
+@pytest.mark.slow
+def test_three_failures_in_a_row_stop_the_agent_with_the_last_traceback(runs: Path, broken: None) -> None:
+    backend = made(runs, "parameters: {model: {value: broken}, seed: {values: [0, 1, 2, 3]}}")
+    code, output = ended(launched(backend, "workers=1"))
+    assert code == 1 and "stopped after 3 failures in a row" in output
+    assert "raise RuntimeError" in output and output.rstrip().endswith("RuntimeError: a bug in the model")
+    assert backend.counts() == {"waiting": 1, "failed": 3} and [c["attempt"] for c in backend.cells()] == [1, 1, 1, 0]
+    assert amend.retry(Local(backend.id, runs)) == 3 and backend.counts() == {"waiting": 4}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 48 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", place], capture_output=True, check=False).returncode:
+        pytest.skip("NO FILE SYSTEM CAN BE MOUNTED HERE: that a full disk pauses the agent was not shown")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(disk: Path) -> Path:
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+@pytest.mark.slow
+def test_a_full_disk_pauses_the_agent(disk: Path) -> None:
+    backend = made(disk / "runs", "parameters: {model: {value: conv4}}", epochs=40, checkpoint_every=1)
+    process = launched(backend, "workers=1")
+    lines: list[str] = []
+
+    def says(words: str) -> bool:
+        assert process.stdout
+        lines.append(process.stdout.readline())
+        assert lines[-1], "".join(lines)
+        return words in lines[-1]
+
+    until(lambda: len(rows(backend, 0)) > 2)
+    ballast = fill(disk)
+    until(lambda: says("no space left on the disk"))
+    assert "Ctrl-C ends" in lines[-1] and process.poll() is None
+    ballast.unlink()
+    until(lambda: says("going on"))
+    until(lambda: len(rows(backend, 0)) > 5)
+    before = len(rows(backend, 0))
+    fill(disk)
+    until(lambda: says("no space left on the disk"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    ballast.unlink()
+    assert before <= len(rows(backend, 0)) < 40
+    code, output = ended(launched(backend, "workers=1"))
+    assert code == 0, output
+    assert rows(backend, 0) == list(range(1, 41)) and backend.counts() == {"finished": 1}
+
+
+def test_a_pause_asks_for_more_room_each_time_until_a_trial_gets_through(tmp_path: Path, monkeypatch: Any) -> None:
+    free = [0]
+    monkeypatch.setattr("cifar.space.room", lambda folder: free[0])
+    monkeypatch.setattr("cifar.space.LOOK_SECONDS", 0.0)
+    pause, said = Pause(tmp_path), list[str]()
+    with pause.catching(said):
+        raise RuntimeError("a database says") from OSError(28, "No space left on device")
+    assert len(said) == 1 and pause.on and not pause.over() and not pause.begin()
+    free[0] = LEAST
+    assert pause.over() and not pause.on and not pause.over()
+    assert "16 MiB" in pause.begin() and not pause.over()
+    free[0] = 2 * LEAST
+    assert pause.over()
+    pause.ended()
+    assert "8 MiB" in pause.begin()
+    with pytest.raises(ValueError), pause.catching(said):
+        raise ValueError("something else")
+    assert is_full(DiskFull()) and not is_full(OSError(2, "x")) and not is_full(None)
+
+
+def test_a_slot_retries_a_cause_once_and_another_slot_is_preferred() -> None:
+    failures = Failures(3)
+    assert failures.retries(4, 0, "SIGKILL") and not failures.retries(4, 0, "SIGKILL")
+    assert failures.retries(4, 0, "memory") and failures.retries(4, 1, "SIGKILL") and not failures.retries(4, 2, "")
+    assert failures.best_slot(4, [0, 1, 3]) == 3 and failures.best_slot(4, [1, 0]) == 1 and failures.best_slot(5, [0]) == 0
+    for state, bad, row in (("interrupted", True, 1), ("failed", True, 2), ("preempted", False, 2), ("pruned", False, 0)):
+        failures.count(state, bad=bad)
+        assert failures.row == row
+    assert death(-11)["reason"] == "its process was killed by SIGSEGV" and death(3)["state"] == "failed"
+
+
+def test_memory_that_ran_out_is_named_with_the_batch_size() -> None:
+    import torch
+
+    config = configuration.resolve({"model": "conv", "batch_size": 77})
+    said = run.out_of_memory(MemoryError(), config)
+    assert said.startswith("out of memory (") and "batch_size 77" in said
+    assert not run.out_of_memory(ValueError("no"), config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: 1)
+        patch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 80 * 2**30}))
+        assert "out of GPU memory (80 GiB) at batch_size 77" in run.out_of_memory(torch.cuda.OutOfMemoryError(), config)
