@@ -18,7 +18,7 @@ from cifar.wb.read import Place, connect, reason
 
 LAYERS = 40  # of a network in its panel of gradients
 PICTURES = ("curves", "gradient_flow", "weight_updates", "confusion", "mistakes")  # as the mirror names them
-NEEDS = "`pip install 'cifar[publish]'` brings what --publish needs (wandb-workspaces)"
+NEEDS = "`pip install -e '.[publish]'` in the checkout brings what --publish needs (wandb-workspaces)"
 
 
 @dataclass(frozen=True)
