@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # imported when they are used: `import cifar` costs nothing
     from torch import nn
 
-    from cifar.report.runs import Table
+    from cifar.report.notebook import Table
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
 def runs(*names: str, runs_dir: str | Path | None = None) -> Table:
     """A row for each run of the named sweeps and runs; without a name, of the newest sweep."""
     from cifar import record
-    from cifar.report.runs import collect, table
+    from cifar.report.notebook import table
+    from cifar.report.runs import collect
 
     return table(collect(names, record.runs_dir(Path(runs_dir) if runs_dir else None)).runs)

@@ -25,6 +25,8 @@ for name in [name for name in os.environ if name.startswith("WANDB_")]:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder that runs of this test go to, also for child processes."""
     monkeypatch.setenv("CIFAR_RUNS", str(tmp_path / "runs"))
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:  # wandb itself leaves some behind
+        monkeypatch.delenv(name)
     monkeypatch.delenv("CIFAR_PLUGINS", raising=False)
     yield tmp_path / "runs"
 

@@ -104,5 +104,5 @@ def test_without_the_library_it_says_what_to_install(tmp_path: Path, server: Ser
     from cifar.wb.read import Place
 
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    with pytest.raises(UserError, match=r"cifar\[publish\]"):
+    with pytest.raises(UserError, match=r"pip install .*\[publish\]"):
         publish(Place("me", "cifar"), Content("x", [], [], [], []), tmp_path / "kept.json")

@@ -19,9 +19,10 @@ from cifar import registry
 from cifar.errors import UserError
 from cifar.inspection import families
 from cifar.report import pictures, report
+from cifar.report.notebook import table
 from cifar.report.page import sentences
 from cifar.report.points import compare, settings
-from cifar.report.runs import STAND_IN, amount, collect, cuts, load, macs_text, seconds_text, table
+from cifar.report.runs import STAND_IN, amount, collect, cuts, load, macs_text, seconds_text
 
 HOSTILE = "</title></script><script>alert(1)</script><img src=x onerror=alert(2)>-->&\"'"
 

@@ -17,8 +17,9 @@ from cifar.errors import UserError
 from cifar.record import write_atomic
 from cifar.report import page as pages
 from cifar.report import style
+from cifar.report.notebook import Table
 from cifar.report.points import Comparison, compare
-from cifar.report.runs import Collection, Table, collect, count, load, seconds_text, show
+from cifar.report.runs import Collection, collect, count, load, seconds_text, show
 
 
 @dataclass(frozen=True)
