@@ -271,6 +271,7 @@ def assert_as_trained(server: Server, runs: Path, run_id: str, epochs: int) -> N
     assert run.display_name == record.read("run")["name"][:128] and any("pictures" in name for name in run.files)
 
 
+@pytest.mark.slow
 def test_the_commands(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
     text = GRID + "  epochs: {value: 1}\n"
     (tmp_path / "tiny.yaml").write_text(text)

@@ -95,6 +95,7 @@ def test_what_comes_later_joins_the_sweep(runs: Path, server: Server, capsys: py
     all_is_there(server, records, "other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["runs", "before the sweep", "after the sweep"])
 def test_one_that_was_killed_goes_on(runs: Path, server: Server, where: str) -> None:
     records = make(runs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import random
 import re
 import socket
 import threading
@@ -94,10 +95,20 @@ class Server:
         """Back, at the same address."""
         if self._http is None:
             _Listener.allow_reuse_address = True
-            self._http = _Listener(("127.0.0.1", self._port), _Handler)
+            self._http = self._listen()
             self._http.owner = self
             self._port = self._http.server_port
             threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
+
+    def _listen(self) -> _Listener:
+        # Below the ports that clients are given: a client that knocks at a dead server's port there may connect to itself.
+        ports = [self._port] * 50 if self._port else random.sample(range(20_000, 32_000), 50)
+        for port in ports:
+            try:
+                return _Listener(("127.0.0.1", port), _Handler)
+            except OSError:
+                time.sleep(0.1 if self._port else 0.0)
+        raise OSError(f"no port to listen at: {ports[-1]} is in use")
 
     def heal(self) -> None:
         """No more faults; who hangs is answered."""
