@@ -170,7 +170,7 @@ def test_early_termination_prunes_in_the_run(runs: Path) -> None:
     early = "early_terminate: {type: hyperband, min_iter: 2, eta: 3}\n"
     text = early + "parameters: {model: {value: conv4}, lr: {values: [0.05, 1.0e-9]}}"
     backend = made(runs, text, epochs=4, train_size=1024)
-    code, output = ended(launched(backend))
+    code, output = ended(launched(backend, "workers=1"))  # one after the other: who comes second is judged by the first
     assert code == 0 and "after epochs 2\n" in output
     assert [cell["state"] for cell in backend.cells()] == ["finished", "pruned"] and rows(backend, 1) == [1, 2]
 

@@ -377,7 +377,7 @@ def test_a_run_of_the_plain_agent_is_stopped(preemptible: str, wandb_server: Ser
     wandb_server.world.stop(run.id)
     _, output = ended(process)
     record = Record(runs / run.id)
-    assert record.state == ("interrupted" if preemptible else "stopped"), output
+    assert record.state == ("preempted" if preemptible else "stopped"), output
     assert run.state == ("preempted" if preemptible else "finished") and run.rows == list(record.rows())
     assert sweep.requeued == ([run.id] if preemptible else [])
 
