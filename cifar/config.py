@@ -22,6 +22,10 @@ from cifar.registry import Entry, Key
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 
 
+def _switch(value: Any) -> Any:
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 class Settings(BaseModel):
     """The keys that every run has. The chosen parts add theirs."""
 
@@ -57,7 +61,10 @@ class Settings(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
     channels_last: bool = Field(True, description="NHWC memory format for convolutions")
     deterministic: bool = Field(False, description="deterministic kernels on the GPU; on the CPU they always are")
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
+        "auto", description="torch.compile the step; auto: on a GPU, where the work ahead pays for compiling"
+    )
+    capture: bool = Field(True, description="on a GPU, replay the step as a CUDA graph")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: int = Field(0, ge=0, description="CPU threads of a trial; 0: torch's choice (a sweep fixes it)")
     probe_every: int = Field(50, ge=1, description="steps between two looks of the instruments")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from cifar import config as configuration
 from cifar import data, optim, registry
+from cifar.capture import Captured
 from cifar.config import Settings
 from cifar.data.augment import mix
 from cifar.errors import UserError
 from cifar.probes import Watcher
-from cifar.train import Average, Meter, evaluate
+from cifar.train import Average, Meter, Step, evaluate, forward
 
 
 def device_of(name: str) -> torch.device:
@@ -38,10 +39,15 @@ def device_of(name: str) -> torch.device:
 
 
 class Training:
-    """All that one run computes with, and all that a checkpoint holds."""
+    """All that one run computes with, and all that a checkpoint holds.
 
-    def __init__(self, config: Settings, data_dir: Path | None) -> None:
-        self.config = config
+    Everything that a step changes, and every scalar in which trials of one architecture differ, is a tensor that is written
+    in place. So a captured step goes on being valid when `load` or `restart` puts another state there.
+    """
+
+    def __init__(self, config: Settings, data_dir: Path | None, *, shares: bool = False) -> None:
+        """`shares`: whether other trials draw from torch's generator in between."""
+        self.config, self.data_dir = config, data_dir
         self.device = device_of(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -53,30 +59,53 @@ class Training:
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
 
         self.splits, self.fingerprint = splits(config.dataset, data_dir, config.val_size, config.train_size, self.device)
-        torch.manual_seed(config.seed)
-        random.seed(config.seed)
-        self.model: nn.Module = registry.models[config.model].build(**config.part("model"))
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model.to(self.device, memory_format=memory_format)
         self.train_batches = self._loader("train", training=True)
-        if hasattr(self.model, "init_from_data"):
-            self.model.init_from_data(data.normalize(self.splits["train"][0][:5000], config.normalize))
-        self.average: Average | None = None
-        if config.ema:
-            averaged = registry.models[config.model].build(**config.part("model"))
-            averaged.to(self.device, memory_format=memory_format).load_state_dict(self.model.state_dict())
-            self.average = Average(self.model, averaged, config.ema)
-        self.forward = cast(nn.Module, torch.compile(self.model)) if config.compile else self.model
-
-        schedule = registry.schedules[config.schedule].build(**config.part("schedule"))
-        parameters = optim.Parameters.of(self.model)
-        self.optimizer = registry.optimizers[config.optimizer].build(parameters, **config.part("optimizer"))
-        self.optimizer.schedule = schedule
+        self.model = self._initial_model()
+        self.average = Average(self.model, copy.deepcopy(self.model), config.ema) if config.ema else None
+        self.optimizer = self._optimizer()
         probes = [registry.probes[name].build(**config.part(name)) for name in configuration.probe_names(config.probes)]
         self.watcher = Watcher(probes, dict(self.model.named_parameters()), every=config.probe_every)
         self.meter = Meter(self.device)
-        self.steps = min(self.train_batches.steps, config.max_steps or self.train_batches.steps)  # an epoch
+        self.step = Step(
+            self.model,
+            self.train_batches,
+            self.optimizer,
+            self.meter,
+            self.watcher,
+            self.average,
+            self._mix if config.mixup or config.cutmix else None,
+            torch.tensor(config.label_smoothing, device=self.device) if config.label_smoothing else None,
+            self.bf16,
+        )
+        self.at = self.train_batches.at
+        self.compiled, self.shares = False, shares
+        self._evaluations: dict[str, Captured] = {}
+        self._afresh()
+
+    def _afresh(self) -> None:
+        self.steps = min(self.train_batches.steps, self.config.max_steps or self.train_batches.steps)  # an epoch
         self.epoch, self.batch, self.seconds = 1, 0, 0.0  # the next step to take; seconds of this epoch so far
+        self.idle = False
+        self.random: Tensor | None = torch.get_rng_state() if self.shares else None
+
+    def _initial_model(self) -> nn.Module:
+        """As the seed has it, on the device. Leaves torch's and Python's generators where training begins."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        model: Any = registry.models[config.model].build(**config.part("model"))
+        model.to(self.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+        if hasattr(model, "init_from_data"):
+            model.init_from_data(data.normalize(self.splits["train"][0][:5000], config.normalize))
+        return cast(nn.Module, model)
+
+    def _optimizer(self) -> optim.Optimizer:
+        config = self.config
+        optimizer: optim.Optimizer = registry.optimizers[config.optimizer].build(
+            optim.Parameters.of(self.model), **config.part("optimizer")
+        )
+        optimizer.schedule = registry.schedules[config.schedule].build(**config.part("schedule"))
+        return optimizer
 
     def _loader(self, split: str, *, training: bool = False) -> data.Loader:
         config, (images, labels) = self.config, self.splits[split]
@@ -93,29 +122,86 @@ class Training:
             shuffle=training,
             drop_last=training,
             channels_last=config.channels_last,
+            dtype=torch.bfloat16 if self.bf16 else torch.float32,
+            mixing=(config.mixup or config.cutmix) if training else 0.0,
         )
+
+    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = self.train_batches.drawn
+        assert drawn is not None
+        kind = "mixup" if self.config.mixup else "cutmix"
+        return mix(images, F.one_hot(labels, 10).float(), kind, drawn.index_select(0, self.at)[0])
+
+    # -- the next trial --
+
+    def restart(self, config: Settings) -> bool:
+        """Become the beginning of another run, in place. False, and nothing has changed, where that takes new parts."""
+        if form(config) != form(self.config):
+            return False
+        before, self.config = self.config, config
+        model = self._initial_model()
+        if not self.optimizer.adopt(self._optimizer()):
+            self.config = before
+            return False
+        self.model.load_state_dict(model.state_dict())
+        if self.average:
+            self.average.averaged.load_state_dict(model.state_dict())
+            self.average.updates.zero_()
+        self.train_batches.reseed(config.seed)
+        self.watcher.load({})
+        self.meter.sums.zero_()
+        if self.step.smoothing is not None:
+            self.step.smoothing.fill_(config.label_smoothing)
+        self._afresh()
+        return True
+
+    def compile(self) -> None:
+        """Fuse the forward and backward passes and the update (torch.compile)."""
+        self.compiled, self.step.forward = True, compiled_forward()
+        self.optimizer.compile()
+
+    # -- an epoch --
+
+    def begin_epoch(self) -> None:
+        """Everything that the coming steps need from the host. Never waits for the device."""
+        self.model.train()
+        self.train_batches.begin(self.epoch, self.batch)
+        self.optimizer.plan([self.progress(step) for step in range(self.steps)])
+
+    def look_ahead(self) -> None:
+        """Work out the next epoch's order and draws, while the device is still busy with this one."""
+        if self.device.type == "cuda" and self.epoch < self.config.epochs:
+            self.train_batches.plan(self.epoch + 1)
+
+    def progress(self, step: int) -> float:
+        """The share of all steps that are done before this one of the epoch."""
+        return ((self.epoch - 1) * self.steps + step) / (self.config.epochs * self.steps)
+
+    def evaluate(self, split: str, views: str = "none") -> tuple[Tensor, Tensor]:
+        """Logits and labels of every image. The next call may write into the same tensors."""
+        name = f"{split} {views}"
+        if name not in self._evaluations:
+            batches = self._loader(split)
+            self._evaluations[name] = Captured(
+                lambda: evaluate(self.evaluated, batches.epoch(1), autocast=self.autocast(), views=views), self.device
+            )
+        return cast(tuple[Tensor, Tensor], self._evaluations[name]())
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def mix(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-        kind = "mixup" if self.config.mixup else "cutmix" if self.config.cutmix else ""
-        alpha = self.config.mixup or self.config.cutmix
-        if not kind:
-            return None
-        return lambda images, labels: mix(images, F.one_hot(labels, 10).float(), kind, alpha, self.train_batches.generator)
-
-    def evaluate(self, split: str, views: str = "none") -> tuple[Tensor, Tensor]:
-        model = self.average.averaged if self.average else self.forward
-        return evaluate(model, self._loader(split).epoch(1), autocast=self.autocast(), views=views)
 
     @property
     def evaluated(self) -> nn.Module:
         """The model whose accuracy is reported: the average where there is one."""
         return self.average.averaged if self.average else self.model
 
+    # -- checkpoints --
+
     def state(self) -> dict[str, Any]:
-        """Everything that decides how training goes on: tensors and plain values, as `weights_only` loads them."""
+        """Everything that decides how training goes on: tensors and plain values, as `weights_only` loads them.
+
+        Batches are no part of it: those of an epoch depend on seed and epoch alone.
+        """
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -126,8 +212,7 @@ class Training:
             "average_updates": self.average.updates if self.average else 0,
             "watcher": self.watcher.state(),
             "meter": self.meter.sums,
-            "augmentation": self.train_batches.state(),
-            "torch": torch.get_rng_state(),
+            "torch": torch.get_rng_state() if self.random is None else self.random,
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "mps": torch.mps.get_rng_state() if self.device.type == "mps" else None,
             "python": random.getstate(),
@@ -137,14 +222,14 @@ class Training:
     def load(self, state: dict[str, Any]) -> None:
         """Go back to `state`, in place."""
         self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
+        self.at.fill_(self.batch)
         self.model.load_state_dict(state["model"])
         self.optimizer.load(state["optimizer"])
         if self.average:
             self.average.averaged.load_state_dict(state["average"])
-            self.average.updates = state["average_updates"]
+            self.average.updates.copy_(state["average_updates"])
         self.watcher.load(state["watcher"])
         self.meter.sums.copy_(state["meter"])
-        self.train_batches.load(state["augmentation"])
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
@@ -153,6 +238,30 @@ class Training:
         random.setstate(state["python"])
         if self.device.type == "cpu":
             torch.set_num_threads(state["threads"])  # sums over 1 and over 2 threads differ in the last bit
+
+
+_FREE = {"experiment", "seed", "epochs", "schedule", "test", "tta", "max_macs", "checkpoint_every", "label_smoothing"}
+
+
+def form(config: Settings) -> dict[str, Any]:
+    """What two runs have in common whose parts one can take over from the other.
+
+    Of an optimizer's keys those that are scalars may differ, but not between zero and something: that is another rule.
+    """
+    optimizer = config.part("optimizer")
+    scalars = {key: bool(value) for key, value in optimizer.items() if type(value) is float}
+    free = _FREE | scalars.keys() | config.part("schedule").keys()
+    fixed = {key: value for key, value in config.flat().items() if key not in free}
+    return fixed | {"smoothed": bool(config.label_smoothing), "scalars": scalars}
+
+
+@functools.cache
+def compiled_forward() -> Any:
+    """One compiled function for all trainings of a process: the same architecture compiles once."""
+    from torch import _dynamo
+
+    _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, 64)  # a sweep has more architectures than 8
+    return torch.compile(forward)
 
 
 @functools.lru_cache(maxsize=2)

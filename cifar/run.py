@@ -10,33 +10,27 @@ import contextlib
 import errno
 import functools
 import io
-import math
 import os
-import pickle
 import resource
 import shutil
-import time
 import traceback
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from cifar import cost, data, environment, registry
+from cifar import cost, data, environment, registry, warm
 from cifar.config import Settings
 from cifar.errors import DiskFull, UserError
 from cifar.parts import Training
 from cifar.probes import weight_layers
 from cifar.record import Record, new_id, write_atomic
+from cifar.running import Running, epochs
 from cifar.track import Sink
-from cifar.train import VIEWS, score, train_epoch
+from cifar.train import VIEWS, score
 
-CHECKPOINT_SECONDS = 30.0
 WORST = 25  # images in the picture of worst mistakes
 LABELS = {
     "train/loss": ("training loss", "nats"),
@@ -127,31 +121,38 @@ def _cost(model: str, arguments: tuple[tuple[str, Any], ...]) -> cost.Cost:
 
 
 @contextlib.contextmanager
-def outcome(record: Record, config: Settings) -> Iterator[None]:
-    """What goes wrong becomes the run's status before it goes on to the caller."""
+def outcome(run: Running) -> Iterator[None]:
+    """What goes wrong becomes the run's status before it goes on to the caller. A run that is over stays as it ended."""
+    record, config = run.record, run.config
     before = record.read("status")
     try:
         yield
-    except UserError:
+    except Exception as error:
+        warm.forget()  # whatever state its parts are in
+        if not run.over:
+            _went_wrong(record, config, before, error)
+        raise
+
+
+def _went_wrong(record: Record, config: Settings, before: dict[str, Any], error: Exception) -> None:
+    if isinstance(error, UserError):
         if before:  # what is wrong here can be mended; the run may go on as it could before
             record.write("status", before)
         elif not record.metrics_bytes():  # it has not begun: nothing half-made stays
             shutil.rmtree(record.path, ignore_errors=True)
-        raise
-    except Exception as error:
-        epoch = record.read("status").get("epoch", 0)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            with contextlib.suppress(OSError):
-                record.set_status("interrupted", reason="no space left on the disk", epoch=epoch, epochs=config.epochs)
-            raise DiskFull(
-                f"no space is left for {record.path}; free some, then go on with `python -m cifar train --resume {record.id}`"
-            ) from error
-        memory = out_of_memory(error, config)
-        state, reason = ("killed", memory) if memory else ("failed", f"{type(error).__name__}: {error}")
+        return
+    epoch = record.read("status").get("epoch", 0)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
-            write_atomic(record.path / "traceback.txt", traceback.format_exc().encode())
-            record.set_status(state, reason=reason, epoch=epoch, epochs=config.epochs)
-        raise
+            record.set_status("interrupted", reason="no space left on the disk", epoch=epoch, epochs=config.epochs)
+        raise DiskFull(
+            f"no space is left for {record.path}; free some, then go on with `python -m cifar train --resume {record.id}`"
+        ) from error
+    lacking = out_of_memory(error, config)
+    state, reason = ("killed", lacking) if lacking else ("failed", f"{type(error).__name__}: {error}")
+    with contextlib.suppress(OSError):
+        write_atomic(record.path / "traceback.txt", traceback.format_exc().encode())
+        record.set_status(state, reason=reason, epoch=epoch, epochs=config.epochs)
 
 
 def out_of_memory(error: BaseException, config: Settings) -> str:
@@ -175,145 +176,81 @@ def train(
     sinks: Sequence[Sink] = (),
     on_epoch: Callable[[dict[str, Any]], bool] = lambda row: True,
     stop: Callable[[], str | None] = lambda: None,
+    ahead: int = 1,
 ) -> str:
     """Train, from the record's checkpoint if there is one, and return the state it ended in.
 
     `on_epoch` sees each row once it is on disk and answers whether to go on (no: `pruned`); `stop` is asked after every
-    step and names the state to end in, if any: a checkpoint is written first.
+    step and names the state to end in, if any: a checkpoint is written first. `ahead`: runs of this kind that this process
+    will make, this one included.
     """
-    with outcome(record, config):
-        macs = record.read("run")["cost"]["macs"]
-        if config.max_macs and macs > config.max_macs:
-            reason = f"needs {macs:,} MACs, the budget max_macs is {config.max_macs:,.0f}"
-            record.set_status("skipped", reason=reason, epochs=config.epochs)
-            return "skipped"
-        record.set_status("running", epoch=record.read("status").get("epoch", 0), epochs=config.epochs)
-        training = Training(config, data_dir)
-        resume(training, record)
-        record.write("environment", environment.describe(training.device, training.fingerprint))
-        described = {name: {"label": label, "unit": unit} for name, (label, unit) in LABELS.items()}
-        record.write(
-            "labels", {**described, **training.watcher.labels(), "layers": list(weight_layers(training.watcher.parameters))}
-        )
-        for sink in sinks:
-            sink.start(record.read("run"), epochs=config.epochs, steps=training.steps)
-        state, reason = _epochs(training, record, sinks, on_epoch, stop)
-        summary = _finish(training, record) if state == "finished" else {}
-        if state in ("interrupted", "preempted", "stopped"):
-            save(training, record)
-        record.set_status(state, reason=reason, epoch=training.epoch - 1, epochs=config.epochs)
-        if state in ("finished", "diverged"):
-            (record.path / "checkpoint.pt").unlink(missing_ok=True)
-    for sink in sinks:
-        sink.end(state, reason, summary)
-    return state
+    one = Running(config, record, sinks=sinks, on_epoch=on_epoch, stop=stop)
+    train_together([one], data_dir=data_dir, ahead=ahead)
+    return one.state
 
 
-def _epochs(
-    training: Training,
-    record: Record,
-    sinks: Sequence[Sink],
-    on_epoch: Callable[[dict[str, Any]], bool],
-    stop: Callable[[], str | None],
-) -> tuple[str, str]:
-    """Train until the last epoch or a reason to end earlier -> (state, reason)."""
-    config, device = training.config, training.device
-    total = config.epochs * training.steps
-    criterion = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
-    mixing = training.mix()
-    saved = time.monotonic()
-    ended: list[str] = []
-
-    while training.epoch <= config.epochs:
-        begun = time.perf_counter() - training.seconds
-
-        def after_step(index: int, loss: Tensor, begun: float = begun) -> bool:
-            nonlocal saved
-            training.batch = index + 1
-            for sink in sinks:
-                sink.step(training.epoch, index + 1)
-            if device.type == "cpu" and not math.isfinite(loss.item()):  # on a GPU this would wait; there the epoch's end tells
-                ended[:] = ["diverged", f"the loss became {loss.item()} at step {index + 1} of epoch {training.epoch}"]
-            elif wish := stop():
-                ended[:] = [wish, f"asked to end at step {index + 1} of epoch {training.epoch}"]
-            training.seconds = time.perf_counter() - begun
-            due = config.checkpoint_every and (index + 1) % config.checkpoint_every == 0
-            if not ended and (due or (not config.checkpoint_every and time.monotonic() - saved > CHECKPOINT_SECONDS)):
-                save(training, record)
-                saved = time.monotonic()
-            return not ended and training.batch < training.steps
-
-        if training.batch < training.steps:
-            train_epoch(
-                training.forward,
-                training.train_batches.epoch(training.epoch, training.batch),
-                first=training.batch,
-                optimizer=training.optimizer,
-                progress=lambda index: ((training.epoch - 1) * training.steps + index) / total,
-                criterion=criterion,
-                mix=mixing,
-                autocast=training.autocast(),
-                meter=training.meter,
-                watcher=training.watcher,
-                average=training.average,
-                after_step=after_step,
-            )
-        if ended and ended[0] == "diverged":
-            return "diverged", ended[1]
-        if training.batch < training.steps:
-            return ended[0], ended[1]
-
-        loss, accuracy = training.meter.read()
-        training.seconds = time.perf_counter() - begun  # the meter waited for the device: now the clock is right
-        if not math.isfinite(loss):
-            return "diverged", f"the training loss of epoch {training.epoch} is {loss}"
-        row = _row(training, loss, accuracy)
-        if not math.isfinite(row.get("val/loss", 0.0)):
-            return "diverged", f"the validation loss of epoch {training.epoch} is {row['val/loss']}"
-        record.append(row)
-        training.epoch, training.batch, training.seconds = training.epoch + 1, 0, 0.0
-        record.set_status("running", epoch=row["epoch"], epochs=config.epochs)
-        for sink in sinks:
-            sink.row(row)
-        if config.checkpoint_every or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save(training, record)
-            saved = time.monotonic()
-        if not on_epoch(row) and training.epoch <= config.epochs:
-            return "pruned", f"stopped early after epoch {row['epoch']}"
-        if ended and training.epoch <= config.epochs:
-            return ended[0], ended[1]
-    return "finished", ""
+def train_together(runs: Sequence[Running], *, data_dir: Path | None = None, ahead: int = 1) -> None:
+    """Train several runs that differ in seed and scalars only (`warm.fit`), side by side, each into its own record."""
+    with contextlib.ExitStack() as outcomes:
+        for run in runs:
+            outcomes.enter_context(outcome(run))
+        live = [run for run in runs if not _over_budget(run)]
+        if live:
+            for run in live:
+                before = run.record.read("status").get("epoch", 0)
+                run.record.set_status("running", epoch=before, epochs=run.config.epochs)
+            steps = warm.steps([run.config for run in live], data_dir)
+            for run, training in zip(live, steps.trials, strict=True):
+                run.start(training)
+            said = warm.prepare(steps, [run.config for run in live], ahead)
+            for run in live:
+                _describe(run, said)
+            epochs(steps, live, _end)
 
 
-def _row(training: Training, loss: float, accuracy: float) -> dict[str, Any]:
-    """The metrics of the epoch that has just been trained."""
-    seconds = training.seconds
-    row: dict[str, Any] = {
-        "epoch": training.epoch,
-        "step": training.epoch * training.steps,
-        "train/loss": loss,
-        "train/acc": accuracy,
-        "train/lr": training.optimizer.lr,
-    }
-    if "val" in training.splits:
-        row["val/loss"], row["val/acc"] = score(*training.evaluate("val"))
-    row["system/seconds"] = seconds
-    row["system/images_per_second"] = training.steps * training.config.batch_size / seconds
-    row["system/memory_gib"] = _memory(training.device) / 2**30
-    return {**row, **training.watcher.read()}
+def _over_budget(run: Running) -> bool:
+    macs, budget = run.record.read("run")["cost"]["macs"], run.config.max_macs
+    if not budget or macs <= budget:
+        return False
+    run.state, run.reason = "skipped", f"needs {macs:,} MACs, the budget max_macs is {budget:,.0f}"
+    run.record.set_status("skipped", reason=run.reason, epochs=run.config.epochs)
+    _tell_end(run)
+    return True
 
 
-def _memory(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024  # Linux counts in KiB
+def _describe(run: Running, step: dict[str, Any]) -> None:
+    """What the record says before the first step. `step`: how it is taken."""
+    training, record = run.training, run.record
+    record.write("environment", {**environment.describe(training.device, training.fingerprint), "step": step})
+    described = {name: {"label": label, "unit": unit} for name, (label, unit) in LABELS.items()}
+    layers = list(weight_layers(training.watcher.parameters))
+    record.write("labels", {**described, **training.watcher.labels(), "layers": layers})
+    for sink in run.sinks:
+        sink.start(record.read("run"), epochs=run.config.epochs, steps=training.steps)
+        if step["compile"]:
+            sink.say(step["compile"])
 
 
-def _finish(training: Training, record: Record) -> dict[str, Any]:
+def _end(run: Running) -> None:
+    record, epoch = run.record, run.training.epoch - 1
+    if run.state == "finished":
+        run.summary = _finish(run)
+    record.set_status(run.state, reason=run.reason, epoch=epoch, epochs=run.config.epochs)
+    if run.state in ("finished", "diverged"):
+        (record.path / "checkpoint.pt").unlink(missing_ok=True)
+    _tell_end(run)
+
+
+def _tell_end(run: Running) -> None:
+    run.over = True
+    for sink in run.sinks:
+        sink.end(run.state, run.reason, run.summary)
+
+
+def _finish(run: Running) -> dict[str, Any]:
     """The last words of a finished run: summary, predictions, weights."""
-    config, rows = training.config, list(record.rows())
+    training, record, config = run.training, run.record, run.config
+    rows = list(record.rows())
     last = rows[-1]
     summary = {key: value for key, value in last.items() if key.startswith(("train/", "val/"))}
     summary["epochs"] = last["epoch"]
@@ -325,6 +262,7 @@ def _finish(training: Training, record: Record) -> dict[str, Any]:
     summary |= {"macs": measured["macs"], "params": measured["params"], "macs_verified": measured["verified"]}
     if config.test == "final":
         logits, labels = training.evaluate("test", config.tta)
+        summary["seconds_to_test"] = run.seconds  # of this process: from its first step to the test's result
         summary["test/loss"], summary["test/acc"] = score(logits, labels)
         summary["test/views"] = VIEWS[config.tta][0]
         if config.tta != "none":
@@ -356,35 +294,3 @@ def _predictions(training: Training, record: Record, split: str) -> None:
         worst_images=training.splits[split][0][worst].cpu().numpy(),
     )
     write_atomic(record.path / "predictions.npz", buffer.getvalue())
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def save(training: Training, record: Record) -> None:
-    """Write the checkpoint as a whole; the length of the metrics file says which rows belong to it."""
-    buffer = io.BytesIO()
-    torch.save({"metrics_bytes": record.metrics_bytes(), **training.state()}, buffer)
-    write_atomic(record.path / "checkpoint.pt", buffer.getvalue())
-
-
-def resume(training: Training, record: Record) -> None:
-    """Load the record's checkpoint and cut off the rows that came after it; without one, start afresh."""
-    path = record.path / "checkpoint.pt"
-    if not path.exists():
-        record.cut_metrics(0)
-        return
-    try:
-        with zipfile.ZipFile(path) as checked:  # torch.load does not look at the checksums
-            if checked.testzip():
-                raise zipfile.BadZipFile
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        training.load(state)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, KeyError, EOFError, AssertionError) as error:
-        # torch's own words would tell people to load it unsafely
-        raise UserError(f"{path} is damaged, or no checkpoint of this run; delete it to start the run again") from error
-    if record.metrics_bytes() < state["metrics_bytes"]:
-        raise UserError(f"{record.path / 'metrics.jsonl'} is shorter than its checkpoint knows; restore it, or delete {path}")
-    record.cut_metrics(state["metrics_bytes"])
-    for _ in record.rows():  # a damaged row is said now, and not after the last epoch
-        pass

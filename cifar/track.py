@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any, TextIO
+
+REFRESH_SECONDS = 0.1  # between two looks of a progress bar
 
 
 class Sink:
@@ -12,6 +15,9 @@ class Sink:
 
     def start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
         """`run` is run.json; `steps` a epoch."""
+
+    def say(self, text: str) -> None:
+        """Something to know about this run."""
 
     def step(self, epoch: int, step: int) -> None:
         """After a training step; called often, so it has to be quick."""
@@ -42,6 +48,9 @@ class Lines(Sink):
     def start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
         self.epochs = epochs
 
+    def say(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
     def row(self, row: Mapping[str, Any]) -> None:
         print(line(row, self.epochs), file=self.out, flush=True)
 
@@ -52,7 +61,7 @@ class Terminal(Sink):
     def start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.epochs, self.steps = epochs, steps
+        self.epochs, self.steps, self.shown = epochs, steps, 0.0
         columns = (
             TextColumn("{task.description}", markup=False),  # a name is anybody's text
             BarColumn(),
@@ -64,7 +73,13 @@ class Terminal(Sink):
         self.task = self.progress.add_task(str(run["name"]), total=epochs * steps, visible=True)
         self.progress.start()
 
+    def say(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False, markup=False)
+
     def step(self, epoch: int, step: int) -> None:
+        if step < self.steps and time.monotonic() < self.shown + REFRESH_SECONDS:
+            return  # drawing costs more than a step of a small network
+        self.shown = time.monotonic()
         self.progress.update(self.task, completed=(epoch - 1) * self.steps + step, description=f"epoch {epoch}/{self.epochs}")
 
     def row(self, row: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
-"""The maths of training: an epoch of steps, and an evaluation. Tensors only: no configuration, no CIFAR-10, no files."""
+"""The maths of training: a step, and an evaluation. Tensors only: no configuration, no CIFAR-10, no files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,8 +14,16 @@ from torch import Tensor, nn
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
+class Source(Protocol):
+    """Batches of an epoch, by the step that `at` (1,) says."""
+
+    at: Tensor
+
+    def take(self) -> tuple[Tensor, Tensor]: ...
+
+
 class Optimizer(Protocol):
-    def set_progress(self, progress: float) -> None: ...
+    def follow(self, at: Tensor) -> None: ...
     def step(self) -> None: ...
     def zero_grad(self) -> None: ...
 
@@ -22,7 +31,6 @@ class Optimizer(Protocol):
 class Watcher(Protocol):
     """Looks at gradients after the backward pass and at weights around the update; never changes them."""
 
-    def wants(self, step: int) -> bool: ...
     def after_backward(self) -> None: ...
     def before_update(self) -> None: ...
     def after_update(self) -> None: ...
@@ -34,13 +42,14 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.sums = torch.zeros(3, dtype=wide, device=device)  # loss, correct, images
+        self.last = torch.zeros((), device=device)  # the loss of the step before
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """loss: 0-d mean over the batch; logits: (B, 10); labels: (B,)."""
-        count = labels.shape[0]
-        self.sums[0] += loss.detach() * count
-        self.sums[1] += (logits.detach().argmax(1) == labels).sum()
-        self.sums[2] += count
+    def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
+        """loss: 0-d mean over the batch of `count` images, of which `correct` (0-d) were told right."""
+        self.last.copy_(loss.detach())
+        self.sums[0].add_(loss.detach(), alpha=count)
+        self.sums[1].add_(correct)
+        self.sums[2].add_(count)
 
     def read(self) -> tuple[float, float]:
         """(mean loss, accuracy as a fraction), and start again. The one place where the host waits for the device."""
@@ -56,59 +65,76 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, averaged: nn.Module, decay: float) -> None:
-        self.model, self.averaged, self.decay, self.updates = model, averaged, decay, 0
+        self.model, self.averaged, self.decay = model, averaged, decay
         pairs = list(zip(averaged.state_dict().values(), model.state_dict().values(), strict=True))
         self.smooth = [pair for pair in pairs if pair[0].is_floating_point()]
         self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.updates = torch.zeros((), device=pairs[0][0].device)  # float32 counts to 16 million
 
+    @torch.no_grad()
     def update(self) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_([ours for ours, _ in self.smooth], [theirs for _, theirs in self.smooth], 1 - decay)
-        for ours, theirs in self.counters:
-            ours.copy_(theirs)
+        share = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        ours, theirs = [pair[0] for pair in self.smooth], [pair[1] for pair in self.smooth]
+        change = torch._foreach_sub(theirs, ours)
+        torch._foreach_mul_(change, share)
+        torch._foreach_add_(ours, change)
+        for counter, its in self.counters:
+            counter.copy_(its)
         self.updates += 1
 
 
-def train_epoch(
-    model: nn.Module,
-    batches: Batches,
-    *,
-    first: int,
-    optimizer: Optimizer,
-    progress: Callable[[int], float],
-    criterion: Callable[[Tensor, Tensor], Tensor],
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    autocast: AbstractContextManager[None],
-    meter: Meter,
-    watcher: Watcher,
-    average: Average | None,
-    after_step: Callable[[int, Tensor], bool],
-) -> bool:
-    """Steps over `batches`, the first of which is number `first` of the epoch. False where `after_step` said to end."""
-    model.train()
-    for index, (images, labels) in enumerate(batches, start=first):
-        inputs, targets = mix(images, labels) if mix else (images, labels)
-        optimizer.set_progress(progress(index))
-        with autocast:
-            logits = model(inputs)  # (B, 3, 32, 32) -> (B, 10)
-        loss = criterion(logits.float(), targets)
+def forward(
+    model: nn.Module, images: Tensor, targets: Tensor, labels: Tensor, smoothing: Tensor | None, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy with smoothed targets, number of images told right), both 0-d.
+
+    images (B, 3, H, W); targets are labels (B,) or rows of shares (B, classes). `smoothing` (0-d) is the share of a target
+    that is spread over all classes (Szegedy et al. 2016, sec. 7), None for none. A function of its own for torch.compile.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        logits = model(images)  # (B, 3, H, W) -> (B, 10)
+    logits = logits.float()
+    loss = F.cross_entropy(logits, targets)
+    if smoothing is not None:
+        loss = torch.lerp(loss, -F.log_softmax(logits, 1).mean(), smoothing)  # the latter: equal shares of all classes
+    return loss, (logits.detach().argmax(1) == labels).sum()
+
+
+@dataclass
+class Step:
+    """One step of training. It reads and writes tensors in place and asks the host for nothing, so that it can be captured."""
+
+    model: nn.Module
+    source: Source
+    optimizer: Optimizer
+    meter: Meter
+    watcher: Watcher
+    average: Average | None = None
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    smoothing: Tensor | None = None
+    bf16: bool = False
+    forward: Callable[..., tuple[Tensor, Tensor]] = forward
+
+    def __call__(self, look: bool) -> None:
+        """`look`: whether the watcher looks at this one."""
+        images, labels = self.source.take()
+        inputs, targets = self.mix(images, labels) if self.mix else (images, labels)
+        self.optimizer.follow(self.source.at)
+        loss, correct = self.forward(self.model, inputs, targets, labels, self.smoothing, self.bf16)
         loss.backward()  # type: ignore[no-untyped-call]
 
-        look = watcher.wants(index)
         if look:
-            watcher.after_backward()
-            watcher.before_update()
-        optimizer.step()
+            self.watcher.after_backward()
+            self.watcher.before_update()
+        self.optimizer.step()
         if look:
-            watcher.after_update()
+            self.watcher.after_update()
 
-        optimizer.zero_grad()
-        if average:
-            average.update()
-        meter.add(loss, logits, labels)
-        if not after_step(index, loss):
-            return False
-    return True
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update()
+        self.meter.add(loss, correct, len(labels))
+        self.source.at.add_(1)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cifar.data import MEAN, STD, Augment, crop, cutout, files, flip, mix, normalize
+from cifar.data import MEAN, STD, Augment, crop, cutout, draw_mixing, files, flip, mix, normalize
 from cifar.data.augment import first_side, pad
 from cifar.errors import UserError
 
@@ -146,7 +146,7 @@ def test_mixup_weights_follow_beta(alpha: float) -> None:
     images, targets, source = torch.rand(4, 3, 2, 2), onehot(4), generator(1)
     weights = []
     for _ in range(1500):
-        mixed, soft = mix(images, targets, "mixup", alpha, source)
+        mixed, soft = mix(images, targets, "mixup", draw_mixing(1, alpha, source)[0])
         weight = float(soft[0, 0])
         assert torch.allclose(mixed, weight * images + (1 - weight) * images.roll(1, 0), atol=1e-6)
         assert torch.allclose(soft, weight * targets + (1 - weight) * targets.roll(1, 0), atol=1e-6)
@@ -161,7 +161,7 @@ def test_cutmix_pastes_a_box_and_weighs_by_area() -> None:
     images += torch.arange(3).view(3, 1, 1, 1)
     areas = []
     for _ in range(600):
-        mixed, soft = mix(images, targets, "cutmix", 1.0, source)
+        mixed, soft = mix(images, targets, "cutmix", draw_mixing(1, 1.0, source)[0])
         pasted = (mixed[1, 0] == 0).numpy()
         area = pasted.mean()
         rows, columns = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
@@ -180,8 +180,8 @@ def test_cutmix_pastes_a_box_and_weighs_by_area() -> None:
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mix_keeps_format_and_repeats(kind: str) -> None:
     images = normalize(pictures(), dtype=torch.bfloat16, channels_last=True)
-    mixed, soft = mix(images, onehot(16), kind, 0.5, generator(4))
-    again, _ = mix(images, onehot(16), kind, 0.5, generator(4))
+    mixed, soft = mix(images, onehot(16), kind, draw_mixing(1, 0.5, generator(4))[0])
+    again, _ = mix(images, onehot(16), kind, draw_mixing(1, 0.5, generator(4))[0])
     assert mixed.dtype == torch.bfloat16 and mixed.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(mixed, again) and torch.allclose(soft.sum(1), torch.ones(16))
 
@@ -210,10 +210,11 @@ def test_on_a_gpu_it_never_waits_and_can_be_captured() -> None:
     def step() -> Tensor:
         mixed = augment(images, places, 1, source, dtype=torch.bfloat16, channels_last=True)
         for kind in ("mixup", "cutmix"):
-            mixed, _ = mix(mixed, onehot_gpu, kind, 0.5, source)
+            mixed, _ = mix(mixed, onehot_gpu, kind, drawn.index_select(0, at)[0])
         return mixed
 
-    onehot_gpu = onehot(64).cuda()
+    onehot_gpu, at = onehot(64).cuda(), torch.zeros(1, dtype=torch.int64, device="cuda")
+    drawn = draw_mixing(3, 0.5, torch.Generator().manual_seed(1)).cuda()
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:

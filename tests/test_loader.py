@@ -76,13 +76,42 @@ def test_resumed_within_an_epoch_gives_the_same_batches(stop: int) -> None:
     first, second = training(flip="alternating", cutout=4), training(flip="alternating", cutout=4)
     batches = first.epoch(0)
     got = [next(batches) for _ in range(stop)]
-    state = first.state()
-    assert state.dtype == torch.uint8 and state.device.type == "cpu"
-    second.generator.manual_seed(99)
-    second.load(state)
+    list(second.epoch(5))  # what was drawn before does not matter
     got += [*second.epoch(0, start=stop), *second.epoch(1)]
     assert len(got) == len(whole) == 8
     assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(got, whole, strict=True))
+
+
+def taken(loader: Loader, epoch: int, start: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """The epoch's batches as a step takes them."""
+    loader.begin(epoch, start)
+    found = []
+    for _ in range(start, loader.steps):
+        found.append(tuple(tensor.clone() for tensor in loader.take()))
+        loader.at.add_(1)
+    return found  # type: ignore[return-value]
+
+
+def test_a_step_takes_the_batches_of_the_epoch() -> None:
+    loader = training(flip="alternating", cutout=4)
+    for epoch, start in ((1, 0), (2, 3)):
+        expected = list(training(flip="alternating", cutout=4).epoch(epoch, start))
+        for ours, its in zip(taken(loader, epoch, start), expected, strict=True):
+            assert torch.equal(ours[0], its[0]) and torch.equal(ours[1], its[1])
+
+
+def test_planning_ahead_changes_nothing() -> None:
+    eager, ahead = training(cutout=4), training(cutout=4)
+    for epoch in (1, 2, 3):
+        ahead.plan(epoch + 1)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(eager.epoch(epoch), ahead.epoch(epoch), strict=True))
+
+
+def test_reseeded_is_another_loader() -> None:
+    loader = training(seed=3)
+    list(loader.epoch(1))
+    loader.reseed(7)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(loader.epoch(1), training(seed=7).epoch(1), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -186,13 +215,36 @@ def test_agrees_with_torchvision() -> None:
     assert ((theirs.mean(0) - ours.mean(0)).abs() / error).max() < 5.5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: that an epoch never waits for the device is NOT checked")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the epoch that is made there at once is NOT checked")
+
+
+@GPU
 def test_an_epoch_never_waits_for_the_gpu() -> None:
     images, labels = (tensor.cuda() for tensor in dataset(256))
-    loader = Loader(images, labels, batch_size=64, augment=Augment(cutout=4), dtype=torch.bfloat16, channels_last=True)
-    list(loader.epoch(0))
+    loader = Loader(
+        images, labels, batch_size=64, augment=Augment(cutout=4), dtype=torch.bfloat16, channels_last=True, mixing=0.5
+    )
+    taken(loader, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        assert len(list(loader.epoch(1))) == 4
+        assert len(taken(loader, 1)) == 4
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+@pytest.mark.parametrize("last", [False, True])
+def test_every_device_shows_the_same_epoch(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar.data.loader.PIECE", 100)  # smaller than an epoch
+    images, labels = dataset(300)
+    augment = Augment(cutout=4, flip="alternating", crop_padding="reflect")
+    here, there = (
+        Loader(i, y, batch_size=64, augment=augment, seed=4, channels_last=last)
+        for i, y in ((images, labels), (images.cuda(), labels.cuda()))
+    )
+    for epoch, start in ((1, 0), (2, 2)):
+        for ours, its in zip(taken(there, epoch, start), taken(here, epoch, start), strict=True):
+            assert torch.equal(ours[1].cpu(), its[1]) and torch.allclose(ours[0].cpu(), its[0], atol=1e-6)
+            assert ours[0].is_contiguous(memory_format=torch.channels_last) == its[0].is_contiguous(
+                memory_format=torch.channels_last
+            )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.train import VIEWS, Average, Meter, evaluate, score
+from cifar.train import VIEWS, Average, Meter, evaluate, forward, score
 
 
 def small_net() -> nn.Module:
@@ -26,7 +27,7 @@ def test_the_meter_weighs_batches_by_their_size() -> None:
     meter, seen = Meter(torch.device("cpu")), batches([7, 3])
     logits = [torch.randn(len(labels), 10) for _, labels in seen]
     for (_, labels), out in zip(seen, logits, strict=True):
-        meter.add(F.cross_entropy(out, labels), out, labels)
+        meter.add(F.cross_entropy(out, labels), (out.argmax(1) == labels).sum(), len(labels))
     loss, accuracy = meter.read()
     everything, labels = torch.cat(logits), torch.cat([labels for _, labels in seen])
     assert abs(loss - F.cross_entropy(everything, labels).item()) < 1e-6
@@ -90,3 +91,14 @@ def test_the_average_follows_its_recurrence() -> None:
             expected[k] = decay * expected[k] + (1 - decay) * v.double() if v.is_floating_point() else v.double()
     for k, v in averaged.state_dict().items():
         assert torch.allclose(v.double(), expected[k], atol=1e-5), k
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["labels", "shares"])
+def test_the_loss_is_torchs_with_smoothed_labels(shares: bool) -> None:
+    net, ((images, labels),) = small_net().eval(), batches([6])
+    targets = torch.randn(6, 10).softmax(1) if shares else labels
+    for smoothing in (None, 0.1):
+        loss, correct = forward(net, images, targets, labels, None if smoothing is None else torch.tensor(smoothing), False)
+        expected = F.cross_entropy(net(images), targets, label_smoothing=smoothing or 0.0)
+        assert torch.allclose(loss, expected, rtol=1e-6)
+        assert correct == (net(images).argmax(1) == labels).sum()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,18 @@ def _constants(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     return (1 / (255 * std)).float().to(device), (mean / std).float().to(device)
 
 
+class Draws(NamedTuple):
+    """What chance decided for each of a number of images; None for what it has no part in."""
+
+    mirrored: Tensor | None  # (N,) uint8: 1 for left-right mirrored
+    offsets: Tensor | None  # (N, 2) uint8: row and column of the crop
+    centres: Tensor | None  # (N, 2) uint8: row and column of the cutout's centre
+
+    def at(self, slots: slice) -> Draws:
+        """Those of some of the images."""
+        return Draws(*(None if drawn is None else drawn[slots] for drawn in self))
+
+
 @dataclass(frozen=True)
 class Augment:
     """What happens to a training batch. Fields are the configuration keys of the same names; `crop` is its padding."""
@@ -107,20 +120,37 @@ class Augment:
             if value not in known:
                 raise UserError(f"unknown {name} '{value}': {choices(value, known)}")
 
-    def geometry(self, images: Tensor, indices: Tensor, epoch: int, generator: Generator) -> Tensor:
-        """uint8 (B, 3, H, W) -> uint8 of the same shape. `indices` (B,) are the images' places in the training set."""
-        batch, device = len(images), images.device
-        if self.flip == "random":
-            images = flip(images, torch.randint(2, (batch,), generator=generator, device=device))
+    def draw(self, count: int, generator: Generator, side: int = 32) -> Draws:
+        """What chance decides for `count` images of `side` pixels, on the generator's device."""
+        device = generator.device
+
+        def below(limit: int, *shape: int) -> Tensor:
+            return torch.randint(limit, (count, *shape), generator=generator, device=device, dtype=torch.uint8)
+
+        return Draws(
+            below(2) if self.flip == "random" else None,
+            below(2 * self.crop + 1, 2) if self.crop else None,
+            below(side, 2) if self.cutout else None,
+        )
+
+    def apply(self, images: Tensor, indices: Tensor, epoch: int | Tensor, draws: Draws) -> Tensor:
+        """uint8 (B, 3, H, W) -> uint8 of the same shape, by the draws of these images.
+
+        `indices` (B,) are the images' places in the training set; draws lie on the images' device.
+        """
+        if draws.mirrored is not None:
+            images = flip(images, draws.mirrored.long())
         elif self.flip == "alternating":
             images = flip(images, (first_side(indices, self.seed) + epoch) & 1)
-        if self.crop:
-            offsets = torch.randint(2 * self.crop + 1, (batch, 2), generator=generator, device=device)
-            images = crop(images, offsets, self.crop, self.crop_padding)
-        if self.cutout:
-            centres = torch.randint(images.shape[2], (batch, 2), generator=generator, device=device)
-            images = cutout(images, centres, self.cutout)
+        if draws.offsets is not None:
+            images = crop(images, draws.offsets.long(), self.crop, self.crop_padding)
+        if draws.centres is not None:
+            images = cutout(images, draws.centres.long(), self.cutout)
         return images
+
+    def geometry(self, images: Tensor, indices: Tensor, epoch: int, generator: Generator) -> Tensor:
+        """`apply` with fresh draws from `generator`, which is on the images' device."""
+        return self.apply(images, indices, epoch, self.draw(len(images), generator, images.shape[2]))
 
     def __call__(
         self,
@@ -132,7 +162,7 @@ class Augment:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ) -> Tensor:
-        """uint8 (B, 3, H, W) -> augmented and normalised float. Draws from `generator`, which is on the images' device."""
+        """uint8 (B, 3, H, W) -> augmented and normalised float."""
         images = self.geometry(images, indices, epoch, generator)
         return normalize(images, self.normalize, dtype=dtype, channels_last=channels_last)
 
@@ -148,25 +178,31 @@ def first_side(indices: Tensor, seed: int) -> Tensor:
     return (mixed >> 31) & 1
 
 
-def mix(images: Tensor, targets: Tensor, kind: str, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
+def draw_mixing(steps: int, alpha: float, generator: Generator) -> Tensor:
+    """(steps, 3) float32: for each batch a weight from Beta(alpha, alpha), and the row and column of a centre in [0, 1)."""
+    # float32 would underflow in both gammas at a small alpha
+    shape = torch.full((steps, 2), alpha, dtype=torch.float64, device=generator.device)
+    gammas = torch._standard_gamma(shape, generator=generator)
+    weight = gammas[:, :1] / gammas.sum(1, keepdim=True)  # Beta(a, a) = G / (G + G') of two Gamma(a) draws
+    centre = torch.rand((steps, 2), generator=generator, device=generator.device)
+    return torch.cat([weight.float(), centre], 1)
+
+
+def mix(images: Tensor, targets: Tensor, kind: str, drawn: Tensor) -> tuple[Tensor, Tensor]:
     """Mix each image with its neighbour in the (shuffled) batch, and likewise its target row (B, classes).
 
-    mixup (Zhang et al. 2017) takes a weighted sum; cutmix (Yun et al. 2019) pastes a box. One weight, drawn from
-    Beta(alpha, alpha), and one box serve the whole batch.
+    mixup (Zhang et al. 2017) takes a weighted sum; cutmix (Yun et al. 2019) pastes a box. One weight and one box serve the
+    whole batch: `drawn` (3,) is its row of `draw_mixing`.
     """
-    device, height, width = images.device, images.shape[2], images.shape[3]
-    # float32 would underflow in both gammas at a small alpha; Apple's GPUs have nothing wider
-    shape = torch.full((2,), alpha, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    gammas = torch._standard_gamma(shape, generator=generator)
-    weight = (gammas[0] / gammas.sum()).float()  # Beta(a, a) = G / (G + G') of two Gamma(a) draws
+    height, width = images.shape[2], images.shape[3]
+    weight = drawn[0]
     if kind == "mixup":
         mixed = torch.lerp(images.roll(1, 0).float(), images.float(), weight).to(images.dtype)
     else:
         assert kind == "cutmix", kind
-        centre = torch.rand(2, generator=generator, device=device)
         half = (1 - weight).sqrt() / 2
-        rows = _span(height, centre[0], half)
-        columns = _span(width, centre[1], half)
+        rows = _span(height, drawn[1], half)
+        columns = _span(width, drawn[2], half)
         box = rows[:, None] & columns  # (H, W)
         mixed = torch.where(box, images.roll(1, 0), images)
         weight = 1 - box.float().mean()  # the box is clipped at the border: what counts is the area left

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +17,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cifar.data.augment import MEAN, STD, Augment, first_side, normalize
+from cifar.data.augment import MEAN, STD, Augment, Draws, draw_mixing, first_side, normalize
 from cifar.errors import UserError
+
+PIECE = 10_000  # images that a GPU augments at once: a compromise between launches and memory
+
+
+class Plan(NamedTuple):
+    """What an epoch will show, on the CPU: a function of (seed, epoch) alone, the same for every device."""
+
+    order: Tensor  # (steps * B,) int64: places in the data set
+    draws: Draws  # of each of them
+    mixing: Tensor | None  # (steps, 3): see draw_mixing
 
 
 class Loader:
     """Shuffled, augmented batches of `images` (N, 3, H, W) uint8 and `labels` (N,) int64, both on one device.
 
-    The order of epoch e is a function of (seed, e) alone; augmentation draws from `generator`, on the images' device. To
-    resume within an epoch: `load(state)`, then `epoch(e, start=next batch)`. Training drops a last short batch; for
-    evaluation (no augment, no shuffle) every image comes once, the last batch being short.
+    `begin(epoch)`, then `take()` gives the batch that `at` says: a tensor on the device, so that a captured step finds its
+    own batch. On a GPU `begin` makes the whole epoch at once, in the place of the last one; elsewhere `take` makes the batch.
+    To resume within an epoch, begin it at a later step. Training drops a last short batch; for evaluation (no augment, no
+    shuffle) every image comes once, the last batch being short.
     """
 
     def __init__(
@@ -41,14 +53,19 @@ class Loader:
         drop_last: bool | None = None,
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
+        mixing: float = 0.0,
     ) -> None:
         assert images.dtype == torch.uint8 and len(images) == len(labels) and images.device == labels.device
         self.images, self.labels, self.device = images.contiguous(), labels, images.device
         self.batch_size, self.augment, self.normalize, self.seed = batch_size, augment, normalize, seed
         self.shuffle = shuffle if shuffle is not None else augment is not None
         self.drop_last = drop_last if drop_last is not None else augment is not None
-        self.channels_last, self.dtype = channels_last, dtype
-        self.generator = torch.Generator(device=self.device).manual_seed(seed_of("augment", seed))
+        self.channels_last, self.dtype, self.alpha = channels_last, dtype, mixing
+        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # the step of the epoch that comes next
+        self.number = 0  # of the epoch that has begun
+        self.drawn: Tensor | None = None  # (steps, 3): of the epoch, what `mix` wants
+        self._plans: dict[int, Plan] = {}
+        self._store: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
 
     @property
     def steps(self) -> int:
@@ -63,30 +80,90 @@ class Loader:
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
         return torch.randperm(len(self.images), generator=generator)
 
+    def reseed(self, seed: int) -> None:
+        """Start over as a loader of that seed."""
+        self.seed, self.number, self._plans = seed, 0, {}
+        self.augment = replace(self.augment, seed=seed) if self.augment else None
+
+    def plan(self, epoch: int) -> Plan:
+        """Of an epoch; worked out once, also ahead of it."""
+        if epoch not in self._plans:
+            order = self.order(epoch)[: self.steps * self.batch_size]
+            generator = torch.Generator().manual_seed(seed_of("augment", self.seed, epoch))
+            augment = self.augment or Augment(flip="none", crop=0)
+            draws = augment.draw(len(order), generator, self.images.shape[2])
+            mixing = draw_mixing(self.steps, self.alpha, generator) if self.alpha else None
+            self._plans = {n: plan for n, plan in self._plans.items() if n == self.number}
+            self._plans[epoch] = Plan(order, draws, mixing)
+        return self._plans[epoch]
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """From here on batches are those of `epoch`, from step `start` on. Never waits for the device."""
+        self.number = epoch
+        plan = self.plan(epoch)
+        self.at.fill_(start)
+        if plan.mixing is not None:
+            self.drawn = torch.empty_like(plan.mixing, device=self.device) if self.drawn is None else self.drawn
+            copy_to_device(self.drawn, plan.mixing)
+        if self.device.type == "cuda" and self.augment is not None:
+            self._fill(start)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """(images (B, 3, H, W) float, labels (B,)) of step `at`. `at` is moved on by whoever takes the step."""
+        if self._store is None:
+            return self.batch(int(self.at))
+        images, labels = (stored.index_select(0, self.at)[0] for stored in self._store)
+        return images.permute(0, 3, 1, 2) if self.channels_last else images, labels
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (B, 3, H, W) float, labels (B,)) from batch `start` on."""
-        order = self.order(epoch)
-        if self.device.type == "cuda":  # only from pinned memory does a copy not wait
-            order = order.pin_memory()
-        order = order.to(self.device, non_blocking=True)
+        self.number = epoch
         for step in range(start, self.steps):
-            yield self.batch(order[step * self.batch_size : (step + 1) * self.batch_size], epoch)
+            yield self.batch(step)
 
-    def batch(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """The batch of `indices` (B,), on the device; augmented if this loader augments."""
-        images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
-        form: dict[str, Any] = {"dtype": self.dtype, "channels_last": self.channels_last}
-        if self.augment is None:
-            return normalize(images, self.normalize, **form), labels
-        return self.augment(images, indices, epoch, self.generator, **form), labels
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step of the epoch that has begun, on the device; augmented if this loader augments."""
+        return self._made(slice(step * self.batch_size, (step + 1) * self.batch_size))
 
-    def state(self) -> Tensor:
-        """The generator's state, a uint8 tensor on the CPU, as a checkpoint keeps it."""
-        return self.generator.get_state()
+    def _made(self, slots: slice) -> tuple[Tensor, Tensor]:
+        if self.augment is None and not self.shuffle:
+            images, labels = self.images[slots], self.labels[slots]
+        else:
+            plan = self.plan(self.number)
+            indices = on_device(plan.order[slots], self.device)
+            images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
+            if self.augment is not None:
+                draws = Draws(*(None if drawn is None else on_device(drawn, self.device) for drawn in plan.draws.at(slots)))
+                images = self.augment.apply(images, indices, self.number, draws)
+        kind = self.augment.normalize if self.augment else self.normalize
+        return normalize(images, kind, dtype=self.dtype, channels_last=self.channels_last), labels
 
-    def load(self, state: Tensor) -> None:
-        """Go on from `state`."""
-        self.generator.set_state(state.cpu())
+    def _fill(self, start: int) -> None:
+        """Make every batch of the epoch, in large pieces, where those of the last one were."""
+        if self._store is None:
+            _, channels, height, width = self.images.shape
+            shape = (height, width, channels) if self.channels_last else (channels, height, width)
+            images = torch.zeros((self.steps, self.batch_size, *shape), dtype=self.dtype, device=self.device)
+            labels = torch.zeros((self.steps, self.batch_size), dtype=self.labels.dtype, device=self.device)
+            self._store = images, labels
+        images, labels = self._store
+        most = max(1, PIECE // self.batch_size)
+        for step in range(start, self.steps, most):
+            end = min(step + most, self.steps)
+            made, classes = self._made(slice(step * self.batch_size, end * self.batch_size))
+            made = made.permute(0, 2, 3, 1) if self.channels_last else made
+            images[step:end].copy_(made.view(images[step:end].shape))
+            labels[step:end].copy_(classes.view(labels[step:end].shape))
+
+
+def copy_to_device(target: Tensor, source: Tensor) -> None:
+    """Copy a CPU tensor in place. From pinned memory a copy to a GPU waits for nothing."""
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=target.is_cuda)
+
+
+def on_device(source: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for it."""
+    return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source.to(device)
 
 
 def seed_of(*parts: str | int) -> int:

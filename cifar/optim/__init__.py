@@ -7,9 +7,10 @@ Build an optimizer after the model has its device and memory format.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -22,7 +23,11 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 Rule = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], dict[str, Tensor]], None]
-"""(parameters, their gradients, state by name, scalars by name) -> None. `hyper["lr"]` is already times the schedule."""
+"""(parameters, their gradients, state by name, scalars by name) -> None. `hyper["lr"]` is already times the schedule.
+
+What is fixed for good belongs into a functools.partial: two partials of one function with equal keywords are one rule, so
+an optimizer whose other settings are all scalars can take over from another in place (`Optimizer.adopt`).
+"""
 
 _MODULES_WITH_FILTERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -97,29 +102,68 @@ class Optimizer:
         self.groups = [group for group in groups if group.params]
         assert self.groups, "an optimizer needs parameters"
         self.schedule: Schedule = lambda progress: 1.0
-        self._multiplier = 1.0
+        like = self.groups[0].params[0].detach()
+        self._rates = like.new_zeros(len(self.groups), dtype=torch.promote_types(like.dtype, torch.float32))
+        self._plan = self._rates[None]  # (steps, groups): the lr of the steps to come
         self._hyper: list[dict[str, Tensor]] = []
         self._state: list[dict[str, list[Tensor]]] = []
-        for group in self.groups:
-            like = group.params[0].detach()
-            scalar = like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
-            self._hyper.append({name: torch.full_like(scalar, value) for name, value in group.hyper.items()})
+        for group, rate in zip(self.groups, self._rates, strict=True):
+            scalars = {name: torch.full_like(rate, value) for name, value in group.hyper.items()}
+            self._hyper.append(scalars | {"lr": rate})  # a view: one copy moves the lr of all groups
             state = {name: [torch.zeros_like(p, requires_grad=False) for p in group.params] for name in group.state_names}
-            self._state.append(state | {name: [scalar.clone()] for name in group.counters})
+            self._state.append(state | {name: [torch.zeros_like(rate)] for name in group.counters})
+        self._apply: Callable[..., None] = _apply
+        self.set_progress(0.0)
+
+    def compile(self) -> None:
+        """Fuse each rule into few kernels (torch.compile)."""
+        self._apply = torch.compile(_apply)
+
+    def rates(self, progress: float) -> list[float]:
+        """The lr of each group at `progress`, the share of all steps that are done."""
+        multiplier = self.schedule(progress)
+        found = []
+        for group in self.groups:
+            own = multiplier if group.until >= 1 else max(0.0, 1 - progress / group.until) if group.until > 0 else 0.0
+            found.append(group.hyper["lr"] * own)
+        return found
+
+    def set_progress(self, progress: float) -> None:
+        """Moves every lr to where it is at `progress`. Before each step, where nothing was planned."""
+        self._rates.copy_(torch.tensor(self.rates(progress), dtype=self._rates.dtype))
+
+    def plan(self, progress: Sequence[float]) -> None:
+        """Puts the lr of the coming steps on the device, so that `follow` needs nothing from the host."""
+        table = torch.tensor([self.rates(share) for share in progress], dtype=self._rates.dtype)
+        if self._plan.shape == table.shape and len(table) > 1:
+            pinned = table.pin_memory() if self._plan.is_cuda else table  # from there a copy waits for nothing
+            self._plan.copy_(pinned, non_blocking=self._plan.is_cuda)  # in place: a captured step reads it
+        else:
+            self._plan = table.to(self._rates.device)
+
+    def follow(self, at: Tensor) -> None:
+        """Moves every lr to row `at` (1,) of the plan."""
+        torch.index_select(self._plan, 0, at, out=self._rates.unsqueeze(0))
+
+    def adopt(self, other: Optimizer) -> bool:
+        """Take over the scalars and the schedule of another optimizer, built for the same parameters, and forget all steps.
+
+        False, and nothing has changed, if the two differ in more than that.
+        """
+        if [_structure(group) for group in self.groups] != [_structure(group) for group in other.groups]:
+            return False
+        self.groups, self.schedule = [*other.groups], other.schedule
+        for ours, theirs in zip(self._hyper, other._hyper, strict=True):
+            for name, scalar in ours.items():
+                scalar.copy_(theirs[name])
+        for tensor in self.state().values():
+            tensor.zero_()
+        return True
 
     @property
     def lr(self) -> float:
-        """Of the first group, at the progress last set."""
-        return self.groups[0].hyper["lr"] * self._multiplier
-
-    def set_progress(self, progress: float) -> None:
-        """Moves every lr to where it is at `progress`, the share of all steps that are done. Before each step."""
-        multiplier = self.schedule(progress)
-        for index, group in enumerate(self.groups):
-            own = multiplier if group.until >= 1 else max(0.0, 1 - progress / group.until) if group.until > 0 else 0.0
-            self._hyper[index]["lr"].fill_(group.hyper["lr"] * own)
-            if index == 0:
-                self._multiplier = own
+        """Of the first group, now. Waits for the device."""
+        return float(self._rates[0])
 
     @torch.no_grad()
     def step(self) -> None:
@@ -130,7 +174,7 @@ class Optimizer:
                 params = [group.params[index] for index in live]
                 grads = [p.grad for p in params if p.grad is not None]
                 kept = {name: [state[name][index] for index in live] for name in group.state_names}
-                group.rule(params, grads, kept | {name: state[name] for name in group.counters}, hyper)
+                self._apply(group.rule, params, grads, kept | {name: state[name] for name in group.counters}, hyper)
 
     def zero_grad(self) -> None:
         for group in self.groups:
@@ -153,3 +197,16 @@ class Optimizer:
         assert ours.keys() == saved.keys(), f"another optimizer's state: {sorted(ours.keys() ^ saved.keys())[:4]}"
         for name, tensor in ours.items():
             tensor.copy_(saved[name])
+
+
+def _apply(rule: Rule, *arguments: Any) -> None:
+    rule(*arguments)
+
+
+def _structure(group: Group) -> tuple[Any, ...]:
+    """What has to be equal for two groups to be one but for their scalars' values."""
+    rule: Any = group.rule
+    if isinstance(rule, functools.partial):
+        rule = rule.func, rule.args, rule.keywords
+    tensors = [id(p) for p in group.params]
+    return rule, list(group.names), tensors, sorted(group.hyper), group.state_names, group.counters

@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from cifar.optim import Group, Momentum, Optimizer, Parameters, Rate, Rule
+from cifar.optim import Group, Momentum, Optimizer, Parameters, Rate
 from cifar.optim.sgd import decayed_gradients
 from cifar.registry import optimizers
 
 
-def adam_rule(decoupled: bool, eps: float) -> Rule:
+def adam_rule(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: dict[str, list[Tensor]],
+    hyper: dict[str, Tensor],
+    *,
+    decoupled: bool,
+    eps: float,
+) -> None:
     """hyper: lr, rate1 = 1 - beta1, rate2 = 1 - beta2 and, where the group decays, weight_decay. State: first and second,
     the decaying sums of gradients and of their squares (the paper's moments are rate * sum: fewer passes over memory).
 
     The rates, not the betas: float32 holds 0.001 to seven digits, but 1 - 0.999 only to four. eps is a plain number, because
     adding a 0-d tensor to a list reads it on the host.
     """
+    if "weight_decay" in hyper and decoupled:
+        torch._foreach_sub_(params, torch._foreach_mul(params, hyper["lr"] * hyper["weight_decay"]))
+    elif "weight_decay" in hyper:
+        grads = decayed_gradients(params, grads, hyper["weight_decay"])
+    first, second, (steps,) = state["first"], state["second"], state["steps"]
+    steps += 1
+    torch._foreach_mul_(first, 1 - hyper["rate1"])
+    torch._foreach_add_(first, grads)
+    torch._foreach_mul_(second, 1 - hyper["rate2"])
+    torch._foreach_addcmul_(second, grads, grads)
 
-    def rule(params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], hyper: dict[str, Tensor]) -> None:
-        if "weight_decay" in hyper and decoupled:
-            torch._foreach_sub_(params, torch._foreach_mul(params, hyper["lr"] * hyper["weight_decay"]))
-        elif "weight_decay" in hyper:
-            grads = decayed_gradients(params, grads, hyper["weight_decay"])
-        first, second, (steps,) = state["first"], state["second"], state["steps"]
-        steps += 1
-        torch._foreach_mul_(first, 1 - hyper["rate1"])
-        torch._foreach_add_(first, grads)
-        torch._foreach_mul_(second, 1 - hyper["rate2"])
-        torch._foreach_addcmul_(second, grads, grads)
-
-        # A moment's bias is 1 - beta ** steps, so rate / bias makes an unbiased moment of a sum.
-        unbias1, unbias2 = (hyper[r] / -torch.expm1(steps * torch.log1p(-hyper[r])) for r in ("rate1", "rate2"))
-        scale = torch._foreach_sqrt(second)
-        torch._foreach_mul_(scale, unbias2.sqrt())
-        torch._foreach_add_(scale, eps)
-        torch._foreach_div_(scale, hyper["lr"] * unbias1)
-        torch._foreach_addcdiv_(params, first, scale, value=-1)
-
-    return rule
+    # A moment's bias is 1 - beta ** steps, so rate / bias makes an unbiased moment of a sum.
+    unbias1, unbias2 = (hyper[r] / -torch.expm1(steps * torch.log1p(-hyper[r])) for r in ("rate1", "rate2"))
+    scale = torch._foreach_sqrt(second)
+    torch._foreach_mul_(scale, unbias2.sqrt())
+    torch._foreach_add_(scale, eps)
+    torch._foreach_div_(scale, hyper["lr"] * unbias1)
+    torch._foreach_addcdiv_(params, first, scale, value=-1)
 
 
 def _build(
@@ -46,10 +52,9 @@ def _build(
 ) -> Optimizer:
     hyper = {"lr": lr, "rate1": rates[0], "rate2": rates[1]}
     decayed, others = parameters.halves(everywhere)
+    rule = functools.partial(adam_rule, decoupled=decoupled, eps=eps)
     return Optimizer(
-        Group(
-            list(tensors), list(tensors.values()), adam_rule(decoupled, eps), scalars, ("first", "second"), counters=("steps",)
-        )
+        Group(list(tensors), list(tensors.values()), rule, scalars, ("first", "second"), counters=("steps",))
         for tensors, scalars in ((decayed, hyper | ({"weight_decay": decay} if decay else {})), (others, hyper))
     )
 

@@ -17,13 +17,14 @@ to zero) assume a loss that is summed over the batch; here it is the mean, so it
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from cifar.optim import Group, Momentum, Optimizer, Parameters, Rate, Rule, Share
+from cifar.optim import Group, Momentum, Optimizer, Parameters, Rate, Share
 from cifar.optim.sgd import sgd_group
 from cifar.registry import optimizers
 
@@ -60,26 +61,31 @@ def orthogonalize_all(tensors: list[Tensor], steps: int) -> list[Tensor]:
     return results
 
 
-def muon_rule(nesterov: bool, ns_steps: int, normalize_weights: bool) -> Rule:
+def muon_rule(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: dict[str, list[Tensor]],
+    hyper: dict[str, Tensor],
+    *,
+    nesterov: bool,
+    ns_steps: int,
+    normalize_weights: bool,
+) -> None:
     """hyper: lr, momentum and, where there is any, weight_decay (decoupled). State: velocity."""
-
-    def rule(params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], hyper: dict[str, Tensor]) -> None:
-        update = velocity = state["velocity"]
-        torch._foreach_mul_(velocity, hyper["momentum"])
-        torch._foreach_add_(velocity, grads)
-        if nesterov:
-            update = list(torch._foreach_mul(velocity, hyper["momentum"]))
-            torch._foreach_add_(update, grads)
-        update = orthogonalize_all(update, ns_steps)
-        if "weight_decay" in hyper:
-            torch._foreach_sub_(params, torch._foreach_mul(params, hyper["lr"] * hyper["weight_decay"]))
-        if normalize_weights:
-            norms = torch._foreach_norm(params)
-            torch._foreach_clamp_min_(norms, 1e-12)
-            torch._foreach_mul_(params, [len(p) ** 0.5 / norm for p, norm in zip(params, norms, strict=True)])
-        torch._foreach_sub_(params, torch._foreach_mul(update, hyper["lr"]))
-
-    return rule
+    update = velocity = state["velocity"]
+    torch._foreach_mul_(velocity, hyper["momentum"])
+    torch._foreach_add_(velocity, grads)
+    if nesterov:
+        update = list(torch._foreach_mul(velocity, hyper["momentum"]))
+        torch._foreach_add_(update, grads)
+    update = orthogonalize_all(update, ns_steps)
+    if "weight_decay" in hyper:
+        torch._foreach_sub_(params, torch._foreach_mul(params, hyper["lr"] * hyper["weight_decay"]))
+    if normalize_weights:
+        norms = torch._foreach_norm(params)
+        torch._foreach_clamp_min_(norms, 1e-12)
+        torch._foreach_mul_(params, [len(p) ** 0.5 / norm for p, norm in zip(params, norms, strict=True)])
+    torch._foreach_sub_(params, torch._foreach_mul(update, hyper["lr"]))
 
 
 @optimizers.register("muon")
@@ -107,7 +113,7 @@ def muon(
     ends, whiten = parameters.named(["stem", "head"]), parameters.named(["whiten_bias"])
     rest = {name: p for name, p in parameters.tensors.items() if name not in filters | ends | whiten}
     hyper = {"lr": lr, "momentum": momentum} | ({"weight_decay": weight_decay} if weight_decay else {})
-    rule = muon_rule(nesterov, ns_steps, normalize_weights)
+    rule = functools.partial(muon_rule, nesterov=nesterov, ns_steps=ns_steps, normalize_weights=normalize_weights)
 
     def aux(tensors: dict[str, Tensor], rate: float, decays: bool, until: float = 1.0) -> Group:
         decay = aux_weight_decay / rate if decays and rate else 0.0

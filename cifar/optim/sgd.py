@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from cifar.optim import Group, Momentum, Optimizer, Parameters, Rate, Rule
+from cifar.optim import Group, Momentum, Optimizer, Parameters, Rate
 from cifar.registry import optimizers
 
 
@@ -16,24 +18,22 @@ def decayed_gradients(params: list[Tensor], grads: list[Tensor], weight_decay: T
     return decayed
 
 
-def sgd_rule(nesterov: bool) -> Rule:
+def sgd_rule(
+    params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], hyper: dict[str, Tensor], *, nesterov: bool
+) -> None:
     """hyper: lr, momentum and, where the group decays, weight_decay. State: velocity."""
-
-    def rule(params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], hyper: dict[str, Tensor]) -> None:
-        if "weight_decay" in hyper:
-            grads = decayed_gradients(params, grads, hyper["weight_decay"])
-        velocity = state["velocity"]
-        torch._foreach_mul_(velocity, hyper["momentum"])
-        torch._foreach_add_(velocity, grads)
-        if nesterov:  # look ahead along the velocity (Sutskever et al. 2013)
-            update = torch._foreach_mul(velocity, hyper["momentum"])
-            torch._foreach_add_(update, grads)
-            torch._foreach_mul_(update, hyper["lr"])
-        else:
-            update = torch._foreach_mul(velocity, hyper["lr"])
-        torch._foreach_sub_(params, update)
-
-    return rule
+    if "weight_decay" in hyper:
+        grads = decayed_gradients(params, grads, hyper["weight_decay"])
+    velocity = state["velocity"]
+    torch._foreach_mul_(velocity, hyper["momentum"])
+    torch._foreach_add_(velocity, grads)
+    if nesterov:  # look ahead along the velocity (Sutskever et al. 2013)
+        update = torch._foreach_mul(velocity, hyper["momentum"])
+        torch._foreach_add_(update, grads)
+        torch._foreach_mul_(update, hyper["lr"])
+    else:
+        update = torch._foreach_mul(velocity, hyper["lr"])
+    torch._foreach_sub_(params, update)
 
 
 def sgd_group(
@@ -41,7 +41,8 @@ def sgd_group(
 ) -> Group:
     """One group of the rule; a decay of 0 costs nothing."""
     hyper = {"lr": lr, "momentum": momentum} | ({"weight_decay": weight_decay} if weight_decay else {})
-    return Group(list(tensors), list(tensors.values()), sgd_rule(nesterov), hyper, ("velocity",), until)
+    rule = functools.partial(sgd_rule, nesterov=nesterov)
+    return Group(list(tensors), list(tensors.values()), rule, hyper, ("velocity",), until)
 
 
 @optimizers.register("sgd")

@@ -1,0 +1,133 @@
+"""Trials that are trained side by side, and trials after one another in one process, are what each would be alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_run import FULL, TINY, digest
+
+from cifar import config as configuration
+from cifar import run, warm
+from cifar.capture import Steps
+from cifar.parts import Training
+from cifar.record import Record
+from cifar.running import Running
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: captured steps are NOT checked")
+DROPOUT: dict[str, Any] = {"model": "wrn", "depth": 10, "width": 1, "dropout": 0.2, "precision": "fp32"}
+VARIED = [
+    {"seed": 0, "lr": 0.05, "weight_decay": 1e-4, "momentum": 0.9, "label_smoothing": 0.1, "schedule": "onecycle"},
+    {"seed": 1, "lr": 0.01, "weight_decay": 5e-4, "momentum": 0.8, "label_smoothing": 0.2, "schedule": "cosine"},
+    {"seed": 2, "lr": 0.1, "weight_decay": 1e-3, "momentum": 0.5, "label_smoothing": 0.05, "schedule": "linear", "epochs": 3},
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    warm.forget()
+
+
+def together(runs: Path, values: list[dict[str, Any]], **options: Any) -> list[Record]:
+    configs = [configuration.resolve(each) for each in values]
+    assert warm.fit(configs)
+    each = [Running(config, run.create(config, runs), **options) for config in configs]
+    run.train_together(each)
+    return [running.record for running in each]
+
+
+def alone(runs: Path, values: dict[str, Any]) -> Record:
+    warm.forget()
+    return together(runs, [values])[0]
+
+
+@pytest.mark.parametrize(
+    "base", [{**FULL}, {key: FULL[key] for key in TINY if key != "width"} | DROPOUT], ids=["conv", "dropout"]
+)
+def test_a_pack_trains_each_trial_as_if_it_were_alone(runs: Path, base: dict[str, Any]) -> None:
+    values = [{**base, "optimizer": "sgd", **changes} for changes in VARIED]
+    packed = together(runs, values)
+    for record, each in zip(packed, values, strict=True):
+        assert record.state == "finished" and record.read("environment")["step"]["together"] == 3
+        assert digest(record) == digest(alone(runs, each))
+
+
+def test_one_that_diverges_and_one_that_is_pruned_leave_the_others_alone(runs: Path) -> None:
+    values = [{**TINY, "epochs": 3, "optimizer": "sgd", "lr": lr, "seed": seed} for seed, lr in enumerate((0.05, 1e30, 0.02))]
+    configs = [configuration.resolve(each) for each in values]
+    records = [run.create(config, runs) for config in configs]
+    prunes = [lambda row: True, lambda row: True, lambda row: row["epoch"] < 2]
+    run.train_together([Running(*pair, on_epoch=p) for *pair, p in zip(configs, records, prunes, strict=True)])
+    assert [record.state for record in records] == ["finished", "diverged", "pruned"]
+    assert digest(records[0]) == digest(alone(runs, values[0]))
+    assert len(list(records[2].rows())) == 2
+
+
+def test_one_that_is_stopped_within_an_epoch_goes_on_alone(runs: Path) -> None:
+    values = [{**FULL, "epochs": 3, "seed": seed} for seed in range(2)]
+    configs = [configuration.resolve(each) for each in values]
+    records, steps = [run.create(config, runs) for config in configs], iter(range(1000))
+    stops = [lambda: None, lambda: "interrupted" if next(steps) == 10 else None]
+    run.train_together([Running(*pair, stop=s) for *pair, s in zip(configs, records, stops, strict=True)])
+    assert [record.state for record in records] == ["finished", "interrupted"]
+    run.train(configs[1], records[1])
+    for record, each in zip(records, values, strict=True):
+        assert digest(record) == digest(alone(runs, each))
+
+
+def test_parts_that_are_used_again_start_like_new_ones(runs: Path) -> None:
+    values = [{**FULL, **changes} for changes in VARIED]
+    first = [digest(alone(runs, each)) for each in values]
+    warm.forget()
+    kept = [together(runs, [each])[0] for each in values]
+    assert len(warm._kept) == 1, "one form, so one set of parts"
+    assert [digest(record) for record in kept] == first
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "conv4"}, {"batch_size": 32}, {"mixup": 0.0}, {"weight_decay": 0.0}, {"optimizer": "adam"}, {"ema": 0.5}],
+)
+def test_what_takes_other_parts_is_told_apart(changes: dict[str, Any]) -> None:
+    values = {key: value for key, value in FULL.items() if key != "width" or "model" not in changes}
+    base, other = configuration.resolve(values), configuration.resolve({**values, **changes})
+    assert not warm.fit([base, other])
+    assert not Training(base, None).restart(other)
+
+
+def test_one_over_the_budget_is_skipped_and_the_others_train(runs: Path) -> None:
+    records = together(runs, [{**TINY, "epochs": 1}, {**TINY, "epochs": 1, "max_macs": 1000.0, "seed": 1}])
+    assert [record.state for record in records] == ["finished", "skipped"]
+
+
+@GPU
+def test_a_captured_step_is_the_step(runs: Path) -> None:
+    values = {**FULL, "device": "cuda", "precision": "fp32", "deterministic": True}
+    eager, captured = alone(runs, {**values, "capture": False}), alone(runs, values)
+    assert captured.read("environment")["step"]["captured"] and not eager.read("environment")["step"]["captured"]
+    assert digest(eager) == digest(captured)
+
+
+@GPU
+def test_a_pack_on_a_gpu_trains_each_trial_as_if_it_were_alone(runs: Path) -> None:
+    base = {**FULL, "device": "cuda", "precision": "fp32", "deterministic": True, "optimizer": "sgd"}
+    values = [{**base, **changes} for changes in VARIED]
+    for record, each in zip(together(runs, values), values, strict=True):
+        assert record.read("environment")["step"] | {"captured": True, "together": 3} == record.read("environment")["step"]
+        assert digest(record) == digest(alone(runs, each))
+
+
+@GPU
+def test_capturing_and_measuring_leave_the_state_as_it_was() -> None:
+    training = Training(configuration.resolve({**FULL, "device": "cuda"}), None)
+    training.begin_epoch()
+    before = copy.deepcopy(training.state())
+    steps = Steps([training])
+    assert steps.measure(3) > 0
+    after = training.state()
+    assert all(torch.equal(before["model"][name], value) for name, value in after["model"].items())
+    assert all(torch.equal(before["optimizer"][name], value) for name, value in after["optimizer"].items())
+    assert torch.equal(before["cuda"], after["cuda"]) and not after["meter"].any()
