@@ -21,7 +21,8 @@ from cifar.config import Settings
 from cifar.data.augment import mix
 from cifar.errors import UserError
 from cifar.probes import Watcher
-from cifar.train import Average, Meter, evaluate
+from cifar.ranks import ALONE, Team
+from cifar.train import Average, evaluate
 
 
 def device_of(name: str) -> torch.device:
@@ -40,8 +41,8 @@ def device_of(name: str) -> torch.device:
 class Training:
     """All that one run computes with, and all that a checkpoint holds."""
 
-    def __init__(self, config: Settings, data_dir: Path | None) -> None:
-        self.config = config
+    def __init__(self, config: Settings, data_dir: Path | None, team: Team = ALONE) -> None:
+        self.config, self.team = config, team
         self.device = device_of(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -74,7 +75,7 @@ class Training:
         self.optimizer.schedule = schedule
         probes = [registry.probes[name].build(**config.part(name)) for name in configuration.probe_names(config.probes)]
         self.watcher = Watcher(probes, dict(self.model.named_parameters()), every=config.probe_every)
-        self.meter = Meter(self.device)
+        self.meter = team.meter(self.device)
         self.steps = min(self.train_batches.steps, config.max_steps or self.train_batches.steps)  # an epoch
         self.epoch, self.batch, self.seconds = 1, 0, 0.0  # the next step to take; seconds of this epoch so far
 
@@ -106,6 +107,7 @@ class Training:
         return lambda images, labels: mix(images, F.one_hot(labels, 10).float(), kind, alpha, self.train_batches.generator)
 
     def evaluate(self, split: str, views: str = "none") -> tuple[Tensor, Tensor]:
+        self.team.same(self.evaluated)  # BatchNorm's statistics are each rank's own
         model = self.average.averaged if self.average else self.forward
         return evaluate(model, self._loader(split).epoch(1), autocast=self.autocast(), views=views)
 

@@ -32,6 +32,7 @@ from cifar.config import Settings
 from cifar.errors import DiskFull, UserError
 from cifar.parts import Training
 from cifar.probes import weight_layers
+from cifar.ranks import ALONE, Lost, Team
 from cifar.record import Record, new_id, write_atomic
 from cifar.track import Sink
 from cifar.train import VIEWS, score, train_epoch
@@ -132,6 +133,9 @@ def outcome(record: Record, config: Settings) -> Iterator[None]:
     before = record.read("status")
     try:
         yield
+    except Lost as error:
+        record.set_status("interrupted", reason=str(error), epoch=record.read("status").get("epoch", 0), epochs=config.epochs)
+        raise
     except UserError:
         if before:  # what is wrong here can be mended; the run may go on as it could before
             record.write("status", before)
@@ -175,11 +179,12 @@ def train(
     sinks: Sequence[Sink] = (),
     on_epoch: Callable[[dict[str, Any]], bool] = lambda row: True,
     stop: Callable[[], str | None] = lambda: None,
+    team: Team = ALONE,
 ) -> str:
     """Train, from the record's checkpoint if there is one, and return the state it ended in.
 
     `on_epoch` sees each row once it is on disk and answers whether to go on (no: `pruned`); `stop` is asked after every
-    step and names the state to end in, if any: a checkpoint is written first.
+    step and names the state to end in, if any: a checkpoint is written first. Each rank of a `team` has a record of its own.
     """
     with outcome(record, config):
         macs = record.read("run")["cost"]["macs"]
@@ -188,9 +193,10 @@ def train(
             record.set_status("skipped", reason=reason, epochs=config.epochs)
             return "skipped"
         record.set_status("running", epoch=record.read("status").get("epoch", 0), epochs=config.epochs)
-        training = Training(config, data_dir)
+        training = Training(config, data_dir, team)
         resume(training, record)
-        record.write("environment", environment.describe(training.device, training.fingerprint))
+        team.same(training.model, training.evaluated)
+        record.write("environment", environment.describe(training.device, training.fingerprint) | team.described())
         described = {name: {"label": label, "unit": unit} for name, (label, unit) in LABELS.items()}
         record.write(
             "labels", {**described, **training.watcher.labels(), "layers": list(weight_layers(training.watcher.parameters))}
@@ -236,6 +242,7 @@ def _epochs(
                 ended[:] = ["diverged", f"the loss became {loss.item()} at step {index + 1} of epoch {training.epoch}"]
             elif wish := stop():
                 ended[:] = [wish, f"asked to end at step {index + 1} of epoch {training.epoch}"]
+            ended[:] = training.team.agree(ended)
             training.seconds = time.perf_counter() - begun
             due = config.checkpoint_every and (index + 1) % config.checkpoint_every == 0
             if not ended and (due or (not config.checkpoint_every and time.monotonic() - saved > CHECKPOINT_SECONDS)):
@@ -254,6 +261,7 @@ def _epochs(
                 mix=mixing,
                 autocast=training.autocast(),
                 meter=training.meter,
+                team=training.team,
                 watcher=training.watcher,
                 average=training.average,
                 after_step=after_step,

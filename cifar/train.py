@@ -28,6 +28,13 @@ class Watcher(Protocol):
     def after_update(self) -> None: ...
 
 
+class Team(Protocol):
+    """The processes that train one network together."""
+
+    def share(self, *batch: Tensor) -> tuple[Tensor, ...]: ...
+    def average_gradients(self, model: nn.Module) -> None: ...
+
+
 class Meter:
     """Loss and accuracy of an epoch, summed on the device, read once."""
 
@@ -80,6 +87,7 @@ def train_epoch(
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     autocast: AbstractContextManager[None],
     meter: Meter,
+    team: Team,
     watcher: Watcher,
     average: Average | None,
     after_step: Callable[[int, Tensor], bool],
@@ -88,11 +96,13 @@ def train_epoch(
     model.train()
     for index, (images, labels) in enumerate(batches, start=first):
         inputs, targets = mix(images, labels) if mix else (images, labels)
+        inputs, targets, labels = team.share(inputs, targets, labels)
         optimizer.set_progress(progress(index))
         with autocast:
             logits = model(inputs)  # (B, 3, 32, 32) -> (B, 10)
         loss = criterion(logits.float(), targets)
         loss.backward()  # type: ignore[no-untyped-call]
+        team.average_gradients(model)
 
         look = watcher.wants(index)
         if look:

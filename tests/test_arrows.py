@@ -17,6 +17,7 @@ LAYERS = [
     ["config"],
     ["data", "models", "optim", "cost"],
     ["train"],
+    ["ranks"],
     ["probes", "track", "environment"],
     ["parts"],
     ["run"],
