@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar import config as configuration
 from cifar import record as records
@@ -17,8 +17,11 @@ from cifar import tidy
 from cifar.config import Settings
 from cifar.errors import UserError
 from cifar.record import Record
-from cifar.ui import obtain, say, table, waiting, warn_of_stand_in
+from cifar.ui import hush, obtain, say, table, waiting, warn_of_stand_in
 from cifar.wb.mode import mode_from_environment
+
+if TYPE_CHECKING:
+    from cifar.ranks import Team
 
 Layers = list[tuple[str, Mapping[str, Any]]]  # (where they came from, values); later ones win
 
@@ -144,29 +147,49 @@ def train(
     config = configuration.resolve(*(values for _, values in found))
     runs = records.runs_dir(runs_dir)
     with waiting("importing PyTorch ..."):
-        from cifar import run
-    config, reason = run.resolve_dataset(config, data_dir)
-    if reason:
-        say(f"dataset: {reason}")
-    prepare(config, data_dir)
+        from cifar import ranks, run
+    with ranks.joined() as team:
+        hush(team.rank > 0)
+        config, reason = run.resolve_dataset(config, data_dir)
+        if reason:
+            say(f"dataset: {reason}")
+        team.check(config.flat())
+        prepare(config, data_dir)
+        record = team.first(lambda: _created(config, runs, swept, name, tags))
+        return _train(config, record, data_dir, wandb, team)
+
+
+def _created(config: Settings, runs: Path, swept: list[str], name: str, tags: list[str]) -> Record:
+    from cifar import run
+
     sweep, run_id = (os.environ.get(f"WANDB_{kind}_ID", "") if swept else "" for kind in ("SWEEP", "RUN"))
     engine = "wandb" if sweep else ""  # the plain `wandb agent` started us
-    record = run.create(config, runs, run_id=run_id, name=name, swept=swept, sweep=sweep, engine=engine, tags=tags)
-    return _train(config, record, data_dir, wandb)
+    return run.create(config, runs, run_id=run_id, name=name, swept=swept, sweep=sweep, engine=engine, tags=tags)
 
 
 def resume(name: str, changed: bool, data_dir: Path | None, runs_dir: Path | None, wandb: str) -> int:
     """Go on with a run where its checkpoint is."""
-    record = records.find(name, records.runs_dir(runs_dir))
+    with waiting("importing PyTorch ..."):
+        from cifar import ranks
+    with ranks.joined() as team:
+        hush(team.rank > 0)
+        record, values = team.first(lambda: _resumable(name, changed, records.runs_dir(runs_dir)))
+        config = configuration.resolve(values)
+        team.check(config.flat())
+        prepare(config, data_dir)
+        return _train(config, record, data_dir, wandb, team)
+
+
+def _resumable(name: str, changed: bool, runs: Path) -> tuple[Record, dict[str, Any]]:
+    """The run to go on with, and its values. Raises UserError where it cannot."""
+    record = records.find(name, runs)
     if changed:
         raise UserError(f"a resumed run keeps its values; for other ones: python -m cifar train --from {record.id} KEY=VALUE")
     if record.state in tidy.OVER:
         raise UserError(f"run {record.id} is {record.state}; to repeat it: python -m cifar train --from {record.id}")
     if tidy.alive(record):
         raise UserError(f"run {record.id} is being trained by process {record.read('status').get('pid')}; stop that one first")
-    config = configuration.resolve(record.read("config"))
-    prepare(config, data_dir)
-    return _train(config, record, data_dir, wandb)
+    return record, record.read("config")
 
 
 def prepare(config: Settings, data_dir: Path | None) -> None:
@@ -180,9 +203,13 @@ def prepare(config: Settings, data_dir: Path | None) -> None:
         parts.splits(config.dataset, data_dir, config.val_size, config.train_size, device)
 
 
-def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str) -> int:
+def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str, team: Team) -> int:
     from cifar import follow, run, track
 
+    foreign = "WANDB_SWEEP_ID" in os.environ and team.first(lambda: record.read("run")["sweep"] != "")
+    if team.rank:
+        with team.own(record) as own, Stop(foreign) as stop:
+            return max(team.gather(stop.code(run.train(config, own, data_dir=data_dir, stop=stop, team=team))))
     if config.dataset == "stand-in":
         warn_of_stand_in()
     described = record.read("run")
@@ -194,13 +221,14 @@ def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str) 
     follower = follow.Follower(mode_from_environment(wandb), log=record.path / "mirror.log")
     try:
         follower.follow(record.path)
-        with Stop(foreign=described["sweep"] != "" and "WANDB_SWEEP_ID" in os.environ) as stop:
-            state = run.train(config, record, data_dir=data_dir, sinks=[sink], stop=stop)
+        with team.own(record), Stop(foreign) as stop:
+            state = run.train(config, record, data_dir=data_dir, sinks=[sink], stop=stop, team=team)
+            code = max(team.gather(stop.code(state)))  # a signal may have reached some ranks only
     finally:
         with waiting("drawing pictures, sending what is left to W&B ..."):
             follower.end()
     _result(record, state)
-    return stop.code(state)
+    return code
 
 
 def _result(record: Record, state: str) -> None:

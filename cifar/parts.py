@@ -22,7 +22,8 @@ from cifar.config import Settings
 from cifar.data.augment import mix
 from cifar.errors import UserError
 from cifar.probes import Watcher
-from cifar.train import Average, Meter, Step, evaluate, forward
+from cifar.ranks import ALONE, Team
+from cifar.train import Average, Step, evaluate, forward
 
 
 def device_of(name: str) -> torch.device:
@@ -45,9 +46,9 @@ class Training:
     in place. So a captured step goes on being valid when `load` or `restart` puts another state there.
     """
 
-    def __init__(self, config: Settings, data_dir: Path | None, *, shares: bool = False) -> None:
+    def __init__(self, config: Settings, data_dir: Path | None, *, team: Team = ALONE, shares: bool = False) -> None:
         """`shares`: whether other trials draw from torch's generator in between."""
-        self.config, self.data_dir = config, data_dir
+        self.config, self.data_dir, self.team = config, data_dir, team
         self.device = device_of(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -65,13 +66,14 @@ class Training:
         self.optimizer = self._optimizer()
         probes = [registry.probes[name].build(**config.part(name)) for name in configuration.probe_names(config.probes)]
         self.watcher = Watcher(probes, dict(self.model.named_parameters()), every=config.probe_every)
-        self.meter = Meter(self.device)
+        self.meter = team.meter(self.device)
         self.step = Step(
             self.model,
             self.train_batches,
             self.optimizer,
             self.meter,
             self.watcher,
+            team,
             self.average,
             self._mix if config.mixup or config.cutmix else None,
             torch.tensor(config.label_smoothing, device=self.device) if config.label_smoothing else None,
@@ -179,6 +181,7 @@ class Training:
 
     def evaluate(self, split: str, views: str = "none") -> tuple[Tensor, Tensor]:
         """Logits and labels of every image. The next call may write into the same tensors."""
+        self.team.same(self.evaluated)  # BatchNorm's statistics are each rank's own
         name = f"{split} {views}"
         if name not in self._evaluations:
             batches = self._loader(split)

@@ -26,6 +26,7 @@ from cifar.config import Settings
 from cifar.errors import DiskFull, UserError
 from cifar.parts import Training
 from cifar.probes import weight_layers
+from cifar.ranks import ALONE, Lost, Team
 from cifar.record import Record, new_id, write_atomic
 from cifar.running import Running, epochs
 from cifar.track import Sink
@@ -135,6 +136,10 @@ def outcome(run: Running) -> Iterator[None]:
 
 
 def _went_wrong(record: Record, config: Settings, before: dict[str, Any], error: Exception) -> None:
+    if isinstance(error, Lost):
+        epoch = record.read("status").get("epoch", 0)
+        record.set_status("interrupted", reason=str(error), epoch=epoch, epochs=config.epochs)
+        return
     if isinstance(error, UserError):
         if before:  # what is wrong here can be mended; the run may go on as it could before
             record.write("status", before)
@@ -177,19 +182,20 @@ def train(
     on_epoch: Callable[[dict[str, Any]], bool] = lambda row: True,
     stop: Callable[[], str | None] = lambda: None,
     ahead: int = 1,
+    team: Team = ALONE,
 ) -> str:
     """Train, from the record's checkpoint if there is one, and return the state it ended in.
 
     `on_epoch` sees each row once it is on disk and answers whether to go on (no: `pruned`); `stop` is asked after every
     step and names the state to end in, if any: a checkpoint is written first. `ahead`: runs of this kind that this process
-    will make, this one included.
+    will make, this one included. Each rank of a `team` has a record of its own.
     """
     one = Running(config, record, sinks=sinks, on_epoch=on_epoch, stop=stop)
-    train_together([one], data_dir=data_dir, ahead=ahead)
+    train_together([one], data_dir=data_dir, ahead=ahead, team=team)
     return one.state
 
 
-def train_together(runs: Sequence[Running], *, data_dir: Path | None = None, ahead: int = 1) -> None:
+def train_together(runs: Sequence[Running], *, data_dir: Path | None = None, ahead: int = 1, team: Team = ALONE) -> None:
     """Train several runs that differ in seed and scalars only (`warm.fit`), side by side, each into its own record."""
     with contextlib.ExitStack() as outcomes:
         for run in runs:
@@ -199,7 +205,7 @@ def train_together(runs: Sequence[Running], *, data_dir: Path | None = None, ahe
             for run in live:
                 before = run.record.read("status").get("epoch", 0)
                 run.record.set_status("running", epoch=before, epochs=run.config.epochs)
-            steps = warm.steps([run.config for run in live], data_dir)
+            steps = warm.steps([run.config for run in live], data_dir, team)
             for run, training in zip(live, steps.trials, strict=True):
                 run.start(training)
             said = warm.prepare(steps, [run.config for run in live], ahead)
@@ -221,10 +227,11 @@ def _over_budget(run: Running) -> bool:
 def _describe(run: Running, step: dict[str, Any]) -> None:
     """What the record says before the first step. `step`: how it is taken."""
     training, record = run.training, run.record
-    record.write("environment", {**environment.describe(training.device, training.fingerprint), "step": step})
-    described = {name: {"label": label, "unit": unit} for name, (label, unit) in LABELS.items()}
+    described = environment.describe(training.device, training.fingerprint) | training.team.described()
+    record.write("environment", {**described, "step": step})
+    labels = {name: {"label": label, "unit": unit} for name, (label, unit) in LABELS.items()}
     layers = list(weight_layers(training.watcher.parameters))
-    record.write("labels", {**described, **training.watcher.labels(), "layers": layers})
+    record.write("labels", {**labels, **training.watcher.labels(), "layers": layers})
     for sink in run.sinks:
         sink.start(record.read("run"), epochs=run.config.epochs, steps=training.steps)
         if step["compile"]:

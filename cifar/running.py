@@ -52,6 +52,7 @@ class Running:
         self.training = training
         self._watch = Stopwatch(training.device)
         resume(training, self.record)
+        training.team.same(training.model, training.evaluated)
 
     def begin_epoch(self) -> None:
         training = self.training
@@ -65,13 +66,15 @@ class Running:
         training.batch = index + 1
         for sink in self.sinks:
             sink.step(training.epoch, index + 1)
-        if training.device.type == "cpu":  # on a GPU this would wait; there the epoch's end tells
-            loss = float(training.meter.last)
-            if not math.isfinite(loss):
-                self._end("diverged", f"the loss became {loss} at step {index + 1} of epoch {training.epoch}")
-                return
-        if wish := self.stop():
+        loss = float(training.meter.last) if training.device.type == "cpu" else 0.0  # a GPU would wait; the epoch's end tells
+        if not math.isfinite(loss):
+            self._end("diverged", f"the loss became {loss} at step {index + 1} of epoch {training.epoch}")
+        elif wish := self.stop():
             self._end(wish, f"asked to end at step {index + 1} of epoch {training.epoch}")
+        if training.team.size > 1:
+            self.state, self.reason = training.team.agree((self.state, self.reason) if self.state else ()) or ("", "")
+        if self.state == "diverged":
+            return
         due = config.checkpoint_every and (index + 1) % config.checkpoint_every == 0
         if self.state or due or (not config.checkpoint_every and time.monotonic() - self._saved > CHECKPOINT_SECONDS):
             training.seconds = self._watch.seconds()

@@ -36,6 +36,15 @@ class Watcher(Protocol):
     def after_update(self) -> None: ...
 
 
+class Team(Protocol):
+    """The processes that train one network together."""
+
+    size: int
+
+    def share(self, *batch: Tensor) -> tuple[Tensor, ...]: ...
+    def average_gradients(self, model: nn.Module) -> None: ...
+
+
 class Meter:
     """Loss and accuracy of an epoch, summed on the device, read once."""
 
@@ -109,6 +118,7 @@ class Step:
     optimizer: Optimizer
     meter: Meter
     watcher: Watcher
+    team: Team
     average: Average | None = None
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     smoothing: Tensor | None = None
@@ -119,9 +129,11 @@ class Step:
         """`look`: whether the watcher looks at this one."""
         images, labels = self.source.take()
         inputs, targets = self.mix(images, labels) if self.mix else (images, labels)
+        inputs, targets, labels = self.team.share(inputs, targets, labels)
         self.optimizer.follow(self.source.at)
         loss, correct = self.forward(self.model, inputs, targets, labels, self.smoothing, self.bf16)
         loss.backward()  # type: ignore[no-untyped-call]
+        self.team.average_gradients(self.model)
 
         if look:
             self.watcher.after_backward()

@@ -47,6 +47,11 @@ def warn_of_stand_in(text: str = STAND_IN) -> None:
     console.print(f" {text} ", style="bold black on yellow", markup=False, soft_wrap=True)
 
 
+def hush(quiet: bool) -> None:
+    """Nothing more is printed here, errors aside: one of several processes speaks for all."""
+    console.quiet = quiet
+
+
 def waiting(text: str) -> Any:
     """A spinner with `text` on a terminal; nothing elsewhere."""
     return console.status(text)

@@ -16,6 +16,7 @@ from cifar.capture import Steps
 from cifar.config import Settings
 from cifar.data import cache_folder
 from cifar.parts import Training, form
+from cifar.ranks import ALONE, Team
 
 KEPT = 2  # steps of different forms; their tensors stay on the device
 SAVED = 0.3  # share of a captured step's time that compiling it saves, as a rule (LOG.md)
@@ -30,8 +31,10 @@ def fit(configs: Sequence[Settings]) -> bool:
     return all(form(config) == first for config in configs[1:])
 
 
-def steps(configs: Sequence[Settings], data_dir: Path | None) -> Steps[Training]:
+def steps(configs: Sequence[Settings], data_dir: Path | None, team: Team = ALONE) -> Steps[Training]:
     """The parts of these runs, at their beginning: those of earlier ones where they fit, else new ones."""
+    if team.size > 1:  # talks to other processes between launches, so it is neither captured nor kept
+        return Steps([Training(config, data_dir, team=team) for config in configs], capture=False)
     for kept in _kept:
         place, found = kept
         fits = place == data_dir and len(found.trials) == len(configs)

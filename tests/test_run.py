@@ -39,7 +39,7 @@ def digest(record: Record) -> tuple[str, str]:
     """SHA-256 of the final weights and of the metrics, `system/` (times, memory) aside."""
     weights = hashlib.sha256()
     for name, value in sorted(torch.load(record.path / "weights.pt", weights_only=True).items()):
-        weights.update(name.encode() + value.contiguous().numpy().tobytes())
+        weights.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     rows = [{k: v for k, v in row.items() if not k.startswith("system/")} for row in record.rows()]
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
     return weights.hexdigest(), hashlib.sha256(json.dumps(rows).encode()).hexdigest()
