@@ -20,7 +20,7 @@ LAYERS = [
     ["probes", "track", "environment"],
     ["parts"],
     ["run"],
-    ["distributions", "hyperband"],
+    ["distributions", "hyperband", "objectives"],
     ["sweep"],
     ["claims"],
     ["backends", "wb"],
@@ -64,6 +64,7 @@ NO_TORCH = [
     "tidy",
     "distributions",
     "hyperband",
+    "objectives",
 ]
 
 

@@ -23,6 +23,7 @@ from cifar.claims import Trial
 from cifar.config import parse_yaml
 from cifar.errors import UserError
 from cifar.record import Record
+from cifar.wb import service
 from cifar.wb import sweeps as hosted
 from cifar.wb.mirror import stop_core
 from cifar.wb.sweeps import Hosted
@@ -220,16 +221,16 @@ def test_no_server_is_a_sentence(wandb_server: Server, runs: Path) -> None:
 
 
 def test_what_is_private_of_wandb_is_as_it_was() -> None:
-    """The one private thing that cifar/wb/sweeps.py calls, and the GraphQL that wandb's own agent says."""
+    """The one private thing that cifar/wb/service.py calls, and the GraphQL that wandb's own agent says."""
     from wandb.apis.public import sweeps as theirs
     from wandb.apis.public.service_api import ServiceApi
 
     assert list(inspect.signature(ServiceApi.execute_graphql).parameters)[:4] == ["self", "query", "variables", "timeout"]
     assert isinstance(ServiceApi.app_url, property)
     same = {
-        hosted._CREATE: theirs._upsert_sweep,
-        hosted._REGISTER: theirs._register_agent,
-        hosted._BEAT: theirs._agent_heartbeat,
+        service.CREATE: theirs._upsert_sweep,
+        service.REGISTER: theirs._register_agent,
+        service.BEAT: theirs._agent_heartbeat,
     }
     for ours, function in same.items():
         source = inspect.getsource(function)

@@ -14,11 +14,10 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,69 +30,12 @@ from cifar.errors import UserError
 from cifar.record import redact, write_atomic
 from cifar.sweep import Sweep
 from cifar.wb.mirror import stop_core
+from cifar.wb.service import BEAT, CLAIM, CREATE, REGISTER, Service, refused
 
 BEAT_SECONDS = 5.0  # wandb's own agent beats as often
-CALL_SECONDS = 60.0  # for one call, wandb-core's own retries included
 PATIENCE_SECONDS = 600.0  # that an idle agent waits for a server that has gone away
 CLAIM_SECONDS = 0.25  # that `claim` waits for the answer to be there
 PROJECT = "cifar"
-# The names are those of wandb 0.31's apis/public/sweeps.py and of wandb-core; tests/test_hosted.py holds them against both.
-_CREATE = """mutation UpsertSweep($config: String, $entityName: String, $projectName: String) {
-  upsertSweep(input: {config: $config, entityName: $entityName, projectName: $projectName}) {
-    sweep { name project { name entity { name } } }
-    configValidationWarnings
-  }
-}"""
-_SWEEP = """query GetSweep($name: String!, $project: String, $entity: String) {
-  project(name: $project, entityName: $entity) { sweep(sweepName: $name) { name config state runCount runCountExpected } }
-}"""
-_REGISTER = """mutation CreateAgent($host: String!, $projectName: String, $entityName: String, $sweep: String!) {
-  createAgent(input: {host: $host, projectName: $projectName, entityName: $entityName, sweep: $sweep}) { agent { id } }
-}"""
-_BEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState: JSONString) {
-  agentHeartbeat(input: {id: $id, metrics: $metrics, runState: $runState}) { agent { id } commands }
-}"""
-_CLAIM = """mutation UpsertBucket($name: String, $project: String, $entity: String, $sweep: String, $state: String) {
-  upsertBucket(input: {name: $name, modelName: $project, entityName: $entity, sweep: $sweep, state: $state}) {
-    bucket { id }
-    inserted
-  }
-}"""
-
-
-class _Service:
-    """W&B's GraphQL, through wandb-core. Calls may come from many threads."""
-
-    def __init__(self) -> None:
-        if "wandb" not in sys.modules:
-            for name in ("SWEEP_ID", "RUN_ID", "SWEEP_PARAM_PATH", "SERVICE", "MODE"):
-                os.environ.pop(f"WANDB_{name}", None)
-            os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
-        import wandb
-
-        try:
-            api = wandb.Api(timeout=int(CALL_SECONDS))
-            self.settings: dict[str, Any] = api.settings
-            self.app_url = api._service_api.app_url
-            self._ask = api._service_api.execute_graphql
-            self.entity = str(api.settings["entity"] or api.default_entity or "")
-        except Exception as error:
-            raise refused(error) from error
-
-    def ask(self, text: str, **variables: Any) -> dict[str, Any]:
-        """The `data` of the answer. Raises what wandb raises."""
-        found: dict[str, Any] = self._ask(text, variables, timeout=CALL_SECONDS)
-        return found
-
-    def sweep(self, entity: str, project: str, name: str) -> dict[str, Any]:
-        """The sweep's config (a YAML text), state and counts; {} where there is none."""
-        found = self.ask(_SWEEP, name=name, project=project, entity=entity)["project"]
-        return dict((found or {}).get("sweep") or {})
-
-
-def refused(error: Exception) -> UserError:
-    reason = redact(f"{type(error).__name__}: {error}".replace("\n", " "))[:300]
-    return UserError(f"W&B does not take it ({reason}); check the key, WANDB_BASE_URL and the network, or use --wandb offline")
 
 
 def parts_of(name: str) -> tuple[str, str, str]:
@@ -112,12 +54,12 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 def create(sweep: Sweep, runs: Path, *, fixed: Mapping[str, Any]) -> str:
     """Make the sweep on W&B and return the URL of its page. `fixed` becomes parameters, so that every agent knows it."""
-    service = _Service()
+    service = Service()
     entity = sweep.entity or service.entity
     project = sweep.project or str(service.settings["project"] or PROJECT)
     text = text_for(sweep, fixed)
     try:
-        made = service.ask(_CREATE, config=text, entityName=entity or None, projectName=project)["upsertSweep"]
+        made = service.ask(CREATE, config=text, entityName=entity or None, projectName=project)["upsertSweep"]
     except Exception as error:
         raise refused(error) from error
     finally:
@@ -192,17 +134,17 @@ class _Slot(threading.Thread):
         if not self.agent:
             host = f"{socket.gethostname()}-{os.getpid()}-{self.number}"
             made = self.hosted.service.ask(
-                _REGISTER, host=host, sweep=self.hosted.id, projectName=place["project"], entityName=place["entity"]
+                REGISTER, host=host, sweep=self.hosted.id, projectName=place["project"], entityName=place["entity"]
             )
             self.agent = made["createAgent"]["agent"]["id"]
         with self.hosted.lock:
             running, said = self.run_id, self.said
         if running and not said:  # a run that W&B has not heard of is handed out again
             names = {"name": running, "project": place["project"], "entity": place["entity"]}
-            self.hosted.service.ask(_CLAIM, **names, sweep=self.hosted.id, state="running")
+            self.hosted.service.ask(CLAIM, **names, sweep=self.hosted.id, state="running")
             self.said = True
         states = json.dumps({running: True} if running else {})
-        answer = self.hosted.service.ask(_BEAT, id=self.agent, metrics="{}", runState=states)
+        answer = self.hosted.service.ask(BEAT, id=self.agent, metrics="{}", runState=states)
         commands = json.loads(answer["agentHeartbeat"]["commands"] or "[]")
         for command in commands:
             self.hosted.obey(self, command)
@@ -216,7 +158,7 @@ class Hosted:
     def __init__(self, name: str, runs: Path, *, slots: int = 1) -> None:
         entity, project, self.id = parts_of(name)
         self.runs, self.folder = runs, runs / "sweeps" / self.id
-        self.service, known = _Service(), kept(self.id, runs)
+        self.service, known = Service(), kept(self.id, runs)
         entity = entity or known.get("entity") or self.service.entity
         project = project or known.get("project") or str(self.service.settings["project"] or PROJECT)
         self.place = {"project": project, "entity": entity, "engine": "wandb"}
@@ -293,7 +235,14 @@ class Hosted:
         return True
 
     def finish(
-        self, trial: Trial, state: str, value: float | None = None, reason: str = "", *, retry: bool | None = None
+        self,
+        trial: Trial,
+        state: str,
+        value: float | None = None,
+        reason: str = "",
+        *,
+        objectives: Sequence[float | None] = (),
+        retry: bool | None = None,
     ) -> str:
         """How a trial ended -> its state now: "interrupted" is open again, here (a killed process) or elsewhere."""
         with self.lock:
@@ -305,7 +254,7 @@ class Hosted:
             else:
                 slot.run_id, slot.stopped = "", False
                 state = "interrupted" if state == "preempted" else state
-            self._trials[trial.run_id].update(state=state, value=value, reason=reason)
+            self._trials[trial.run_id].update(state=state, value=value, reason=reason, objectives=list(objectives))
             return state
 
     def cells(self) -> list[dict[str, Any]]:
@@ -393,7 +342,14 @@ class Hosted:
 
     def _taken(self, slot: _Slot, trial: Trial) -> Trial:
         shown = {"cell": trial.cell, "run_id": trial.run_id, "values": trial.values, "attempt": trial.attempt}
-        self._trials[trial.run_id] = {**shown, "state": "running", "value": None, "reason": "", "worker": slot.name}
+        self._trials[trial.run_id] = {
+            **shown,
+            "state": "running",
+            "value": None,
+            "objectives": [],
+            "reason": "",
+            "worker": slot.name,
+        }
         return trial
 
     def _slot(self, trial: Trial) -> _Slot:

@@ -151,7 +151,18 @@ class Sweep:
 def violations(config: Any) -> list[str]:
     """What the public schema of W&B sweeps says against a sweep."""
     found = jsonschema.Draft7Validator(SCHEMA).iter_errors(config)
-    return [f"{'/'.join(map(str, error.absolute_path)) or 'sweep'}: {error.message}"[:300] for error in found]
+    told = [f"{'/'.join(map(str, error.absolute_path)) or 'sweep'}: {error.message}"[:300] for error in found]
+    if told or not {"scheduler", "metrics"} & set(config):
+        return told
+    # What its package says beyond the schema (sweeps 0.3.0, config/cfg.py).
+    custom = config["method"] == "custom"
+    rules = {
+        "`metric` and `metrics` cannot both be set": "metric" in config and "metrics" in config,
+        "`metrics` requires `method: custom`": "metrics" in config and not custom,
+        "`early_terminate` cannot be used together with `scheduler`": "early_terminate" in config and "scheduler" in config,
+        "scheduler.engine does not support this method": custom == (config.get("scheduler", {}).get("engine") == "wandb"),
+    }
+    return [rule for rule, broken in rules.items() if broken]
 
 
 def cells(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
