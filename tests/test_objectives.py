@@ -177,8 +177,9 @@ def test_what_was_too_dear_or_bad_is_avoided() -> None:
     def outcome(values: dict[str, Any]) -> list[float] | None:
         return None if values["width"] == 16 else [0.5 + values["label_smoothing"], values["width"]]
 
-    tried = [values["width"] for values in searched(VALID, 0, 45, outcome)]
-    assert tried[:10].count(16) >= 2 and tried[-20:].count(16) <= 2  # by chance 6.7 of 20
+    for seed in (0, 1):
+        tried = [values["width"] for values in searched(VALID, seed, 45, outcome)]
+        assert tried[-25:].count(16) <= 6  # by chance 8.3; left untold, TPE asks for the unknown width in 25 of 25
     assert searched(VALID, 0, 12, lambda values: None)  # nothing has finished: nothing to compare with
 
 

@@ -5,7 +5,7 @@
     trial = backend.claim("me")              # a Trial, "wait" (none yet, or the sweep is paused), or None: W&B said exit
 
 Every slot has a thread that beats, so that a slow or dead server holds up nobody but itself. What a run measures goes to
-W&B through its mirror; here only who runs what is said. All that is private of wandb is `Api()._service_api`.
+W&B through its mirror; here only who runs what is said.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from cifar.errors import UserError
 from cifar.record import redact, write_atomic
 from cifar.sweep import Sweep
 from cifar.wb.mirror import stop_core
+from cifar.wb.scheduler import Beside
 from cifar.wb.service import BEAT, CLAIM, CREATE, REGISTER, Service, refused
 
 BEAT_SECONDS = 5.0  # wandb's own agent beats as often
@@ -54,6 +55,8 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 def create(sweep: Sweep, runs: Path, *, fixed: Mapping[str, Any]) -> str:
     """Make the sweep on W&B and return the URL of its page. `fixed` becomes parameters, so that every agent knows it."""
+    if sweep.scheduler and sweep.early:
+        raise UserError("W&B takes no early_terminate beside a scheduler; remove the block, or use --wandb offline")
     service = Service()
     entity = sweep.entity or service.entity
     project = sweep.project or str(service.settings["project"] or PROJECT)
@@ -67,7 +70,7 @@ def create(sweep: Sweep, runs: Path, *, fixed: Mapping[str, Any]) -> str:
     where = made["sweep"].get("project") or {}
     place = {"id": made["sweep"]["name"], "project": where.get("name", project)}
     place["entity"] = (where.get("entity") or {}).get("name", entity)
-    _keep(runs / "sweeps" / place["id"], text, place)
+    _keep(runs / "sweeps" / place["id"], text, {**place, "made": True})
     return f"{service.app_url}{place['entity']}/{place['project']}/sweeps/{place['id']}"
 
 
@@ -76,13 +79,14 @@ def text_for(sweep: Sweep, fixed: Mapping[str, Any]) -> str:
     import yaml
 
     content = parse_yaml(sweep.text, "the sweep file")
-    if not fixed and yaml.safe_load(sweep.text) == content:
+    both = sweep.scheduler is not None and content.pop("early_terminate", None) is not None  # W&B takes the one or the other
+    if not fixed and not both and yaml.safe_load(sweep.text) == content:
         return sweep.text
     given = {key: {"value": value} for key, value in fixed.items()}
     return yaml.safe_dump({**content, "parameters": {**content["parameters"], **given}}, sort_keys=False)
 
 
-def _keep(folder: Path, text: str, place: dict[str, Any]) -> None:
+def _keep(folder: Path, text: str, place: Mapping[str, Any]) -> None:
     """What later commands in this runs folder need to know of the sweep."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "sweep.yaml", text.encode())
@@ -90,7 +94,7 @@ def _keep(folder: Path, text: str, place: dict[str, Any]) -> None:
 
 
 def kept(sweep_id: str, runs: Path) -> dict[str, Any]:
-    """What this runs folder knows of a hosted sweep: id, project, entity, threads, dataset. {}: nothing."""
+    """What this runs folder knows of a hosted sweep: id, project, entity, threads, dataset, `made` here. {}: nothing."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return dict(json.loads((runs / "sweeps" / sweep_id / "wandb.json").read_bytes()))
     return {}
@@ -187,6 +191,22 @@ class Hosted:
         self._slots = [_Slot(self, number) for number in range(slots)]
         for slot in self._slots:
             slot.start()
+        self._scheduler: Beside | None = None
+        if read.scheduler:
+            self._schedule(made_here=bool(known.get("made")))
+
+    def _schedule(self, *, made_here: bool) -> None:
+        """Have W&B's scheduler at work, or say who has to."""
+        if made_here:
+            ahead = 2 * len(self._slots)  # one under way and one waiting for each worker: nobody waits for a suggestion
+            self._scheduler = Beside(self.place, self.id, self.folder, ahead=ahead, run_cap=self.sweep.run_cap)
+            self._news.append("W&B's sweep scheduler, which suggests the trials, runs beside this agent")
+        else:
+            path = "/".join((self.place["entity"], self.place["project"], self.id))
+            self._news.append(
+                "this sweep's trials are suggested by W&B's scheduler, which runs beside the agents of the runs folder where "
+                f"the sweep was made; where there is none, run one, and one only: wandb sweep-scheduler {path}"
+            )
 
     # -- what an agent asks --
 
@@ -222,6 +242,10 @@ class Hosted:
                     slot.run_id, slot.said, slot.stopped = trial.run_id, False, False
                     slot.wake.set()
                     return self._taken(slot, trial)
+            if self._scheduler and (said := self._scheduler.look()):
+                self._news.append(said)
+            if self._scheduler and self._scheduler.failed and all(slot.free for slot in self._slots):
+                raise UserError(self._scheduler.failed)
             if self._silent and all(slot.free for slot in self._slots) and not self._worth_waiting():
                 return None
             return "wait" if any(not slot.exited for slot in self._slots if slot.free) else None
@@ -279,10 +303,12 @@ class Hosted:
         return found
 
     def close(self) -> None:
-        """No more beats. Does not wait for W&B."""
+        """No more beats. Does not wait for W&B, but a few seconds for a scheduler beside us whose sweep is over."""
         self.closed = True
         for slot in self._slots:
             slot.wake.set()
+        if self._scheduler:
+            self._scheduler.close(over=all(slot.exited for slot in self._slots))
         stop_core()
 
     # -- what W&B says --

@@ -123,6 +123,7 @@ class Sweep:
     runs: list[str] = field(default_factory=list)
     again: list[dict[str, Any]] = field(default_factory=list)  # cells whose run never arrived
     requeued: list[str] = field(default_factory=list)  # pre-empted runs
+    queue: list[str] = field(default_factory=list)  # runs that a scheduler beside us made, not handed out yet
     exhausted: bool = False  # every cell was handed out
 
     def __post_init__(self) -> None:
@@ -241,6 +242,16 @@ class World:
         self.sweeps[sweep.id] = sweep
         return sweep
 
+    def enqueue(self, sweep: Sweep, config: dict[str, Any]) -> Run:
+        """A run of a custom sweep: W&B tries nothing there by itself."""
+        if sweep.config["method"] != "custom" or set(config) != set(sweep.config["parameters"]):
+            raise ValueError(f"sweep {sweep.id} takes no such run: {config}")
+        run = self.add_run(sweep.entity, sweep.project, self.new_id())
+        run.raw_config = config
+        sweep.runs.append(run.id)
+        sweep.queue.append(run.id)
+        return run
+
     def add_agent(self, sweep: Sweep, host: str) -> Agent:
         agent = Agent(key_of("Agent", self.new_id()), host, sweep.id)
         self.agents[agent.id] = agent
@@ -270,6 +281,9 @@ class World:
         for run_id in lost & set(self.runs):
             run = self.runs[run_id]
             if not run.arrived:  # it ended without W&B ever hearing of it
+                if sweep.config["method"] == "custom":
+                    sweep.queue.insert(0, run_id)
+                    continue
                 sweep.again.append(run.config)
                 sweep.runs.remove(run_id)
                 del self.runs[run_id]
@@ -295,6 +309,16 @@ class World:
             run = self.runs[sweep.requeued.pop(0)]
             run.preempting, run.base_state, run.agent, run.stop_asked = False, "pending", agent.id, False
             return [self._command("resume", run, sweep)]
+        if sweep.config["method"] == "custom":
+            handed_out = len(sweep.runs) - len(sweep.queue)
+            if handed_out >= sweep.config.get("run_cap", math.inf):
+                return [{"type": "exit"}]
+            if not sweep.queue:
+                return []  # its scheduler has not thought of any
+            run = self.runs[sweep.queue.pop(0)]
+            run.agent = agent.id
+            agent.runs.append(run.id)
+            return [self._command("run", run, sweep)]
         cell = sweep.next_cell()
         if cell is None:
             sweep.exhausted = True
