@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,6 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 from protocol.world import SCHEMA, violations
 
-from cifar import agent as agents
 from cifar import board, hyperband
 from cifar import sweep as sweeps
 from cifar.backends import local, search
@@ -25,6 +27,7 @@ from cifar.errors import UserError
 from cifar.objectives import Metric, front
 from cifar.record import Record
 
+ROOT = Path(__file__).parent.parent
 VALID = """
 method: custom
 run_cap: 12
@@ -235,15 +238,17 @@ def test_runs_are_ended_early_by_validation_accuracy_whatever_they_cost(runs: Pa
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_objectives_from_file_to_front(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_of_two_objectives_from_file_to_front(runs: Path, tmp_path: Path) -> None:
     """Trained, pruned, and skipped where too dear: that costs no training, and says why."""
     text = EARLY + VALID.replace("run_cap: 12", "run_cap: 9").replace("[4, 8, 16]", "[2, 4, 64]") + (
         "  depth: {value: 1}\n  max_macs: {value: 1.0e+6}\n  epochs: {value: 2}\n  max_steps: {value: 2}\n"
         "  val_size: {value: 200}\n  train_size: {value: 256}\n  batch_size: {value: 64}\n  probes: {value: none}\n"
     )  # fmt: skip
-    backend = made(runs, text, threads=1)
-    assert agents.agent(backend.id, runs, workers=1, wandb="disabled") == 0
-    said, cells = capsys.readouterr().out, Local(backend.id, runs).cells()
+    (tmp_path / "two.yaml").write_text(text)
+    words = ("sweep", str(tmp_path / "two.yaml"), "--dataset", "stand-in", "--wandb", "disabled", "--workers", "1")
+    said = command(*words)
+    (info,) = local.listing(runs)
+    cells, status = Local(info["id"], runs).cells(), command("sweeps", "status", info["id"])
     states = {cell["state"] for cell in cells}
     assert len(cells) == 9 and {"finished", "skipped"} <= states <= {"finished", "skipped", "pruned"}
     for cell in cells:
@@ -260,5 +265,21 @@ def test_a_sweep_of_two_objectives_from_file_to_front(runs: Path, capsys: pytest
     finished = [cell for cell in cells if cell["state"] == "finished"]
     points = [cell["objectives"] for cell in finished]
     assert f"; {len(front(BOTH, points))} of {len(points)} on the front of val/acc and macs" in said
-    widths = sum(cell["values"]["width"] == 64 for cell in cells)
-    assert f"{widths} skipped" in said
+    assert f"{sum(cell['values']['width'] == 64 for cell in cells)} skipped" in said
+    assert all(f"{100 * accuracy:.2f} %" in status and f"{macs:.4g}" in status for accuracy, macs in points)
+    assert (runs / "sweeps" / info["id"] / "report" / "report.html").exists()
+
+
+def command(*words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cifar", *words],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -65,6 +65,7 @@ class Beside:
                 self._start()
             return ""
         self._ended = time.monotonic()
+        self._hang_up()
         reason = (self._log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
         said = f"W&B's sweep scheduler has ended: {redact(reason)[:300]}"
         if self._tries < TRIES:
@@ -77,6 +78,9 @@ class Beside:
         if over:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(LAST_SECONDS)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
 
@@ -138,7 +142,8 @@ def main(entity: str, project: str, sweep_id: str, lock: str, ahead: str, run_ca
     from cifar.wb.mirror import kill_core
 
     def leave() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not by sys.stdin, whose lock would hold up the end of this process
+            pass
         os.kill(os.getpid(), signal.SIGINT)  # W&B's scheduler finishes its step
         time.sleep(ORPHAN_SECONDS)
         kill_core()
