@@ -23,7 +23,7 @@ from typing import Any
 from cifar import devices, engines, stops
 from cifar import sweep as sweeps
 from cifar.backends import local
-from cifar.board import OPEN, Board, Display, Lines, Row, shown
+from cifar.board import OPEN, Best, Board, Display, Lines, Row, shown
 from cifar.claims import Backend, Trial
 from cifar.crew import Failures, Worker, death
 from cifar.follow import Follower
@@ -102,7 +102,7 @@ class Agent:
         self.failures, self.halted = Failures(FAILURES_IN_A_ROW), ""
         self.pause, self.news = Pause(backend.folder), list[str]()  # while the disk is full; what there is to say
         self.next_claim = self.next_beat = 0.0
-        self.best: float | None = None
+        self.best = Best(self.sweep.metrics, self.sweep.metric)
         self.board = Board(f"sweep {backend.id} {self.sweep.name}", self.sweep.metric.name)
 
     # -- life --
@@ -154,7 +154,7 @@ class Agent:
         self.board.counts = counts
         self.board.ended_before = sum(n for state, n in counts.items() if state not in OPEN)
         for cell in self.backend.cells():
-            self._best(cell["value"] if cell["state"] == "finished" else None, cell["run_id"], cell["values"])
+            self._best(cell)
         waiting = sum(counts.get(state, 0) for state in OPEN)
         self.display.say(
             f"sweep {self.backend.id} ({self.sweep.name}): {info['cells']} trials, {waiting} open; dataset {info['dataset']}; "
@@ -232,6 +232,7 @@ class Agent:
                 "runs": str(self.backend.runs),
                 "swept": self.sweep.swept,
                 "metric": self.sweep.metric.name,
+                "objectives": [metric.name for metric in self.sweep.metrics],
                 "early": asdict(self.sweep.early) if self.sweep.early else None,
                 "data_dir": str(self.data_dir) if self.data_dir else "",
             }
@@ -337,7 +338,8 @@ class Agent:
         worker.spent = bad or event.get("full", False) or event.get("halt", False)  # it ends itself
         if bad and "retry" not in event:  # heard again where the disk was full
             event["retry"] = self.failures.retries(trial.cell, worker.slot, event.get("cause", ""))
-        state = self.backend.finish(trial, asked, value, reason, retry=event.get("retry"))
+        objectives = event.get("objectives", [])
+        state = self.backend.finish(trial, asked, value, reason, objectives=objectives, retry=event.get("retry"))
         row, worker.trial = self.board.rows[trial.cell], None
         row.seconds, row.fraction, row.state = time.monotonic() - worker.begun, 1.0, state
         row.value = value if value is not None else row.value
@@ -347,7 +349,7 @@ class Agent:
         self.display.say(f"trial {trial.cell:03d} {asked}: {self._shown(row.value)}" + (f" ({reason})" if reason else ""))
         if state == "finished":
             self.limit.seen(row.seconds)
-        self._best(value if state == "finished" else None, trial.run_id, trial.values)
+        self._best({**trial.__dict__, "state": state, "value": value, "objectives": objectives})
         self.board.counts = self.backend.counts()
         self.failures.count(state, bad=bad and state != "lost")
         if event.get("full"):
@@ -359,11 +361,11 @@ class Agent:
         elif not self.halted:
             self.halted = self.failures.verdict(event, worker.log)
 
-    def _best(self, value: float | None, run_id: str, values: dict[str, Any]) -> None:
-        worse = self.sweep.metric.worse
-        if value is not None and (self.best is None or worse(value) < worse(self.best)):
-            self.best = value
-            self.board.best = f"{self._shown(value)} by {run_id} ({self._name(values)})"
+    def _best(self, ended: Mapping[str, Any]) -> None:
+        """Take an ended trial (run_id, values, state, value, objectives) into account."""
+        if ended["state"] == "finished":
+            by = f"{ended['run_id']} ({self._name(ended['values'])})"
+            self.board.best = self.best.of(ended["value"], ended["objectives"], by)
 
     def _name(self, values: dict[str, Any]) -> str:
         return sweeps.name_of(values, self.sweep.swept) or str(values.get("model", "default model"))

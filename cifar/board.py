@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cifar.objectives import Metric, front, whole
 from cifar.record import OPEN_STATES
 
 OPEN = ("waiting", *OPEN_STATES)
@@ -48,6 +50,28 @@ class Board:
         made = self.progress() - self.ended_before
         left = sum(self.counts.values()) - self.progress()
         return (time.monotonic() - self.begun) * left / made if made > 0.02 else None
+
+
+@dataclass
+class Best:
+    """The best trial that has finished, and of several objectives how many are on the front."""
+
+    metrics: Sequence[Metric]
+    metric: Metric  # the one that is shown
+    value: float | None = None
+    text: str = ""
+    points: list[list[float]] = field(default_factory=list)
+
+    def of(self, value: float | None, objectives: Sequence[float | None], by: str) -> str:
+        """What there is to say once `by` has finished with these."""
+        if value is not None and (self.value is None or self.metric.worse(value) < self.metric.worse(self.value)):
+            self.value, self.text = value, f"{self.metric.name} {shown(value, self.metric.name)} by {by}"
+        if len(self.metrics) == 1:
+            return self.text
+        if point := whole(objectives):
+            self.points.append(point)
+        names = " and ".join(metric.name for metric in self.metrics)
+        return f"{self.text}; {len(front(self.metrics, self.points))} of {len(self.points)} on the front of {names}"
 
 
 class Display(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -41,7 +41,14 @@ class Backend(Protocol):
     def beat(self, trial: Trial) -> Literal["go", "stop", "lost"]: ...
     def report(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool: ...
     def finish(
-        self, trial: Trial, state: str, value: float | None = None, reason: str = "", *, retry: bool | None = None
+        self,
+        trial: Trial,
+        state: str,
+        value: float | None = None,
+        reason: str = "",
+        *,
+        objectives: Sequence[float | None] = (),
+        retry: bool | None = None,
     ) -> str: ...
     def cells(self) -> list[dict[str, Any]]: ...
     def counts(self) -> dict[str, int]: ...

@@ -152,14 +152,15 @@ def sweep_status(name: str, storage: str | None, runs_dir: Path | None) -> int:
 
     runs = runs_folder(runs_dir)
     found = local.Local(local.resolve(name, runs), runs, storage or "")
-    rows = []
+    names, rows = [metric.name for metric in found.sweep.metrics], []
     for cell in found.cells():
         values = sweeps.name_of(cell["values"], found.sweep.swept)
         epoch = records.Record(runs / cell["run_id"]).read("status").get("epoch", "")
-        value = "" if cell["value"] is None else shown(cell["value"], found.sweep.metric.name)
-        rows.append((cell["cell"], cell["run_id"], values, cell["state"], epoch, value, cell["reason"]))
-    columns = ("cell", "run", "values", "state", "epoch", found.sweep.metric.name, "reason")
-    table("", columns, rows, right=("cell", "epoch", columns[5]))
+        known = dict(zip(names, cell["objectives"], strict=False)) or {found.sweep.metric.name: cell["value"]}
+        scores = ["" if known.get(name) is None else shown(known[name], name) for name in names]
+        rows.append((cell["cell"], cell["run_id"], values, cell["state"], epoch, *scores, cell["reason"]))
+    columns = ("cell", "run", "values", "state", "epoch", *names, "reason")
+    table("", columns, rows, right=("cell", "epoch", *names))
     say(f"\n{found.id}: {', '.join(f'{n} {state}' for state, n in found.counts().items())}")
     return 0
 

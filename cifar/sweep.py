@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar import config, distributions, hyperband, registry
+from cifar import config, distributions, hyperband, objectives, registry
 from cifar.config import Settings
 from cifar.distributions import Parameter
 from cifar.errors import UserError, choices
 from cifar.hyperband import Hyperband
+from cifar.objectives import Metric, Scheduler
 
 MOST = 10_000  # cells; a grid above that is a slip of the pen
 _KINDS = ("experiment", "model", "optimizer", "schedule", "probes")  # keys whose value decides which other keys there are
@@ -27,27 +28,6 @@ _TOP = (
     "apiVersion", "command", "controller", "description", "early_terminate", "entity", "image_uri", "job", "kind", "method",
     "metric", "metrics", "name", "parameters", "program", "project", "run_cap", "scheduler",
 )  # fmt: skip
-_METRIC = ("name", "goal", "target", "impute", "impute_while_running")
-_EPOCH_METRICS = (
-    "train/loss", "train/acc", "val/loss", "val/acc", "system/seconds", "system/images_per_second", "system/memory_gib",
-)  # fmt: skip
-_FINAL_METRICS = ("best/val/acc", "macs", "params", "seconds")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a sweep looks at."""
-
-    name: str = "val/acc"
-    goal: str = "maximize"
-    target: float | None = None
-
-    def worse(self, value: float) -> float:
-        """`value` with less-is-better sign."""
-        return -value if self.goal == "maximize" else value
-
-    def reached(self, value: float) -> bool:
-        return self.target is not None and self.worse(value) <= self.worse(self.target)
 
 
 @dataclass(frozen=True)
@@ -57,12 +37,23 @@ class Sweep:
     text: str
     name: str
     method: str
-    metric: Metric
+    metrics: tuple[Metric, ...]
+    scheduler: Scheduler | None
     parameters: tuple[Parameter, ...]
     run_cap: int | None
     early: Hyperband | None
     project: str
     entity: str
+
+    @property
+    def metric(self) -> Metric:
+        """The one that is shown, and by which runs are ended early: validation accuracy, where there are several."""
+        return next((metric for metric in self.metrics if metric.name == objectives.ACCURACY), self.metrics[0])
+
+    def reached(self, values: Sequence[float | None]) -> bool:
+        """Whether a trial with these values, one a metric, is what was aimed at."""
+        aimed = [metric.reached(value) for metric, value in zip(self.metrics, values, strict=True) if metric.target is not None]
+        return bool(aimed) and all(aimed)
 
     @property
     def swept(self) -> list[str]:
@@ -105,13 +96,8 @@ def _parse(content: dict[str, Any], text: str, default_name: str) -> Sweep:
                 + choices(str(key), _TOP)
             )
     method = content.get("method")
-    if method == "custom" or "scheduler" in content or "metrics" in content:
-        raise UserError(
-            "method: custom, scheduler: and metrics: need W&B's sweep scheduler, which a later release runs; "
-            "use method: grid, random or bayes with one metric:"
-        )
-    if method not in ("grid", "random", "bayes"):
-        raise UserError(f"method = {method!r}: write grid, random or bayes")
+    if method not in ("grid", "random", "bayes", "custom"):
+        raise UserError(f"method = {method!r}: write grid, random or bayes, or custom with a scheduler:")
     for key in ("name", "project", "entity", "description", "program"):
         if not isinstance(content.get(key, ""), str):
             raise UserError(f"{key} = {content[key]!r}: expected text; put it in quotes")
@@ -120,16 +106,14 @@ def _parse(content: dict[str, Any], text: str, default_name: str) -> Sweep:
     run_cap = content.get("run_cap")
     if run_cap is not None and (isinstance(run_cap, bool) or not isinstance(run_cap, int) or run_cap < 1):
         raise UserError(f"run_cap = {run_cap!r}: expected a whole number above 0")
-    if "metric" not in content and (method == "bayes" or "early_terminate" in content):
-        asker = "method: bayes" if method == "bayes" else "early_terminate"
-        raise UserError(f"{asker} needs a metric; add metric: {{name: val/acc, goal: maximize}}")
     early = hyperband.parse(content["early_terminate"]) if "early_terminate" in content else None
-    metric = _metric(content["metric"], each_epoch=early is not None) if "metric" in content else Metric()
+    metrics, scheduler = objectives.parse(content, early=early is not None)
     return Sweep(
         text=text,
         name=content.get("name", default_name),
         method=method,
-        metric=metric,
+        metrics=metrics,
+        scheduler=scheduler,
         parameters=_parameters(content.get("parameters"), method),
         run_cap=run_cap,
         early=early,
@@ -138,34 +122,10 @@ def _parse(content: dict[str, Any], text: str, default_name: str) -> Sweep:
     )
 
 
-def _metric(spec: Any, *, each_epoch: bool) -> Metric:
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-        raise UserError("metric: write a mapping with a name, for example {name: val/acc, goal: maximize}")
-    for key in spec:
-        if key not in _METRIC:
-            raise UserError(f"metric: unknown key '{key}': {choices(str(key), _METRIC)}")
-    name, goal, target = spec["name"], spec.get("goal", "minimize"), spec.get("target")
-    if name.startswith("test") or "/test/" in name:
-        raise UserError(f"metric '{name}': a sweep chooses by validation only; the test set is scored once, later; use val/acc")
-    known = [*_EPOCH_METRICS, *(() if each_epoch else _FINAL_METRICS)]
-    watched = {label for probe in registry.probes for label in getattr(probe.builder, "labels", {})}
-    if name not in known and name.partition("/")[0] not in watched:
-        raise UserError(f"unknown metric '{name}': {choices(name, [*known, *watched])}")
-    if goal not in ("minimize", "maximize"):
-        raise UserError(f"metric: goal = {goal!r}: write minimize or maximize")
-    if name.endswith("/acc") and goal == "minimize":
-        raise UserError(f"metric '{name}' would be minimized, W&B's default; add goal: maximize")
-    if target is not None and (isinstance(target, bool) or not isinstance(target, int | float)):
-        raise UserError(f"metric: target = {target!r} is not a number")
-    for key in ("impute", "impute_while_running"):  # W&B's Bayesian search reads them; the local one counts failures as worst
-        allowed = ["latest", "best", "worst", *(["false"] if key != "impute" else [])]
-        if spec.get(key, "worst") not in allowed:
-            raise UserError(f"metric: {key} = {spec[key]!r}: {choices(str(spec[key]), allowed)}")
-    return Metric(name, goal, target)
-
-
 def _parameters(block: Any, method: str) -> tuple[Parameter, ...]:
     found = list(_leaves(block))
+    if method == "custom" and any(isinstance(spec, Mapping) and "parameters" in spec for spec in block.values()):
+        raise UserError("parameters: W&B's scheduler takes no nested 'parameters'; write them side by side")
     owners: dict[str, str] = {}
     for parameter in found:
         for key in {key for value in parameter.values or [0] for key in config.flatten({parameter.name: value})}:
@@ -178,6 +138,11 @@ def _parameters(block: Any, method: str) -> tuple[Parameter, ...]:
             raise UserError(
                 f"parameters.{parameter.name}: a grid takes value, values, int_uniform or q_uniform, "
                 f"not {parameter.distribution}; list the values, or use method: random"
+            )
+        if method == "custom" and parameter.distribution not in objectives.SCHEDULED:
+            raise UserError(
+                f"parameters.{parameter.name}: W&B's scheduler takes {', '.join(objectives.SCHEDULED)}, "
+                f"not {parameter.distribution}"
             )
     return tuple(found)
 
@@ -222,10 +187,10 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trials(sweep: Sweep, sweep_seed: int = 0, count: int | None = None) -> list[dict[str, Any]]:
-    """The values of every trial that is known beforehand: none for bayes. `count` is the end where run_cap is not set."""
+    """The values of every trial that is known beforehand (none where results decide). `count`: the end without run_cap."""
     if sweep.method == "grid":
         return cells(sweep)
-    if sweep.method == "bayes":
+    if sweep.method in ("bayes", "custom"):
         return []
     return [suggest(sweep, k, sweep_seed) for k in range(end(sweep, count))]
 
@@ -293,7 +258,7 @@ class Planned:
 
 
 def dry_run(sweep: Sweep, fixed: Mapping[str, Any], *, sweep_seed: int = 0, count: int | None = None) -> list[Planned]:
-    """The trials, their MACs and estimated seconds. For bayes, random draws stand for what it will choose."""
+    """The trials, their MACs and estimated seconds. Where results decide, random draws stand for what will be chosen."""
     from cifar import run
 
     check(sweep, fixed, sweep_seed, count)

@@ -124,9 +124,11 @@ class Worker:
                 stop=self._stop,
             )
         rows = list(record.rows())
-        value = record.read("summary").get(metric, rows[-1].get(metric) if rows else None)
+        known = {**record.read("run")["cost"], **(rows[-1] if rows else {}), **record.read("summary")}
         status = record.read("status")
-        return {"state": status["state"], "value": value, "reason": status.get("reason", "")}
+        objectives = [known.get(name) for name in trial["objectives"]]
+        ended = {"state": status["state"], "value": known.get(metric), "reason": status.get("reason", "")}
+        return {**ended, "objectives": objectives}
 
     def _stop(self) -> str | None:
         """The state to end in, asked after each step."""

@@ -23,7 +23,7 @@ LAYERS = [
     ["running", "warm"],
     ["timing"],
     ["run"],
-    ["distributions", "hyperband"],
+    ["distributions", "hyperband", "objectives"],
     ["sweep"],
     ["claims"],
     ["backends", "wb"],
@@ -67,6 +67,7 @@ NO_TORCH = [
     "tidy",
     "distributions",
     "hyperband",
+    "objectives",
 ]
 
 

@@ -23,6 +23,7 @@ from cifar.claims import Trial
 from cifar.config import parse_yaml
 from cifar.errors import UserError
 from cifar.record import Record
+from cifar.wb import service
 from cifar.wb import sweeps as hosted
 from cifar.wb.mirror import stop_core
 from cifar.wb.sweeps import Hosted
@@ -220,16 +221,16 @@ def test_no_server_is_a_sentence(wandb_server: Server, runs: Path) -> None:
 
 
 def test_what_is_private_of_wandb_is_as_it_was() -> None:
-    """The one private thing that cifar/wb/sweeps.py calls, and the GraphQL that wandb's own agent says."""
+    """The one private thing that cifar/wb/service.py calls, and the GraphQL that wandb's own agent says."""
     from wandb.apis.public import sweeps as theirs
     from wandb.apis.public.service_api import ServiceApi
 
     assert list(inspect.signature(ServiceApi.execute_graphql).parameters)[:4] == ["self", "query", "variables", "timeout"]
     assert isinstance(ServiceApi.app_url, property)
     same = {
-        hosted._CREATE: theirs._upsert_sweep,
-        hosted._REGISTER: theirs._register_agent,
-        hosted._BEAT: theirs._agent_heartbeat,
+        service.CREATE: theirs._upsert_sweep,
+        service.REGISTER: theirs._register_agent,
+        service.BEAT: theirs._agent_heartbeat,
     }
     for ours, function in same.items():
         source = inspect.getsource(function)
@@ -340,13 +341,17 @@ def test_a_run_that_is_stopped_on_the_server_is_stopped(wandb_server: Server, ru
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_plain_tools_run_every_sweep(path: Path, wandb_server: Server, runs: Path, tmp_path: Path) -> None:
     """Promise 2: `wandb sweep FILE`, then `wandb agent ID`. The file itself is accepted; what the agent runs is a copy of it
-    with two steps of one epoch of the stand-in data, for every other run of these files takes minutes."""
+    with two steps of one epoch of the stand-in data, for every other run of these files takes minutes.
+
+    In a sweep with a `scheduler:` W&B has no trials of its own: the plain agent waits, until `wandb sweep-scheduler ID`, which
+    `wandb sweep` names, is run beside it.
+    """
     tools = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     code, output = ended(command(wandb_server, "-m", "wandb", "sweep", "--project", "plain", str(path), **tools))
     assert code == 0 and "Creating sweep with ID" in output, output
     assert yaml.safe_load(wandb_server.only_sweep().text) == yaml.safe_load(path.read_text())
     content = yaml.safe_load(path.read_text())
-    small = {"epochs": 1, "max_steps": 2, "dataset": "stand-in", "val_size": 200, "train_size": 512}
+    small = {"epochs": 1, "max_steps": 2, "dataset": "stand-in", "val_size": 200, "train_size": 512, "max_macs": 0.0}
     content["parameters"].update({key: {"value": value} for key, value in small.items()})
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     code, output = ended(
@@ -354,9 +359,19 @@ def test_the_plain_tools_run_every_sweep(path: Path, wandb_server: Server, runs:
     )
     sweep = list(wandb_server.sweeps.values())[-1]
     plain = ("-m", "wandb", "agent", "--count", "2", f"me/plain/{sweep.id}")
+    beside = None
+    if "scheduler" in content:
+        assert f"wandb sweep-scheduler me/plain/{sweep.id}" in re.sub(r"\x1b\[\d*m", "", output)
+        asked = ("-m", "wandb", "sweep-scheduler", "--batch-size", "2", "--poll-interval", "1", f"me/plain/{sweep.id}")
+        beside = command(wandb_server, *asked, **tools)
     code, output = ended(command(wandb_server, *plain, **tools))
-    assert code == 0 and len(sweep.runs) == 2, output
-    for run_id in sweep.runs:
+    assert code == 0, output
+    if beside:
+        beside.send_signal(signal.SIGINT)
+        assert "the sweep can be resumed" in ended(beside)[1]
+    taken = [run_id for agent in sweep.agents for run_id in wandb_server.agents[agent].runs]
+    assert len(taken) == 2 and taken == [run_id for run_id in sweep.runs if run_id not in sweep.queue]
+    for run_id in taken:
         run = wandb_server.runs[run_id]
         assert run.state == "finished" and run.sweep == sweep.id and (run.entity, run.project) == ("me", "plain"), output
         assert_as_trained(wandb_server, runs, run_id, 1)

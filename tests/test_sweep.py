@@ -47,7 +47,7 @@ def test_every_shipped_sweep_binds_to_the_configuration_and_opens_with_its_quest
         ("method: grid", "method: gird", "write grid, random or bayes"),
         ("method: grid", "method: grid\nmax_macs: 5", "no top-level key 'max_macs'.*under 'parameters'"),
         ("method: grid", "method: grid\nrun_caps: 5", "did you mean 'run_cap'"),
-        ("method: grid", "method: custom\nscheduler: {engine: optuna}", "W&B's sweep scheduler"),
+        ("method: grid", "method: custom", "needs W&B's scheduler; add scheduler: {engine: optuna}"),
         ("method: grid", "method: grid\nrun_cap: 0", "above 0"),
         ("method: grid", "method: random", "run_cap: 20"),
         ("val/acc, goal: maximize", "test/acc, goal: maximize", "test set is scored once"),

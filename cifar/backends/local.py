@@ -16,28 +16,27 @@ import os
 import platform
 import shutil
 import time
-import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from cifar import data
 from cifar import sweep as sweeps
-from cifar.backends import storage
+from cifar.backends import search, storage
 from cifar.claims import RETRIES, STATES, Trial
 from cifar.config import parse_yaml
 from cifar.errors import UserError
+from cifar.objectives import whole
 from cifar.record import new_id, read_json, write_atomic
 from cifar.sweep import Sweep
 
-_SHOWN = {"reason": "", "value": None, "attempt": 0, "worker": ""}
-# what Bayesian search learns from an end: a value, that it was bad, or nothing
+_SHOWN: dict[str, Any] = {"reason": "", "value": None, "objectives": [], "attempt": 0, "worker": ""}
+# what a search learns from an end: values, that it was bad, or nothing
 _OPTUNA = {
     "finished": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -65,6 +64,8 @@ def create(
     threads: int = 0,
 ) -> str:
     """Check the sweep, settle its dataset, and make it. Returns its id; on failure nothing is left behind."""
+    if sweep.scheduler:
+        sweep.scheduler.check_here()
     dataset, reason = sweeps.check(sweep, fixed, sweep_seed, count), ""
     if dataset == "auto":
         dataset, reason = data.resolve_auto(data_dir)
@@ -90,7 +91,7 @@ def create(
         (folder / "logs").mkdir(parents=True)
         write_atomic(folder / "sweep.yaml", sweep.text.encode())
         backend = storage.open(url or storage.default(folder))
-        study = backend.create_new_study([_direction(sweep)], sweep_id)
+        study = backend.create_new_study(search.directions(sweep), sweep_id)
         for cell, values in enumerate(known):
             backend.create_new_trial(study, _waiting(cell, values))
         backend.set_study_user_attr(study, "sweep", {"yaml": sweep.text, "info": info})  # for other machines
@@ -160,7 +161,8 @@ class Local:
                 trials = self._trials()
             waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
             if not waiting and len(trials) < self.info["cells"]:
-                self._storage.create_new_trial(self._study, self._ask(trials))
+                suggested = search.suggest(self.sweep, trials, self.info["sweep_seed"])
+                self._storage.create_new_trial(self._study, _waiting(len(trials), *suggested))
                 waiting = [trial for trial in self._trials() if trial.state == TrialState.WAITING]
             if not waiting:
                 return "wait" if any(trial.state == TrialState.RUNNING for trial in trials) else None
@@ -182,7 +184,10 @@ class Local:
             return "stop" if self.stopped == "cancel" else "go"
 
     def report(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool:
-        """The objective after some epochs (the rungs up to now) -> whether the trial goes on. `best`: of all its epochs."""
+        """The metric after some epochs (the rungs up to now) -> whether the trial goes on. `best`: of all its epochs.
+
+        Optuna cannot prune trials of several objectives; our own rule looks at validation accuracy there.
+        """
         early, metric = self.sweep.early, self.sweep.metric
         band = max(history, default=0)
         if early is None or band not in early.rungs(epochs):
@@ -197,12 +202,21 @@ class Local:
         return early.goes_on(metric.worse(history[band]), metric.worse(best), peers)
 
     def finish(
-        self, trial: Trial, state: str, value: float | None = None, reason: str = "", *, retry: bool | None = None
+        self,
+        trial: Trial,
+        state: str,
+        value: float | None = None,
+        reason: str = "",
+        *,
+        objectives: Sequence[float | None] = (),
+        retry: bool | None = None,
     ) -> str:
         """How a trial ended -> the cell's state now: "interrupted" and "preempted" are open again, "lost" is somebody else's.
 
-        `retry`: whether another try can help, RETRIES times at most [default: if it was killed].
+        `objectives`: one a metric of the file [default: `value` alone]; `retry`: whether another try can help, RETRIES times
+        at most [default: if it was killed].
         """
+        objectives = list(objectives or [value])
         with storage.locked(self._storage, self.id):
             held = self._held(trial)
             if held is None:
@@ -213,8 +227,8 @@ class Local:
             if (given_back or again) and not self.stopped:
                 return self._give_back(held, reason, state=state if given_back else "interrupted", kills=kills)
             state = "stopped" if state in ("interrupted", "preempted") else state
-            self._end(held, state, value, reason)
-            if state == "finished" and value is not None and self.sweep.metric.reached(value):
+            self._end(held, state, value, reason, objectives)
+            if state == "finished" and self.sweep.reached(objectives):
                 self._stop("the metric's target was reached")
             return state
 
@@ -313,13 +327,15 @@ class Local:
         self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
         return str(state)
 
-    def _end(self, trial: FrozenTrial, state: str, value: float | None, reason: str) -> None:
+    def _end(
+        self, trial: FrozenTrial, state: str, value: float | None, reason: str, objectives: Sequence[float | None] = ()
+    ) -> None:
         if value is not None and not math.isfinite(value):
             value = None
-        self._set(trial, state=state, reason=reason, value=value)
-        # Optuna has no finished trial without a value; our own `state` says what it is
-        optuna_state = _OPTUNA.get(state, TrialState.FAIL) if state != "finished" or value is not None else TrialState.FAIL
-        values = [value] if optuna_state == TrialState.COMPLETE and value is not None else None
+        values = whole(objectives) if state == "finished" else None
+        self._set(trial, state=state, reason=reason, value=value, objectives=values or [])
+        # Optuna has no finished trial without values; our own `state` says what it is
+        optuna_state = _OPTUNA.get(state, TrialState.FAIL) if state != "finished" or values else TrialState.FAIL
         self._storage.set_trial_state_values(trial._trial_id, optuna_state, values)
 
     def _stop(self, reason: str, *, cancel: bool = False) -> None:
@@ -327,24 +343,6 @@ class Local:
         for trial in self._trials():
             if trial.state == TrialState.WAITING:
                 self._end(trial, "stopped", None, reason)
-
-    def _ask(self, trials: list[FrozenTrial]) -> FrozenTrial:
-        """The next trial of Bayesian search (TPE): a function of the sweep's seed, its number, and the results so far."""
-        cell = len(trials)
-        seed = zlib.crc32(f"{self.info['sweep_seed']}:{cell}".encode())
-        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), direction=_direction(self.sweep))
-        study.add_trials([trial for trial in trials if trial.params])
-        free = [p for p in self.sweep.parameters if p.values is None or len(p.values) > 1]
-        listed = {p.name: p.values for p in free if p.values and p.distribution == "categorical"}
-        space: dict[str, BaseDistribution] = {
-            p.name: CategoricalDistribution(range(len(listed[p.name]))) if p.name in listed else FloatDistribution(0.0, 1.0)
-            for p in free  # of a range: the share of its distribution that lies below the value
-        }
-        chosen = study.ask(space).params
-        values = {p.name: p.values[0] for p in self.sweep.parameters if p.values}
-        for p in free:
-            values[p.name] = listed[p.name][chosen[p.name]] if p.name in listed else p.at(chosen[p.name])
-        return _waiting(cell, sweeps.flat(values), chosen, space)
 
 
 def _waiting(
@@ -369,10 +367,6 @@ def _state(trial: FrozenTrial) -> str:
 def _now(trial: FrozenTrial) -> dict[str, Any]:
     """What changes of a trial, in one attribute to change at once: attempt, worker, beat, kills, state, reason, value."""
     return dict(trial.user_attrs.get("now", {}))
-
-
-def _direction(sweep: Sweep) -> optuna.study.StudyDirection:
-    return optuna.study.StudyDirection.MAXIMIZE if sweep.metric.goal == "maximize" else optuna.study.StudyDirection.MINIMIZE
 
 
 def listing(runs: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@
     trial = backend.claim("me")              # a Trial, "wait" (none yet, or the sweep is paused), or None: W&B said exit
 
 Every slot has a thread that beats, so that a slow or dead server holds up nobody but itself. What a run measures goes to
-W&B through its mirror; here only who runs what is said. All that is private of wandb is `Api()._service_api`.
+W&B through its mirror; here only who runs what is said.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,69 +30,13 @@ from cifar.errors import UserError
 from cifar.record import redact, write_atomic
 from cifar.sweep import Sweep
 from cifar.wb.mirror import stop_core
+from cifar.wb.scheduler import Beside
+from cifar.wb.service import BEAT, CLAIM, CREATE, REGISTER, Service, refused
 
 BEAT_SECONDS = 5.0  # wandb's own agent beats as often
-CALL_SECONDS = 60.0  # for one call, wandb-core's own retries included
 PATIENCE_SECONDS = 600.0  # that an idle agent waits for a server that has gone away
 CLAIM_SECONDS = 0.25  # that `claim` waits for the answer to be there
 PROJECT = "cifar"
-# The names are those of wandb 0.31's apis/public/sweeps.py and of wandb-core; tests/test_hosted.py holds them against both.
-_CREATE = """mutation UpsertSweep($config: String, $entityName: String, $projectName: String) {
-  upsertSweep(input: {config: $config, entityName: $entityName, projectName: $projectName}) {
-    sweep { name project { name entity { name } } }
-    configValidationWarnings
-  }
-}"""
-_SWEEP = """query GetSweep($name: String!, $project: String, $entity: String) {
-  project(name: $project, entityName: $entity) { sweep(sweepName: $name) { name config state runCount runCountExpected } }
-}"""
-_REGISTER = """mutation CreateAgent($host: String!, $projectName: String, $entityName: String, $sweep: String!) {
-  createAgent(input: {host: $host, projectName: $projectName, entityName: $entityName, sweep: $sweep}) { agent { id } }
-}"""
-_BEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState: JSONString) {
-  agentHeartbeat(input: {id: $id, metrics: $metrics, runState: $runState}) { agent { id } commands }
-}"""
-_CLAIM = """mutation UpsertBucket($name: String, $project: String, $entity: String, $sweep: String, $state: String) {
-  upsertBucket(input: {name: $name, modelName: $project, entityName: $entity, sweep: $sweep, state: $state}) {
-    bucket { id }
-    inserted
-  }
-}"""
-
-
-class _Service:
-    """W&B's GraphQL, through wandb-core. Calls may come from many threads."""
-
-    def __init__(self) -> None:
-        if "wandb" not in sys.modules:
-            for name in ("SWEEP_ID", "RUN_ID", "SWEEP_PARAM_PATH", "SERVICE", "MODE"):
-                os.environ.pop(f"WANDB_{name}", None)
-            os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
-        import wandb
-
-        try:
-            api = wandb.Api(timeout=int(CALL_SECONDS))
-            self.settings: dict[str, Any] = api.settings
-            self.app_url = api._service_api.app_url
-            self._ask = api._service_api.execute_graphql
-            self.entity = str(api.settings["entity"] or api.default_entity or "")
-        except Exception as error:
-            raise refused(error) from error
-
-    def ask(self, text: str, **variables: Any) -> dict[str, Any]:
-        """The `data` of the answer. Raises what wandb raises."""
-        found: dict[str, Any] = self._ask(text, variables, timeout=CALL_SECONDS)
-        return found
-
-    def sweep(self, entity: str, project: str, name: str) -> dict[str, Any]:
-        """The sweep's config (a YAML text), state and counts; {} where there is none."""
-        found = self.ask(_SWEEP, name=name, project=project, entity=entity)["project"]
-        return dict((found or {}).get("sweep") or {})
-
-
-def refused(error: Exception) -> UserError:
-    reason = redact(f"{type(error).__name__}: {error}".replace("\n", " "))[:300]
-    return UserError(f"W&B does not take it ({reason}); check the key, WANDB_BASE_URL and the network, or use --wandb offline")
 
 
 def parts_of(name: str) -> tuple[str, str, str]:
@@ -112,12 +55,14 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 def create(sweep: Sweep, runs: Path, *, fixed: Mapping[str, Any]) -> str:
     """Make the sweep on W&B and return the URL of its page. `fixed` becomes parameters, so that every agent knows it."""
-    service = _Service()
+    if sweep.scheduler and sweep.early:
+        raise UserError("W&B takes no early_terminate beside a scheduler; remove the block, or use --wandb offline")
+    service = Service()
     entity = sweep.entity or service.entity
     project = sweep.project or str(service.settings["project"] or PROJECT)
     text = text_for(sweep, fixed)
     try:
-        made = service.ask(_CREATE, config=text, entityName=entity or None, projectName=project)["upsertSweep"]
+        made = service.ask(CREATE, config=text, entityName=entity or None, projectName=project)["upsertSweep"]
     except Exception as error:
         raise refused(error) from error
     finally:
@@ -125,7 +70,7 @@ def create(sweep: Sweep, runs: Path, *, fixed: Mapping[str, Any]) -> str:
     where = made["sweep"].get("project") or {}
     place = {"id": made["sweep"]["name"], "project": where.get("name", project)}
     place["entity"] = (where.get("entity") or {}).get("name", entity)
-    _keep(runs / "sweeps" / place["id"], text, place)
+    _keep(runs / "sweeps" / place["id"], text, {**place, "made": True})
     return f"{service.app_url}{place['entity']}/{place['project']}/sweeps/{place['id']}"
 
 
@@ -134,13 +79,14 @@ def text_for(sweep: Sweep, fixed: Mapping[str, Any]) -> str:
     import yaml
 
     content = parse_yaml(sweep.text, "the sweep file")
-    if not fixed and yaml.safe_load(sweep.text) == content:
+    both = sweep.scheduler is not None and content.pop("early_terminate", None) is not None  # W&B takes the one or the other
+    if not fixed and not both and yaml.safe_load(sweep.text) == content:
         return sweep.text
     given = {key: {"value": value} for key, value in fixed.items()}
     return yaml.safe_dump({**content, "parameters": {**content["parameters"], **given}}, sort_keys=False)
 
 
-def _keep(folder: Path, text: str, place: dict[str, Any]) -> None:
+def _keep(folder: Path, text: str, place: Mapping[str, Any]) -> None:
     """What later commands in this runs folder need to know of the sweep."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "sweep.yaml", text.encode())
@@ -148,7 +94,7 @@ def _keep(folder: Path, text: str, place: dict[str, Any]) -> None:
 
 
 def kept(sweep_id: str, runs: Path) -> dict[str, Any]:
-    """What this runs folder knows of a hosted sweep: id, project, entity, threads, dataset. {}: nothing."""
+    """What this runs folder knows of a hosted sweep: id, project, entity, threads, dataset, `made` here. {}: nothing."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return dict(json.loads((runs / "sweeps" / sweep_id / "wandb.json").read_bytes()))
     return {}
@@ -192,17 +138,17 @@ class _Slot(threading.Thread):
         if not self.agent:
             host = f"{socket.gethostname()}-{os.getpid()}-{self.number}"
             made = self.hosted.service.ask(
-                _REGISTER, host=host, sweep=self.hosted.id, projectName=place["project"], entityName=place["entity"]
+                REGISTER, host=host, sweep=self.hosted.id, projectName=place["project"], entityName=place["entity"]
             )
             self.agent = made["createAgent"]["agent"]["id"]
         with self.hosted.lock:
             running, said = self.run_id, self.said
         if running and not said:  # a run that W&B has not heard of is handed out again
             names = {"name": running, "project": place["project"], "entity": place["entity"]}
-            self.hosted.service.ask(_CLAIM, **names, sweep=self.hosted.id, state="running")
+            self.hosted.service.ask(CLAIM, **names, sweep=self.hosted.id, state="running")
             self.said = True
         states = json.dumps({running: True} if running else {})
-        answer = self.hosted.service.ask(_BEAT, id=self.agent, metrics="{}", runState=states)
+        answer = self.hosted.service.ask(BEAT, id=self.agent, metrics="{}", runState=states)
         commands = json.loads(answer["agentHeartbeat"]["commands"] or "[]")
         for command in commands:
             self.hosted.obey(self, command)
@@ -216,7 +162,7 @@ class Hosted:
     def __init__(self, name: str, runs: Path, *, slots: int = 1) -> None:
         entity, project, self.id = parts_of(name)
         self.runs, self.folder = runs, runs / "sweeps" / self.id
-        self.service, known = _Service(), kept(self.id, runs)
+        self.service, known = Service(), kept(self.id, runs)
         entity = entity or known.get("entity") or self.service.entity
         project = project or known.get("project") or str(self.service.settings["project"] or PROJECT)
         self.place = {"project": project, "entity": entity, "engine": "wandb"}
@@ -245,6 +191,22 @@ class Hosted:
         self._slots = [_Slot(self, number) for number in range(slots)]
         for slot in self._slots:
             slot.start()
+        self._scheduler: Beside | None = None
+        if read.scheduler:
+            self._schedule(made_here=bool(known.get("made")))
+
+    def _schedule(self, *, made_here: bool) -> None:
+        """Have W&B's scheduler at work, or say who has to."""
+        if made_here:
+            ahead = 2 * len(self._slots)  # one under way and one waiting for each worker: nobody waits for a suggestion
+            self._scheduler = Beside(self.place, self.id, self.folder, ahead=ahead, run_cap=self.sweep.run_cap)
+            self._news.append("W&B's sweep scheduler, which suggests the trials, runs beside this agent")
+        else:
+            path = "/".join((self.place["entity"], self.place["project"], self.id))
+            self._news.append(
+                "this sweep's trials are suggested by W&B's scheduler, which runs beside the agents of the runs folder where "
+                f"the sweep was made; where there is none, run one, and one only: wandb sweep-scheduler {path}"
+            )
 
     # -- what an agent asks --
 
@@ -280,6 +242,10 @@ class Hosted:
                     slot.run_id, slot.said, slot.stopped = trial.run_id, False, False
                     slot.wake.set()
                     return self._taken(slot, trial)
+            if self._scheduler and (said := self._scheduler.look()):
+                self._news.append(said)
+            if self._scheduler and self._scheduler.failed and all(slot.free for slot in self._slots):
+                raise UserError(self._scheduler.failed)
             if self._silent and all(slot.free for slot in self._slots) and not self._worth_waiting():
                 return None
             return "wait" if any(not slot.exited for slot in self._slots if slot.free) else None
@@ -293,7 +259,14 @@ class Hosted:
         return True
 
     def finish(
-        self, trial: Trial, state: str, value: float | None = None, reason: str = "", *, retry: bool | None = None
+        self,
+        trial: Trial,
+        state: str,
+        value: float | None = None,
+        reason: str = "",
+        *,
+        objectives: Sequence[float | None] = (),
+        retry: bool | None = None,
     ) -> str:
         """How a trial ended -> its state now: "interrupted" is open again, here (a killed process) or elsewhere."""
         with self.lock:
@@ -305,7 +278,7 @@ class Hosted:
             else:
                 slot.run_id, slot.stopped = "", False
                 state = "interrupted" if state == "preempted" else state
-            self._trials[trial.run_id].update(state=state, value=value, reason=reason)
+            self._trials[trial.run_id].update(state=state, value=value, reason=reason, objectives=list(objectives))
             return state
 
     def cells(self) -> list[dict[str, Any]]:
@@ -330,10 +303,12 @@ class Hosted:
         return found
 
     def close(self) -> None:
-        """No more beats. Does not wait for W&B."""
+        """No more beats. Does not wait for W&B, but a few seconds for a scheduler beside us whose sweep is over."""
         self.closed = True
         for slot in self._slots:
             slot.wake.set()
+        if self._scheduler:
+            self._scheduler.close(over=all(slot.exited for slot in self._slots))
         stop_core()
 
     # -- what W&B says --
@@ -393,7 +368,14 @@ class Hosted:
 
     def _taken(self, slot: _Slot, trial: Trial) -> Trial:
         shown = {"cell": trial.cell, "run_id": trial.run_id, "values": trial.values, "attempt": trial.attempt}
-        self._trials[trial.run_id] = {**shown, "state": "running", "value": None, "reason": "", "worker": slot.name}
+        self._trials[trial.run_id] = {
+            **shown,
+            "state": "running",
+            "value": None,
+            "objectives": [],
+            "reason": "",
+            "worker": slot.name,
+        }
         return trial
 
     def _slot(self, trial: Trial) -> _Slot:

@@ -162,8 +162,9 @@ class SweepNode:
         self.displayName, self.description = sweep.display_name or None, sweep.config.get("description")
         self.createdAt = self.updatedAt = self.heartbeatAt = date(sweep.created)
         self.runCount, self.runCountExpected = len(sweep.runs), sweep.expected
-        self.bestLoss = self.controller = self.controllerRunName = None
+        self.bestLoss = self.controller = None
         scheduler = sweep.config.get("scheduler")
+        self.controllerRunName = f"{sweep.id}-controller" if scheduler else None
         self.scheduler, self.earlyStopJobRunning = json.dumps(scheduler) if scheduler else None, False
 
     def project(self, info: Any) -> ProjectNode:
@@ -208,7 +209,10 @@ class Root(RootViews):
         return viewer(self._world)
 
     def serverInfo(self, info: Any) -> dict[str, Any]:
-        return {"cliVersionInfo": {"max_cli_version": "0.31.99"}, "features": []}
+        return {
+            "cliVersionInfo": {"max_cli_version": "0.31.99"},
+            "features": [{"name": "SWEEPS_LOCAL_SCHEDULER", "isEnabled": True}],
+        }
 
     def entity(self, info: Any, name: str) -> dict[str, Any]:
         return {"id": key_of("Entity", name), "name": name, "organization": None, "xxhashDigestsEnabled": False}
@@ -281,6 +285,13 @@ class Root(RootViews):
                     run.sweep = sweep.id
                     sweep.runs += [run.id] if run.id not in sweep.runs else []
         return {"sweep": SweepNode(world, sweep), "configValidationWarnings": []}
+
+    def enqueueSweepRun(self, info: Any, input: dict[str, Any]) -> dict[str, Any]:
+        sweep = next((s for s in self._world.sweeps.values() if SweepNode(self._world, s).id == input["id"]), None)
+        if sweep is None:
+            raise ValueError(f"there is no sweep {input['id']}")
+        run = self._world.enqueue(sweep, json.loads(input["config"]))
+        return {"id": run.id, "runQueueItemId": key_of("RunQueueItem", run.id)}
 
     def createAgent(self, info: Any, input: dict[str, Any]) -> dict[str, Any]:
         sweep = self._world.sweeps.get(input["sweep"])

@@ -123,6 +123,7 @@ class Sweep:
     runs: list[str] = field(default_factory=list)
     again: list[dict[str, Any]] = field(default_factory=list)  # cells whose run never arrived
     requeued: list[str] = field(default_factory=list)  # pre-empted runs
+    queue: list[str] = field(default_factory=list)  # runs that a scheduler beside us made, not handed out yet
     exhausted: bool = False  # every cell was handed out
 
     def __post_init__(self) -> None:
@@ -151,7 +152,18 @@ class Sweep:
 def violations(config: Any) -> list[str]:
     """What the public schema of W&B sweeps says against a sweep."""
     found = jsonschema.Draft7Validator(SCHEMA).iter_errors(config)
-    return [f"{'/'.join(map(str, error.absolute_path)) or 'sweep'}: {error.message}"[:300] for error in found]
+    told = [f"{'/'.join(map(str, error.absolute_path)) or 'sweep'}: {error.message}"[:300] for error in found]
+    if told or not {"scheduler", "metrics"} & set(config):
+        return told
+    # What its package says beyond the schema (sweeps 0.3.0, config/cfg.py).
+    custom = config["method"] == "custom"
+    rules = {
+        "`metric` and `metrics` cannot both be set": "metric" in config and "metrics" in config,
+        "`metrics` requires `method: custom`": "metrics" in config and not custom,
+        "`early_terminate` cannot be used together with `scheduler`": "early_terminate" in config and "scheduler" in config,
+        "scheduler.engine does not support this method": custom == (config.get("scheduler", {}).get("engine") == "wandb"),
+    }
+    return [rule for rule, broken in rules.items() if broken]
 
 
 def cells(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -230,6 +242,16 @@ class World:
         self.sweeps[sweep.id] = sweep
         return sweep
 
+    def enqueue(self, sweep: Sweep, config: dict[str, Any]) -> Run:
+        """A run of a custom sweep: W&B tries nothing there by itself."""
+        if sweep.config["method"] != "custom" or set(config) != set(sweep.config["parameters"]):
+            raise ValueError(f"sweep {sweep.id} takes no such run: {config}")
+        run = self.add_run(sweep.entity, sweep.project, self.new_id())
+        run.raw_config = config
+        sweep.runs.append(run.id)
+        sweep.queue.append(run.id)
+        return run
+
     def add_agent(self, sweep: Sweep, host: str) -> Agent:
         agent = Agent(key_of("Agent", self.new_id()), host, sweep.id)
         self.agents[agent.id] = agent
@@ -259,6 +281,9 @@ class World:
         for run_id in lost & set(self.runs):
             run = self.runs[run_id]
             if not run.arrived:  # it ended without W&B ever hearing of it
+                if sweep.config["method"] == "custom":
+                    sweep.queue.insert(0, run_id)
+                    continue
                 sweep.again.append(run.config)
                 sweep.runs.remove(run_id)
                 del self.runs[run_id]
@@ -284,6 +309,16 @@ class World:
             run = self.runs[sweep.requeued.pop(0)]
             run.preempting, run.base_state, run.agent, run.stop_asked = False, "pending", agent.id, False
             return [self._command("resume", run, sweep)]
+        if sweep.config["method"] == "custom":
+            handed_out = len(sweep.runs) - len(sweep.queue)
+            if handed_out >= sweep.config.get("run_cap", math.inf):
+                return [{"type": "exit"}]
+            if not sweep.queue:
+                return []  # its scheduler has not thought of any
+            run = self.runs[sweep.queue.pop(0)]
+            run.agent = agent.id
+            agent.runs.append(run.id)
+            return [self._command("run", run, sweep)]
         cell = sweep.next_cell()
         if cell is None:
             sweep.exhausted = True
