@@ -175,7 +175,7 @@ def new_id() -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, {} where there is none. Raises UserError where it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:

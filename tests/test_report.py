@@ -445,3 +445,18 @@ def test_a_run_read_back_is_what_was_written(tmp_path: Path) -> None:
     assert (run.name, run.id, run.sweep, run.cell, run.state) == ("a name", "one", "s", 3, "finished")
     assert run.accuracy("val") == run.rows[-1]["val/acc"] and run.accuracies("test") == {2: 0.8}
     assert run.layers("gradient_norm") == [f"layer{i}.conv" for i in range(22)]
+
+
+ODD = (  # what Python's json reads, and any faster reader has to read alike
+    '{"epoch":1,"a":-0.0,"b":5e-324,"c":0.1,"d":1.7976931348623157e308,"e":NaN,"f":-Infinity,"g":1e400}',
+    '{"epoch":2,"a":36893488147419103232,"b":1.0,"c":1E5,"d":"\\u00e9\\n\\"","e":null,"f":true,"g":[1,{"x":2}],"a/b":""}',
+    '{"epoch":3,"twice":1,"twice":2, "blank" : 0.30000000000000004 }',
+    '{"epoch":4,"half a pair":"\\ud800"}',
+)
+
+
+@pytest.mark.parametrize("lines", [ODD, ODD[:3], *((line,) for line in ODD)])
+def test_rows_are_read_as_json_reads_them(lines: tuple[str, ...], tmp_path: Path) -> None:
+    record = write(tmp_path, "one")
+    (record.path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines) + '{"epoch":5,')
+    assert repr(load(record.path).rows) == repr(tuple(map(json.loads, lines)))

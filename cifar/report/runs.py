@@ -8,8 +8,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from cifar.errors import UserError
 from cifar.record import Record, all_records, find, read_json
@@ -80,10 +83,14 @@ class Run:
         found = self.accuracies(split)
         return found[max(found)] if found else None
 
+    @cached_property
+    def columns(self) -> set[str]:
+        """The keys of all rows."""
+        return set[str]().union(*self.rows)
+
     def layers(self, metric: str) -> list[str]:
         """Layers that have `metric`, in the network's order."""
-        columns = set[str]().union(*self.rows)
-        present = {key.removeprefix(f"{metric}/") for key in columns if key.startswith(f"{metric}/")}
+        present = {key.removeprefix(f"{metric}/") for key in self.columns if key.startswith(f"{metric}/")}
         order = {name: i for i, name in enumerate(self.labels.get("layers", []))}
         first_seen = {key.removeprefix(f"{metric}/"): i for i, key in enumerate(self.rows[-1])} if self.rows else {}
         return sorted(present, key=lambda name: (order.get(name, len(order)), first_seen.get(name, 0)))
@@ -167,7 +174,10 @@ def _rows(file: Path) -> tuple[Any, ...]:
     if not file.exists():
         return ()
     lines = file.read_bytes().split(b"\n")[:-1]  # what follows the last newline is still being written
-    return tuple(json.loads(b"[" + b",".join(lines) + b"]"))
+    try:
+        return tuple(map(from_json, lines))  # in a quarter of json's time
+    except ValueError:  # it takes less than json, which also says better where a file is damaged
+        return tuple(json.loads(b"[" + b",".join(lines) + b"]"))
 
 
 def collect(names: Sequence[str], runs: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Collection:

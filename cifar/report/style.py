@@ -14,13 +14,14 @@ A figure is a class registered under a name (`registry.figures`), one file in fi
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +130,8 @@ def render(entry: Entry, subject: Any) -> Drawn:
                 return Drawn(figure, data.why, cut=cut)
             figure, cut = fresh(maker.size(data) if hasattr(maker, "size") else SIZE)
             maker.draw(data, figure)
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # laid out: each of the files it is saved to needs not do it again
+            lay_out(figure)
+            figure.set_layout_engine("none")  # each of the files it is saved to needs not do it again
             return Drawn(figure, cut=cut)
         except Exception as error:  # one figure (perhaps a plug-in's) must not cost the report
             problem = f"figure '{entry.name}' failed ({type(error).__name__}: {error}); mend {entry.file}"
@@ -140,13 +141,30 @@ def render(entry: Entry, subject: Any) -> Drawn:
             return Drawn(figure, problem, failed=True)
 
 
+def lay_out(figure: Figure) -> None:
+    """Settle where everything goes. figure.draw_without_rendering() goes through all of it once more."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+
+
 def png(figure: Figure, dpi: int = 160) -> bytes:
-    return _save(figure, "png", dpi=dpi)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    with _saving(figure, dpi):
+        FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+    return buffer.getvalue()
 
 
 def svg(figure: Figure, salt: str) -> str:
     """An SVG whose hovered points show their tips; `salt` makes its ids unique on a page and equal every time."""
-    text = _save(figure, "svg", salt, metadata={"Date": None}).decode()
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    with _saving(figure, figure.dpi, salt):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    text = buffer.getvalue()
     return re.sub(r'<g id="tip:([^"]*)">', r'<g class="tip"><title>\1</title>', text)
 
 
@@ -169,13 +187,19 @@ def inline(text: str, cut: float = 0.0) -> str:
     return text
 
 
-def _save(figure: Figure, kind: str, salt: str = "cifar", **options: Any) -> bytes:
+@contextlib.contextmanager
+def _saving(figure: Figure, dpi: float, salt: str = "cifar") -> Iterator[None]:
+    """Around a canvas's own print_...(): savefig() draws everything once more before that."""
     import matplotlib
 
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({**rc(), "svg.hashsalt": salt}), _quiet():
-        figure.savefig(buffer, format=kind, **options)
-    return buffer.getvalue()
+    canvas, before = figure.canvas, figure.dpi
+    figure.dpi = dpi
+    try:
+        with matplotlib.rc_context({**rc(), "svg.hashsalt": salt}), _quiet():
+            yield
+    finally:
+        figure.dpi = before
+        figure.set_canvas(canvas)
 
 
 class _quiet(warnings.catch_warnings):
@@ -275,7 +299,7 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: 
     """(x, y, text, colour) -> names in the margin right of a line's end, moved apart where they would overlap."""
     if not ends:
         return
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    lay_out(axes.figure)  # type: ignore[arg-type]
     gap = size * 1.25
     scale = axes.figure.dpi / 72  # pixels a point
     order = sorted(ends, key=lambda end: end[1])
@@ -329,7 +353,7 @@ def label_points(
 ) -> int:
     """Write names beside points without overlaps, off the given paths. Returns how many found no place."""
     figure: Any = axes.figure
-    figure.draw_without_rendering()
+    lay_out(figure)
     renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
     frame = axes.get_window_extent()
     centres = [axes.transData.transform((mark.x, mark.y)) for mark in marks]

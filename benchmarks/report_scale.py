@@ -1,0 +1,111 @@
+"""How long `report` takes over a thousand runs: from their folders, and from a W&B server with an empty and with a full cache.
+
+    python benchmarks/report_scale.py [--runs 1000] [--epochs 100] [--layers 4] [--repeats 3] [--json FILE]
+
+Each figure is the wall time of a whole `python -m cifar report`, start and imports included. The runs are those of the tests
+(8 networks x 5 learning rates x seeds, 4 metrics a layer); the server is the tests' own, and its time is in the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from fake_runs import NETWORKS, write  # noqa: E402
+from on_server import put  # noqa: E402
+from protocol import Server  # noqa: E402
+
+from cifar.environment import device_name  # noqa: E402
+
+
+def fill(server: Server, runs: Path, count: int, epochs: int, layers: int) -> None:
+    """Run folders, and the same runs on the server."""
+    for n in range(count):
+        model, seed = list(NETWORKS)[n % 8], n // 40
+        put(server, write(runs, f"r{n:04d}", model=model, seed=seed, lr=0.1 + n // 8 % 5, layers=layers, epochs=epochs))
+
+
+def timed(place: str, home: Path, server: Server) -> dict[str, float]:
+    """One report -> wall and CPU seconds, and requests to the server."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    folders = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(ROOT)}
+    environment = {**kept, **folders, **server.environment()}
+    server.requests.clear()
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(
+        [sys.executable, "-m", "cifar", "report", place, "--out", str(home / "out")],
+        env=environment, cwd=home, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "cpu": cpu, "requests": len(server.requests)}
+
+
+def summed_up(measured: list[dict[str, float]]) -> dict[str, object]:
+    seconds = sorted(each["seconds"] for each in measured)
+    return {
+        "n": len(seconds),
+        "median_seconds": round(statistics.median(seconds), 2),
+        "range_seconds": [round(seconds[0], 2), round(seconds[-1], 2)],
+        "median_cpu_seconds": round(statistics.median(each["cpu"] for each in measured), 2),
+        "requests": int(measured[-1]["requests"]),
+    }
+
+
+def measure(count: int, epochs: int, layers: int, repeats: int) -> dict[str, object]:
+    """Everything in a folder of its own -> what was measured."""
+    with tempfile.TemporaryDirectory() as folder, Server() as server:
+        home, runs = Path(folder), Path(folder) / "runs"
+        fill(server, runs, count, epochs, layers)
+        size = sum(file.stat().st_size for file in runs.glob("*/metrics.jsonl"))
+        local = [timed(str(runs), home, server) for _ in range(repeats)]
+        cold, warm = [], []
+        for _ in range(repeats):
+            shutil.rmtree(home / "cache", ignore_errors=True)
+            cold.append(timed("me/cifar", home, server))
+            warm.append(timed("me/cifar", home, server))
+        server.assert_understood()
+    return {
+        "what": f"`report` of {count} runs x {epochs} epochs x {layers} layers ({size / 1e6:.0f} MB of metrics)",
+        "device": device_name(torch.device("cpu")),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 1),  # others on the same cores make it slower
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("wandb", "matplotlib")},
+        "local": summed_up(local),
+        "wandb_cold": summed_up(cold),
+        "wandb_warm": summed_up(warm),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--layers", type=int, default=4, help="of each network, with 4 metrics each [4, as worksheet 1 has]")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write it there too")
+    options = parser.parse_args()
+    text = json.dumps(measure(options.runs, options.epochs, options.layers, options.repeats), indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
