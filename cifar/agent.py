@@ -13,25 +13,23 @@ import math
 import os
 import queue
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cifar import devices, engines, stops
+from cifar import devices, engines, packs, stops
 from cifar import sweep as sweeps
 from cifar.backends import local
 from cifar.board import OPEN, Best, Board, Display, Lines, Row, shown
 from cifar.claims import Backend, Trial
-from cifar.crew import Failures, Worker, death
+from cifar.crew import Failures, Held, Worker, death
 from cifar.follow import Follower
 from cifar.record import Record
 from cifar.report.runs import STAND_IN
 from cifar.space import Pause
 
-CPU_WORKERS = 4  # at most; one a core takes less CPU time than one trial of many threads (LOG.md)
 FAILURES_IN_A_ROW = 3
 POLL_SECONDS = 1.0  # between two looks for a trial while others hold the open ones
 FOLLOWER_SECONDS = 20.0  # for pictures and uploads after the last trial
@@ -50,13 +48,15 @@ def agent(
     gpus: str = "",
     per_gpu: int = 1,
     time_limit: float = math.inf,
+    pack: str = "auto",
 ) -> int:
     """Run trials of a sweep until none is open. Returns the exit code: 0; 1 after three failures in a row or where the
     machine fails; 130, 143 and 138 after SIGINT, SIGTERM and SIGUSR1. `console`: rich's, for a live table.
-    `gpus`: "all" or "0,1", with `per_gpu` workers on each; `time_limit`: seconds."""
+    `gpus`: "all" or "0,1", with `per_gpu` workers on each; `time_limit`: seconds; `pack`: "auto", "off" or how many trials a
+    worker trains side by side."""
     pins, said = devices.pins(gpus, per_gpu) if gpus else ([], [])
-    size = len(pins) or workers or default_workers()
-    backend = engines.opened(sweep_id, runs, url, wandb, size, data_dir)
+    size = len(pins) or workers or devices.default_workers()
+    backend = engines.opened(sweep_id, runs, url, wandb, size * packs.limit(pack), data_dir)
     if backend.place.get("engine") == "wandb":
         wandb = "online"
     display: Display = Lines()
@@ -66,7 +66,7 @@ def agent(
         display = live.display(console)
     for line in said:
         display.say(line)
-    options: dict[str, Any] = {"pins": pins, "time_limit": time_limit}
+    options: dict[str, Any] = {"pins": pins, "time_limit": time_limit, "pack": pack}
     try:
         return Agent(backend, count=count, workers=size, data_dir=data_dir, wandb=wandb, display=display, **options).run()
     finally:
@@ -87,12 +87,13 @@ class Agent:
         display: Display,
         pins: Sequence[Mapping[str, str]] = (),
         time_limit: float = math.inf,
+        pack: str = "off",
     ) -> None:
         self.backend, self.sweep, self.display = backend, backend.sweep, display
-        self.left = float("inf") if count is None else count  # trials that may still be taken
         self.size, self.data_dir, self.wandb = workers, data_dir, wandb
-        self.threads = backend.settle_threads(max(1, cores() // workers))
+        self.threads = backend.settle_threads(max(1, devices.cores() // workers))
         self.name = f"{socket.gethostname()}-{os.getpid()}"
+        self.packer = packs.Packer(backend, self.name, pack, math.inf if count is None else count)
         self.events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]] = queue.SimpleQueue()
         self.workers: list[Worker] = []
         self.follower: Follower | None = None
@@ -128,9 +129,10 @@ class Agent:
         finally:
             for worker in self.workers:
                 worker.end()
-            for worker in self._busy():  # something above went wrong: the cells are open again for others at once
+            left = [held.trial for worker in self._busy() for held in worker.held.values()]
+            for trial in [*self.packer.aside, *left]:  # the cells are open again for others at once
                 with contextlib.suppress(Exception):
-                    self.backend.finish(worker.trial, "interrupted", reason="its agent ended")
+                    self.backend.finish(trial, "interrupted", reason="its agent ended")
             self.display.end()
             if self.follower:
                 self.display.say("finishing pictures and uploads ...")
@@ -144,10 +146,10 @@ class Agent:
             self.display.say(self.news.pop(0))
 
     def _claims(self) -> bool:
-        return not (self.signals or self.halted) and self.left > 0 and self.limit.takes()
+        return not (self.signals or self.halted) and self.packer.more() and self.limit.takes()
 
     def _busy(self) -> list[Worker]:
-        return [worker for worker in self.workers if worker.trial]
+        return [worker for worker in self.workers if worker.held]
 
     def _welcome(self) -> None:
         info, counts = self.backend.info, self.backend.counts()
@@ -175,7 +177,7 @@ class Agent:
             self.display.say(f"best {self.board.best}")
         if self.halted:
             self.display.say(self.halted)
-        late = self.left > 0 and not self.limit.takes()
+        late = self.packer.left > 0 and not self.limit.takes()
         if late:
             self.display.say("the time limit is near, or a trial would not end in it: no more are taken")
         if self.signals or late:
@@ -195,48 +197,50 @@ class Agent:
         for worker in self._busy():
             if wish.level == 3:
                 worker.process.kill()
-            worker.tell(stop=wish.state, when=wish.when, run_id=worker.trial.run_id)
+            for run_id in worker.held:
+                worker.tell(stop=wish.state, when=wish.when, run_id=run_id)
 
     # -- trials --
 
     def _hand_out(self) -> None:
         if self.pause.on or time.monotonic() < self.next_claim:
             return
-        while self.left > 0 and len(self._busy()) < self.size:
-            trial = self.backend.claim(self.name, int(min(self.left, self.size - len(self._busy()))))
-            if not isinstance(trial, Trial):
+        while self._claims() and len(self._busy()) < self.size:
+            trials = self.packer.take(self.size - len(self._busy()), self._values)
+            if not isinstance(trials, list):
                 self.next_claim = time.monotonic() + POLL_SECONDS
-                if trial is None and not self._busy():
-                    self.left = 0
+                if trials is None and not self._busy():
+                    self.packer.left = 0
                 return
             try:
-                self._start(trial)
+                self._start(trials)
             except OSError:
-                self.backend.finish(trial, "interrupted", reason="its worker could not be started")
+                for trial in trials:
+                    self.backend.finish(trial, "interrupted", reason="its worker could not be started")
                 raise
-            self.left -= 1
 
-    def _start(self, trial: Trial) -> None:
-        worker = self._worker(trial.cell)
-        info = self.backend.info
-        values = {**trial.values, **info["fixed"], "test": "never"}
-        worker.trial, worker.begun, worker.folder = trial, time.monotonic(), None
-        self.board.rows[trial.cell] = Row(trial.cell, self._name(values))
-        worker.tell(
-            trial={
-                "run_id": trial.run_id,
-                "cell": trial.cell,
-                "values": {"threads": self.threads, **values},
-                "sweep": self.backend.id,
-                "place": self.backend.place,
-                "runs": str(self.backend.runs),
-                "swept": self.sweep.swept,
-                "metric": self.sweep.metric.name,
-                "objectives": [metric.name for metric in self.sweep.metrics],
-                "early": asdict(self.sweep.early) if self.sweep.early else None,
-                "data_dir": str(self.data_dir) if self.data_dir else "",
-            }
-        )
+    def _values(self, trial: Trial) -> dict[str, Any]:
+        return {"threads": self.threads, **trial.values, **self.backend.info["fixed"], "test": "never"}
+
+    def _start(self, trials: Sequence[Trial]) -> None:
+        worker = self._worker(trials[0].cell)
+        counts = self.backend.counts()
+        ahead = len(trials) + sum(counts.get(state, 0) for state in OPEN if state != "running") // self.size
+        for trial in trials:
+            worker.held[trial.run_id] = Held(trial, time.monotonic())
+            self.board.rows[trial.cell] = Row(trial.cell, self._name(self._values(trial)))
+        common = {
+            "sweep": self.backend.id,
+            "place": self.backend.place,
+            "runs": str(self.backend.runs),
+            "swept": self.sweep.swept,
+            "metric": self.sweep.metric.name,
+            "objectives": [metric.name for metric in self.sweep.metrics],
+            "early": asdict(self.sweep.early) if self.sweep.early else None,
+            "data_dir": str(self.data_dir) if self.data_dir else "",
+            "ahead": ahead,
+        }
+        worker.tell(trials=[{"run_id": t.run_id, "cell": t.cell, "values": self._values(t), **common} for t in trials])
 
     def _worker(self, cell: int) -> Worker:
         """A free worker, started where there is none; not in a slot where this cell has failed, if there is another."""
@@ -253,21 +257,25 @@ class Agent:
         if time.monotonic() < self.next_beat:
             return
         self.next_beat = time.monotonic() + local.lease() / 5
+        for trial in self.packer.aside:
+            self.backend.beat(trial)
         for worker in self._busy():
-            trial = worker.trial
-            assert trial
-            answer = self.backend.beat(trial)
-            if answer == "stop":
-                worker.tell(stop="stopped", run_id=trial.run_id)
-            elif answer == "lost":
-                self._lose(worker)
+            for held in list(worker.held.values()):
+                answer = self.backend.beat(held.trial)
+                if answer == "stop":
+                    worker.tell(stop="stopped", run_id=held.trial.run_id)
+                elif answer == "lost":
+                    self._lose(worker, held.trial)
         self.board.counts = self.backend.counts()
 
-    def _lose(self, worker: Worker) -> None:
-        assert worker.trial
-        self.display.say(f"trial {worker.trial.cell:03d} was taken over by another agent: this one was too long silent")
-        self.board.rows.pop(worker.trial.cell, None)
-        worker.trial, worker.spent = None, True
+    def _lose(self, worker: Worker, trial: Trial) -> None:
+        self.display.say(f"trial {trial.cell:03d} was taken over by another agent: this one was too long silent")
+        self.board.rows.pop(trial.cell, None)
+        for other in worker.held.values():
+            if other.trial != trial:  # their process ends, but they are still ours to give back
+                self.backend.finish(other.trial, "interrupted", reason="its worker had to end")
+                self.packer.left += 1
+        worker.held, worker.spent = {}, True
         worker.process.kill()
 
     # -- news from the workers --
@@ -276,7 +284,7 @@ class Agent:
         with self.pause.catching(self.news):
             return self._take(worker, event)
         if self.signals:  # nobody waits for space any more; the lease gives the cell back
-            worker.trial = None
+            worker.held.pop(event.get("run_id", ""), None)
             return
         time.sleep(0.25)  # the disk is full: the news has to wait
         self.events.put((worker, event))
@@ -285,18 +293,18 @@ class Agent:
         if event["event"] == "gone":
             if worker in self.workers:
                 self.workers.remove(worker)
-            if worker.trial:
+            if worker.held:
                 self._died(worker, event["code"])
             return
-        trial = worker.trial
-        if trial is None or event["run_id"] != trial.run_id:
+        held = worker.held.get(event["run_id"])
+        if held is None:
             return
-        row = self.board.rows[trial.cell]
+        trial, row = held.trial, self.board.rows[held.trial.cell]
         if event["event"] == "started":
-            row.state, row.epochs, worker.folder = "running", event["epochs"], Path(event["folder"])
+            row.state, row.epochs, held.folder = "running", event["epochs"], Path(event["folder"])
             self.display.say(f"trial {trial.cell:03d} {row.name}: {event['macs'] / 1e6:.2f} MMACs, run {trial.run_id}")
             if self.follower:
-                self.follower.follow(worker.folder)
+                self.follower.follow(held.folder)
         elif event["event"] == "progress":
             row.fraction = event["fraction"]
         elif event["event"] == "epoch":
@@ -307,9 +315,9 @@ class Agent:
                 f"{row.images_per_second:,.0f} images/s"
             )
             if event["ask"]:
-                worker.tell(go=self._go_on(trial, event["ask"], row.epochs))
+                worker.tell(go=self._go_on(trial, event["ask"], row.epochs), run_id=trial.run_id)
         else:
-            self._ended(worker, trial, event)
+            self._ended(worker, held, event)
 
     def _go_on(self, trial: Trial, ask: dict[str, Any], epochs: int) -> bool:
         history = {int(epoch): value for epoch, value in ask["history"].items()}
@@ -318,21 +326,23 @@ class Agent:
 
     def _died(self, worker: Worker, code: int) -> None:
         """A worker ended without a word: a signal, the kernel's out-of-memory killer, or our own second Ctrl-C."""
-        assert worker.trial
         event = death(code)
         if self.told == 3:
             event = {"state": "interrupted", "reason": "ended at once by a second signal"}
-        if worker.folder:
-            record = Record(worker.folder)
-            status = record.read("status")
-            with contextlib.suppress(OSError):
-                told = {key: status.get(key, 0) for key in ("epoch", "epochs")}
-                record.set_status(event["state"], reason=event["reason"], **told)
-            if self.follower:
-                self.follower.close(worker.folder)
-        self._ended(worker, worker.trial, event)
+        for number, held in enumerate(list(worker.held.values())):
+            if held.folder:
+                record = Record(held.folder)
+                status = record.read("status")
+                with contextlib.suppress(OSError):
+                    told = {key: status.get(key, 0) for key in ("epoch", "epochs")}
+                    record.set_status(event["state"], reason=event["reason"], **told)
+                if self.follower:
+                    self.follower.close(held.folder)
+            self._ended(worker, held, dict(event), first=number == 0)
 
-    def _ended(self, worker: Worker, trial: Trial, event: dict[str, Any]) -> None:
+    def _ended(self, worker: Worker, held: Held, event: dict[str, Any], *, first: bool = True) -> None:
+        """`first`: of the trials that one death ended; the others say nothing new about this machine."""
+        trial = held.trial
         value, reason, asked = event.get("value"), event.get("reason", ""), event["state"]
         bad = asked in ("failed", "killed")
         worker.spent = bad or event.get("full", False) or event.get("halt", False)  # it ends itself
@@ -340,18 +350,23 @@ class Agent:
             event["retry"] = self.failures.retries(trial.cell, worker.slot, event.get("cause", ""))
         objectives = event.get("objectives", [])
         state = self.backend.finish(trial, asked, value, reason, objectives=objectives, retry=event.get("retry"))
-        row, worker.trial = self.board.rows[trial.cell], None
-        row.seconds, row.fraction, row.state = time.monotonic() - worker.begun, 1.0, state
+        row = self.board.rows[trial.cell]
+        worker.held.pop(trial.run_id)
+        row.seconds, row.fraction, row.state = time.monotonic() - held.begun, 1.0, state
+        if together := event.get("apart"):
+            self.packer.failed_together(trial, together)
+            worker.spent = True
         row.value = value if value is not None else row.value
         if state in ("interrupted", "preempted"):
-            self.left += 1
+            self.packer.left += 1
             reason = f"{reason}; it will be tried again" if bad else reason
         self.display.say(f"trial {trial.cell:03d} {asked}: {self._shown(row.value)}" + (f" ({reason})" if reason else ""))
         if state == "finished":
             self.limit.seen(row.seconds)
         self._best({**trial.__dict__, "state": state, "value": value, "objectives": objectives})
         self.board.counts = self.backend.counts()
-        self.failures.count(state, bad=bad and state != "lost")
+        if first:
+            self.failures.count(state, bad=bad and state != "lost")
         if event.get("full"):
             self.news.append(self.pause.begin() or f"trial {trial.cell:03d} waits for space too")
         else:
@@ -372,14 +387,3 @@ class Agent:
 
     def _shown(self, value: float | None) -> str:
         return f"{self.board.metric} {shown(value, self.board.metric)}"
-
-
-def default_workers() -> int:
-    """Trials at a time: one where there is a GPU to share, else one a core, up to CPU_WORKERS."""
-    gpu = sys.platform == "darwin" or Path("/dev/nvidia0").exists()  # asked without importing PyTorch
-    return 1 if gpu else min(CPU_WORKERS, cores())
-
-
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -17,6 +17,7 @@ from cifar.options import (
     Dataset,
     Experiment,
     Gpus,
+    Pack,
     Pairs,
     PerGpu,
     RunsDir,
@@ -96,6 +97,7 @@ def sweep(
     report: Annotated[bool, typer.Option("--report/--no-report", help="draw the report at the end")] = True,
     gpus: Gpus = "",
     per_gpu: PerGpu = 1,
+    pack: Pack = "auto",
     time_limit: TimeLimit = "",
 ) -> int:
     """Create a sweep, run its trials, draw the report. Logged in to W&B, the sweep is made there, unless --storage is given.
@@ -124,7 +126,7 @@ def sweep(
         no_agent,
         dry_run,
         report,
-        _fleet(gpus, per_gpu, time_limit, workers),
+        _fleet(gpus, per_gpu, pack, time_limit, workers),
     )
 
 
@@ -141,6 +143,7 @@ def agent(
     wandb: Wandb = "auto",
     gpus: Gpus = "",
     per_gpu: PerGpu = 1,
+    pack: Pack = "auto",
     time_limit: TimeLimit = "",
 ) -> int:
     """Join a sweep from another terminal; ends when no trial is open.
@@ -155,18 +158,19 @@ def agent(
     """
     from cifar import many
 
-    fleet = _fleet(gpus, per_gpu, time_limit, workers)
+    fleet = _fleet(gpus, per_gpu, pack, time_limit, workers)
     return many.agent(sweep_id, count, workers, storage, data_dir, runs_dir, wandb, fleet)
 
 
-def _fleet(gpus: str, per_gpu: int, time_limit: str, workers: int | None) -> dict[str, Any]:
+def _fleet(gpus: str, per_gpu: int, pack: str, time_limit: str, workers: int | None) -> dict[str, Any]:
     """Options of the agent, checked before anything heavy is imported."""
+    from cifar.packs import checked
     from cifar.stops import seconds_of
 
     if gpus and workers:
         raise UserError("--workers and --gpus both say how many workers there are; on GPUs give --gpus and --per-gpu")
     limit = {"time_limit": seconds_of(time_limit)} if time_limit else {}
-    return {"gpus": gpus, "per_gpu": per_gpu, **limit}
+    return {"gpus": gpus, "per_gpu": per_gpu, "pack": checked(pack), **limit}
 
 
 @app.command()

@@ -236,6 +236,21 @@ def explain(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, 
     return rows
 
 
+_FREE = {"experiment", "seed", "epochs", "schedule", "test", "tta", "max_macs", "checkpoint_every", "label_smoothing"}
+
+
+def form(config: Settings) -> dict[str, Any]:
+    """What two runs have in common whose parts one can take over from the other.
+
+    Of an optimizer's keys those that are scalars may differ, but not between zero and something: that is another rule.
+    """
+    optimizer = config.part("optimizer")
+    scalars = {key: bool(value) for key, value in optimizer.items() if type(value) is float}
+    free = _FREE | scalars.keys() | config.part("schedule").keys()
+    fixed = {key: value for key, value in config.flat().items() if key not in free}
+    return fixed | {"smoothed": bool(config.label_smoothing), "scalars": scalars}
+
+
 # -- YAML --------------------------------------------------------------------------------------------------------------
 
 

@@ -12,15 +12,27 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cifar.claims import Trial
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 15  # lines of a traceback that are shown
 
 
+@dataclass
+class Held:
+    """A trial that a worker has in hand."""
+
+    trial: Trial
+    begun: float
+    folder: Path | None = None  # its record, once it is there
+
+
 class Worker:
-    """A worker process and the trial it has in hand. `pin` is what its environment has beyond ours."""
+    """A worker process and the trials it has in hand, by run. `pin` is what its environment has beyond ours."""
 
     def __init__(
         self,
@@ -31,10 +43,8 @@ class Worker:
         pin: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.slot, self.log = name, slot, log
-        self.trial: Any = None
+        self.held: dict[str, Held] = {}
         self.spent = False  # it ends, or is dead, and takes no trial any more
-        self.folder: Path | None = None
-        self.begun = 0.0
         environment = {key: value for key, value in os.environ.items() if key != "CIFAR_STORAGE"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
         with open(log, "ab") as errors:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from cifar.errors import UserError
 
 SMI_SECONDS = 30.0
+CPU_WORKERS = 4  # at most; one a core takes less CPU time than one trial of many threads (LOG.md)
 _GPUS = ["--query-gpu=index,uuid,name", "--format=csv,noheader"]
 _APPS = ["--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader,nounits"]
 
@@ -87,6 +90,21 @@ def choose(
 
 def _is(gpu: Gpu, name: str) -> bool:
     return name == str(gpu.index) or (name.startswith("GPU-") and gpu.uuid.startswith(name))
+
+
+def any_gpu() -> bool:
+    """Whether there is a GPU here, asked without importing PyTorch."""
+    return sys.platform == "darwin" or Path("/dev/nvidia0").exists()
+
+
+def default_workers() -> int:
+    """Trials at a time: one where there is a GPU to share, else one a core, up to CPU_WORKERS."""
+    return 1 if any_gpu() else min(CPU_WORKERS, cores())
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pins(gpus: str, per_gpu: int) -> tuple[list[Mapping[str, str]], list[str]]:

@@ -34,6 +34,10 @@ Gpus = Annotated[
     str, typer.Option("--gpus", metavar="all|0,1", help="workers on these GPUs; those in use by others are skipped and named")
 ]
 PerGpu = Annotated[int, typer.Option("--per-gpu", min=1, metavar="K", help="workers on each GPU of --gpus")]
+Pack = Annotated[
+    str,
+    typer.Option("--pack", metavar="auto|K|off", help="on a GPU, trials that differ in seed and scalars only side by side"),
+]
 TimeLimit = Annotated[
     str, typer.Option("--time-limit", metavar="TIME", help="wall time, as in 50m or 2h: what runs at its end is given back")
 ]

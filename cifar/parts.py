@@ -138,7 +138,7 @@ class Training:
 
     def restart(self, config: Settings) -> bool:
         """Become the beginning of another run, in place. False, and nothing has changed, where that takes new parts."""
-        if form(config) != form(self.config):
+        if configuration.form(config) != configuration.form(self.config):
             return False
         before, self.config = self.config, config
         model = self._initial_model()
@@ -241,21 +241,6 @@ class Training:
         random.setstate(state["python"])
         if self.device.type == "cpu":
             torch.set_num_threads(state["threads"])  # sums over 1 and over 2 threads differ in the last bit
-
-
-_FREE = {"experiment", "seed", "epochs", "schedule", "test", "tta", "max_macs", "checkpoint_every", "label_smoothing"}
-
-
-def form(config: Settings) -> dict[str, Any]:
-    """What two runs have in common whose parts one can take over from the other.
-
-    Of an optimizer's keys those that are scalars may differ, but not between zero and something: that is another rule.
-    """
-    optimizer = config.part("optimizer")
-    scalars = {key: bool(value) for key, value in optimizer.items() if type(value) is float}
-    free = _FREE | scalars.keys() | config.part("schedule").keys()
-    fixed = {key: value for key, value in config.flat().items() if key not in free}
-    return fixed | {"smoothed": bool(config.label_smoothing), "scalars": scalars}
 
 
 @functools.cache

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from cifar.capture import Steps
-from cifar.config import Settings
+from cifar.config import Settings, form
 from cifar.data import cache_folder
-from cifar.parts import Training, form
+from cifar.parts import Training
 from cifar.ranks import ALONE, Team
 
 KEPT = 2  # steps of different forms; their tensors stay on the device

@@ -1,8 +1,8 @@
-"""A worker process: trains the trials that its supervisor sends, one after the other, and says how they go.
+"""A worker process: trains the trials that its supervisor sends, one after the other or side by side, and says how they go.
 
     python -m cifar.worker        # started by cifar/agent.py
 
-JSON lines in:  {"trial": {...}}   {"run_id", "stop": "interrupted", "when": "epoch" | "step"}   {"go": true}
+JSON lines in:  {"trials": [{...}]}   {"run_id", "stop": "interrupted", "when": "epoch" | "step"}   {"run_id", "go": true}
 JSON lines out: {"event": "started" | "progress" | "epoch" | "ended", "run_id", ...}
 The end of standard input means that the supervisor is gone: the worker ends at once, wherever it is.
 """
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cifar.config import Settings
     from cifar.record import Record
+    from cifar.running import Running
     from cifar.track import Sink
 
 PROGRESS_SECONDS = 0.5
@@ -34,52 +35,64 @@ DONE = ("finished", "diverged", "pruned", "skipped")  # only the news of it did 
 
 
 class Worker:
-    """The two pipes to the supervisor, and the trial in hand."""
+    """The two pipes to the supervisor, and the trials in hand."""
 
     def __init__(self) -> None:
         self.out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # what a plug-in prints goes to the log, not between our lines
         self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.run_id = ""
+        self.trials: dict[str, dict[str, Any]] = {}  # by run, until they have ended
         self.settings: Settings | None = None
         self.stops: dict[str, tuple[str, str]] = {}  # run -> (state it is asked to end in, "step" | "epoch"); may come early
         self.step = self.steps = 0  # of the epoch; no step taken yet
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
         for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch system may tell every process
-            signal.signal(number, lambda *_: self.stops.update({self.run_id: ("preempted", "step")}))
+            signal.signal(number, lambda *_: self.stops.update(dict.fromkeys([*self.trials], ("preempted", "step"))))
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         for line in sys.stdin:
             message = json.loads(line)
             if "stop" in message:
-                begun = self.step and message["run_id"] == self.run_id  # else there is no epoch to finish
+                begun = self.step and message["run_id"] in self.trials  # else there is no epoch to finish
                 self.stops[message["run_id"]] = message["stop"], message.get("when", "step") if begun else "step"
             else:
                 self.inbox.put(message)
         os._exit(3)
 
-    def say(self, event: str, **content: Any) -> None:
-        self.out.write(json.dumps({"event": event, "run_id": self.run_id, **content}) + "\n")
+    def say(self, event: str, run_id: str, **content: Any) -> None:
+        self.out.write(json.dumps({"event": event, "run_id": run_id, **content}) + "\n")
 
     def work(self) -> None:
         """Trials until the supervisor goes away, or one fails: after that a fresh process is the safe one."""
         import cifar.run  # noqa: F401 (seconds of imports, while the first trial is being claimed)
 
         while True:
-            trial = self.inbox.get()["trial"]
-            self.run_id, self.step = trial["run_id"], 0
+            self.trials, self.step = {trial["run_id"]: trial for trial in self.inbox.get()["trials"]}, 0
+            together = len(self.trials)
             try:
-                ended = self._train(trial)
-                self.stops.pop(self.run_id, None)
-                self.say("ended", **ended)
+                self._train()
             except Exception as error:
                 with contextlib.suppress(OSError):  # the log may be on the full disk
                     traceback.print_exc()
-                self.say("ended", **self._failure(trial, error))
+                for run_id, trial in self.trials.items():
+                    self.say("ended", run_id, **self._failure(trial, error, together))
                 return
 
-    def _failure(self, trial: dict[str, Any], error: Exception) -> dict[str, Any]:
+    def ended(self, run_id: str) -> None:
+        """A run's record says how it ended."""
+        from cifar.record import Record
+
+        trial = self.trials.pop(run_id)
+        self.stops.pop(run_id, None)
+        record = Record(Path(trial["runs"]) / run_id)
+        rows, status = list(record.rows()), record.read("status")
+        known = {**record.read("run")["cost"], **(rows[-1] if rows else {}), **record.read("summary")}
+        objectives = [known.get(name) for name in trial["objectives"]]
+        told = {"state": status["state"], "value": known.get(trial["metric"]), "reason": status.get("reason", "")}
+        self.say("ended", run_id, **told, objectives=objectives)
+
+    def _failure(self, trial: dict[str, Any], error: Exception, together: int) -> dict[str, Any]:
         from cifar.errors import UserError
         from cifar.run import out_of_memory
         from cifar.space import is_full
@@ -91,6 +104,9 @@ class Worker:
         whole = Path(trial["runs"]) / trial["run_id"] / "traceback.txt"
         memory = out_of_memory(error, self.settings) if self.settings else ""
         cause = "memory" if memory else "device" if str(error).startswith("CUDA error") else ""
+        if together > 1:  # which of them is at fault shows when each is alone
+            why = memory or f"{type(error).__name__}: {error}"
+            return {"state": "interrupted", "reason": f"side by side with {together - 1} others: {why}", "apart": together}
         return {
             "state": "killed" if memory else "failed",
             "reason": memory or f"{type(error).__name__}: {error}",
@@ -98,41 +114,53 @@ class Worker:
             "whole": str(whole) if whole.exists() else "",
         }
 
-    def _train(self, trial: dict[str, Any]) -> dict[str, Any]:
-        from cifar import config, run
-        from cifar.hyperband import Hyperband
+    def _train(self) -> None:
+        from cifar import run
         from cifar.record import Record
 
-        settings = self.settings = config.resolve(trial["values"])
-        runs, metric = Path(trial["runs"]), trial["metric"]
-        record = Record(runs / self.run_id)
-        state = record.read("status").get("state", "")
-        if state not in DONE:
-            swept = [key for key in trial["swept"] if key in config.flatten(trial["values"])]
-            place = {"sweep": trial["sweep"], "cell": trial["cell"], **trial["place"]}
-            record = run.create(settings, runs, run_id=self.run_id, swept=swept, **place)
-        macs = record.read("run")["cost"]["macs"]
-        self.say("started", folder=str(record.path), epochs=settings.epochs, macs=macs, pid=os.getpid())
-        if state not in DONE:
-            rungs = Hyperband(**trial["early"]).rungs(settings.epochs) if trial["early"] else []
-            run.train(
-                settings,
-                record,
-                data_dir=Path(trial["data_dir"]) if trial["data_dir"] else None,
-                sinks=[_progress(self)],
-                on_epoch=self._judge(record, metric, rungs),
-                stop=self._stop,
-            )
-        rows = list(record.rows())
-        known = {**record.read("run")["cost"], **(rows[-1] if rows else {}), **record.read("summary")}
-        status = record.read("status")
-        objectives = [known.get(name) for name in trial["objectives"]]
-        ended = {"state": status["state"], "value": known.get(metric), "reason": status.get("reason", "")}
-        return {**ended, "objectives": objectives}
+        trials = list(self.trials.values())
+        live = []
+        for trial in trials:
+            if Record(Path(trial["runs"]) / trial["run_id"]).read("status").get("state", "") in DONE:
+                self._started(Record(Path(trial["runs"]) / trial["run_id"]), trial)
+                self.ended(trial["run_id"])
+            else:
+                live.append(self._running(trial))
+        data_dir = Path(trials[0]["data_dir"]) if trials[0]["data_dir"] else None
+        begun = [one for one in live if (one.record.path / "checkpoint.pt").exists()]  # each somewhere else in its epochs
+        fresh = [one for one in live if one not in begun]
+        for together in ([fresh] if fresh else []) + [[one] for one in begun]:
+            run.train_together(together, data_dir=data_dir, ahead=trials[0]["ahead"])
 
-    def _stop(self) -> str | None:
+    def _running(self, trial: dict[str, Any]) -> Running:
+        """A run that is about to be trained, with what it tells and asks."""
+        from cifar import config, run
+        from cifar.hyperband import Hyperband
+        from cifar.running import Running
+
+        settings = self.settings = config.resolve(trial["values"])
+        swept = [key for key in trial["swept"] if key in config.flatten(trial["values"])]
+        place = {"sweep": trial["sweep"], "cell": trial["cell"], **trial["place"]}
+        record = run.create(settings, Path(trial["runs"]), run_id=trial["run_id"], swept=swept, **place)
+        self._started(record, trial)
+        rungs = Hyperband(**trial["early"]).rungs(settings.epochs) if trial["early"] else []
+        return Running(
+            settings,
+            record,
+            sinks=[_progress(self, trial["run_id"])],
+            on_epoch=self._judge(record, trial["metric"], rungs),
+            stop=lambda: self._stop(trial["run_id"]),
+        )
+
+    def _started(self, record: Record, trial: dict[str, Any]) -> None:
+        macs, epochs = record.read("run")["cost"]["macs"], record.read("config")["epochs"]
+        self.say("started", record.id, folder=str(record.path), epochs=epochs, macs=macs, pid=os.getpid())
+
+    def _stop(self, run_id: str) -> str | None:
         """The state to end in, asked after each step."""
-        state, when = self.stops.get(self.run_id, (None, "step"))
+        if not self.stops:
+            return None
+        state, when = self.stops.get(run_id, (None, "step"))
         return state if when == "step" or self.step == self.steps else None
 
     def _judge(self, record: Record, metric: str, rungs: list[int]) -> Callable[[dict[str, Any]], bool]:
@@ -145,13 +173,21 @@ class Worker:
             ask = {"history": {rung: values[rung] for rung in passed}, "values": list(values.values())}
             speed = row["system/images_per_second"]
             new, judged[:] = passed != judged, passed
-            self.say("epoch", epoch=row["epoch"], value=row.get(metric), images_per_second=speed, ask=ask if new else None)
-            return bool(self.inbox.get()["go"]) if new else True
+            self.say(
+                "epoch", record.id, epoch=row["epoch"], value=row.get(metric), images_per_second=speed, ask=ask if new else None
+            )
+            return self._answer(record.id) if new else True
 
         return on_epoch
 
+    def _answer(self, run_id: str) -> bool:
+        """The supervisor's word on a run at its rung. Nothing else comes while trials are in hand."""
+        answer = self.inbox.get()
+        assert answer["run_id"] == run_id, answer
+        return bool(answer["go"])
 
-def _progress(worker: Worker) -> Sink:
+
+def _progress(worker: Worker, run_id: str) -> Sink:
     from cifar import track
 
     class Progress(track.Sink):
@@ -163,7 +199,10 @@ def _progress(worker: Worker) -> Sink:
             worker.step = step
             if time.monotonic() - self.told > PROGRESS_SECONDS:
                 self.told = time.monotonic()
-                worker.say("progress", fraction=((epoch - 1) * worker.steps + step) / self.steps)
+                worker.say("progress", run_id, fraction=((epoch - 1) * worker.steps + step) / self.steps)
+
+        def end(self, state: str, reason: str, summary: Any) -> None:
+            worker.ended(run_id)
 
     return Progress()
 

@@ -29,7 +29,7 @@ LAYERS = [
     ["backends", "wb"],
     ["report"],
     ["follow", "engines"],
-    ["worker", "board", "crew"],
+    ["worker", "board", "crew", "packs"],
     ["live"],
     ["agent", "tidy", "look", "doctor"],
     ["ui"],
