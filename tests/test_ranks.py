@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -52,9 +54,11 @@ sys.exit(code)
 
 def started(*arguments: str, count: int = 2) -> list[subprocess.Popen[str]]:
     """`count` processes as torchrun starts them; without it, none is ended because another one is."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    for port in random.sample(range(20_000, 32_000), 50):  # below those that a client may be given until rank 0 listens
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            break
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     return [
         subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
