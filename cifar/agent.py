@@ -219,8 +219,9 @@ class Agent:
                     self.backend.finish(trial, "interrupted", reason="its worker could not be started")
                 raise
 
-    def _values(self, trial: Trial) -> dict[str, Any]:
-        return {"threads": self.threads, **trial.values, **self.backend.info["fixed"], "test": "never"}
+    def _values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a trial, as they are trained."""
+        return {"threads": self.threads, **given, **self.backend.info["fixed"], "test": "never"}
 
     def _start(self, trials: Sequence[Trial]) -> None:
         worker = self._worker(trials[0].cell)
@@ -228,7 +229,7 @@ class Agent:
         ahead = len(trials) + sum(counts.get(state, 0) for state in OPEN if state != "running") // self.size
         for trial in trials:
             worker.held[trial.run_id] = Held(trial, time.monotonic())
-            self.board.rows[trial.cell] = Row(trial.cell, self._name(self._values(trial)))
+            self.board.rows[trial.cell] = Row(trial.cell, self._name(self._values(trial.values)))
         common = {
             "sweep": self.backend.id,
             "place": self.backend.place,
@@ -240,7 +241,7 @@ class Agent:
             "data_dir": str(self.data_dir) if self.data_dir else "",
             "ahead": ahead,
         }
-        worker.tell(trials=[{"run_id": t.run_id, "cell": t.cell, "values": self._values(t), **common} for t in trials])
+        worker.tell(trials=[{"run_id": t.run_id, "cell": t.cell, "values": self._values(t.values), **common} for t in trials])
 
     def _worker(self, cell: int) -> Worker:
         """A free worker, started where there is none; not in a slot where this cell has failed, if there is another."""

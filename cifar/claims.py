@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,6 +14,9 @@ STATES = (
     "finished", "failed", "killed", "diverged", "stopped", "pruned", "skipped",
 )  # fmt: skip
 RETRIES = 2  # of a trial that failed where another try can help
+
+
+Like = Callable[[Mapping[str, Any]], bool]  # whether a trial of these values is wanted; a backend may offer others too
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Backend(Protocol):
     place: dict[str, str]  # what its runs note down of where they belong: project, entity, engine
 
     def settle_threads(self, threads: int) -> int: ...
-    def claim(self, worker: str, most: int = 1) -> Trial | Literal["wait"] | None: ...
+    def claim(self, worker: str, most: int = 1, like: Like | None = None) -> Trial | Literal["wait"] | None: ...
     def beat(self, trial: Trial) -> Literal["go", "stop", "lost"]: ...
     def report(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool: ...
     def finish(

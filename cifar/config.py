@@ -61,8 +61,8 @@ class Settings(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
     channels_last: bool = Field(True, description="NHWC memory format for convolutions")
     deterministic: bool = Field(False, description="deterministic kernels on the GPU; on the CPU they always are")
-    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = Field(
-        "auto", description="torch.compile the step; auto: on a GPU, where the work ahead pays for compiling"
+    compile: Annotated[Literal["auto", "on", "max", "off"], BeforeValidator(_switch)] = Field(
+        "auto", description="torch.compile the step; auto: on a GPU, where the work ahead pays for it; max: tune it for minutes"
     )
     capture: bool = Field(True, description="on a GPU, replay the step as a CUDA graph")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")

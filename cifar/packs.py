@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from cifar import config as configuration
-from cifar.claims import Backend, Trial
+from cifar.claims import Backend, Like, Trial
 from cifar.devices import any_gpu
 from cifar.errors import UserError
 
@@ -57,23 +57,23 @@ class Packer:
     def more(self) -> bool:
         return self.left > 0 or bool(self.aside)
 
-    def take(self, free: int, values: Callable[[Trial], Mapping[str, Any]]) -> list[Trial] | Literal["wait"] | None:
+    def take(self, free: int, values: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> list[Trial] | Literal["wait"] | None:
         """Trials for one of `free` workers, with `values` as they are trained; "wait" or None as a backend's claim says."""
         first = self._next(free)
         if not isinstance(first, Trial):
             return first
-        trials, its = [first], values(first)
+        trials, its = [first], values(first.values)
         share = 1 if first.cell in self._apart else min(most(self.asked, its), self._room)
         if share > 1:  # what is open is shared out evenly
             counts = self.backend.counts()
             open_ = 1 + len(self.aside) + sum(counts.get(state, 0) for state in ("waiting", "interrupted", "preempted"))
             share = min(share, math.ceil(open_ / free))
         while len(trials) < share:
-            other = self._next(share - len(trials))
+            other = self._next(share - len(trials), lambda raw: fit(its, values(raw)))
             if not isinstance(other, Trial):
                 break
-            if other.cell in self._apart or not fit(its, values(other)):
-                self.aside.append(other)
+            if other.cell in self._apart or not fit(its, values(other.values)):
+                self.aside.append(other)  # W&B hands out what it likes
                 break
             trials.append(other)
         return trials
@@ -83,12 +83,14 @@ class Packer:
         self._apart.add(trial.cell)
         self._room = max(1, min(self._room, together // 2))
 
-    def _next(self, ahead: int) -> Trial | Literal["wait"] | None:
+    def _next(self, ahead: int, like: Like | None = None) -> Trial | Literal["wait"] | None:
         """A trial that was set aside, else a claimed one. `ahead`: how many will be wanted."""
-        if self.aside:
-            return self.aside.pop(0)
+        for trial in self.aside:
+            if like is None or (trial.cell not in self._apart and like(trial.values)):
+                self.aside.remove(trial)
+                return trial
         if self.left <= 0:
             return None
-        trial = self.backend.claim(self.worker, int(min(self.left, ahead)))
-        self.left -= isinstance(trial, Trial)
-        return trial
+        claimed = self.backend.claim(self.worker, int(min(self.left, ahead)), like)
+        self.left -= isinstance(claimed, Trial)
+        return claimed

@@ -19,11 +19,11 @@ from cifar import config as configuration
 from cifar import data, optim, registry
 from cifar.capture import Captured
 from cifar.config import Settings
-from cifar.data.augment import mix
+from cifar.data.augment import augmented, mix
 from cifar.errors import UserError
 from cifar.probes import Watcher
 from cifar.ranks import ALONE, Team
-from cifar.train import Average, Step, evaluate, forward
+from cifar.train import Average, Step, add_up, evaluate, forward
 
 
 def device_of(name: str) -> torch.device:
@@ -158,9 +158,13 @@ class Training:
         return True
 
     def compile(self) -> None:
-        """Fuse the forward and backward passes and the update (torch.compile)."""
-        self.compiled, self.step.forward = True, compiled_forward()
+        """Fuse the forward and backward passes, the update and what is around them (torch.compile)."""
+        self.compiled = True
+        self.step.forward = compiled(forward, self.config.compile == "max")
+        self.meter.add_up = compiled(add_up)
         self.optimizer.compile()
+        if self.device.type == "cuda":
+            self.train_batches.at_once = compiled(augmented)
 
     # -- an epoch --
 
@@ -244,12 +248,15 @@ class Training:
 
 
 @functools.cache
-def compiled_forward() -> Any:
-    """One compiled function for all trainings of a process: the same architecture compiles once."""
+def compiled(function: Any, most: bool = False) -> Any:
+    """One compiled function for all trainings of a process: the same architecture compiles once.
+
+    `most`: try out more kernels, for some minutes.
+    """
     from torch import _dynamo
 
     _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, 64)  # a sweep has more architectures than 8
-    return torch.compile(forward)
+    return torch.compile(function, mode="max-autotune-no-cudagraphs" if most else None, dynamic=False)
 
 
 @functools.lru_cache(maxsize=2)

@@ -52,19 +52,25 @@ class Meter:
         wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.sums = torch.zeros(3, dtype=wide, device=device)  # loss, correct, images
         self.last = torch.zeros((), device=device)  # the loss of the step before
+        self.add_up = add_up
 
     def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
         """loss: 0-d mean over the batch of `count` images, of which `correct` (0-d) were told right."""
-        self.last.copy_(loss.detach())
-        self.sums[0].add_(loss.detach(), alpha=count)
-        self.sums[1].add_(correct)
-        self.sums[2].add_(count)
+        self.add_up(self.sums, self.last, loss.detach(), correct, count)
 
     def read(self) -> tuple[float, float]:
         """(mean loss, accuracy as a fraction), and start again. The one place where the host waits for the device."""
         loss, correct, images = self.sums.tolist()
         self.sums.zero_()
         return loss / max(images, 1), correct / max(images, 1)
+
+
+def add_up(sums: Tensor, last: Tensor, loss: Tensor, correct: Tensor, count: int) -> None:
+    """A step's part of an epoch's sums, in place; apart from `Meter` for torch.compile."""
+    last.copy_(loss)
+    sums[0].add_(loss, alpha=count)
+    sums[1].add_(correct)
+    sums[2].add_(count)
 
 
 class Average:

@@ -63,7 +63,7 @@ def prepare(steps: Steps[Training], configs: Sequence[Settings], ahead: int) -> 
         for training in steps.trials:
             training.begin_epoch()  # a capture needs batches
     said = ""
-    if configs[0].compile == "on" and not first.compiled:
+    if configs[0].compile in ("on", "max") and not first.compiled:
         _compile(steps)
     elif configs[0].compile == "auto" and steps.wanted and not steps.decided:
         seconds = steps.measure()

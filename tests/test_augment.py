@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from cifar.data import MEAN, STD, Augment, crop, cutout, draw_mixing, files, flip, mix, normalize
-from cifar.data.augment import first_side, pad
+from cifar.data.augment import augmented, first_side, pad
 from cifar.errors import UserError
 
 
@@ -199,6 +199,24 @@ def test_mean_and_std_are_the_training_sets() -> None:
         mean = (counts * values).sum() / counts.sum()
         std = np.sqrt((counts * (values - mean) ** 2).sum() / counts.sum())
         assert abs(mean - MEAN[channel]) < 1e-6 and abs(std - STD[channel]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(),
+        Augment(flip="alternating", crop=2, crop_padding="reflect", normalize="dataset", seed=3),
+        Augment(flip="none", crop=0, cutout=9),
+        Augment(cutout=8, crop_padding="reflect"),
+    ],
+    ids=["worksheet", "reflect", "cutout", "all"],
+)
+def test_at_once_is_the_same_as_step_by_step(augment: Augment) -> None:
+    images, chosen = pictures(64), torch.randperm(64, generator=generator(1))[:40]
+    draws = augment.draw(40, generator(2))
+    slow = normalize(augment.apply(images[chosen], chosen, 5, draws), augment.normalize)
+    quick = augment.at_once(images, chosen, 5, draws, torch.float32, augmented)
+    assert torch.equal(quick.permute(0, 3, 1, 2), slow)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: capture and the absence of waiting are NOT checked")

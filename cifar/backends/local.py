@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from cifar import data
 from cifar import sweep as sweeps
 from cifar.backends import search, storage
-from cifar.claims import RETRIES, STATES, Trial
+from cifar.claims import RETRIES, STATES, Like, Trial
 from cifar.config import parse_yaml
 from cifar.errors import UserError
 from cifar.objectives import whole
@@ -148,8 +148,8 @@ class Local:
 
     # -- what a worker asks --
 
-    def claim(self, worker: str, most: int = 1) -> Trial | Literal["wait"] | None:
-        """An open cell, "wait" while only other workers' cells are open, or None at the sweep's end."""
+    def claim(self, worker: str, most: int = 1, like: Like | None = None) -> Trial | Literal["wait"] | None:
+        """An open cell, "wait" while only others' are open, or such that are not `like`; None at the sweep's end."""
         with storage.locked(self._storage, self.id):
             if self.stopped:
                 return None
@@ -166,6 +166,9 @@ class Local:
                 waiting = [trial for trial in self._trials() if trial.state == TrialState.WAITING]
             if not waiting:
                 return "wait" if any(trial.state == TrialState.RUNNING for trial in trials) else None
+            waiting = [trial for trial in waiting if like is None or like(trial.user_attrs["values"])]
+            if not waiting:
+                return "wait"
             chosen = min(waiting, key=lambda trial: _now(trial).get("kills", 0))  # what failed comes last
             attempt = _now(chosen).get("attempt", 0) + 1
             self._set(chosen, attempt=attempt, worker=worker, beat=f"{attempt}.0", state="running", reason="")

@@ -7,6 +7,7 @@ graph. Geometry works on uint8, where a pad of 0 is black; `normalize` comes las
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ STD = (0.24703223, 0.24348513, 0.26158784)
 FLIPS = ("none", "random", "alternating")
 PADDINGS = ("zero", "reflect")
 KINDS = ("half", "dataset")
+AtOnce = Callable[..., Tensor]  # `augmented`, or what a compiler made of it
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
@@ -88,6 +90,51 @@ def _constants(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     return (1 / (255 * std)).float().to(device), (mean / std).float().to(device)
 
 
+def augmented(
+    images: Tensor,
+    indices: Tensor,
+    draws: Draws,
+    *,
+    padding: int,
+    mode: str,
+    cutout_size: int,
+    scale: Tensor,
+    shift: Tensor,
+    blank: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Flip, crop, cutout and normalisation of images[indices] at once -> (B, H, W, C), for a compiler.
+
+    One kernel that reads each byte once, where it is compiled; `Augment.apply` and `normalize` do the same step by step, which
+    is quicker where nothing is compiled.
+    """
+    _, channels, height, width = images.shape
+    device = images.device
+    y = torch.arange(height, device=device).view(1, height, 1, 1)
+    x = torch.arange(width, device=device).view(1, 1, width, 1)
+    channel = torch.arange(channels, device=device)
+    row, column = y, x
+    inside = torch.ones((), dtype=torch.bool, device=device)
+    if draws.offsets is not None:
+        offsets = draws.offsets.long().view(-1, 2, 1, 1, 1) - padding
+        row, column = y + offsets[:, 0], x + offsets[:, 1]
+        if mode == "zero":
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+        else:  # -1 -> 1, and height -> height - 2
+            row, column = ((length - 1) - ((length - 1) - i.abs()).abs() for i, length in ((row, height), (column, width)))
+    if draws.mirrored is not None:
+        column = torch.where(draws.mirrored.view(-1, 1, 1, 1) == 1, width - 1 - column, column)
+    place = ((indices.view(-1, 1, 1, 1) * channels + channel) * height + row) * width + column
+    pixels = torch.where(inside, images.view(-1)[place], 0)  # (B, H, W, C) uint8
+    if draws.centres is not None:
+        centres = draws.centres.long().view(-1, 2, 1, 1, 1) - cutout_size // 2
+        away = y - centres[:, 0], x - centres[:, 1]
+        hidden = (away[0] >= 0) & (away[0] < cutout_size) & (away[1] >= 0) & (away[1] < cutout_size)
+        pixels = torch.where(hidden, blank.view(-1), pixels)
+    return (pixels.float() * scale.view(-1) - shift.view(-1)).to(dtype)
+
+
 class Draws(NamedTuple):
     """What chance decided for each of a number of images; None for what it has no part in."""
 
@@ -147,6 +194,16 @@ class Augment:
         if draws.centres is not None:
             images = cutout(images, draws.centres.long(), self.cutout)
         return images
+
+    def at_once(self, images: Tensor, indices: Tensor, epoch: int, draws: Draws, dtype: torch.dtype, by: AtOnce) -> Tensor:
+        """`images` (N, C, H, W) at `indices`, augmented and normalised -> (B, H, W, C), by `augmented` or its compiled form."""
+        if self.flip == "alternating":
+            draws = draws._replace(mirrored=(first_side(indices, self.seed) + epoch) & 1)
+        scale, shift = _constants(self.normalize, images.device)
+        blank = _constants("blank", images.device)[0]
+        constants = {"scale": scale, "shift": shift, "blank": blank, "dtype": dtype}
+        sizes = {"padding": self.crop, "mode": self.crop_padding, "cutout_size": self.cutout}
+        return by(images, indices, draws, **sizes, **constants)
 
     def geometry(self, images: Tensor, indices: Tensor, epoch: int, generator: Generator) -> Tensor:
         """`apply` with fresh draws from `generator`, which is on the images' device."""

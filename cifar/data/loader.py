@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cifar.data.augment import MEAN, STD, Augment, Draws, draw_mixing, first_side, normalize
+from cifar.data.augment import MEAN, STD, AtOnce, Augment, Draws, draw_mixing, first_side, normalize
 from cifar.errors import UserError
 
 PIECE = 10_000  # images that a GPU augments at once: a compromise between launches and memory
@@ -65,6 +65,7 @@ class Loader:
         self.number = 0  # of the epoch that has begun
         self.drawn: Tensor | None = None  # (steps, 3): of the epoch, what `mix` wants
         self._plans: dict[int, Plan] = {}
+        self.at_once: AtOnce | None = None  # how a GPU makes many batches, where that has been compiled
         self._store: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
 
     @property
@@ -131,10 +132,15 @@ class Loader:
         else:
             plan = self.plan(self.number)
             indices = on_device(plan.order[slots], self.device)
-            images, labels = self.images.index_select(0, indices), self.labels.index_select(0, indices)
+            labels = self.labels.index_select(0, indices)
             if self.augment is not None:
                 draws = Draws(*(None if drawn is None else on_device(drawn, self.device) for drawn in plan.draws.at(slots)))
-                images = self.augment.apply(images, indices, self.number, draws)
+                if self.at_once is not None:
+                    made = self.augment.at_once(self.images, indices, self.number, draws, self.dtype, self.at_once)
+                    return made.permute(0, 3, 1, 2), labels
+                images = self.augment.apply(self.images.index_select(0, indices), indices, self.number, draws)
+            else:
+                images = self.images.index_select(0, indices)
         kind = self.augment.normalize if self.augment else self.normalize
         return normalize(images, kind, dtype=self.dtype, channels_last=self.channels_last), labels
 
@@ -152,7 +158,7 @@ class Loader:
             end = min(step + most, self.steps)
             made, classes = self._made(slice(step * self.batch_size, end * self.batch_size))
             made = made.permute(0, 2, 3, 1) if self.channels_last else made
-            images[step:end].copy_(made.view(images[step:end].shape))
+            images[step:end].copy_(made.reshape(images[step:end].shape))
             labels[step:end].copy_(classes.view(labels[step:end].shape))
 
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from cifar import sweep as sweeps
-from cifar.claims import RETRIES, STATES, Trial
+from cifar.claims import RETRIES, STATES, Like, Trial
 from cifar.config import parse_yaml
 from cifar.errors import UserError
 from cifar.record import redact, write_atomic
@@ -222,7 +222,7 @@ class Hosted:
         self.info.update(dataset=dataset, fixed={"dataset": dataset})
         _keep(self.folder, self.sweep.text, {**kept(self.id, self.runs), "dataset": dataset})
 
-    def claim(self, worker: str, most: int = 1) -> Trial | Literal["wait"] | None:
+    def claim(self, worker: str, most: int = 1, like: Like | None = None) -> Trial | Literal["wait"] | None:
         """A trial, "wait" while W&B has given none, or None once it has none for us. Up to `most` are asked for ahead."""
         with self.lock:
             for slot in self._slots:
