@@ -135,6 +135,11 @@ def test_every_run_counts_towards_the_cap() -> None:
     adviser.tell_existing_finished_run(done)
     assert len(adviser.study.trials) == 1 and adviser.tell_existing_active_run(done) == "1"
     assert [len(adviser.ask_n_runs(n) or ()) for n in (1, 3, 3)] == [1, 1, 0]
+    for run_id in "123":
+        assert not adviser.should_terminate_sweep()
+        adviser.tell_run(run_id, ended("running", ""))
+        adviser.tell_run(run_id, ended("failed", "failed"))
+    assert adviser.should_terminate_sweep()
 
 
 def test_what_is_private_of_wandb_is_as_it_was() -> None:
@@ -183,14 +188,16 @@ def test_one_at_a_time_and_the_next_takes_over(wandb_server: Server, runs: Path)
     assert len(sweep.queue) == 2 and len(wandb_server.asked("SweepRunsWithHistory")) == 1  # as the first thing it does
     first.close(over=False)
     until(lambda: gone(first._process.pid), 5)
-    with wandb_server.world.lock:
-        run = wandb_server.runs[sweep.queue.pop(0)]
-        run.arrived, run.summary = True, {"val/acc": 0.5, "macs": 8, "state": "finished"}
-        run.end(0)
-    until(lambda: len(sweep.queue) == 2)
-    assert len(sweep.runs) == 3 and not first.look() and not second.look()
-    second.close(over=False)
-    until(lambda: gone(second._process.pid), 5)
+    for count in range(3, 9):
+        with wandb_server.world.lock:
+            run = wandb_server.runs[sweep.queue.pop(0)]
+            run.arrived, run.summary = True, {"val/acc": 0.5, "macs": 8, "state": "finished"}
+            run.end(0)
+        until(lambda count=count: len(sweep.runs) == min(count, 6))
+    until(lambda: sweep.state == "FINISHED")
+    until(lambda: gone(second._process.pid))
+    assert not first.look() and not second.look() and not sweep.queue
+    second.close(over=True)
 
 
 @pytest.mark.slow
@@ -243,7 +250,7 @@ def test_a_sweep_of_two_objectives_on_wandb(wandb_server: Server, runs: Path, tm
     )
     sweep, said = wandb_server.only_sweep(), done.stdout + done.stderr
     assert done.returncode == 0 and "runs beside this agent" in said and "on the front of val/acc and macs" in said, said
-    assert sweep.text == TEXT + TINY and len(sweep.runs) == 6 and sweep.state == "FINISHED" and not sweep.queue
+    assert sweep.text == TEXT + TINY and len(sweep.runs) == 6 and not sweep.queue
     for run_id in sweep.runs:
         run, record = wandb_server.runs[run_id], Record(runs / run_id)
         assert run.exits == [0] and run.summary["state"] == record.state

@@ -34,9 +34,15 @@ def sweep_files() -> list[Path]:
 
 
 def test_there_are_sweeps() -> None:
-    assert {"quickstart", "architectures", "lr_by_architecture", "worksheet1_tuning", "scaling_width_depth"} <= {
-        path.stem for path in sweep_files()
+    known = {
+        "quickstart",
+        "architectures",
+        "lr_by_architecture",
+        "worksheet1_tuning",
+        "scaling_width_depth",
+        "accuracy_and_macs",
     }
+    assert known <= {path.stem for path in sweep_files()}
 
 
 @pytest.mark.parametrize("path", sweep_files(), ids=lambda path: path.stem)

@@ -28,7 +28,7 @@ POLL_SECONDS = 5.0  # between two looks at the sweep's runs; W&B's own default i
 AGAIN_SECONDS = 10.0  # before another try where it failed
 TRIES = 3
 ORPHAN_SECONDS = 2.0  # for its step under way, once the agent is gone
-LAST_SECONDS = 8.0  # that the agent waits where the sweep is over, so that W&B hears of it
+LAST_SECONDS = 15.0  # that the agent waits where the sweep is over, so that W&B hears of it
 BAD = ("skipped", "pruned", "diverged")
 
 
@@ -75,7 +75,7 @@ class Beside:
 
     def close(self, *, over: bool) -> None:
         """Let it end. `over`: the sweep is, which it has to tell W&B first."""
-        if over:
+        if over and self._log.stat().st_size:  # while another agent's is at work, ours waits for the lock without a word
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(LAST_SECONDS)
         self._hang_up()
@@ -94,17 +94,20 @@ class Adviser:
     """
 
     def __init__(self, theirs: Any, run_cap: int) -> None:
-        self._theirs, self._run_cap, self._made = theirs, run_cap, 0
+        self._theirs, self._run_cap = theirs, run_cap
+        self._made = self._ended = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._theirs, name)
 
     def ask_n_runs(self, n: int) -> Sequence[Any] | None:
-        """None left: the empty answer, with which W&B's scheduler waits for the runs under way and finishes the sweep."""
         n = min(n, self._run_cap - self._made) if self._run_cap else n
         found: Sequence[Any] | None = self._theirs.ask_n_runs(n) if n > 0 else []
         self._made += len(found or ())
         return found
+
+    def should_terminate_sweep(self) -> bool:
+        return bool(self._run_cap and self._ended >= self._run_cap) or bool(self._theirs.should_terminate_sweep())
 
     def forget_run(self, run_id: Any) -> None:
         self._made -= 1
@@ -116,9 +119,11 @@ class Adviser:
 
     def tell_existing_finished_run(self, data: Any) -> None:
         self._made += 1
+        self._ended += 1
         self._theirs.tell_existing_finished_run(self._heard(data))
 
     def tell_run(self, run_id: Any, data: Any) -> None:
+        self._ended += not data.state.is_alive  # that is told once
         self._theirs.tell_run(run_id, self._heard(data))
 
     def _heard(self, data: Any) -> Any:
