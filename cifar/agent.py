@@ -101,7 +101,7 @@ class Agent:
         self.limit, self.pins = stops.TimeLimit(time_limit), pins
         self.failures, self.halted = Failures(FAILURES_IN_A_ROW), ""
         self.pause, self.news = Pause(backend.folder), list[str]()  # while the disk is full; what there is to say
-        self.next_claim = self.next_beat = 0.0
+        self.next_claim = self.next_beat = self.next_count = 0.0
         self.best: float | None = None
         self.board = Board(f"sweep {backend.id} {self.sweep.name}", self.sweep.metric.name)
 
@@ -120,6 +120,7 @@ class Agent:
                         if self._claims():
                             self._hand_out()
                         self._beat()
+                        self._count()
                     self.news.extend(self.backend.news())
                     self._say_news()
                     self.display.show(self.board)
@@ -260,7 +261,11 @@ class Agent:
                 worker.tell(stop="stopped", run_id=trial.run_id)
             elif answer == "lost":
                 self._lose(worker)
-        self.board.counts = self.backend.counts()
+        self.next_count = 0.0
+
+    def _count(self) -> None:
+        if time.monotonic() >= self.next_count:
+            self.board.counts, self.next_count = self.backend.counts(), math.inf
 
     def _lose(self, worker: Worker) -> None:
         assert worker.trial
@@ -348,7 +353,7 @@ class Agent:
         if state == "finished":
             self.limit.seen(row.seconds)
         self._best(value if state == "finished" else None, trial.run_id, trial.values)
-        self.board.counts = self.backend.counts()
+        self.next_count = 0.0  # once the worker has its next trial: it waits for that one
         self.failures.count(state, bad=bad and state != "lost")
         if event.get("full"):
             self.news.append(self.pause.begin() or f"trial {trial.cell:03d} waits for space too")
