@@ -30,6 +30,7 @@ from cifar.config import parse_yaml
 from cifar.errors import UserError
 from cifar.record import redact, write_atomic
 from cifar.sweep import Sweep
+from cifar.wb import ends
 from cifar.wb.mirror import stop_core
 
 BEAT_SECONDS = 5.0  # wandb's own agent beats as often
@@ -52,12 +53,6 @@ _REGISTER = """mutation CreateAgent($host: String!, $projectName: String, $entit
 }"""
 _BEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState: JSONString) {
   agentHeartbeat(input: {id: $id, metrics: $metrics, runState: $runState}) { agent { id } commands }
-}"""
-_CLAIM = """mutation UpsertBucket($name: String, $project: String, $entity: String, $sweep: String, $state: String) {
-  upsertBucket(input: {name: $name, modelName: $project, entityName: $entity, sweep: $sweep, state: $state}) {
-    bucket { id }
-    inserted
-  }
 }"""
 
 
@@ -199,7 +194,7 @@ class _Slot(threading.Thread):
             running, said = self.run_id, self.said
         if running and not said:  # a run that W&B has not heard of is handed out again
             names = {"name": running, "project": place["project"], "entity": place["entity"]}
-            self.hosted.service.ask(_CLAIM, **names, sweep=self.hosted.id, state="running")
+            self.hosted.service.ask(ends.UPSERT, **names, sweep=self.hosted.id, state="running")
             self.said = True
         states = json.dumps({running: True} if running else {})
         answer = self.hosted.service.ask(_BEAT, id=self.agent, metrics="{}", runState=states)
@@ -330,10 +325,12 @@ class Hosted:
         return found
 
     def close(self) -> None:
-        """No more beats. Does not wait for W&B."""
+        """No more beats. W&B hears of ends that no mirror told it; that is not waited for long."""
         self.closed = True
         for slot in self._slots:
             slot.wake.set()
+        if not self._silent:
+            ends.tell(self.service.ask, self.place, self.id, {cell["run_id"]: cell["state"] for cell in self.cells()})
         stop_core()
 
     # -- what W&B says --
