@@ -102,7 +102,7 @@ class Agent:
         self.limit, self.pins = stops.TimeLimit(time_limit), pins
         self.failures, self.halted = Failures(FAILURES_IN_A_ROW), ""
         self.pause, self.news = Pause(backend.folder), list[str]()  # while the disk is full; what there is to say
-        self.next_claim = self.next_beat = 0.0
+        self.next_claim = self.next_beat = self.next_count = 0.0
         self.best = Best(self.sweep.metrics, self.sweep.metric)
         self.board = Board(f"sweep {backend.id} {self.sweep.name}", self.sweep.metric.name)
 
@@ -121,6 +121,7 @@ class Agent:
                         if self._claims():
                             self._hand_out()
                         self._beat()
+                        self._count()
                     self.news.extend(self.backend.news())
                     self._say_news()
                     self.display.show(self.board)
@@ -267,7 +268,11 @@ class Agent:
                     worker.tell(stop="stopped", run_id=held.trial.run_id)
                 elif answer == "lost":
                     self._lose(worker, held.trial)
-        self.board.counts = self.backend.counts()
+        self.next_count = 0.0
+
+    def _count(self) -> None:
+        if time.monotonic() >= self.next_count:
+            self.board.counts, self.next_count = self.backend.counts(), math.inf
 
     def _lose(self, worker: Worker, trial: Trial) -> None:
         self.display.say(f"trial {trial.cell:03d} was taken over by another agent: this one was too long silent")
@@ -365,7 +370,7 @@ class Agent:
         if state == "finished":
             self.limit.seen(row.seconds)
         self._best({**trial.__dict__, "state": state, "value": value, "objectives": objectives})
-        self.board.counts = self.backend.counts()
+        self.next_count = 0.0  # once the worker has its next trial: it waits for that one
         if first:
             self.failures.count(state, bad=bad and state != "lost")
         if event.get("full"):

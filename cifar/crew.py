@@ -47,6 +47,9 @@ class Worker:
         self.spent = False  # it ends, or is dead, and takes no trial any more
         environment = {key: value for key, value in os.environ.items() if key != "CIFAR_STORAGE"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+        if "GOMP_SPINCOUNT" not in environment:
+            # Threads that spin while they wait for each other keep each other from the cores when anything else runs there.
+            environment.setdefault("OMP_WAIT_POLICY", "passive")
         with open(log, "ab") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "cifar.worker"],

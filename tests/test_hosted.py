@@ -23,7 +23,7 @@ from cifar.claims import Trial
 from cifar.config import parse_yaml
 from cifar.errors import UserError
 from cifar.record import Record
-from cifar.wb import service
+from cifar.wb import ends, service
 from cifar.wb import sweeps as hosted
 from cifar.wb.mirror import stop_core
 from cifar.wb.sweeps import Hosted
@@ -176,6 +176,20 @@ def test_a_run_that_was_preempted_comes_back(make: Make, wandb_server: Server) -
     assert (again.run_id, again.values, again.cell) == (trial.run_id, trial.values, trial.cell)
 
 
+def test_wandb_hears_of_ends_that_no_mirror_told(make: Make, wandb_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends, "SECONDS", 60.0)
+    backend = make(slots=4)
+    trials = [claimed(backend, 4) for _ in range(4)]
+    runs = [wandb_server.runs[trial.run_id] for trial in trials]
+    until(lambda: all(run.arrived for run in runs))
+    for trial, state in zip(trials, ("pruned", "diverged", "finished", "interrupted"), strict=True):
+        backend.finish(trial, state, retry=False)
+    runs[2].end(1)  # its mirror's word stands
+    backend.close()
+    assert [run.state for run in runs] == ["finished", "failed", "failed", "running"]
+    assert all(run.sweep == backend.id for run in runs) and runs[2].exits == [1]
+
+
 def test_a_server_that_dies_holds_up_nobody(make: Make, wandb_server: Server) -> None:
     backend = make(slots=2)
     trial = claimed(backend)
@@ -285,6 +299,17 @@ def test_the_commands(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
     for run_id, run in wandb_server.runs.items():
         assert run.state == "finished" and run.exits == [0]
         assert_as_trained(wandb_server, runs, run_id, 1)
+
+
+@pytest.mark.slow
+def test_a_run_whose_mirror_cannot_start_is_no_longer_running(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 1}\n"
+    sweep = wandb_server.world.add_sweep("me", "cifar", text)
+    wandb_server.fault = Fault("status", 403, where="RunResumeStatus")
+    code, output = ended(command(wandb_server, "-m", "cifar", "agent", f"me/cifar/{sweep.id}", "--workers", "1"))
+    (run,) = wandb_server.runs.values()
+    assert code == 0 and wandb_server.fault.met and list((runs / run.id).glob("wandb/offline-run-*")), output
+    assert run.state == "finished" and not run.exits and not run.rows, output
 
 
 @pytest.mark.slow

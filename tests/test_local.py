@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import sqlite3
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -297,3 +300,22 @@ def test_the_first_agent_settles_the_threads_of_all(runs: Path) -> None:
     assert backend.settle_threads(2) == 2 == Local(backend.id, runs).settle_threads(8)
     assert json.loads((backend.folder / "sweep.json").read_text())["threads"] == 2
     assert made(runs, threads=3).settle_threads(2) == 3
+
+
+@pytest.mark.skipif(not shutil.which("findmnt"), reason="util-linux tells what a file system is")
+def test_a_file_that_only_this_machine_sees_has_a_log_and_loses_it_elsewhere(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write-ahead log lives in memory that processes share: where machines may share the file, SQLite's own journal."""
+
+    def journal(sweep: Local) -> str:
+        return str(sqlite3.connect(sweep.folder / "study.db").execute("pragma journal_mode").fetchone()[0])
+
+    sweep = made(runs, GRID)
+    trial = taken(sweep)
+    kind = subprocess.run(["findmnt", "-no", "FSTYPE", "--target", runs], capture_output=True, text=True, check=True).stdout
+    assert journal(sweep) == ("wal" if kind.strip() in storage.LOCAL else "delete")
+    shutil.copytree(runs, tmp_path / "elsewhere")
+    monkeypatch.setattr(storage, "LOCAL", ())  # as on NFS
+    there = Local(sweep.id, tmp_path / "elsewhere")
+    assert there.finish(trial, "finished", 0.5) == "finished" and journal(there) == "delete"

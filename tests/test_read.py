@@ -93,6 +93,31 @@ def test_put_is_what_a_client_sends(tmp_path: Path, server: Server) -> None:
     assert {k: v for k, v in sent.summary.items() if k[0] != "_"} == placed.summary
 
 
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_run_read_back_shows_what_it_got_wrong(mode: str, tmp_path: Path, server: Server) -> None:
+    record = write(tmp_path / "runs", "one", predictions=True, layers=2)
+    content = (record.path / "predictions.npz").read_bytes()
+    if mode == "online":
+        send([record])
+    else:
+        assert Mirror(record, "offline").finish()
+    (place,) = ["me/cifar/one"] if mode == "online" else map(str, record.path.glob("wandb/offline-run-*"))
+    (run,) = collect([place], tmp_path).runs
+    assert run.path.parent != record.path.parent and (run.path / "predictions.npz").read_bytes() == content
+    server.requests.clear()
+    result = report([place], runs=tmp_path, out=tmp_path / "out")
+    assert not asked_of_runs(server) and {"confusion.png", "mistakes.png"} <= {path.name for path in result.paths}
+
+
+def test_predictions_that_are_too_large_stay_here(tmp_path: Path, server: Server) -> None:
+    record = write(tmp_path / "runs", "one", layers=2)
+    (record.path / "predictions.npz").write_bytes(bytes(1_000_001))
+    send([record])
+    assert "predictions.npz" not in server.runs["one"].files
+    (run,) = collect(["me/cifar/one"], tmp_path).runs
+    assert not (run.path / "predictions.npz").exists()
+
+
 def test_reports_are_equal_to_the_last_digit(tmp_path: Path, server: Server) -> None:
     runs = tmp_path / "runs"
     quickstart(runs, layers=4, epochs=4)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import sqlalchemy
@@ -13,6 +15,8 @@ from filelock import FileLock
 from optuna.storages import RDBStorage
 
 from cifar.errors import UserError
+
+LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
 
 
 def default(folder: Path) -> str:
@@ -45,13 +49,47 @@ def open(url: str) -> RDBStorage:
         raise UserError(f"storage '{backend}' cannot lock a claim; use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DB")
     if parsed.drivername == "postgresql":  # SQLAlchemy 2.1 would look for psycopg 3
         parsed = parsed.set(drivername="postgresql+psycopg2")
-    options = {"connect_args": {"timeout": 60}} if backend == "sqlite" else {"pool_pre_ping": True}
+    sqlite = {"connect_args": {"timeout": 60, "factory": _Logged if _local(parsed.database) else _Plain}}
+    options = sqlite if backend == "sqlite" else {"pool_pre_ping": True}
     try:
         whole = redacted(url) if backend == "sqlite" else parsed.render_as_string(hide_password=False)
         return RDBStorage(whole, engine_kwargs=options)
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
         what = "install psycopg2-binary" if isinstance(error, ImportError) else type(error).__name__
         raise UserError(f"the storage {redacted(url)} cannot be opened ({what}); check the URL and its server") from None
+
+
+class _Logged(sqlite3.Connection):
+    """A SQLite file with a write-ahead log. A commit waits for no disk, and an agent hands on trials in less time.
+
+    A killed process loses nothing. A power cut may lose the last second, never the file: the cells of that second are
+    offered again, and their runs, which are on disk, say what became of them.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute("pragma journal_mode = wal")
+        self.execute("pragma synchronous = normal")
+
+
+class _Plain(sqlite3.Connection):
+    """SQLite's own journal: the log needs memory that processes share, and machines do not."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute("pragma journal_mode = delete")
+
+
+def _local(database: str | None) -> bool:
+    """Whether a file lies on a disk of this machine, as far as Linux tells."""
+    if not database:
+        return False
+    place, kinds = str(Path(database).resolve()), {"/": ""}
+    with contextlib.suppress(OSError):
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+        kinds |= {mount[1]: mount[2] for mount in mounts}  # a later mount hides an earlier one
+    point = max((point for point in kinds if place.startswith(f"{point.rstrip('/')}/")), key=len)
+    return kinds[point] in LOCAL
 
 
 @contextlib.contextmanager

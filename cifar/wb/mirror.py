@@ -31,6 +31,7 @@ from cifar.wb.mode import Mode, mode_from_environment
 __all__ = ["Mirror", "kill_core", "mode_from_environment", "stop_core"]
 
 INIT_SECONDS, FINISH_SECONDS = 10.0, 120.0  # how long this process waits for a server, at the start and at the end of a run
+PREDICTIONS, PREDICTIONS_BYTES = "predictions.npz", 1_000_000  # larger ones stay here
 GOOD_STATES = ("finished", "stopped", "pruned", "skipped")  # W&B calls these finished, all others failed
 
 # What one run is comes from its record; these would give the same id or name to every run of the process.
@@ -97,6 +98,7 @@ class Mirror:
             self.leave()  # rows were cut off and made again by a resume after they were written here
             self.sync()
         self._send_media(media)
+        self._send_predictions()
         self._describe()
         summary = self.record.read("summary")
         status = {name: value for name, value in self.record.read("status").items() if name != "pid"}
@@ -140,6 +142,12 @@ class Mirror:
         elif pictures:
             # A run that ended early: a row of its own would take the step of the next epoch, should the run be resumed.
             self._run.summary.update(pictures)
+
+    def _send_predictions(self) -> None:
+        """As a file of the run, so that its own report can be drawn from W&B too; some 0.2 MB, as its pictures are."""
+        file = self.record.path / PREDICTIONS
+        if file.exists() and file.stat().st_size <= PREDICTIONS_BYTES:
+            self._run.save(str(file), base_path=str(self.record.path), policy="now")
 
     def _open(self) -> bool:
         """Start the W&B run, unless it is complete, the record is not there yet, or another process has it."""

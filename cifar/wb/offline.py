@@ -6,6 +6,7 @@ The file is a log of protocol-buffer records in LevelDB's form (blocks of 32 KiB
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar.wb import rebuild
+from cifar.wb.mirror import PREDICTIONS
 
 HEADER, BLOCK = 7, 32768  # bytes; ":W&B", a magic number and a version; LevelDB's doc/log_format.md
 FULL, FIRST, LAST = 1, 2, 4  # kinds of pieces; 3: in the middle
@@ -34,6 +36,8 @@ def unpack(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str, str]
             if len(rows) >= folders.get(run_id, (0,))[0]:
                 folder = rebuild.cache_folder() / "offline" / run_id
                 rebuild.write(folder, content, rows)
+                if (saved := file.parent / "files" / PREDICTIONS).exists():
+                    shutil.copy(saved, folder)
                 folders[run_id] = (len(rows), folder)
         except (OSError, ValueError) as error:
             damaged.append((run_id, run_id, f"{file}: {error}"))

@@ -25,9 +25,9 @@ from urllib.parse import quote, unquote, urlsplit
 from filelock import FileLock
 
 from cifar.errors import UserError
-from cifar.record import redact
+from cifar.record import END_STATES, read_json, redact
 from cifar.wb import rebuild
-from cifar.wb.mirror import stop_core
+from cifar.wb.mirror import PREDICTIONS, stop_core
 from cifar.wb.mode import credentials
 
 LISTED, WHOLE = 500, 50  # runs a page, without and with their configurations
@@ -100,6 +100,8 @@ def pull(place: Place, progress: Callable[[int, int], None] = lambda done, total
         stale = [run_id for run_id, run in listed.items() if _known(home / run_id).get("stamp") != _stamp(run)]
         damaged = dict(_refresh(api, place, home, listed, stale, lambda n: progress(len(listed) - len(stale) + n, len(listed))))
     folders = tuple(home / run_id for run_id in listed if run_id not in damaged)
+    if len(folders) == 1 and not sweep:  # a run's own report shows what it got wrong; those of many runs do not
+        _predictions(listed[folders[0].name], folders[0])
     bad = tuple((run_id, str(listed[run_id].name or run_id), why) for run_id, why in damaged.items())
     if not sweep:
         return Pulled(folders, bad, str(place))
@@ -196,6 +198,15 @@ def _pull_one(run: Any, folder: Path, stamp: list[Any]) -> None:
     if not kept and run.history_line_count and not lines:
         raise ValueError(f"W&B counts {run.history_line_count} rows and hands out none")
     rebuild.write(folder, {**content, "pulled": {"stamp": stamp, "last": last}}, lines)
+
+
+def _predictions(run: Any, folder: Path) -> None:
+    """The run's predictions beside the rest of it, where W&B has them and they are not there yet."""
+    if (folder / PREDICTIONS).exists() or read_json(folder / "status.json").get("state") not in END_STATES:
+        return
+    with contextlib.suppress(Exception):  # the report then says that there are none
+        for file in run.files([PREDICTIONS]):
+            file.download(root=str(folder), replace=True).close()
 
 
 def reason(error: BaseException) -> str:

@@ -26,12 +26,6 @@ REGISTER = """mutation CreateAgent($host: String!, $projectName: String, $entity
 BEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState: JSONString) {
   agentHeartbeat(input: {id: $id, metrics: $metrics, runState: $runState}) { agent { id } commands }
 }"""
-CLAIM = """mutation UpsertBucket($name: String, $project: String, $entity: String, $sweep: String, $state: String) {
-  upsertBucket(input: {name: $name, modelName: $project, entityName: $entity, sweep: $sweep, state: $state}) {
-    bucket { id }
-    inserted
-  }
-}"""
 
 
 class Service:

@@ -29,9 +29,10 @@ from cifar.config import parse_yaml
 from cifar.errors import UserError
 from cifar.record import redact, write_atomic
 from cifar.sweep import Sweep
+from cifar.wb import ends
 from cifar.wb.mirror import stop_core
 from cifar.wb.scheduler import Beside
-from cifar.wb.service import BEAT, CLAIM, CREATE, REGISTER, Service, refused
+from cifar.wb.service import BEAT, CREATE, REGISTER, Service, refused
 
 BEAT_SECONDS = 5.0  # wandb's own agent beats as often
 PATIENCE_SECONDS = 600.0  # that an idle agent waits for a server that has gone away
@@ -145,7 +146,7 @@ class _Slot(threading.Thread):
             running, said = self.run_id, self.said
         if running and not said:  # a run that W&B has not heard of is handed out again
             names = {"name": running, "project": place["project"], "entity": place["entity"]}
-            self.hosted.service.ask(CLAIM, **names, sweep=self.hosted.id, state="running")
+            self.hosted.service.ask(ends.UPSERT, **names, sweep=self.hosted.id, state="running")
             self.said = True
         states = json.dumps({running: True} if running else {})
         answer = self.hosted.service.ask(BEAT, id=self.agent, metrics="{}", runState=states)
@@ -303,12 +304,14 @@ class Hosted:
         return found
 
     def close(self) -> None:
-        """No more beats. Does not wait for W&B, but a few seconds for a scheduler beside us whose sweep is over."""
+        """No more beats. Waits a little only: for W&B to hear of ends that no mirror told it, and for a scheduler beside us."""
         self.closed = True
         for slot in self._slots:
             slot.wake.set()
         if self._scheduler:
             self._scheduler.close(over=all(slot.exited for slot in self._slots))
+        if not self._silent:
+            ends.tell(self.service.ask, self.place, self.id, {cell["run_id"]: cell["state"] for cell in self.cells()})
         stop_core()
 
     # -- what W&B says --
