@@ -53,7 +53,7 @@ ROWS = (
 def run(row: Row, options: argparse.Namespace) -> str:
     """One benchmark in a process of its own -> what went wrong, if anything."""
     module, *arguments = shlex.split(row.arguments)
-    name = module + "".join(arguments)
+    name = "-".join([module, *arguments])
     out = ["--out", str(options.out / f"{name}.json")]
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, *(["--smoke"] if options.smoke else []), *out]
     try:

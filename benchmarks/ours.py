@@ -93,8 +93,6 @@ class Ours:
         if mirrored and self._follower:
             self._settle(record)
         final = [seconds for seconds, arguments in evaluations if arguments[:2] == ("test", config.tta)]
-        if config.tta == "none":
-            final = final or [seconds for seconds, arguments in evaluations if arguments == ("test",)]
         return Trained(
             record, list(record.rows()), record.read("summary"), final[0] if final else 0.0, sum(s for s, _ in prepared)
         )
