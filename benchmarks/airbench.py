@@ -4,8 +4,9 @@
     AIRBENCH=~/cifar10-airbench python -m benchmarks.airbench 96 [--n 3]    # about 8: airbench96 compiles for 6
 
 The clock is airbench's: training and the final evaluation with 6 views, on the device; neither reading images, compiling,
-nor evaluations between epochs. A run of ours and one of airbench's take turns; each side has a run before that for what
-is compiled or captured. `--without-peer` leaves airbench out, `--peer-only` ours.
+nor evaluations between epochs. Ours is one stretch, from the first epoch's beginning to the end of that evaluation, with
+whatever lies between; making the whitening is added, as in airbench's. A run of ours and one of airbench's take turns; each
+side has runs before that for what is compiled or captured. `--without-peer` leaves airbench out, `--peer-only` ours.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.common import Missing, Peer, Result, command, parser_of
 NAMES = {"94": "airbench94", "96": "airbench96"}
 WANTED = {"94": 94.0, "96": 96.0}
 N = {"94": 20, "96": 3}
+WARM = {"94": 2, "96": 1}  # trainings of ours before the clock counts: the evaluation is captured in the second
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:
@@ -33,10 +35,11 @@ def measure(result: Result, options: argparse.Namespace) -> None:
         if options.peer_only and peer is None:
             raise Missing("no peer to run alone")
         ours = None if options.peer_only else stack.enter_context(Ours(options, result))
-        if ours:
+        total = WARM[kind] + options.n
+        for number in range(WARM[kind] if ours else 0):
             begun = time.perf_counter()
-            first = ours.train({"experiment": NAMES[kind], "seed": options.n})
-            result.add("ours", "first run of the process, wall clock", "s", [time.perf_counter() - begun])
+            first = ours.train({"experiment": NAMES[kind], "seed": options.n + number}, ahead=total - number)
+            result.add("ours", f"training {number + 1} of the process, wall clock", "s", [time.perf_counter() - begun])
             if not first.prepare_seconds:
                 result.note("the whitening could not be timed and is not in our seconds")
         # airbench96 compiles in its first run; airbench94 has compiled in a warm-up of its own
@@ -44,7 +47,7 @@ def measure(result: Result, options: argparse.Namespace) -> None:
         mine, theirs = [], []
         for seed in range(options.n):
             if ours:
-                mine.append(ours.train({"experiment": NAMES[kind], "seed": seed}))
+                mine.append(ours.train({"experiment": NAMES[kind], "seed": seed}, ahead=options.n - seed))
             if peer:
                 theirs.append(peer.ask())
     timed, scored = _theirs(result, theirs, warm)
@@ -74,8 +77,9 @@ def _theirs(result: Result, rows: list[dict[str, Any]], warm: list[dict[str, Any
 
 
 def _ours(result: Result, mine: Sequence[Any], timed: Any, scored: Any, kind: str) -> None:
-    seconds = [run.seconds + run.test_seconds + run.prepare_seconds for run in mine]
+    seconds = [run.prepare_seconds + run.stretch_seconds for run in mine]
     ours = result.add("ours", "training and evaluation", "s", seconds)
+    result.add("ours", "of it whitening", "s", [run.prepare_seconds for run in mine])
     result.add("ours", "of it training", "s", [run.seconds for run in mine])
     result.add("ours", "of it evaluation with 6 views", "s", [run.test_seconds for run in mine])
     accuracy = result.add("ours", "test accuracy, 6 views", "%", [100 * run.summary["test/acc"] for run in mine])

@@ -165,6 +165,7 @@ def parser_of(name: str, what: str | None, *, n: int, what_n: str) -> argparse.A
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dataset", default="cifar10", choices=("cifar10", "stand-in"))
     parser.add_argument("--workers", type=int, default=14, help="worker processes of a peer's DataLoader [default: 14]")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our trainings, as compile=on")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/NAME.json")
     parser.add_argument("--smoke", action="store_true", help="toy sizes on the stand-in images: does it run at all?")
     return parser

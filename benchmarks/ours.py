@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +35,7 @@ class Trained:
     summary: dict[str, Any]
     test_seconds: float  # of the final evaluation with the run's own views
     prepare_seconds: float  # of weights that are made from images (whitening)
+    stretch_seconds: float  # from the first epoch's beginning to the end of that evaluation, whatever lies between
 
     @property
     def seconds(self) -> float:
@@ -71,8 +73,12 @@ class Ours:
         *,
         mirrored: bool = True,
         on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+        ahead: int = 1,
     ) -> Trained:
-        """Train to the end. Returns when the companion has sent it, so that the next training is not slowed by the last."""
+        """Train to the end. Returns when the companion has sent it, so that the next training is not slowed by the last.
+
+        `ahead`: trainings of this kind that will be made here, this one included; what compiling pays for.
+        """
         config = configuration.resolve(settings(self.options, values, self.toy))
         record = run.create(config, self.runs)
         if mirrored and self._follower:
@@ -82,20 +88,26 @@ class Ours:
             on_epoch(row)
             return True
 
-        evaluations: list[tuple[float, tuple[Any, ...]]] = []
-        prepared: list[tuple[float, tuple[Any, ...]]] = []
+        evaluations, prepared, begun = Log(), Log(), Log()
         from cifar.models.airbench import AirBench
 
-        with timed(Training, "evaluate", self.device, evaluations), timed(AirBench, "init_from_data", self.device, prepared):
-            state = run.train(config, record, on_epoch=seen)
+        more = {"ahead": ahead} if "ahead" in inspect.signature(run.train).parameters else {}
+        with contextlib.ExitStack() as clocks:
+            clocks.enter_context(timed(Training, "evaluate", self.device, evaluations))
+            clocks.enter_context(timed(AirBench, "init_from_data", self.device, prepared))
+            if hasattr(Training, "begin_epoch"):
+                clocks.enter_context(timed(Training, "begin_epoch", self.device, begun, first_only=True))
+            state = run.train(config, record, on_epoch=seen, **more)
         if state != "finished":
             raise Missing(f"the run ended {state}: {record.read('status').get('reason', '')}")
         if mirrored and self._follower:
             self._settle(record)
-        final = [seconds for seconds, arguments in evaluations if arguments[:2] == ("test", config.tta)]
-        return Trained(
-            record, list(record.rows()), record.read("summary"), final[0] if final else 0.0, sum(s for s, _ in prepared)
-        )
+        rows = list(record.rows())
+        final = next((call for call in evaluations if call.arguments[:2] == ("test", config.tta)), None)
+        training = sum(row["system/seconds"] for row in rows)
+        test = final.seconds if final else 0.0
+        stretch = final.end - begun[0].begin if final and begun else training + test
+        return Trained(record, rows, record.read("summary"), test, sum(call.seconds for call in prepared), stretch)
 
     def _settle(self, record: Record) -> None:
         """Wait until the run is drawn and mirrored: until its wandb/mirror.json holds a digest."""
@@ -112,17 +124,35 @@ class Ours:
         raise Missing(f"the mirror did not finish within {SETTLE_SECONDS:.0f} s: {self._log.read_text()[-300:]}")
 
 
+class Call(NamedTuple):
+    begin: float
+    end: float
+    arguments: tuple[Any, ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+
+Log = list[Call]
+
+
 @contextlib.contextmanager
-def timed(owner: Any, name: str, device: torch.device, log: list[tuple[float, tuple[Any, ...]]]) -> Iterator[None]:
-    """While it lasts, every call of the method `owner.name` adds (seconds, arguments) to `log`, the device waited for."""
+def timed(owner: Any, name: str, device: torch.device, log: Log, *, first_only: bool = False) -> Iterator[None]:
+    """While it lasts, every call of the method `owner.name` is added to `log`, the device waited for before and after.
+
+    `first_only`: later calls are let alone, so that nothing waits.
+    """
     original = getattr(owner, name)
 
     def watched(self: Any, *arguments: Any, **more: Any) -> Any:
+        if first_only and log:
+            return original(self, *arguments, **more)
         synchronize(device)
         begun = time.perf_counter()
         found = original(self, *arguments, **more)
         synchronize(device)
-        log.append((time.perf_counter() - begun, (*arguments, *more.values())))
+        log.append(Call(begun, time.perf_counter(), (*arguments, *more.values())))
         return found
 
     setattr(owner, name, watched)
@@ -135,7 +165,7 @@ def timed(owner: Any, name: str, device: torch.device, log: list[tuple[float, tu
 def settings(options: argparse.Namespace, values: dict[str, Any], toy: dict[str, Any] | None = None) -> dict[str, Any]:
     """A configuration's values on this benchmark's device and data; toy sizes where it only tries itself out."""
     common = {"dataset": options.dataset, "device": options.device}
-    return {**common, **values, **((toy or SMOKE) if options.smoke else {})}
+    return {**common, **values, **configuration.parse_pairs(options.set), **((toy or SMOKE) if options.smoke else {})}
 
 
 def pairs(values: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,115 +24,101 @@ BLOCKS = 10  # that the back-to-back replays are timed in
 PLAIN_EPOCHS = 4  # the first one left out
 
 
-def graphs(training: Any) -> list[Any]:
-    """The one place that knows where the trainer keeps its captured steps: the bare one first, then the watched one.
-
-    Each has `replay()`, which enqueues one step. Raises Missing where nothing is captured.
-    """
-    stepper = getattr(training, "stepper", None)
-    found = [getattr(stepper, name, None) for name in ("bare", "watched")]
-    if not hasattr(found[0], "replay"):
-        raise Missing("no step is captured as a CUDA graph here")
-    return [graph for graph in found if hasattr(graph, "replay")]
-
-
 @contextlib.contextmanager
 def held() -> Iterator[list[Any]]:
-    """The `Training` objects that runs make while it lasts."""
-    from cifar import run
+    """The trainer's steps, as `cifar.warm` hands them out while it lasts: the one place that knows where they are.
 
-    made: list[Any] = []
-    original = run.Training
-
-    class Held(original):  # type: ignore[misc,valid-type]
-        def __init__(self, *arguments: Any, **more: Any) -> None:
-            super().__init__(*arguments, **more)
-            made.append(self)
-
-    run.Training = Held  # type: ignore[misc]
+    Of each are used `graphs` (watched or not -> a captured step with `replay()`) and `trials`, whose `at` is the number of
+    the epoch's next step on the device and `steps` how many an epoch has. Raises Missing where nothing is captured.
+    """
     try:
-        yield made
+        from cifar import warm
+    except ImportError:
+        raise Missing("no step is captured as a CUDA graph here") from None
+    found: list[Any] = []
+    original = warm.steps
+
+    def steps(*arguments: Any, **more: Any) -> Any:
+        found.append(original(*arguments, **more))
+        return found[-1]
+
+    warm.steps = steps
+    try:
+        yield found
     finally:
-        run.Training = original  # type: ignore[misc]
+        warm.steps = original
 
 
-class Recorder:
-    """CUDA events around every replay, the device's own clock."""
+class Recorded:
+    """A captured step with CUDA events before and after each replay."""
 
-    def __init__(self, captured: list[Any]) -> None:
-        self.captured, self.events = captured, list[tuple[Any, Any]]()
+    def __init__(self, graph: Any, events: list[tuple[Any, Any]]) -> None:
+        self.graph, self.events = graph, events
 
-    def __enter__(self) -> Recorder:
-        for graph in self.captured:
-            graph.replay = self._recorded(graph.replay)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for graph in self.captured:
-            del graph.replay  # the class's own is back
-
-    def _recorded(self, replay: Any) -> Any:
+    def replay(self) -> None:
         import torch
 
-        def recorded() -> None:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            replay()
-            end.record()
-            self.events.append((begin, end))
-
-        return recorded
-
-    def read(self) -> tuple[list[float], list[float]]:
-        """Microseconds busy in each replay, and idle between each two."""
-        busy = [1e3 * begin.elapsed_time(end) for begin, end in self.events]
-        idle = [1e3 * a[1].elapsed_time(b[0]) for a, b in zip(self.events, self.events[1:], strict=False)]
-        return busy, idle
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self.graph.replay()
+        end.record()
+        self.events.append((begin, end))
 
 
-def back_to_back(graph: Any, count: int) -> list[float]:
-    """Microseconds a replay, in blocks, nothing between two replays."""
+def busy_and_idle(events: list[tuple[Any, Any]], per_epoch: int) -> tuple[list[float], list[float]]:
+    """Microseconds in each replay, and between each two of one epoch."""
+    busy = [1e3 * begin.elapsed_time(end) for begin, end in events]
+    idle = [1e3 * a[1].elapsed_time(b[0]) for i, (a, b) in enumerate(itertools.pairwise(events), 1) if i % per_epoch]
+    return busy, idle
+
+
+def back_to_back(steps: Any, count: int) -> list[float]:
+    """Microseconds a replay of the bare step, in blocks, nothing between two replays."""
     import torch
 
-    per_block = -(-count // BLOCKS)
+    training = steps.trials[0]
+    block = min(training.steps, -(-count // BLOCKS))  # an epoch has batches for so many
     micros = []
-    for _ in range(BLOCKS):
+    for _ in range(-(-count // block)):
+        training.at.zero_()
         torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(per_block):
-            graph.replay()
+        for _ in range(block):
+            steps.graphs[False].replay()
         end.record()
         torch.cuda.synchronize()
-        micros.append(1e3 * begin.elapsed_time(end) / per_block)
+        micros.append(1e3 * begin.elapsed_time(end) / block)
     return micros
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:
     from benchmarks.ours import Ours
 
-    recorder: Recorder | None = None
+    if result.about["device_type"] != "cuda":
+        raise Missing("a step is captured on CUDA devices only")
+    events: list[tuple[Any, Any]] = []
     wall: list[float] = []
-    with Ours(options, result) as ours, held() as made, contextlib.ExitStack() as stack:
+    per_epoch = 50_000 // NETWORKS[options.kind]["batch_size"]
+    with Ours(options, result) as ours, held() as found:
 
         def after(row: dict[str, Any]) -> None:
-            nonlocal recorder
+            steps = found[-1]
+            if not steps.graphs:
+                raise Missing(f"no step was captured: {getattr(steps, 'refused', '')}")
             if 1 < row["epoch"] <= PLAIN_EPOCHS:
-                wall.append(1e6 * row["system/seconds"] / (row["step"] / row["epoch"]))
+                wall.append(1e6 * row["system/seconds"] / per_epoch)
             if row["epoch"] == PLAIN_EPOCHS:
-                recorder = stack.enter_context(Recorder(graphs(made[-1])))
+                steps.graphs = {look: Recorded(graph, events) for look, graph in steps.graphs.items()}
 
-        steps = 50_000 // NETWORKS[options.kind]["batch_size"]
-        epochs = PLAIN_EPOCHS + -(-options.n // steps)
-        values = {**NETWORKS[options.kind], "epochs": epochs, "test": "never"}
-        ours.train(values, on_epoch=after)
-        if recorder is None:
-            raise Missing("no step is captured as a CUDA graph here")
-        busy, idle = recorder.read()
-        stack.close()
-        replayed = back_to_back(graphs(made[-1])[0], options.n)
+        epochs = PLAIN_EPOCHS + -(-options.n // per_epoch)
+        ours.train({**NETWORKS[options.kind], "epochs": epochs, "test": "never"}, on_epoch=after)
+        steps = found[-1]
+        steps.graphs = {look: recorded.graph for look, recorded in steps.graphs.items()}
+        busy, idle = busy_and_idle(events, per_epoch)
+        replayed = back_to_back(steps, options.n)
     name = f"{options.kind}, batch {NETWORKS[options.kind]['batch_size']}"
-    step = result.add("ours", "a training step, wall clock", "µs", wall, steps=len(wall) * steps)
+    step = result.add("ours", "a training step, wall clock", "µs", wall, steps=len(wall) * per_epoch)
     alone = result.add("its graph back to back", "a replay", "µs", replayed, replays=options.n)
     result.add("ours", "busy in a replay while training", "µs", busy)
     share = 100 * sum(idle) / (sum(idle) + sum(busy))
