@@ -265,6 +265,7 @@ class Peer:
         self._process.wait()
         self._errors.seek(0)
         said = [text for text in self._errors.read().decode(errors="replace").splitlines() if text.strip()]
+        self._close()
         raise Missing(f"the peer {self.name} ended: {said[-1][:300] if said else 'it said nothing'}")
 
     def __enter__(self) -> Peer:
@@ -278,8 +279,12 @@ class Peer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()  # type: ignore[union-attr]
-        self._errors.close()
+        self._close()
+
+    def _close(self) -> None:
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(OSError):
+                file.close()  # type: ignore[union-attr]
 
 
 def serve(measure: Callable[[str], dict[str, Any]], **about: Any) -> None:

@@ -18,7 +18,7 @@ from benchmarks.common import Missing, Result, command, parser_of
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "worksheet1": {"experiment": "worksheet1", "batch_size": 128},
-    "resnet20": {"experiment": "resnet20", "batch_size": 512, "lr": 0.4},
+    "resnet20": {"experiment": "resnet20", "batch_size": 512, "lr": 0.2},
 }
 BLOCKS = 10  # that the back-to-back replays are timed in
 PLAIN_EPOCHS = 4  # the first one left out

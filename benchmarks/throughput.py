@@ -37,7 +37,7 @@ def measure(result: Result, options: argparse.Namespace) -> None:
                     rates[feed].append(answer["images"] / answer["seconds"])
 
         ours = stack.enter_context(Ours(options, result))
-        values = {"experiment": options.kind, "test": "never", "batch_size": 512, "epochs": options.n + 1, "lr": 0.4}
+        values = {"experiment": options.kind, "test": "never", "batch_size": 512, "epochs": options.n + 1, "lr": 0.2}
         ours.train(values, on_epoch=after)
     mine = result.add("ours", "images a second", "1/s", rates["ours"])
     for feed, name in PEERS.items():
