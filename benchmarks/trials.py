@@ -66,7 +66,9 @@ def arguments_of(way: str, options: argparse.Namespace) -> tuple[int, int, list[
     if way == "packed":
         if not pack:
             raise Missing("`python -m cifar sweep` has no --pack here")
-        return options.trials, 1, ["--pack", options.pack, *(["--gpus", "0"] if cuda else ["--workers", "1"])]
+        if not cuda:
+            raise Missing("trials are packed on GPUs")
+        return options.trials, 1, ["--pack", options.pack, "--gpus", "0"]
     if way == "side by side":
         k = options.per_gpu
         workers = ["--gpus", "0", "--per-gpu", str(k)] if cuda else ["--workers", str(k)]

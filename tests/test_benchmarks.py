@@ -272,7 +272,7 @@ def test_a_command_runs_at_toy_size_and_writes_its_json(row: bench.Row, tmp_path
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["row"] == row.number and found["smoke"] and found["dataset"] == "stand-in" and not found["official"]
-    assert found["device"] and found["versions"]["torch"] and found["git"].keys() >= {"commit"}
+    assert found["device"] and found["versions"]["torch"] and "git" in found
     for each in found["measured"]:
         assert each["n"] == len(each["values"]) >= 1 and len(each["spread"]) == 2 and each["who"] and each["what"]
         assert all(math.isfinite(value) for value in each["values"])
