@@ -158,6 +158,11 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 # -- a benchmark as a program ------------------------------------------------------------------------------------------
 
 
+def results_of(smoke: bool) -> Path:
+    """Where the JSONs go: toy figures are kept away from real ones."""
+    return RESULTS / "smoke" if smoke else RESULTS
+
+
 def parser_of(name: str, what: str | None, *, n: int, what_n: str) -> argparse.ArgumentParser:
     """The options that every benchmark has; `what` is its docstring, `n` how often it measures."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(what or "").splitlines()[0].rstrip("."))
@@ -187,6 +192,8 @@ def command(
     name = parser.prog.rpartition(".")[2]
     if "=" in row:
         row, name = dict(pair.split("=") for pair in row.split(","))[options.kind], f"{name}-{options.kind}"
+    out = options.out = options.out or results_of(options.smoke) / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         _data_at_hand(options.dataset)
         result = Result(row, name, str(parser.description), about(options))
@@ -201,8 +208,6 @@ def command(
         return 2
     given = sys.argv[1:] if arguments is None else list(arguments)
     result.about |= {"command": " ".join([parser.prog, *given]), "seconds": round(time.perf_counter() - begun, 1)}
-    out = options.out or RESULTS / f"{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result.as_dict(), indent=1, ensure_ascii=False) + "\n")
     from benchmarks.table import claim_lines
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, Missing, Result, command, number, parser_of
+from benchmarks.common import Missing, Result, command, number, parser_of
 
 CURVES: dict[str, tuple[str, str, str]] = {  # name -> label of x, label of y, what one more of it is called
     "epochs": ("epochs", "seconds of training", "one more epoch"),
@@ -127,9 +127,8 @@ def measure(result: Result, options: argparse.Namespace) -> None:
                 each = result.add("ours", one_more, "ms", [1000 * slope], start_seconds=start)
                 result.claim(f"{one_more} (and {number(start)} s to begin with)", each)
     result.about["curves"] = {name: {"labels": CURVES[name][:2], **points} for name, points in curves.items()}
-    picture = (options.out or RESULTS / "scaling.json").with_suffix(".png")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(result.about["curves"], f"{result.about['device']}, {result.about['dataset']}", picture)
+    title = f"{result.about['device']}, {result.about['dataset']}"
+    draw(result.about["curves"], title, options.out.with_suffix(".png"))
 
 
 def draw(curves: dict[str, Any], title: str, path: Path) -> None:
