@@ -136,14 +136,17 @@ def draw(curves: dict[str, Any], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, max(len(curves), 1), figsize=(3.2 * max(len(curves), 1), 3), squeeze=False)
     for axis, (name, curve) in zip(axes[0], curves.items(), strict=False):
         axis.plot(curve["x"], curve["y"], marker="o", markersize=4)
         axis.set(xscale="log", yscale="log", xlabel=curve["labels"][0], ylabel=curve["labels"][1], title=name)
         axis.set_xticks(curve["x"], [f"{x:g}" for x in curve["x"]])
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.7g}")
         axis.minorticks_off()
+        axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
