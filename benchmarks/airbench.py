@@ -29,7 +29,7 @@ def measure(result: Result, options: argparse.Namespace) -> None:
     from benchmarks.ours import Ours
 
     kind = options.kind
-    options.n = options.n or (2 if options.smoke else N[kind])
+    options.n = options.n or (1 if options.smoke else N[kind])
     with contextlib.ExitStack() as stack:
         peer = None if options.without_peer else _peer(stack, result, options)
         if options.peer_only and peer is None:

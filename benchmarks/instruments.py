@@ -27,7 +27,7 @@ def measure(result: Result, options: argparse.Namespace) -> None:
     from benchmarks.ours import Ours
 
     with Ours(options, result) as ours:
-        for name in options.only or NETWORKS:
+        for name in options.only or (["worksheet1"] if options.smoke else NETWORKS):
             values = {**NETWORKS[name], "test": "never"} if name != "airbench94" else NETWORKS[name]
             seconds: dict[bool, list[float]] = {True: [], False: []}
             for on in (True, False):  # what is compiled or captured is made once
