@@ -4,6 +4,7 @@
 # make test         the tests (minutes)
 # make check        what CI runs: lint, types, tests
 # make lint, types  ruff; mypy --strict
+# make bench        what is timed, as far as this machine can; benchmarks/results   [ARGS="--only 4 5", "--list"]
 # make clean        remove .venv and caches; runs stay
 #
 # Options: PYTHON=/path/to/python uses an environment that has the packages already (no .venv is made);
@@ -21,7 +22,7 @@ else
   READY :=
 endif
 
-.PHONY: help setup sweep report data test test-slow check lint types clean
+.PHONY: help setup sweep report data test test-slow check lint types bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -62,6 +63,9 @@ types: $(READY)
 	@$(PY) -m mypy
 
 check: lint types test
+
+bench: $(READY)
+	@$(PY) -m benchmarks $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
