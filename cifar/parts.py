@@ -20,9 +20,11 @@ from cifar import data, optim, registry
 from cifar.capture import Captured
 from cifar.config import Settings
 from cifar.data.augment import augmented, mix
+from cifar.data.loader import picked
 from cifar.errors import UserError
 from cifar.probes import Watcher
 from cifar.ranks import ALONE, Team
+from cifar.stem import as_product
 from cifar.train import Average, Step, add_up, evaluate, forward
 
 
@@ -165,6 +167,16 @@ class Training:
         self.optimizer.compile()
         if self.device.type == "cuda":
             self.train_batches.at_once = compiled(augmented)
+            as_product(self.model)
+            if self.step.mix is None:
+                self.step.forward_at = self._forward_at
+
+    def _forward_at(self) -> tuple[Tensor, Tensor]:
+        batches, step = self.train_batches, self.step
+        assert batches.store is not None
+        function = compiled(_forward_at, self.config.compile == "max")
+        found = function(self.model, *batches.store, self.at, batches.channels_last, step.smoothing, step.bf16)
+        return cast(tuple[Tensor, Tensor], found)
 
     # -- an epoch --
 
@@ -245,6 +257,14 @@ class Training:
         random.setstate(state["python"])
         if self.device.type == "cpu":
             torch.set_num_threads(state["threads"])  # sums over 1 and over 2 threads differ in the last bit
+
+
+def _forward_at(
+    model: nn.Module, images: Tensor, labels: Tensor, at: Tensor, last: bool, smoothing: Tensor | None, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """`forward` of batch `at` of a stored epoch, for a compiler that makes one kernel of taking it and what comes next."""
+    chosen, classes = picked(images, labels, at, last)
+    return forward(model, chosen, classes, classes, smoothing, bf16)
 
 
 @functools.cache

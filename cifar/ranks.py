@@ -215,9 +215,9 @@ def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], object])
 class _TeamMeter(Meter):
     """Sums over ranks after each step, not after the epoch: a checkpoint may fall in between, and it is rank 0's."""
 
-    def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
+    def add(self, loss: Tensor, correct: Tensor, count: int, at: Tensor) -> None:
         total, self.sums = self.sums, torch.zeros_like(self.sums)
-        super().add(loss, correct, count)
+        super().add(loss, correct, count, at)
         with _peers():
             dist.all_reduce(self.sums)
         self.sums = total.add_(self.sums)

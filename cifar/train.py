@@ -18,6 +18,7 @@ class Source(Protocol):
     """Batches of an epoch, by the step that `at` (1,) says."""
 
     at: Tensor
+    batch_size: int
 
     def take(self) -> tuple[Tensor, Tensor]: ...
 
@@ -54,9 +55,9 @@ class Meter:
         self.last = torch.zeros((), device=device)  # the loss of the step before
         self.add_up = add_up
 
-    def add(self, loss: Tensor, correct: Tensor, count: int) -> None:
-        """loss: 0-d mean over the batch of `count` images, of which `correct` (0-d) were told right."""
-        self.add_up(self.sums, self.last, loss.detach(), correct, count)
+    def add(self, loss: Tensor, correct: Tensor, count: int, at: Tensor) -> None:
+        """loss: 0-d mean over the batch of `count` images, of which `correct` (0-d) were told right. Moves `at` on."""
+        self.add_up(self.sums, self.last, at, loss.detach(), correct, count)
 
     def read(self) -> tuple[float, float]:
         """(mean loss, accuracy as a fraction), and start again. The one place where the host waits for the device."""
@@ -65,8 +66,9 @@ class Meter:
         return loss / max(images, 1), correct / max(images, 1)
 
 
-def add_up(sums: Tensor, last: Tensor, loss: Tensor, correct: Tensor, count: int) -> None:
-    """A step's part of an epoch's sums, in place; apart from `Meter` for torch.compile."""
+def add_up(sums: Tensor, last: Tensor, at: Tensor, loss: Tensor, correct: Tensor, count: int) -> None:
+    """A step's part of an epoch's sums, and one step more, in place; apart from `Meter` for torch.compile."""
+    at.add_(1)
     last.copy_(loss)
     sums[0].add_(loss, alpha=count)
     sums[1].add_(correct)
@@ -130,14 +132,12 @@ class Step:
     smoothing: Tensor | None = None
     bf16: bool = False
     forward: Callable[..., tuple[Tensor, Tensor]] = forward
+    forward_at: Callable[[], tuple[Tensor, Tensor]] | None = None  # `forward` of the next batch, taking it included
 
     def __call__(self, look: bool) -> None:
         """`look`: whether the watcher looks at this one."""
-        images, labels = self.source.take()
-        inputs, targets = self.mix(images, labels) if self.mix else (images, labels)
-        inputs, targets, labels = self.team.share(inputs, targets, labels)
         self.optimizer.follow(self.source.at)
-        loss, correct = self.forward(self.model, inputs, targets, labels, self.smoothing, self.bf16)
+        loss, correct = self.forward_at() if self.forward_at else self._forward()
         loss.backward()  # type: ignore[no-untyped-call]
         self.team.average_gradients(self.model)
 
@@ -151,8 +151,13 @@ class Step:
         self.optimizer.zero_grad()
         if self.average:
             self.average.update()
-        self.meter.add(loss, correct, len(labels))
-        self.source.at.add_(1)
+        self.meter.add(loss, correct, self.source.batch_size // self.team.size, self.source.at)
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        images, labels = self.source.take()
+        inputs, targets = self.mix(images, labels) if self.mix else (images, labels)
+        inputs, targets, labels = self.team.share(inputs, targets, labels)
+        return self.forward(self.model, inputs, targets, labels, self.smoothing, self.bf16)
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ LAYERS = [
     ["data", "models", "optim", "cost"],
     ["train"],
     ["ranks"],
-    ["probes", "track", "environment", "capture"],
+    ["probes", "track", "environment", "capture", "stem"],
     ["parts"],
     ["running", "warm"],
     ["timing"],

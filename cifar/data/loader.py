@@ -66,7 +66,7 @@ class Loader:
         self.drawn: Tensor | None = None  # (steps, 3): of the epoch, what `mix` wants
         self._plans: dict[int, Plan] = {}
         self.at_once: AtOnce | None = None  # how a GPU makes many batches, where that has been compiled
-        self._store: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
+        self.store: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
 
     @property
     def steps(self) -> int:
@@ -111,10 +111,7 @@ class Loader:
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(images (B, 3, H, W) float, labels (B,)) of step `at`. `at` is moved on by whoever takes the step."""
-        if self._store is None:
-            return self.batch(int(self.at))
-        images, labels = (stored.index_select(0, self.at)[0] for stored in self._store)
-        return images.permute(0, 3, 1, 2) if self.channels_last else images, labels
+        return self.batch(int(self.at)) if self.store is None else picked(*self.store, self.at, self.channels_last)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (B, 3, H, W) float, labels (B,)) from batch `start` on."""
@@ -146,13 +143,13 @@ class Loader:
 
     def _fill(self, start: int) -> None:
         """Make every batch of the epoch, in large pieces, where those of the last one were."""
-        if self._store is None:
+        if self.store is None:
             _, channels, height, width = self.images.shape
             shape = (height, width, channels) if self.channels_last else (channels, height, width)
             images = torch.zeros((self.steps, self.batch_size, *shape), dtype=self.dtype, device=self.device)
             labels = torch.zeros((self.steps, self.batch_size), dtype=self.labels.dtype, device=self.device)
-            self._store = images, labels
-        images, labels = self._store
+            self.store = images, labels
+        images, labels = self.store
         most = max(1, PIECE // self.batch_size)
         for step in range(start, self.steps, most):
             end = min(step + most, self.steps)
@@ -160,6 +157,12 @@ class Loader:
             made = made.permute(0, 2, 3, 1) if self.channels_last else made
             images[step:end].copy_(made.reshape(images[step:end].shape))
             labels[step:end].copy_(classes.view(labels[step:end].shape))
+
+
+def picked(images: Tensor, labels: Tensor, at: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Batch `at` (1,) of a stored epoch, as a network takes it."""
+    chosen = images.index_select(0, at)[0]
+    return chosen.permute(0, 3, 1, 2) if channels_last else chosen, labels.index_select(0, at)[0]
 
 
 def copy_to_device(target: Tensor, source: Tensor) -> None:
