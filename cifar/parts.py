@@ -167,7 +167,8 @@ class Training:
         self.optimizer.compile()
         if self.device.type == "cuda":
             self.train_batches.at_once = compiled(augmented)
-            as_product(self.model)
+            if not self.shares:  # a pack has other kernels to run meanwhile, and loses by the larger ones (LOG.md)
+                as_product(self.model)
             if self.step.mix is None:
                 self.step.forward_at = self._forward_at
 
