@@ -30,6 +30,7 @@ from cifar.follow import Follower
 from cifar.record import Record
 from cifar.report.runs import STAND_IN
 from cifar.space import Pause
+from cifar.wb.mode import mode_from_environment
 
 CPU_WORKERS = 4  # at most; one a core takes less CPU time than one trial of many threads (LOG.md)
 FAILURES_IN_A_ROW = 3
@@ -134,7 +135,8 @@ class Agent:
             self.display.end()
             if self.follower:
                 self.display.say("finishing pictures and uploads ...")
-                self.follower.end()
+                if not self.follower.end() and mode_from_environment(self.wandb) == "online":
+                    self.display.say(f"W&B has not got everything; send the rest with: python -m cifar push {self.backend.id}")
         return self._farewell()
 
     def _say_news(self) -> None:

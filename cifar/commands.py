@@ -191,15 +191,18 @@ def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str) 
     if not cost["verified"]:
         say(f"MACs UNVERIFIED: {cost['note']}")
     sink = track.Terminal() if sys.stdout.isatty() else track.Lines()
-    follower = follow.Follower(mode_from_environment(wandb), log=record.path / "mirror.log")
+    mode, whole = mode_from_environment(wandb), True
+    follower = follow.Follower(mode, log=record.path / "mirror.log")
     try:
         follower.follow(record.path)
         with Stop(foreign=described["sweep"] != "" and "WANDB_SWEEP_ID" in os.environ) as stop:
             state = run.train(config, record, data_dir=data_dir, sinks=[sink], stop=stop)
     finally:
         with waiting("drawing pictures, sending what is left to W&B ..."):
-            follower.end()
+            whole = follower.end()
     _result(record, state)
+    if mode == "online" and not whole and state in records.END_STATES:
+        say(f"W&B has not got all of it; send the rest with: python -m cifar push {record.id}")
     return stop.code(state)
 
 

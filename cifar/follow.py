@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 ORPHAN_SECONDS = 1.5  # for tidying up after the parent was killed
+KNOCK_SECONDS, SILENT_SECONDS = 1.0, 3.0  # at the end: for a server to say anything; in all, name service included
 MARGIN_SECONDS = 3.0  # that the parent waits beyond the companion's own grace
 
 
@@ -63,7 +64,8 @@ class Follower:
         self._tell(close=str(Path(folder).resolve()))
 
     def end(self, timeout: float | None = None) -> bool:
-        """Let it finish, within `timeout` seconds (default: its grace and a little). True if W&B has all that has ended."""
+        """Let it finish, within `timeout` seconds (default: its grace and a little; at a server that does not answer: hardly
+        longer than the pictures take). True if W&B has all that has ended; else `python -m cifar push` sends it later."""
         self._tell(end=True)
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
@@ -108,6 +110,7 @@ class Companion:
         self._mode, self._say = mode, say
         self._followed: dict[str, _Followed] = {}
         self._ending = threading.Event()
+        self._silent: bool | None = None  # not asked yet
         self._drawer = threading.Thread(target=self._repeat, args=(self._draw, self._ending.is_set), daemon=True)
         self._threads = [self._drawer]
         if mode != "disabled":
@@ -125,16 +128,34 @@ class Companion:
 
     def end(self, seconds: float, orphaned: Callable[[], bool]) -> bool:
         """Finish what has ended, leave the rest. True if W&B has all that has ended."""
-        deadline = time.monotonic() + seconds
+        deadline, patience = time.monotonic() + seconds, time.monotonic() + SILENT_SECONDS
         self._ending.set()
+        if self._mode == "online":
+            threading.Thread(target=self._knock, daemon=True).start()  # a name server can be silent for long
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             time.sleep(0.05)
             if orphaned():
                 deadline = min(deadline, time.monotonic() + ORPHAN_SECONDS)
+            silent = self._silent or (self._silent is None and time.monotonic() > patience)
+            if silent and not self._drawer.is_alive() and self._needs_server():
+                self._say("W&B does not answer; the records have everything, and `python -m cifar push` sends it")
+                return False
         late = any(thread.is_alive() for thread in self._threads)
         if late:
-            self._say("the pictures or W&B took too long; the records have everything")
+            self._say("the pictures or W&B took too long; the records have everything, and `python -m cifar push` sends it")
         return not late and not any(each.lost for each in self._followed.values())
+
+    def _knock(self) -> None:
+        """Does the server say anything? wandb's own calls do not tell: they try again for minutes."""
+        from cifar.wb.mirror import answers
+
+        self._silent = not (answers(KNOCK_SECONDS) or answers(KNOCK_SECONDS))
+
+    def _needs_server(self) -> bool:
+        """Whether a run that is not with W&B yet still goes there, and not into a file."""
+        if self._mode != "online":
+            return False
+        return any(each.mirror is None or each.mirror.mode == "online" for each in list(self._followed.values()))
 
     def _repeat(self, visit: Callable[[_Followed, bool], None], is_last: Callable[[], bool]) -> None:
         last = False
@@ -170,7 +191,7 @@ class Companion:
             each.mirror.sync()
             if end and end == each.drawn:
                 if each.mirror.finish(sorted((each.record.path / "pictures").glob("*.png"))):
-                    each.settled, each.lost = end, False
+                    each.settled, each.lost = end, each.mirror.mode != self._mode  # written to a file in its stead
             elif each.closed or last:
                 each.mirror.leave()
                 if not end:

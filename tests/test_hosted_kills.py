@@ -1,0 +1,41 @@
+"""kill -9 of what serves a run of a sweep on W&B: the run is whole there in the end, under its own id, each epoch once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from protocol import Server
+from test_agent import alive, family
+from test_hosted import GRID, command, ended, until
+
+from cifar.record import Record
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("victim", ["cifar.worker", "cifar.follow"])
+def test_a_killed_worker_or_mirror_costs_its_run_nothing(
+    wandb_server: Server, runs: Path, tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 60}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
+    run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    until(lambda: len(run.rows) >= 2, 60)
+    (killed,) = [pid for pid in family(process.pid) if victim.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    mine = family(killed) | {killed}  # a mirror's wandb-core too
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: not alive(mine), 5)
+    code, output = ended(process)
+    assert code == 0 and list(wandb_server.runs) == [run.id], output
+    if victim == "cifar.follow":
+        sweep = wandb_server.only_sweep()
+        assert run.state == "running" and f"python -m cifar push {sweep.id}" in output
+        code, output = ended(command(wandb_server, "-m", "cifar", "push", sweep.id))
+        assert code == 0, output
+    assert run.state == "finished" and Record(runs / run.id).state == "finished"
+    assert run.rows == list(Record(runs / run.id).rows()) and len(run.rows) == 60
