@@ -147,7 +147,7 @@ class Place:
                 if len(rows_of(run)) >= EPOCHS // 2 and self.server.ask("look", run=run.name)["rows"]:
                     self.server.ask("die")
                     dead = True
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
         (run,) = set(self.runs()) - known
         wrong = [f"left behind: {name}" for name in self.left()]
         rows, state = rows_of(run), json.loads((run / "status.json").read_text())["state"]
@@ -161,7 +161,8 @@ class Place:
         elif self.server.ask("look", run=run.name)["rows"] != rows:
             wrong.append("a server that is well has not got everything")
         steps = [float(line) for line in (self.folder / "clock").read_text().split()]
-        return {"seconds": seconds, "stall": max(b - a for a, b in itertools.pairwise(steps)), "wrong": wrong}
+        stall = max(b - a for a, b in itertools.pairwise(steps))
+        return {"seconds": ended - began, "stall": stall, "after": ended - steps[-1], "wrong": wrong}
 
     def runs(self) -> list[Path]:
         return [path.parent for path in self.folder.glob("runs/*/run.json")]
@@ -212,6 +213,8 @@ def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any
         "disturbed_seconds": spread([ill for _, ill in seconds]),
         "more_seconds": spread(more),
         "ratio": spread([ill / well for well, ill in seconds]),
+        "last_step_to_exit_undisturbed_seconds": spread([well["after"] for well, _ in pairs]),
+        "last_step_to_exit_disturbed_seconds": spread([ill["after"] for _, ill in pairs]),
         "longest_stall_undisturbed_seconds": spread([well["stall"] for well, _ in pairs]),
         "longest_stall_disturbed_seconds": spread([ill["stall"] for _, ill in pairs]),
         "within_5_percent_and_2_seconds": f"{sum(m <= a for m, a in zip(more, allowed, strict=True))} of {len(pairs)}",

@@ -279,7 +279,8 @@ class Mirror:
 def answers(seconds: float) -> bool:
     """Whether the configured server says anything at all, but that it is broken (5xx) or overloaded (429)."""
     try:
-        with urllib.request.urlopen(f"{server().rstrip('/')}/healthz", timeout=seconds):
+        with urllib.request.urlopen(f"{server().rstrip('/')}/healthz", timeout=seconds) as answer:
+            answer.read()
             return True
     except urllib.error.HTTPError as error:
         return error.code < 500 and error.code != 429
