@@ -35,7 +35,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture(params=["never answers", "answers only that it is there"])
+@pytest.fixture(params=["never answers", pytest.param("answers only that it is there", marks=pytest.mark.slow)])
 def silent_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A W&B that accepts connections and hangs, and a key for it."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
