@@ -35,7 +35,7 @@ from cifar.wb.mode import mode_from_environment
 CPU_WORKERS = 4  # at most; one a core takes less CPU time than one trial of many threads (LOG.md)
 FAILURES_IN_A_ROW = 3
 POLL_SECONDS = 1.0  # between two looks for a trial while others hold the open ones
-FOLLOWER_SECONDS = 20.0  # for pictures and uploads after the last trial
+FOLLOWER_SECONDS = 20.0  # for each run whose pictures or upload are left after the last trial
 
 
 def agent(

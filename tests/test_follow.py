@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from leet import Inspected, draw_png, end_record, inspect_only, make_record, row, wandb_files
+from protocol import Fault, Server
 from wandb_server import WandbServer
 
 from cifar.follow import Follower
@@ -202,6 +203,20 @@ def test_a_server_that_hangs_costs_its_grace_at_most(tmp_path: Path, silent_serv
     assert ("does not answer" if silent_server == "never answers" else "took too long") in log.read_text()
     for file in [log, *record.path.rglob("*")]:
         assert not file.is_file() or FAKE_KEY.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_a_queue_of_runs_is_waited_for_as_long_as_it_gets_shorter(tmp_path: Path, wandb_server: Server) -> None:
+    wandb_server.fault = Fault("slow", 5.0, where="UpsertBucket")
+    follower = Follower("auto", log=tmp_path / "follow.log", grace=20.0)
+    records = [make_record(tmp_path, f"queue00{n}", epochs=1) for n in range(6)]
+    for record in records:
+        grow(record, range(1, 2))
+        end_record(record)
+        follower.follow(record.path)
+    assert follower.end() is True, (tmp_path / "follow.log").read_text()
+    for record in records:
+        assert wandb_server.runs[record.id].rows == list(record.rows()) and wandb_server.runs[record.id].state == "finished"
 
 
 def test_a_server_that_refuses_makes_it_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
