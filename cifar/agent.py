@@ -29,10 +29,11 @@ from cifar.follow import Follower
 from cifar.record import Record
 from cifar.report.runs import STAND_IN
 from cifar.space import Pause
+from cifar.wb.mode import mode_from_environment
 
 FAILURES_IN_A_ROW = 3
 POLL_SECONDS = 1.0  # between two looks for a trial while others hold the open ones
-FOLLOWER_SECONDS = 20.0  # for pictures and uploads after the last trial
+FOLLOWER_SECONDS = 20.0  # for each run whose pictures or upload are left after the last trial
 
 
 def agent(
@@ -137,7 +138,8 @@ class Agent:
             self.display.end()
             if self.follower:
                 self.display.say("finishing pictures and uploads ...")
-                self.follower.end()
+                if not self.follower.end() and mode_from_environment(self.wandb) == "online":
+                    self.display.say(f"W&B has not got everything; send the rest with: python -m cifar push {self.backend.id}")
         return self._farewell()
 
     def _say_news(self) -> None:

@@ -204,18 +204,18 @@ def report(
 
 @app.command()
 def push(
-    sweep_id: Annotated[str, typer.Argument(metavar="SWEEP", help="a local sweep's id or name")],
+    name: Annotated[str, typer.Argument(metavar="SWEEP|RUN", help="a sweep's id or name, or a run's")],
     project: Annotated[str, typer.Option("--project", help="on W&B [default: the file's, else the runs']")] = "",
     entity: Annotated[str, typer.Option("--entity", help="user or team [default: yours]")] = "",
     runs_dir: RunsDir = None,
 ) -> int:
-    """Make a local sweep a sweep on W&B, with all its runs. Again: only what is new.
+    """Make a local sweep a sweep on W&B, with all its runs; send what W&B lacks of a run. Again: only what is new.
 
     Example: `python -m cifar push 3k9x2m1p --project cifar`
     """
     from cifar import many
 
-    return many.push(sweep_id, project, entity, runs_dir)
+    return many.push(name, project, entity, runs_dir)
 
 
 @app.command()

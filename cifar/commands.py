@@ -218,7 +218,8 @@ def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str, 
     if not cost["verified"]:
         say(f"MACs UNVERIFIED: {cost['note']}")
     sink = track.Terminal() if sys.stdout.isatty() else track.Lines()
-    follower = follow.Follower(mode_from_environment(wandb), log=record.path / "mirror.log")
+    mode, whole = mode_from_environment(wandb), True
+    follower = follow.Follower(mode, log=record.path / "mirror.log")
     try:
         follower.follow(record.path)
         with team.own(record), Stop(foreign) as stop:
@@ -226,8 +227,10 @@ def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str, 
             code = max(team.gather(stop.code(state)))  # a signal may have reached some ranks only
     finally:
         with waiting("drawing pictures, sending what is left to W&B ..."):
-            follower.end()
+            whole = follower.end()
     _result(record, state)
+    if mode == "online" and not whole and state in records.END_STATES:
+        say(f"W&B has not got all of it; send the rest with: python -m cifar push {record.id}")
     return code
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 ORPHAN_SECONDS = 1.5  # for tidying up after the parent was killed
-MARGIN_SECONDS = 3.0  # that the parent waits beyond the companion's own grace
+KNOCK_SECONDS, SILENT_SECONDS = 1.0, 3.0  # at the end: for a server to say anything; in all, name service included
+MARGIN_SECONDS = 3.0  # that the parent waits beyond the companion's own graces
 
 
 class Follower:
@@ -40,6 +41,7 @@ class Follower:
 
     def __init__(self, mode: str = "auto", *, log: Path | None = None, grace: float = 20.0) -> None:
         self._grace = grace
+        self._known: set[Path] = set()
         command = [sys.executable, "-m", "cifar.follow", "--wandb", mode, "--grace", str(grace)]
         with contextlib.ExitStack() as files:
             output = files.enter_context(open(log, "ab")) if log else subprocess.DEVNULL
@@ -56,6 +58,7 @@ class Follower:
 
     def follow(self, folder: Path) -> None:
         """Mirror this record from now on. Also says that a known one goes on."""
+        self._known.add(Path(folder))
         self._tell(run=str(Path(folder).resolve()))
 
     def close(self, folder: Path) -> None:
@@ -63,12 +66,14 @@ class Follower:
         self._tell(close=str(Path(folder).resolve()))
 
     def end(self, timeout: float | None = None) -> bool:
-        """Let it finish, within `timeout` seconds (default: its grace and a little). True if W&B has all that has ended."""
+        """Let it finish, within `timeout` seconds (default: a grace for each run that makes progress; with a server that
+        does not answer, hardly longer than the pictures take). True if W&B has all that has ended; else `push` sends it."""
         self._tell(end=True)
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
         try:
-            return self._process.wait(self._grace + MARGIN_SECONDS if timeout is None else timeout) == 0
+            most = self._grace * (1 + 2 * len(self._known)) + MARGIN_SECONDS  # it ends itself as soon as nothing goes on
+            return self._process.wait(most if timeout is None else timeout) == 0
         except subprocess.TimeoutExpired:
             self._process.terminate()  # it ends its wandb-core, then itself
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -108,6 +113,7 @@ class Companion:
         self._mode, self._say = mode, say
         self._followed: dict[str, _Followed] = {}
         self._ending = threading.Event()
+        self._silent: bool | None = None  # not asked yet
         self._drawer = threading.Thread(target=self._repeat, args=(self._draw, self._ending.is_set), daemon=True)
         self._threads = [self._drawer]
         if mode != "disabled":
@@ -124,17 +130,39 @@ class Companion:
             self._followed[folder].closed = True
 
     def end(self, seconds: float, orphaned: Callable[[], bool]) -> bool:
-        """Finish what has ended, leave the rest. True if W&B has all that has ended."""
-        deadline = time.monotonic() + seconds
+        """Finish what has ended, `seconds` from one progress to the next. True if W&B has all that has ended."""
+        deadline, patience = time.monotonic() + seconds, time.monotonic() + SILENT_SECONDS
         self._ending.set()
+        if self._mode == "online":
+            threading.Thread(target=self._knock, daemon=True).start()  # a name server can be silent for long
+        before: list[tuple[float, float]] = []
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             time.sleep(0.05)
+            done = [(each.drawn, each.settled) for each in list(self._followed.values())]
             if orphaned():
                 deadline = min(deadline, time.monotonic() + ORPHAN_SECONDS)
+            elif done != before:
+                before, deadline = done, time.monotonic() + seconds
+            silent = self._silent or (self._silent is None and time.monotonic() > patience)
+            if silent and not self._drawer.is_alive() and self._needs_server():
+                self._say("W&B does not answer; the records have everything, and `python -m cifar push` sends it")
+                return False
         late = any(thread.is_alive() for thread in self._threads)
         if late:
-            self._say("the pictures or W&B took too long; the records have everything")
+            self._say("the pictures or W&B took too long; the records have everything, and `python -m cifar push` sends it")
         return not late and not any(each.lost for each in self._followed.values())
+
+    def _knock(self) -> None:
+        """Does the server say anything? wandb's own calls do not tell: they try again for minutes."""
+        from cifar.wb.mirror import answers
+
+        self._silent = not (answers(KNOCK_SECONDS) or answers(KNOCK_SECONDS))
+
+    def _needs_server(self) -> bool:
+        """Whether a run that is not with W&B yet still goes there, and not into a file."""
+        if self._mode != "online":
+            return False
+        return any(each.mirror is None or each.mirror.mode == "online" for each in list(self._followed.values()))
 
     def _repeat(self, visit: Callable[[_Followed, bool], None], is_last: Callable[[], bool]) -> None:
         last = False
@@ -170,7 +198,7 @@ class Companion:
             each.mirror.sync()
             if end and end == each.drawn:
                 if each.mirror.finish(sorted((each.record.path / "pictures").glob("*.png"))):
-                    each.settled, each.lost = end, False
+                    each.settled, each.lost = end, each.mirror.mode != self._mode  # written to a file in its stead
             elif each.closed or last:
                 each.mirror.leave()
                 if not end:
@@ -188,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Follow until told to end, or until the parent is gone. Exits by itself, with 0 if W&B has all that has ended."""
     parser = argparse.ArgumentParser(prog="python -m cifar.follow", description=__doc__)
     parser.add_argument("--wandb", default="auto", help="auto, online, offline or disabled")
-    parser.add_argument("--grace", type=float, default=20.0, help="seconds for what is left to do at the end")
+    parser.add_argument("--grace", type=float, default=20.0, help="seconds for each thing that is left to do at the end")
     options = parser.parse_args(arguments)
     from cifar.wb.mode import mode_from_environment
 

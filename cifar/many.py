@@ -178,23 +178,32 @@ def stop_sweep(name: str, storage: str | None, runs_dir: Path | None) -> int:
 
 
 def push(name: str, project: str, entity: str, runs_dir: Path | None) -> int:
-    """A local sweep becomes one on W&B."""
+    """A local sweep becomes one on W&B; of a run, or of a sweep that W&B has, what is missing there is sent."""
     from cifar.backends import local
     from cifar.wb import push as pushing
 
     runs = runs_folder(runs_dir)
     sweep_id = local.resolve(name, runs)
     folder = runs / "sweeps" / sweep_id
-    if not (folder / "sweep.json").exists():
-        known = "is on W&B already" if (folder / "wandb.json").exists() else f"is no sweep in {runs}"
-        raise UserError(f"'{name}' {known}; `python -m cifar sweeps list` shows what can be pushed")
     mine = [record for record in records.all_records(runs) if record.read("run").get("sweep") == sweep_id]
+    if not (folder / "sweep.json").exists():
+        mine = mine or [records.find(name, runs)]
+        ended = [record for record in mine if record.state in records.END_STATES]
+        with counting(f"sending {name} to W&B", "runs") as progress:
+            sent = pushing.push_runs(ended, entity=entity, project=project, progress=progress, say=say)
+        say(f"{len(ended)} run{'s' * (len(ended) != 1)} of {name} on W&B ({sent} sent now)")
+        _say_open([record.id for record in mine if record not in ended])
+        return 0
     with counting(f"sending {sweep_id} to W&B", "runs") as progress:
         pushed = pushing.push(folder, mine, entity=entity, project=project, progress=progress, say=say)
     say(f"{len(mine) - len(pushed.open)} runs of {sweep_id} are on W&B ({pushed.sent} sent now): {pushed.url}")
-    if pushed.open:
-        say(f"not ended yet, push again later: {', '.join(pushed.open)}")
+    _say_open(pushed.open)
     return 0
+
+
+def _say_open(ids: Sequence[str]) -> None:
+    if ids:
+        say(f"not ended yet, push again later: {', '.join(ids)}")
 
 
 def retry_cells(name: str, storage: str | None, runs_dir: Path | None) -> int:

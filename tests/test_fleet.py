@@ -197,26 +197,6 @@ def world(tmp_path: Path) -> Iterator[World]:
     world.close()
 
 
-@pytest.mark.parametrize("repetition", range(5))
-def test_four_agents_released_together_train_each_of_24_cells_once(world: World, tmp_path: Path, repetition: int) -> None:
-    grid = "  width: {values: [2, 3, 4]}\n  witness: {values: [0, 1, 2, 3, 4, 5, 6, 7]}\n  epochs: {value: 1}\n"
-    backend = world.sweep(grid + "  probes: {value: witness}\n", "--dataset", "stand-in")
-    options = ("agent", backend.id, "--workers", "1", "--wandb", "disabled")
-    agents = [world.start("-c", TOGETHER, str(tmp_path / f"ready{n}"), str(tmp_path / "go"), *options) for n in range(4)]
-    until(lambda: len(list(tmp_path.glob("ready*"))) == 4)
-    (tmp_path / "go").touch()
-    assert [code for code, _ in map(ended, agents)] == [0] * 4
-    for what in ("begins", "trains"):
-        cells = Counter((size, key) for _, size, key in world.said(what))
-        assert len(cells) == 24 and set(cells.values()) == {1}, (what, cells)
-    assert len({pid for pid, _, _ in world.said("begins")}) == 4  # every agent had a part in it
-    assert [record.id for record in world.records()] == [backend.run_id(cell) for cell in range(24)]
-    assert all(record.state == "finished" and epochs(record) == [1] for record in world.records())
-    configs = [record.read("config") for record in world.records()]
-    assert len({(config["width"], config["witness"]) for config in configs}) == 24
-    assert backend.counts() == {"finished": 24} and {cell["attempt"] for cell in backend.cells()} == {1}
-
-
 def test_a_killed_worker_and_a_killed_agent_cost_nothing_and_leave_nothing(world: World) -> None:
     backend = world.sweep(KILLED + "  witness: {values: [0, 1]}\n", "--dataset", "stand-in")
     world.environment["WITNESS_PAUSE"] = PAUSE

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from cifar.claims import Trial
 from cifar.config import parse_yaml
 from cifar.errors import UserError
 from cifar.record import Record
+from cifar.report import report
 from cifar.wb import ends, service
 from cifar.wb import sweeps as hosted
 from cifar.wb.mirror import stop_core
@@ -313,8 +313,10 @@ def test_a_run_whose_mirror_cannot_start_is_no_longer_running(wandb_server: Serv
 
 
 @pytest.mark.slow
-def test_two_agents_of_two_workers_share_twelve_cells(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
-    """Promise 1 of the issue, without the report."""
+def test_two_agents_of_two_workers_share_twelve_cells(
+    wandb_server: Server, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it arrives as it was trained, and a report made from the server is the one made from the disk."""
     text = GRID.replace("[0.01, 0.02]", "[0.01, 0.02, 0.05]") + "  seed: {values: [0, 1]}\n  epochs: {value: 3}\n"
     (tmp_path / "tiny.yaml").write_text(text)
     assert ended(command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--no-agent"))[0] == 0
@@ -329,23 +331,14 @@ def test_two_agents_of_two_workers_share_twelve_cells(wandb_server: Server, runs
     for run_id, run in wandb_server.runs.items():
         assert run.state == "finished" and run.exits == [0]
         assert_as_trained(wandb_server, runs, run_id, 3)
-
-
-@pytest.mark.slow
-def test_an_agent_that_is_interrupted_gives_its_run_back(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
-    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 60}\n"
-    (tmp_path / "tiny.yaml").write_text(text)
-    process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
-    run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
-    until(lambda: Record(runs / run.id).read("status").get("epoch", 0) >= 5, 60)
-    process.send_signal(signal.SIGINT)
-    code, output = ended(process)
-    assert code == 130 and run.state == "preempted", output
-    sweep = wandb_server.only_sweep()
-    assert sweep.requeued == [run.id]
-    code, output = ended(command(wandb_server, "-m", "cifar", "agent", sweep.id, "--workers", "1"))
-    assert code == 0 and list(wandb_server.runs) == [run.id] and run.state == "finished", output
-    assert_as_trained(wandb_server, runs, run.id, 60)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stop_core()  # the next one reads the environment anew
+    for name, where in ((str(runs), "here"), (f"me/cifar/{sweep.id}", "there")):
+        made = report([name], runs=tmp_path / "none", out=tmp_path / where)
+        assert sum(len(point.runs) for point in made.comparison.points) == 12
+    here, there = (json.loads((tmp_path / where / "report.json").read_text()) for where in ("here", "there"))
+    assert (tmp_path / "here/report.csv").read_bytes() == (tmp_path / "there/report.csv").read_bytes()
+    assert here["points"] == there["points"] and here["apart"] == there["apart"]
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from leet import draw_png, end_record, inspect_only, make_record, row, wandb_files
+from protocol import Fault, Server
 from wandb_server import WandbServer
 
 from cifar.errors import UserError
 from cifar.record import Record
-from cifar.wb.mirror import Mirror, stop_core
+from cifar.wb.mirror import Mirror, answers, stop_core
 from cifar.wb.mode import credentials, mode_from_environment
 
 KEY = "0123456789abcdef" * 3
@@ -204,6 +205,24 @@ def test_a_server_is_sent_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monk
     assert server.rows == list(record.rows()) and server.exit_codes == [0]
     stop_core()
     server.close()
+
+
+def test_a_server_answers_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"{server.url}/")
+        assert answers(20.0)
+        for status, said in ((401, True), (404, True), (429, False), (500, False), (503, False)):
+            server.fault = Fault("status", status)
+            assert answers(20.0) == said, status
+        for kind in ("hang", "drop"):
+            server.fault = Fault(kind)
+            assert not answers(0.2), kind
+        server.heal()
+        server.die()
+        assert not answers(20.0)
+        server.assert_understood()
+    monkeypatch.setenv("WANDB_BASE_URL", "no address")
+    assert not answers(20.0)
 
 
 def test_the_file_is_read_while_the_run_goes_on(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from fake_runs import write
 from leet import draw_png
-from on_server import server
+from on_server import send, server
 from protocol import Fault, Server
 
 from cifar.cli import main
 from cifar.record import Record
 from cifar.report.runs import collect
+from cifar.wb.mirror import Mirror, stop_core
 
 __all__ = ["server"]  # a fixture
 ID = "abcd1234"
@@ -96,6 +97,42 @@ def test_what_comes_later_joins_the_sweep(runs: Path, server: Server, capsys: py
 
 
 @pytest.mark.slow
+def test_a_run_that_w_and_b_has_half_of_is_completed(
+    runs: Path, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    record = write(runs, "half0001", layers=2, state="running")
+    mirror = Mirror(record, "online")
+    assert mirror.sync() == 2
+    deadline = time.monotonic() + 20
+    while len(server.runs[record.id].rows) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    server.die()  # in the middle of the run
+    stop_core()
+    mirror.leave()
+    write(runs, "half0001", layers=2)
+    server.revive()
+    for sent in (1, 0):
+        assert main(["push", "half0001"]) == 0 and f"1 run of half0001 on W&B ({sent} sent now)" in capsys.readouterr().out
+        run = server.runs[record.id]
+        assert run.rows == list(record.rows()) and (run.state, run.project, run.exits) == ("finished", "cifar", [0])
+    assert not server.sweeps
+
+
+def test_what_a_sweep_of_w_and_b_lacks_is_sent(runs: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = server.world.add_sweep("me", "cifar", TEXT)
+    (runs / "sweeps" / sweep.id).mkdir(parents=True)
+    (runs / "sweeps" / sweep.id / "wandb.json").write_text(json.dumps({"id": sweep.id, "entity": "me", "project": "cifar"}))
+    records = [write(runs, f"hosted0{n}", layers=2, sweep=sweep.id) for n in range(3)]
+    for record in records:
+        record.write("run", {**record.read("run"), "engine": "wandb"})
+    send(records[:1])
+    assert main(["push", sweep.id]) == 0 and f"3 runs of {sweep.id} on W&B (2 sent now)" in capsys.readouterr().out
+    assert sorted(sweep.runs) == sorted(server.runs) == [record.id for record in records] and len(server.sweeps) == 1
+    assert all(server.runs[record.id].rows == list(record.rows()) for record in records)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["runs", "before the sweep", "after the sweep"])
 def test_one_that_was_killed_goes_on(runs: Path, server: Server, where: str) -> None:
     records = make(runs)
@@ -143,9 +180,6 @@ def test_a_server_that_goes_away_is_one_sentence(runs: Path, server: Server, cap
 
 
 def test_what_cannot_be_pushed(runs: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["push", "nope"]) == 2 and "'nope' is no sweep in" in capsys.readouterr().err
+    assert main(["push", "nope"]) == 2 and "no run 'nope' in" in capsys.readouterr().err
     make(runs, 0)
     assert main(["push", ID]) == 2 and "has ended yet" in capsys.readouterr().err
-    (runs / "sweeps" / "hosted00").mkdir()
-    (runs / "sweeps" / "hosted00" / "wandb.json").write_text("{}")
-    assert main(["push", "hosted00"]) == 2 and "is on W&B already" in capsys.readouterr().err

@@ -62,6 +62,26 @@ def test_a_second_ctrl_c_ends_at_once_and_a_signal_to_a_worker_gives_its_trial_b
 
 
 @pytest.mark.slow
+def test_ctrl_c_twice_does_not_wait_for_the_epoch(runs: Path) -> None:
+    backend = made(runs, "parameters: {model: {value: conv4}}", epochs=3, train_size=40_000)
+    process = launched(backend, "workers=1")
+    until(lambda: rows(backend, 0))
+    children = family(process.pid)
+    process.send_signal(INT)
+    assert process.stdout
+    while "finishing the epoch" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(INT)
+    code, output = ended(process)
+    record = Record(runs / backend.run_id(0))
+    assert code == 130 and "go on with" in output and not alive(children), output
+    assert backend.counts() == {"interrupted": 1} and record.state == "interrupted"
+    assert record.read("status")["reason"] == "ended at once by a second signal"
+    assert ended(launched(backend, "workers=1"))[0] == 0
+    assert rows(backend, 0) == [1, 2, 3] and backend.cells()[0]["attempt"] == 2
+
+
+@pytest.mark.slow
 def test_the_time_limit_gives_back_what_runs_and_takes_no_more(runs: Path) -> None:
     backend = made(runs, "parameters: {model: {value: conv4}, epochs: {values: [100000, 3]}}")
     begun = time.monotonic()

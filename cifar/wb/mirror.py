@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifar.record import END_STATES, OPEN_STATES, Record, redact, write_atomic
-from cifar.wb.mode import Mode, mode_from_environment
+from cifar.wb.mode import Mode, mode_from_environment, server
 
-__all__ = ["Mirror", "kill_core", "mode_from_environment", "stop_core"]
+__all__ = ["Mirror", "answers", "kill_core", "mode_from_environment", "stop_core"]
 
 INIT_SECONDS, FINISH_SECONDS = 10.0, 120.0  # how long this process waits for a server, at the start and at the end of a run
 PREDICTIONS, PREDICTIONS_BYTES = "predictions.npz", 1_000_000  # larger ones stay here
@@ -93,7 +96,7 @@ class Mirror:
             return False
         self.sync()
         if self._run is None:
-            return self._complete()
+            return self.complete()
         if self.mode == "offline" and self._sent != {int(json.loads(line)["epoch"]): _digest(line) for line in self._lines(0)}:
             self.leave()  # rows were cut off and made again by a resume after they were written here
             self.sync()
@@ -151,7 +154,7 @@ class Mirror:
 
     def _open(self) -> bool:
         """Start the W&B run, unless it is complete, the record is not there yet, or another process has it."""
-        if self._complete() or not self.record.read("run"):
+        if self.complete() or not self.record.read("run"):
             return False
         try:
             self._folder.mkdir(exist_ok=True)
@@ -159,7 +162,7 @@ class Mirror:
         except Timeout:
             return False
         try:
-            if self._complete():  # by whoever had the lock
+            if self.complete():  # by whoever had the lock
                 self._lock.release()
                 return False
             self._sent, self._offset, self._held, self._about = {}, 0, False, ""
@@ -262,7 +265,8 @@ class Mirror:
         content = b"\0".join(file.read_bytes() if file.exists() else b"" for file in files)
         return _digest(content + self.record.state.encode()).hex()
 
-    def _complete(self) -> bool:
+    def complete(self) -> bool:
+        """Whether W&B, or the offline file, has all of the record, as far as is known here."""
         return self.record.state in END_STATES and self._marks().get(self._mark_name) == self._whole()
 
     @property
@@ -278,6 +282,18 @@ class Mirror:
 
     def _mark(self, whole: str) -> None:
         write_atomic(self._folder / "mirror.json", json.dumps({**self._marks(), self._mark_name: whole}).encode())
+
+
+def answers(seconds: float) -> bool:
+    """Whether the configured server says anything at all, but that it is broken (5xx) or overloaded (429)."""
+    try:
+        with urllib.request.urlopen(f"{server().rstrip('/')}/healthz", timeout=seconds) as answer:
+            answer.read()
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500 and error.code != 429
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
 
 
 def kill_core() -> None:

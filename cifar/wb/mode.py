@@ -6,6 +6,7 @@ import configparser
 import contextlib
 import netrc
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -44,7 +45,7 @@ def credentials() -> str:
         if os.environ.get(name):
             return name
     settings = _settings()
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or settings.get("base_url", "")).netloc
+    host = urlsplit(_configured(settings)).netloc
     home = Path("~").expanduser()
     files = [Path(os.environ["NETRC"]).expanduser()] if os.environ.get("NETRC") else [home / ".netrc", home / "_netrc"]
     for file in filter(Path.exists, files):
@@ -55,6 +56,15 @@ def credentials() -> str:
                     return str(file)
         break  # wandb reads the first file that exists
     return "the W&B settings file" if settings.get("api_key") else ""
+
+
+def server() -> str:
+    """The URL of the configured server."""
+    return _configured(_settings()) or f"https://{HOSTS[0]}"
+
+
+def _configured(settings: Mapping[str, str]) -> str:
+    return os.environ.get("WANDB_BASE_URL") or settings.get("base_url", "")
 
 
 def _settings() -> dict[str, str]:

@@ -79,6 +79,24 @@ def push(
     return Pushed(api.sweep(f"{entity}/{project}/{done['sweep']}").url, sent, left)
 
 
+def push_runs(
+    records: Sequence[Record],
+    *,
+    entity: str = "",
+    project: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Send what W&B lacks of these runs to where they belong -> how many lacked something. Raises UserError."""
+    place = {name: value for name, value in (("entity", entity), ("project", project)) if value}
+    lacking = [record for record in records if not Mirror(record, "online", say, place).complete()]
+    for n, record in enumerate(lacking):
+        progress(n, len(lacking))
+        _send(record, place, say)
+    progress(len(lacking), len(lacking))
+    return len(lacking)
+
+
 def _send(record: Record, place: Mapping[str, str], say: Callable[[str], None]) -> None:
     mirror = Mirror(record, "online", say, place)
     try:

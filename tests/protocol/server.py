@@ -261,6 +261,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name == "parquet":
             run = owner.runs[parts[1].removesuffix(".parquet")]
             return self._ranged(exports.parquet(run.history_lines[: run.exported]))
+        if parts == ["healthz"]:
+            return 200, {}
         owner.unknown.append(f"{self.command} {self.path}\n{body!r:.500}")
         return 404, {"error": "not here"}
 

@@ -1,0 +1,68 @@
+"""Signals and kill -9 to what serves a sweep on W&B: the run is whole there in the end, under its own id, each epoch once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from protocol import Server
+from test_agent import alive, family
+from test_hosted import GRID, assert_as_trained, command, ended, until
+
+from cifar.record import Record
+
+pytestmark = pytest.mark.slow
+
+
+def trained(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith("system/")} for row in rows]
+
+
+@pytest.mark.parametrize("victim", ["cifar.worker", "cifar.follow"])
+def test_a_killed_worker_or_mirror_costs_its_run_nothing(
+    wandb_server: Server, runs: Path, tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 30}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
+    run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    until(lambda: len(run.rows) >= 2, 60)
+    (killed,) = [pid for pid in family(process.pid) if victim.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    mine = family(killed) | {killed}  # a mirror's wandb-core too
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: not alive(mine), 5)
+    code, output = ended(process)
+    assert code == 0 and list(wandb_server.runs) == [run.id], output
+    if victim == "cifar.follow":
+        sweep = wandb_server.only_sweep()
+        assert run.state == "running" and f"python -m cifar push {sweep.id}" in output
+        code, output = ended(command(wandb_server, "-m", "cifar", "push", sweep.id))
+        assert code == 0, output
+    assert run.state == "finished" and Record(runs / run.id).state == "finished"
+    assert [row["epoch"] for row in run.rows] == [row["_step"] for row in run.history] == list(range(1, 31))
+    # epochs after the last checkpoint are trained again, to the bit; their times are those of the first time
+    assert trained(run.rows) == trained(Record(runs / run.id).rows())
+
+
+@pytest.mark.parametrize(("number", "code", "state"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "preempted")])
+def test_an_agent_that_is_told_to_end_gives_its_run_back(
+    wandb_server: Server, runs: Path, tmp_path: Path, number: int, code: int, state: str
+) -> None:
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 60}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
+    run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    until(lambda: Record(runs / run.id).read("status").get("epoch", 0) >= 5, 60)
+    process.send_signal(number)
+    got, output = ended(process)
+    assert got == code and Record(runs / run.id).state == state and run.state == "preempted", output
+    sweep = wandb_server.only_sweep()
+    assert sweep.requeued == [run.id]
+    got, output = ended(command(wandb_server, "-m", "cifar", "agent", sweep.id, "--workers", "1"))
+    assert got == 0 and list(wandb_server.runs) == [run.id] and run.state == "finished", output
+    assert_as_trained(wandb_server, runs, run.id, 60)
