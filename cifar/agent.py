@@ -52,14 +52,15 @@ def agent(
     pack: str = "auto",
 ) -> int:
     """Run trials of a sweep until none is open. Returns the exit code: 0; 1 after three failures in a row or where the
-    machine fails; 130, 143 and 138 after SIGINT, SIGTERM and SIGUSR1. `console`: rich's, for a live table.
-    `gpus`: "all" or "0,1", with `per_gpu` workers on each; `time_limit`: seconds; `pack`: "auto", "off" or how many trials a
-    worker trains side by side."""
+    machine fails; 130, 143 and 138 after SIGINT, SIGTERM and SIGUSR1. `console`: rich's, for a live table; `gpus`: "all" or
+    "0,1", with `per_gpu` workers on each; `time_limit`: seconds; `pack`: how many side by side, "auto" or "off"."""
     pins, said = devices.pins(gpus, per_gpu) if gpus else ([], [])
     size = len(pins) or workers or devices.default_workers()
-    backend = engines.opened(sweep_id, runs, url, wandb, size * packs.limit(pack), data_dir)
+    backend = engines.opened(sweep_id, runs, url, wandb, size, data_dir)
     if backend.place.get("engine") == "wandb":
-        wandb = "online"
+        if pack.isdigit():
+            said.append("--pack is for local sweeps: W&B hands out trials one by one, and each worker trains one")
+        wandb, pack = "online", "off"
     display: Display = Lines()
     if console is not None:
         from cifar import live
@@ -67,9 +68,9 @@ def agent(
         display = live.display(console)
     for line in said:
         display.say(line)
-    options: dict[str, Any] = {"pins": pins, "time_limit": time_limit, "pack": pack}
+    options: dict[str, Any] = {"data_dir": data_dir, "wandb": wandb, "pins": pins, "time_limit": time_limit, "pack": pack}
     try:
-        return Agent(backend, count=count, workers=size, data_dir=data_dir, wandb=wandb, display=display, **options).run()
+        return Agent(backend, count=count, workers=size, display=display, **options).run()
     finally:
         backend.close()
 
@@ -122,7 +123,8 @@ class Agent:
                         if self._claims():
                             self._hand_out()
                         self._beat()
-                        self._count()
+                        if time.monotonic() >= self.next_count:
+                            self.board.counts, self.next_count = self.backend.counts(), math.inf
                     self.news.extend(self.backend.news())
                     self._say_news()
                     self.display.show(self.board)
@@ -261,8 +263,7 @@ class Agent:
         if time.monotonic() < self.next_beat:
             return
         self.next_beat = time.monotonic() + local.lease() / 5
-        for trial in self.packer.aside:
-            self.backend.beat(trial)
+        self.packer.beat()
         for worker in self._busy():
             for held in list(worker.held.values()):
                 answer = self.backend.beat(held.trial)
@@ -270,21 +271,17 @@ class Agent:
                     worker.tell(stop="stopped", run_id=held.trial.run_id)
                 elif answer == "lost":
                     self._lose(worker, held.trial)
+                    break
         self.next_count = 0.0
-
-    def _count(self) -> None:
-        if time.monotonic() >= self.next_count:
-            self.board.counts, self.next_count = self.backend.counts(), math.inf
 
     def _lose(self, worker: Worker, trial: Trial) -> None:
         self.display.say(f"trial {trial.cell:03d} was taken over by another agent: this one was too long silent")
         self.board.rows.pop(trial.cell, None)
-        for other in worker.held.values():
-            if other.trial != trial:  # their process ends, but they are still ours to give back
-                self.backend.finish(other.trial, "interrupted", reason="its worker had to end")
-                self.packer.left += 1
-        worker.held, worker.spent = {}, True
+        worker.held.pop(trial.run_id)
+        worker.spent = True
         worker.process.kill()
+        worker.process.wait()
+        self._close(worker, {"state": "interrupted", "reason": "its worker had to end"})  # those are still ours to give back
 
     # -- news from the workers --
 
@@ -292,7 +289,8 @@ class Agent:
         with self.pause.catching(self.news):
             return self._take(worker, event)
         if self.signals:  # nobody waits for space any more; the lease gives the cell back
-            worker.held.pop(event.get("run_id", ""), None)
+            worker.held.clear()
+            worker.process.kill()
             return
         time.sleep(0.25)  # the disk is full: the news has to wait
         self.events.put((worker, event))
@@ -334,10 +332,17 @@ class Agent:
 
     def _died(self, worker: Worker, code: int) -> None:
         """A worker ended without a word: a signal, the kernel's out-of-memory killer, or our own second Ctrl-C."""
-        event = death(code)
+        event, together = death(code), len(worker.held)
         if self.told == 3:
             event = {"state": "interrupted", "reason": "ended at once by a second signal"}
-        for number, held in enumerate(list(worker.held.values())):
+        elif together > 1:  # which of them is at fault shows when each is alone
+            reason = f"side by side with {together - 1} others: {event['reason']}"
+            event = {"state": "interrupted", "reason": reason, "apart": together}
+        self._close(worker, event)
+
+    def _close(self, worker: Worker, event: Mapping[str, Any]) -> None:
+        """The process is gone: its runs end as `event` says, in their records and in the sweep."""
+        for held in list(worker.held.values()):
             if held.folder:
                 record = Record(held.folder)
                 status = record.read("status")
@@ -346,10 +351,9 @@ class Agent:
                     record.set_status(event["state"], reason=event["reason"], **told)
                 if self.follower:
                     self.follower.close(held.folder)
-            self._ended(worker, held, dict(event), first=number == 0)
+            self._ended(worker, held, dict(event))
 
-    def _ended(self, worker: Worker, held: Held, event: dict[str, Any], *, first: bool = True) -> None:
-        """`first`: of the trials that one death ended; the others say nothing new about this machine."""
+    def _ended(self, worker: Worker, held: Held, event: dict[str, Any]) -> None:
         trial = held.trial
         value, reason, asked = event.get("value"), event.get("reason", ""), event["state"]
         bad = asked in ("failed", "killed")
@@ -373,8 +377,7 @@ class Agent:
             self.limit.seen(row.seconds)
         self._best({**trial.__dict__, "state": state, "value": value, "objectives": objectives})
         self.next_count = 0.0  # once the worker has its next trial: it waits for that one
-        if first:
-            self.failures.count(state, bad=bad and state != "lost")
+        self.failures.count(state, bad=bad and state != "lost")
         if event.get("full"):
             self.news.append(self.pause.begin() or f"trial {trial.cell:03d} waits for space too")
         else:

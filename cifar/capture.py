@@ -2,7 +2,8 @@
 
 `Steps` is one trial's step, or those of a pack: several trials side by side. On a GPU a pack is one graph with a branch for
 each trial, so that their kernels, each too small to fill a GPU, run at the same time; on a CPU the trials take turns.
-Either way a trial computes what it would compute alone.
+Either way a trial computes what it would compute alone. (On a GPU one generator serves a whole graph, so trials that draw
+random numbers in their forward pass, by dropout, are not packed: cifar/packs.py.)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Trial(Protocol):
     def step(self, look: bool) -> None: ...
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
+    def clear(self) -> None: ...
 
 
 T = TypeVar("T", bound=Trial)
@@ -121,6 +123,8 @@ class Steps(Generic[T]):
             raise
         except RuntimeError as error:
             self.graphs, self.refused = {}, str(error).splitlines()[0]
+            for trial in self.trials:
+                trial.clear()
         for trial, state in zip(self.trials, before, strict=True):
             trial.load(state)
 

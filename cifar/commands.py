@@ -226,6 +226,7 @@ def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str, 
             state = run.train(config, record, data_dir=data_dir, sinks=[sink], stop=stop, team=team)
             code = max(team.gather(stop.code(state)))  # a signal may have reached some ranks only
     finally:
+        sink.close()
         with waiting("drawing pictures, sending what is left to W&B ..."):
             whole = follower.end()
     _result(record, state)

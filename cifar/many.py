@@ -6,7 +6,7 @@ import os
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar import config as configuration
 from cifar import record as records
@@ -14,6 +14,9 @@ from cifar.errors import UserError
 from cifar.record import runs_dir as runs_folder
 from cifar.ui import console, counting, obtain, say, table, waiting, warn_of_stand_in
 from cifar.wb.mode import mode_from_environment
+
+if TYPE_CHECKING:
+    from cifar.backends.local import Local
 
 
 def sweep(
@@ -123,6 +126,25 @@ def agent(
     return agents.agent(sweep_id, runs_folder(runs_dir), wandb=wandb, console=console, **options)
 
 
+def _local(name: str, storage: str | None, runs_dir: Path | None) -> Local:
+    """A sweep of this machine, by its id, its name or the start of its id."""
+    from cifar.backends import local
+
+    runs = runs_folder(runs_dir)
+    sweep_id = local.resolve(name, runs)
+    folder = runs / "sweeps" / sweep_id
+    if (folder / "wandb.json").exists() and not (folder / "sweep.json").exists():
+        place = _place(folder)
+        raise UserError(f"sweep {sweep_id} is W&B's: look at it and stop it there; `python -m cifar report {place}` reads it")
+    return local.Local(sweep_id, runs, storage or "")
+
+
+def _place(folder: Path) -> str:
+    """Where on W&B the sweep of this folder is."""
+    known = records.read_json(folder / "wandb.json")
+    return "/".join(str(known.get(part, "")) for part in ("entity", "project", "id"))
+
+
 # -- sweeps ------------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +160,9 @@ def list_sweeps(runs_dir: Path | None) -> int:
         except UserError as error:
             counts = str(error)
         rows.append((info["id"], info["name"], info["method"], info["dataset"], counts))
+    for folder in sorted((runs / "sweeps").glob("*/wandb.json")):
+        if not (folder.parent / "sweep.json").exists():
+            rows.append((folder.parent.name, "", "on W&B", "", _place(folder.parent)))
     table("", ("sweep", "name", "method", "dataset", "trials"), rows)
     if not rows:
         say(f"no sweeps in {runs}; `python -m cifar sweep sweeps/quickstart.yaml` makes one")
@@ -147,11 +172,9 @@ def list_sweeps(runs_dir: Path | None) -> int:
 def sweep_status(name: str, storage: str | None, runs_dir: Path | None) -> int:
     """One line a trial."""
     from cifar import sweep as sweeps
-    from cifar.backends import local
     from cifar.board import shown
 
-    runs = runs_folder(runs_dir)
-    found = local.Local(local.resolve(name, runs), runs, storage or "")
+    runs, found = runs_folder(runs_dir), _local(name, storage, runs_dir)
     names, rows = [metric.name for metric in found.sweep.metrics], []
     for cell in found.cells():
         values = sweeps.name_of(cell["values"], found.sweep.swept)
@@ -167,10 +190,7 @@ def sweep_status(name: str, storage: str | None, runs_dir: Path | None) -> int:
 
 def stop_sweep(name: str, storage: str | None, runs_dir: Path | None) -> int:
     """No more trials are handed out."""
-    from cifar.backends import local
-
-    runs = runs_folder(runs_dir)
-    found = local.Local(local.resolve(name, runs), runs, storage or "")
+    found = _local(name, storage, runs_dir)
     found.stop()
     running = found.counts().get("running", 0)
     say(f"sweep {found.id} hands out no more trials" + (f"; the {running} that run are let finish" if running else ""))
@@ -208,20 +228,18 @@ def _say_open(ids: Sequence[str]) -> None:
 
 def retry_cells(name: str, storage: str | None, runs_dir: Path | None) -> int:
     """Failed, killed and diverged cells wait again."""
-    from cifar.backends import amend, local
+    from cifar.backends import amend
 
-    runs = runs_folder(runs_dir)
-    found = local.Local(local.resolve(name, runs), runs, storage or "")
+    found = _local(name, storage, runs_dir)
     count = amend.retry(found)
     return _amended(found.id, count, "to be tried again")
 
 
 def extend_sweep(name: str, file: Path, storage: str | None, runs_dir: Path | None) -> int:
     """The cells of another grid join those of a sweep."""
-    from cifar.backends import amend, local
+    from cifar.backends import amend
 
-    runs = runs_folder(runs_dir)
-    found = local.Local(local.resolve(name, runs), runs, storage or "")
+    found = _local(name, storage, runs_dir)
     with waiting("checking every trial ..."):
         count = amend.extend(found, file)
     return _amended(found.id, count, "added")

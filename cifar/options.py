@@ -36,7 +36,7 @@ Gpus = Annotated[
 PerGpu = Annotated[int, typer.Option("--per-gpu", min=1, metavar="K", help="workers on each GPU of --gpus")]
 Pack = Annotated[
     str,
-    typer.Option("--pack", metavar="auto|K|off", help="on a GPU, trials that differ in seed and scalars only side by side"),
+    typer.Option("--pack", metavar="auto|K|off", help="trials of one network side by side in a worker [auto: on GPUs]"),
 ]
 TimeLimit = Annotated[
     str, typer.Option("--time-limit", metavar="TIME", help="wall time, as in 50m or 2h: what runs at its end is given back")

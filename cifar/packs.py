@@ -32,7 +32,7 @@ def most(asked: str, values: Mapping[str, Any]) -> int:
     if asked != "auto" or limit(asked) == 1:
         return limit(asked)
     config = configuration.resolve(values)
-    if config.device == "cpu":
+    if config.device == "cpu" or config.part("model").get("dropout"):
         return 1
     from cifar import run  # PyTorch, to count
 
@@ -62,7 +62,16 @@ class Packer:
         first = self._next(free)
         if not isinstance(first, Trial):
             return first
-        trials, its = [first], values(first.values)
+        trials = [first]
+        try:
+            self._join(trials, free, values)
+        except BaseException:
+            self.aside += trials  # claimed, and nobody else knows of them
+            raise
+        return trials
+
+    def _join(self, trials: list[Trial], free: int, values: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        first, its = trials[0], values(trials[0].values)
         share = 1 if first.cell in self._apart else min(most(self.asked, its), self._room)
         if share > 1:  # what is open is shared out evenly
             counts = self.backend.counts()
@@ -73,10 +82,13 @@ class Packer:
             if not isinstance(other, Trial):
                 break
             if other.cell in self._apart or not fit(its, values(other.values)):
-                self.aside.append(other)  # W&B hands out what it likes
+                self.aside.append(other)
                 break
             trials.append(other)
-        return trials
+
+    def beat(self) -> None:
+        """Hold on to what was set aside; what others have taken over meanwhile is theirs."""
+        self.aside = [trial for trial in self.aside if self.backend.beat(trial) != "lost"]
 
     def failed_together(self, trial: Trial, together: int) -> None:
         """A pack of so many failed: this one of them is alone from now on, and others are fewer."""

@@ -41,6 +41,19 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"device '{name}' cannot be used ({first}); take device=auto, cpu, cuda, cuda:1 or mps") from None
 
 
+THREADS = torch.get_num_threads()  # torch's own choice, before any trial asks for another
+
+
+def settle(config: Settings) -> None:
+    """The switches that a process has once: each trial sets all of them, whatever the one before wanted."""
+    torch.set_num_threads(config.threads or THREADS)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_float32_matmul_precision("high" if config.precision != "fp32" else "highest")
+
+
 class Training:
     """All that one run computes with, and all that a checkpoint holds.
 
@@ -52,13 +65,7 @@ class Training:
         """`shares`: whether other trials draw from torch's generator in between."""
         self.config, self.data_dir, self.team = config, data_dir, team
         self.device = device_of(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        torch.backends.cudnn.benchmark = not config.deterministic
-        torch.use_deterministic_algorithms(config.deterministic)
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.set_float32_matmul_precision("high" if config.precision != "fp32" else "highest")
+        settle(config)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
 
         self.splits, self.fingerprint = splits(config.dataset, data_dir, config.val_size, config.train_size, self.device)
@@ -66,8 +73,7 @@ class Training:
         self.model = self._initial_model()
         self.average = Average(self.model, copy.deepcopy(self.model), config.ema) if config.ema else None
         self.optimizer = self._optimizer()
-        probes = [registry.probes[name].build(**config.part(name)) for name in configuration.probe_names(config.probes)]
-        self.watcher = Watcher(probes, dict(self.model.named_parameters()), every=config.probe_every)
+        self.watcher = self._watcher()
         self.meter = team.meter(self.device)
         self.step = Step(
             self.model,
@@ -111,6 +117,11 @@ class Training:
         optimizer.schedule = registry.schedules[config.schedule].build(**config.part("schedule"))
         return optimizer
 
+    def _watcher(self) -> Watcher:
+        names = configuration.probe_names(self.config.probes)
+        probes = [registry.probes[name].build(**self.config.part(name)) for name in names]
+        return Watcher(probes, dict(self.model.named_parameters()), every=self.config.probe_every)
+
     def _loader(self, split: str, *, training: bool = False) -> data.Loader:
         config, (images, labels) = self.config, self.splits[split]
         augment = data.Augment(
@@ -142,22 +153,33 @@ class Training:
         """Become the beginning of another run, in place. False, and nothing has changed, where that takes new parts."""
         if configuration.form(config) != configuration.form(self.config):
             return False
+        settle(config)
         before, self.config = self.config, config
         model = self._initial_model()
         if not self.optimizer.adopt(self._optimizer()):
             self.config = before
             return False
         self.model.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            for ours, fresh in zip(self.model.buffers(), model.buffers(), strict=True):
+                ours.copy_(fresh)  # those, too, that a checkpoint leaves out
         if self.average:
             self.average.averaged.load_state_dict(model.state_dict())
             self.average.updates.zero_()
         self.train_batches.reseed(config.seed)
-        self.watcher.load({})
+        if self.device.type == "cuda":
+            self.watcher.load({})  # its probes are part of a captured step
+        else:
+            self.step.watcher = self.watcher = self._watcher()
         self.meter.sums.zero_()
         if self.step.smoothing is not None:
             self.step.smoothing.fill_(config.label_smoothing)
         self._afresh()
         return True
+
+    def clear(self) -> None:
+        """Forget the gradients of a step that was not taken to its end."""
+        self.model.zero_grad(set_to_none=True)
 
     def compile(self) -> None:
         """Fuse the forward and backward passes, the update and what is around them (torch.compile)."""

@@ -122,8 +122,11 @@ def _cost(model: str, arguments: tuple[tuple[str, Any], ...]) -> cost.Cost:
 
 
 @contextlib.contextmanager
-def outcome(run: Running) -> Iterator[None]:
-    """What goes wrong becomes the run's status before it goes on to the caller. A run that is over stays as it ended."""
+def outcome(run: Running, together: int = 1) -> Iterator[None]:
+    """What goes wrong becomes the run's status before it goes on to the caller. A run that is over stays as it ended.
+
+    Of several runs `together` any may be at fault, so each of them is one to go on with.
+    """
     record, config = run.record, run.config
     before = record.read("status")
     try:
@@ -131,33 +134,35 @@ def outcome(run: Running) -> Iterator[None]:
     except Exception as error:
         warm.forget()  # whatever state its parts are in
         if not run.over:
-            _went_wrong(record, config, before, error)
+            _went_wrong(record, config, before, error, together)
         raise
 
 
-def _went_wrong(record: Record, config: Settings, before: dict[str, Any], error: Exception) -> None:
+def _went_wrong(record: Record, config: Settings, before: dict[str, Any], error: Exception, together: int) -> None:
+    told = {"epoch": record.read("status").get("epoch", 0), "epochs": config.epochs}
+    full = isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+    if full:
+        with contextlib.suppress(OSError):
+            record.set_status("interrupted", reason="no space left on the disk", **told)
+        raise DiskFull(
+            f"no space is left for {record.path}; free some, then go on with `python -m cifar train --resume {record.id}`"
+        ) from error
     if isinstance(error, Lost):
-        epoch = record.read("status").get("epoch", 0)
-        record.set_status("interrupted", reason=str(error), epoch=epoch, epochs=config.epochs)
+        record.set_status("interrupted", reason=str(error), **told)
         return
     if isinstance(error, UserError):
         if before:  # what is wrong here can be mended; the run may go on as it could before
             record.write("status", before)
-        elif not record.metrics_bytes():  # it has not begun: nothing half-made stays
+        elif not record.metrics_bytes() and not (record.path / "checkpoint.pt").exists():  # nothing half-made stays
             shutil.rmtree(record.path, ignore_errors=True)
         return
-    epoch = record.read("status").get("epoch", 0)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        with contextlib.suppress(OSError):
-            record.set_status("interrupted", reason="no space left on the disk", epoch=epoch, epochs=config.epochs)
-        raise DiskFull(
-            f"no space is left for {record.path}; free some, then go on with `python -m cifar train --resume {record.id}`"
-        ) from error
     lacking = out_of_memory(error, config)
     state, reason = ("killed", lacking) if lacking else ("failed", f"{type(error).__name__}: {error}")
+    if together > 1:
+        state, reason = "interrupted", f"side by side with {together - 1} others: {reason}"
     with contextlib.suppress(OSError):
         write_atomic(record.path / "traceback.txt", traceback.format_exc().encode())
-        record.set_status(state, reason=reason, epoch=epoch, epochs=config.epochs)
+        record.set_status(state, reason=reason, **told)
 
 
 def out_of_memory(error: BaseException, config: Settings) -> str:
@@ -199,12 +204,13 @@ def train_together(runs: Sequence[Running], *, data_dir: Path | None = None, ahe
     """Train several runs that differ in seed and scalars only (`warm.fit`), side by side, each into its own record."""
     with contextlib.ExitStack() as outcomes:
         for run in runs:
-            outcomes.enter_context(outcome(run))
+            outcomes.enter_context(outcome(run, len(runs)))
         live = [run for run in runs if not _over_budget(run)]
         if live:
             for run in live:
                 before = run.record.read("status").get("epoch", 0)
                 run.record.set_status("running", epoch=before, epochs=run.config.epochs)
+                (run.record.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier try
             steps = warm.steps([run.config for run in live], data_dir, team)
             for run, training in zip(live, steps.trials, strict=True):
                 run.start(training)

@@ -23,6 +23,7 @@ from cifar.track import Sink
 from cifar.train import score
 
 CHECKPOINT_SECONDS = 30.0
+DAMAGE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError)
 
 
 class Running:
@@ -233,7 +234,7 @@ def resume(training: Training, record: Record) -> None:
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
         training.load(state)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, KeyError, EOFError, AssertionError) as error:
+    except (*DAMAGE, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
         # torch's own words would tell people to load it unsafely
         raise UserError(f"{path} is damaged, or no checkpoint of this run; delete it to start the run again") from error
     if record.metrics_bytes() < state["metrics_bytes"]:

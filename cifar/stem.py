@@ -39,7 +39,9 @@ class AsProduct(nn.Conv2d):
 def as_product(model: nn.Module) -> None:
     """Take the first convolution of a model so, if it is a plain one on the images themselves. Weights stay where they are."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    plain = type(first) is nn.Conv2d and first.in_channels == 3 and first.groups == 1 and first.padding_mode == "zeros"
-    plain = plain and first.weight.requires_grad  # what is won is the gradient of the filters
-    if first is not None and plain and first.stride == first.dilation == (1, 1) and not isinstance(first.padding, str):
+    if first is None or type(first) is not nn.Conv2d or isinstance(first.padding, str):
+        return
+    plain = first.in_channels == 3 and first.groups == 1 and first.padding_mode == "zeros"
+    learns = first.weight.requires_grad  # what is won is the gradient of the filters
+    if plain and learns and first.stride == first.dilation == (1, 1):
         first.__class__ = AsProduct

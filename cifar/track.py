@@ -28,6 +28,9 @@ class Sink:
     def end(self, state: str, reason: str, summary: Mapping[str, Any]) -> None:
         """The last word."""
 
+    def close(self) -> None:
+        """Nothing more comes, whether there was an end or not."""
+
 
 def line(row: Mapping[str, Any], epochs: int) -> str:
     """An epoch in one line; accuracies in percent."""
@@ -86,4 +89,8 @@ class Terminal(Sink):
         self.progress.console.print(line(row, self.epochs), highlight=False, markup=False)
 
     def end(self, state: str, reason: str, summary: Mapping[str, Any]) -> None:
-        self.progress.stop()
+        self.close()
+
+    def close(self) -> None:
+        if progress := getattr(self, "progress", None):  # a run may end before it starts
+            progress.stop()

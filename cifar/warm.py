@@ -20,7 +20,7 @@ from cifar.ranks import ALONE, Team
 
 KEPT = 2  # steps of different forms; their tensors stay on the device
 SAVED = 0.3  # share of a captured step's time that compiling it saves, as a rule (LOG.md)
-COLD_SECONDS, WARM_SECONDS = 45.0, 12.0  # what compiling takes the first time, and with its result on disk (LOG.md)
+COLD_SECONDS, WARM_SECONDS = 45.0, 8.0  # what compiling takes the first time, and with its result on disk (LOG.md)
 
 _kept: list[tuple[Path | None, Steps[Training]]] = []
 
@@ -66,18 +66,11 @@ def prepare(steps: Steps[Training], configs: Sequence[Settings], ahead: int) -> 
     if configs[0].compile in ("on", "max") and not first.compiled:
         _compile(steps)
     elif configs[0].compile == "auto" and steps.wanted and not steps.decided:
-        seconds = steps.measure()
-        work = seconds * first.steps * max(config.epochs for config in configs) * max(1, ahead / len(configs))
-        cost = WARM_SECONDS if _marker(configs[0], first.device).exists() else COLD_SECONDS
-        pays = SAVED * work > cost
-        said = (
-            f"compile: {'on' if pays else 'off'} (steps of {1e6 * seconds:.0f} us, {work:.0f} s of work ahead; "
-            f"compiling takes about {cost:.0f} s and saves about {100 * SAVED:.0f} %)"
-        )
-        if pays:
-            _compile(steps)
-    steps.decided = True
+        said = _weigh(steps, configs, ahead)
     steps.prepare()
+    if steps.refused and not steps.decided:
+        said = f"this step is not captured as a CUDA graph, and slower for it: {steps.refused}"
+    steps.decided = True
     return {
         "captured": bool(steps.graphs),
         "not_captured_because": steps.refused,
@@ -85,6 +78,22 @@ def prepare(steps: Steps[Training], configs: Sequence[Settings], ahead: int) -> 
         "compile": said,
         "together": len(steps.trials),
     }
+
+
+def _weigh(steps: Steps[Training], configs: Sequence[Settings], ahead: int) -> str:
+    """Compile, if the work ahead pays for it -> what to say about it."""
+    seconds, first = steps.measure(), steps.trials[0]
+    if not seconds:
+        return ""
+    work = seconds * first.steps * max(config.epochs for config in configs) * max(1, ahead / len(configs))
+    cost = WARM_SECONDS if _marker(configs[0], first.device).exists() else COLD_SECONDS
+    pays = SAVED * work > cost
+    if pays:
+        _compile(steps)
+    return (
+        f"compile: {'on' if pays else 'off'} (steps of {1e6 * seconds:.0f} us, {work:.0f} s of work ahead; "
+        f"compiling takes about {cost:.0f} s and saves about {100 * SAVED:.0f} %)"
+    )
 
 
 def _compile(steps: Steps[Training]) -> None:

@@ -130,6 +130,11 @@ class Worker:
         begun = [one for one in live if (one.record.path / "checkpoint.pt").exists()]  # each somewhere else in its epochs
         fresh = [one for one in live if one not in begun]
         for together in ([fresh] if fresh else []) + [[one] for one in begun]:
+            if asked := self.stops.get(together[0].record.id):  # before it was begun here: it stays as it is
+                for one in together:
+                    self.trials.pop(one.record.id)
+                    self.say("ended", one.record.id, state=asked[0], reason="asked to end before it went on")
+                continue
             run.train_together(together, data_dir=data_dir, ahead=trials[0]["ahead"])
 
     def _running(self, trial: dict[str, Any]) -> Running:

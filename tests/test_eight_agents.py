@@ -1,4 +1,4 @@
-"""Promise: eight agents that share a sweep train each cell once, and a killed one costs nothing, on SQLite and on PostgreSQL.
+"""Eight agents that share a sweep train each cell once, and a killed one costs nothing, on SQLite and on PostgreSQL.
 
 CIFAR_ROUNDS=5 python -m pytest -m slow tests/test_eight_agents.py    # five rounds, and ten with two agents killed
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -358,7 +359,7 @@ def test_a_run_that_is_stopped_on_the_server_is_stopped(wandb_server: Server, ru
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_plain_tools_run_every_sweep(path: Path, wandb_server: Server, runs: Path, tmp_path: Path) -> None:
-    """Promise 2: `wandb sweep FILE`, then `wandb agent ID`. The file itself is accepted; what the agent runs is a copy of it
+    """`wandb sweep FILE`, then `wandb agent ID`. The file itself is accepted; what the agent runs is a copy of it
     with two steps of one epoch of the stand-in data, for every other run of these files takes minutes.
 
     In a sweep with a `scheduler:` W&B has no trials of its own: the plain agent waits, until `wandb sweep-scheduler ID`, which

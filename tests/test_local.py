@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from cifar import many
 from cifar import sweep as sweeps
 from cifar.backends import amend, local, storage
 from cifar.backends.local import Local, Trial
@@ -319,3 +320,12 @@ def test_a_file_that_only_this_machine_sees_has_a_log_and_loses_it_elsewhere(
     monkeypatch.setattr(storage, "LOCAL", ())  # as on NFS
     there = Local(sweep.id, tmp_path / "elsewhere")
     assert there.finish(trial, "finished", 0.5) == "finished" and journal(there) == "delete"
+
+
+def test_a_sweep_that_is_wandbs_is_said_to_be(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "sweeps" / "abc").mkdir(parents=True)
+    (runs / "sweeps" / "abc" / "wandb.json").write_text('{"id": "abc", "entity": "me", "project": "p"}')
+    with pytest.raises(UserError, match=r"abc is W&B's.*report me/p/abc"):
+        many.sweep_status("abc", None, runs)
+    assert many.list_sweeps(runs) == 0
+    assert "me/p/abc" in capsys.readouterr().out

@@ -136,3 +136,19 @@ def test_a_pack_whose_worker_is_killed_is_trained_again_and_once(runs: Path) -> 
     assert backend.counts() == {"finished": 4}
     for cell in range(4):
         assert [row["epoch"] for row in rows(backend, cell)] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_one_that_kills_its_process_takes_no_other_with_it(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "plugins" / "optim").mkdir(parents=True)
+    deadly = RAISING.replace('raise RuntimeError("a rate above 1")', "os.kill(os.getpid(), signal.SIGKILL)")
+    (tmp_path / "plugins" / "optim" / "raising.py").write_text("import os, signal\n" + deadly)
+    os.environ["CIFAR_PLUGINS"] = str(tmp_path / "plugins")
+    try:
+        backend = made(runs, "parameters: {lr: {values: [0.05, 3.0, 0.02]}}", model="conv4", optimizer="raising")
+        code, output = ended(launched(backend, "workers=1", "pack='3'"))
+    finally:
+        del os.environ["CIFAR_PLUGINS"]
+    assert code == 0, output
+    assert [cell["state"] for cell in backend.cells()] == ["finished", "killed", "finished"], output
+    assert not (runs / backend.run_id(0) / "traceback.txt").exists()

@@ -230,6 +230,10 @@ def not_ours(record: Record) -> None:
     torch.save({"weights": torch.zeros(3)}, record.path / "checkpoint.pt")
 
 
+def no_mapping(record: Record) -> None:
+    torch.save([1, 2], record.path / "checkpoint.pt")
+
+
 def cut_short(record: Record) -> None:
     (record.path / "metrics.jsonl").write_bytes(b"")
 
@@ -239,7 +243,7 @@ def scribbled_on(record: Record) -> None:
     path.write_bytes(b"XXXX" + path.read_bytes()[4:])
 
 
-@pytest.mark.parametrize("damage", [emptied, flipped, not_ours, cut_short, scribbled_on])
+@pytest.mark.parametrize("damage", [emptied, flipped, not_ours, no_mapping, cut_short, scribbled_on])
 def test_damage_is_named_before_training_and_nothing_is_lost(runs: Path, damage: Any) -> None:
     record = begun(runs)
     damage(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from test_run import FULL, TINY, digest
 
 from cifar import config as configuration
-from cifar import run, warm
+from cifar import registry, run, warm
 from cifar.capture import Steps
+from cifar.errors import DiskFull
 from cifar.parts import Training
 from cifar.record import Record
 from cifar.running import Running
@@ -131,3 +133,79 @@ def test_capturing_and_measuring_leave_the_state_as_it_was() -> None:
     assert all(torch.equal(before["model"][name], value) for name, value in after["model"].items())
     assert all(torch.equal(before["optimizer"][name], value) for name, value in after["optimizer"].items())
     assert torch.equal(before["cuda"], after["cuda"]) and not after["meter"].any()
+
+
+def test_the_process_is_set_as_each_trial_wants_it(runs: Path) -> None:
+    wanted = [{"threads": 1}, {"threads": 2}, {"threads": 1}, {"deterministic": True}, {"precision": "bf16"}, {}]
+    for changes in wanted:
+        values = {**TINY, "epochs": 1, "max_steps": 1, **changes}
+        together(runs, [values])
+        assert torch.get_num_threads() == values["threads"]
+        assert torch.are_deterministic_algorithms_enabled() == values.get("deterministic", False)
+        expected = "highest" if values.get("precision") == "fp32" else "high"
+        assert torch.get_float32_matmul_precision() == expected
+
+
+def test_buffers_that_no_checkpoint_holds_start_anew() -> None:
+    class Noisy(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3 * 32 * 32, 10)
+            self.register_buffer("noise", torch.randn(10), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.flatten(1)) + self.noise
+
+    registry.models.register("noisy")(Noisy)
+    try:
+        values = {**{key: value for key, value in TINY.items() if key != "width"}, "model": "noisy"}
+        first, second = (configuration.resolve({**values, "seed": seed}) for seed in (0, 1))
+        reused, new = Training(first, None), Training(second, None)
+        assert reused.restart(second)
+        assert torch.equal(reused.model.noise, new.model.noise)
+    finally:
+        registry.models._entries.pop("noisy")
+
+
+def test_the_plan_of_rates_stays_where_a_captured_step_reads_it() -> None:
+    training = Training(configuration.resolve({**TINY, "max_steps": 1, "schedule": "linear"}), None)
+    places = set()
+    for epoch in (1, 2):
+        training.epoch = epoch
+        training.begin_epoch()
+        places.add(training.optimizer._plan.data_ptr())
+        training.optimizer.follow(training.at)
+        assert training.optimizer.lr == pytest.approx(training.optimizer.rates(training.progress(0))[0])
+    assert len(places) == 1 and training.optimizer._rates.data_ptr() not in places
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_a_full_disk_leaves_every_run_to_go_on_with(runs: Path, members: int) -> None:
+    configs = [configuration.resolve({**TINY, "seed": seed}) for seed in range(members)]
+    records = [run.create(config, runs) for config in configs]
+
+    def full(row: dict[str, Any]) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DiskFull):
+        run.train_together([Running(*pair, on_epoch=full) for pair in zip(configs, records, strict=True)])
+    assert [record.state for record in records] == ["interrupted"] * members
+    for config, record in zip(configs, records, strict=True):
+        run.train(config, record)
+        assert digest(record) == digest(alone(runs, config.flat()))
+
+
+@GPU
+def test_a_step_that_cannot_be_captured_is_taken_as_it_is(runs: Path) -> None:
+    class Reading(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x.flatten(1))
+            return y * 2 if y.sum().item() > 1e9 else y  # the host reads: that is not to be captured
+
+    registry.models.register("reading")(lambda: Reading(3 * 32 * 32, 10))
+    try:
+        values = {**{key: value for key, value in TINY.items() if key != "width"}, "model": "reading"}
+        values |= {"device": "cuda", "deterministic": True}
+        first, second = alone(runs, values), alone(runs, {**values, "capture": False})
+        assert first.read("environment")["step"]["not_captured_because"] and digest(first) == digest(second)
+    finally:
+        registry.models._entries.pop("reading")

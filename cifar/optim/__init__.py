@@ -104,7 +104,7 @@ class Optimizer:
         self.schedule: Schedule = lambda progress: 1.0
         like = self.groups[0].params[0].detach()
         self._rates = like.new_zeros(len(self.groups), dtype=torch.promote_types(like.dtype, torch.float32))
-        self._plan = self._rates[None]  # (steps, groups): the lr of the steps to come
+        self._plan = self._rates[None].clone()  # (steps, groups): the lr of the steps to come
         self._hyper: list[dict[str, Tensor]] = []
         self._state: list[dict[str, list[Tensor]]] = []
         for group, rate in zip(self.groups, self._rates, strict=True):
@@ -135,7 +135,7 @@ class Optimizer:
     def plan(self, progress: Sequence[float]) -> None:
         """Puts the lr of the coming steps on the device, so that `follow` needs nothing from the host."""
         table = torch.tensor([self.rates(share) for share in progress], dtype=self._rates.dtype)
-        if self._plan.shape == table.shape and len(table) > 1:
+        if self._plan.shape == table.shape:
             pinned = table.pin_memory() if self._plan.is_cuda else table  # from there a copy waits for nothing
             self._plan.copy_(pinned, non_blocking=self._plan.is_cuda)  # in place: a captured step reads it
         else:
@@ -150,6 +150,8 @@ class Optimizer:
 
         False, and nothing has changed, if the two differ in more than that.
         """
+        if type(self) is not Optimizer or type(other) is not Optimizer:
+            return False  # who knows what else it holds
         if [_structure(group) for group in self.groups] != [_structure(group) for group in other.groups]:
             return False
         self.groups, self.schedule = [*other.groups], other.schedule

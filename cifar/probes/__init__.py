@@ -3,6 +3,7 @@
 A probe may have any of `after_backward`, `before_update` and `after_update`. They take the training parameters by name and
 return {metric: tensor}: a 0-d tensor is one number, a 1-D tensor has an entry for each of the probe's `layers`. Values of
 one epoch are averaged, or as `reduce = {metric: "max"}` says. Looking changes nothing: no randomness, nothing in place.
+On a GPU a look is captured once and replayed, for later trials too: a probe keeps nothing from one look to the next there.
 """
 
 from __future__ import annotations
