@@ -115,7 +115,7 @@ def test_one_that_raises_fails_alone(runs: Path, tmp_path: Path) -> None:
     os.environ["CIFAR_PLUGINS"] = str(tmp_path / "plugins")
     try:
         backend = made(runs, "parameters: {lr: {values: [0.05, 3.0, 0.02]}}", model="conv4", optimizer="raising")
-        code, output = ended(launched(backend, "workers=1", "pack='3'"))
+        code, output = ended(launched(backend, "workers=1", "pack='3'", CIFAR_LEASE="30"))
     finally:
         del os.environ["CIFAR_PLUGINS"]
     assert code == 0, output
@@ -127,7 +127,7 @@ def test_one_that_raises_fails_alone(runs: Path, tmp_path: Path) -> None:
 def test_a_pack_whose_worker_is_killed_is_trained_again_and_once(runs: Path) -> None:
     values = "parameters: {seed: {values: [0, 1, 2, 3]}}"
     backend = made(runs, values, model="conv4", epochs=12, train_size=2048)
-    process = launched(backend, "workers=1", "pack='4'")
+    process = launched(backend, "workers=1", "pack='4'", CIFAR_LEASE="30")
     until(lambda: all(Record(runs / backend.run_id(cell)).metrics_bytes() for cell in range(4)))
     (worker,) = workers(process.pid)
     os.kill(worker, signal.SIGKILL)
@@ -146,7 +146,7 @@ def test_one_that_kills_its_process_takes_no_other_with_it(runs: Path, tmp_path:
     os.environ["CIFAR_PLUGINS"] = str(tmp_path / "plugins")
     try:
         backend = made(runs, "parameters: {lr: {values: [0.05, 3.0, 0.02]}}", model="conv4", optimizer="raising")
-        code, output = ended(launched(backend, "workers=1", "pack='3'"))
+        code, output = ended(launched(backend, "workers=1", "pack='3'", CIFAR_LEASE="30"))
     finally:
         del os.environ["CIFAR_PLUGINS"]
     assert code == 0, output
