@@ -40,7 +40,8 @@ def test_a_killed_worker_or_mirror_costs_its_run_nothing(
     assert code == 0 and list(wandb_server.runs) == [run.id], output
     if victim == "cifar.follow":
         sweep = wandb_server.only_sweep()
-        assert run.state == "running" and f"python -m cifar push {sweep.id}" in output
+        assert run.state == "finished" and len(run.rows) < 30, "its agent told the end; the rest nobody could tell"
+        assert f"python -m cifar push {sweep.id}" in output
         code, output = ended(command(wandb_server, "-m", "cifar", "push", sweep.id))
         assert code == 0, output
     assert run.state == "finished" and Record(runs / run.id).state == "finished"

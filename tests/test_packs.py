@@ -142,10 +142,11 @@ def test_a_pack_whose_worker_is_killed_is_trained_again_and_once(runs: Path) -> 
 def test_one_that_kills_its_process_takes_no_other_with_it(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "plugins" / "optim").mkdir(parents=True)
     deadly = RAISING.replace('raise RuntimeError("a rate above 1")', "os.kill(os.getpid(), signal.SIGKILL)")
-    (tmp_path / "plugins" / "optim" / "raising.py").write_text("import os, signal\n" + deadly)
+    deadly = "import os, signal\n" + deadly.replace("raising", "deadly")  # this process knows the other one already
+    (tmp_path / "plugins" / "optim" / "deadly.py").write_text(deadly)
     os.environ["CIFAR_PLUGINS"] = str(tmp_path / "plugins")
     try:
-        backend = made(runs, "parameters: {lr: {values: [0.05, 3.0, 0.02]}}", model="conv4", optimizer="raising")
+        backend = made(runs, "parameters: {lr: {values: [0.05, 3.0, 0.02]}}", model="conv4", optimizer="deadly")
         code, output = ended(launched(backend, "workers=1", "pack='3'", CIFAR_LEASE="30"))
     finally:
         del os.environ["CIFAR_PLUGINS"]
