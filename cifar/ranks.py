@@ -184,8 +184,16 @@ def joined() -> Iterator[Team]:
         raise UserError(
             f"WORLD_SIZE is {size}, but its processes do not meet ({first}); start them with torchrun, or unset WORLD_SIZE"
         ) from error
-    yield Team(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK") or 0))
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
+    lost = False
+    try:
+        yield Team(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK") or 0))
+    except Lost:
+        lost = True
+        raise
+    finally:
+        # After an error too: a group's threads that live on when the interpreter ends may abort the process, exit code lost.
+        if not (lost and nccl):  # NCCL might wait for the one that is gone
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

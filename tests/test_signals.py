@@ -21,6 +21,12 @@ from cifar.stops import TimeLimit, seconds_of, wish_of
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 
+def said(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stdout
+    while words not in process.stdout.readline():
+        assert process.poll() is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "state"), [(INT, 130, "interrupted"), (TERM, 143, "preempted"), (USR1, 138, "preempted")]
@@ -53,8 +59,9 @@ def test_a_second_ctrl_c_ends_at_once_and_a_signal_to_a_worker_gives_its_trial_b
     for pid in workers(process.pid):
         os.kill(pid, TERM)
     until(lambda: [cell["attempt"] for cell in backend.cells()] == [2, 2])  # pre-empted, and taken again
-    for number in (TERM, INT):
-        process.send_signal(number)
+    process.send_signal(TERM)
+    said(process, "writing checkpoints")  # of two signals at one moment, Python hands over the lower number first
+    process.send_signal(INT)
     begun = time.monotonic()
     code, _ = ended(process, 30)
     assert code == 143 and time.monotonic() - begun < 15 and not alive(children)
@@ -68,9 +75,7 @@ def test_ctrl_c_twice_does_not_wait_for_the_epoch(runs: Path) -> None:
     until(lambda: rows(backend, 0))
     children = family(process.pid)
     process.send_signal(INT)
-    assert process.stdout
-    while "finishing the epoch" not in process.stdout.readline():
-        assert process.poll() is None
+    said(process, "finishing the epoch")
     process.send_signal(INT)
     code, output = ended(process)
     record = Record(runs / backend.run_id(0))
