@@ -248,3 +248,23 @@ def test_every_device_shows_the_same_epoch(last: bool, monkeypatch: pytest.Monke
             assert ours[0].is_contiguous(memory_format=torch.channels_last) == its[0].is_contiguous(
                 memory_format=torch.channels_last
             )
+
+
+def test_batches_made_ahead_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar.data.loader.cores", lambda: torch.get_num_threads() + 1)  # a core that has nothing to do
+    loader, other = training(cutout=8), training(cutout=8)
+
+    def same(step: int) -> bool:
+        loader.at.fill_(step)
+        return all(torch.equal(one, two) for one, two in zip(loader.take(), other.batch(step), strict=True))
+
+    for epoch, steps in ((1, [0, 1, 2, 3]), (2, [2, 3, 0, 1, 3]), (3, [0])):  # to the end, out of order, broken off
+        loader.begin(epoch, steps[0])
+        other.begin(epoch, steps[0])
+        assert all(same(step) for step in steps)
+    assert loader._coming, "nothing was made ahead"
+    loader.reseed(5)
+    other.reseed(5)
+    loader.begin(3)
+    other.begin(3)
+    assert same(0) and same(1)

@@ -5,8 +5,10 @@ Both draw from the same distribution. The fast path has no worker processes, and
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cifar.data.augment import MEAN, STD, AtOnce, Augment, Draws, draw_mixing, first_side, normalize
+from cifar.devices import cores
 from cifar.errors import UserError
 
 PIECE = 10_000  # images that a GPU augments at once: a compromise between launches and memory
@@ -35,7 +38,8 @@ class Loader:
     """Shuffled, augmented batches of `images` (N, 3, H, W) uint8 and `labels` (N,) int64, both on one device.
 
     `begin(epoch)`, then `take()` gives the batch that `at` says: a tensor on the device, so that a captured step finds its
-    own batch. On a GPU `begin` makes the whole epoch at once, in the place of the last one; elsewhere `take` makes the batch.
+    own batch. On a GPU `begin` makes the whole epoch at once, in the place of the last one; elsewhere `take` makes the batch,
+    where a CPU has more cores than threads are asked for, while the network runs on the one before.
     To resume within an epoch, begin it at a later step. Training drops a last short batch; for evaluation (no augment, no
     shuffle) every image comes once, the last batch being short.
     """
@@ -67,6 +71,7 @@ class Loader:
         self._plans: dict[int, Plan] = {}
         self.at_once: AtOnce | None = None  # how a GPU makes many batches, where that has been compiled
         self.store: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
+        self._coming: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None  # a step, and its batch in the making
 
     @property
     def steps(self) -> int:
@@ -83,6 +88,7 @@ class Loader:
 
     def reseed(self, seed: int) -> None:
         """Start over as a loader of that seed."""
+        self._drop()
         self.seed, self.number, self._plans = seed, 0, {}
         self.augment = replace(self.augment, seed=seed) if self.augment else None
 
@@ -100,6 +106,7 @@ class Loader:
 
     def begin(self, epoch: int, start: int = 0) -> None:
         """From here on batches are those of `epoch`, from step `start` on. Never waits for the device."""
+        self._drop()
         self.number = epoch
         plan = self.plan(epoch)
         self.at.fill_(start)
@@ -111,7 +118,20 @@ class Loader:
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(images (B, 3, H, W) float, labels (B,)) of step `at`. `at` is moved on by whoever takes the step."""
-        return self.batch(int(self.at)) if self.store is None else picked(*self.store, self.at, self.channels_last)
+        if self.store is not None:
+            return picked(*self.store, self.at, self.channels_last)
+        step, coming = int(self.at), self._coming
+        made = coming[1].result() if coming and coming[0] == step else self.batch(step)
+        self._coming = None
+        if self.device.type == "cpu" and step + 1 < self.steps and torch.get_num_threads() < cores():
+            self._coming = step + 1, _beside().submit(self.batch, step + 1)  # a function of the plan: the same wherever made
+        return made
+
+    def _drop(self) -> None:
+        """Whatever is in the making belongs to an epoch that is over."""
+        if self._coming:
+            self._coming[1].exception()  # waits
+            self._coming = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (B, 3, H, W) float, labels (B,)) from batch `start` on."""
@@ -157,6 +177,12 @@ class Loader:
             made = made.permute(0, 2, 3, 1) if self.channels_last else made
             images[step:end].copy_(made.reshape(images[step:end].shape))
             labels[step:end].copy_(classes.view(labels[step:end].shape))
+
+
+@functools.cache
+def _beside() -> ThreadPoolExecutor:
+    """A thread that makes batches while the others compute; one is enough for any network."""
+    return ThreadPoolExecutor(1, "batches", initializer=lambda: torch.set_num_threads(1))
 
 
 def picked(images: Tensor, labels: Tensor, at: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
