@@ -230,14 +230,31 @@ def models(
 
 
 @app.command()
-def profile(model: Annotated[str, typer.Argument(metavar="MODEL")], pairs: Pairs = None) -> int:
-    """The layers of a network and what each costs.
+def profile(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="a network's name [default: the experiment's]")] = "",
+    pairs: Pairs = None,
+    experiment: Experiment = "",
+    time: Annotated[bool, typer.Option("--time", help="where the time of a training step goes, kernel by kernel")] = False,
+    steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="steps to time")] = 50,
+    together: Annotated[int, typer.Option("--together", min=1, metavar="K", help="trials side by side, as in a pack")] = 1,
+    data_dir: DataDir = None,
+) -> int:
+    """The layers of a network and what each costs; with --time, what a training step spends its time on.
 
-    Example: `python -m cifar profile resnet width=32`
+    Examples:
+
+    `python -m cifar profile resnet width=32`
+
+    `python -m cifar profile --time --experiment worksheet1 batch_size=256`
     """
     from cifar import inspection
 
-    return inspection.profile(model, pairs or [])
+    words = [word for word in (model, *(pairs or [])) if word]
+    named = [] if "=" in model else words[:1]  # KEY=VALUE comes first where the experiment names the network
+    found = [*([f"model={named[0]}"] if named else []), *words[len(named) :]]
+    if time:
+        return inspection.profile_time(experiment, found, steps, together, data_dir)
+    return inspection.profile(experiment, found)
 
 
 @app.command()

@@ -10,8 +10,11 @@ from cifar import config as configuration
 from cifar import record as records
 from cifar import registry, tidy
 from cifar.commands import cost_line, layers
+from cifar.errors import UserError
 from cifar.registry import Entry
 from cifar.ui import obtain, say, table, waiting, warn_of_stand_in
+
+KERNELS = 15  # that `profile --time` names
 
 # -- networks ----------------------------------------------------------------------------------------------------------
 
@@ -76,9 +79,9 @@ def _yes(cost: Any) -> str:
     return "yes" if cost.verified else "NO"
 
 
-def profile(model: str, pairs: Sequence[str]) -> int:
+def profile(experiment: str, pairs: Sequence[str]) -> int:
     """The layers of one network."""
-    config = configuration.resolve({"model": model, **configuration.parse_pairs(pairs)})
+    config = _profiled(experiment, pairs)
     with waiting("counting ..."):
         from cifar import run
 
@@ -103,6 +106,70 @@ def profile(model: str, pairs: Sequence[str]) -> int:
     )
     say(f"\n{config.model}: {cost_line(cost)}, {cost.flops / 1e6:.2f} MFLOPs, {cost.activations:,} activations")
     return 0
+
+
+def profile_time(experiment: str, pairs: Sequence[str], steps: int, together: int, data_dir: Path | None) -> int:
+    """Where the time of a training step goes. Any images will do: times do not depend on what they show."""
+    config = _profiled(experiment, pairs)
+    with waiting("importing PyTorch ..."):
+        from cifar import data, timing
+    found = config.dataset != "stand-in" and data.locate(data_dir) is not None
+    config = config.model_copy(update={"dataset": "cifar10" if found else "stand-in"})
+    with waiting("timing ..."):
+        configs = [config.model_copy(update={"seed": config.seed + index}) for index in range(together)]
+        times = timing.measure(configs, data_dir, steps=steps)
+
+    images, share = together * times.batch_size, 1 / config.probe_every if config.probe_every else 0.0
+    bare, watched = times.steps * times.step, times.steps * share * (times.watched - times.step)
+    how = ", ".join(word for word in ("captured", "compiled") if times.how[word]) or "step by step"
+    say(f"{config.model}, batch size {times.batch_size}, {where_of(times.device)}, {how}" + (
+        f", {together} trials side by side" if together > 1 else ""
+    ))  # fmt: skip
+    rows = [
+        ("a step", _ms(times.step), f"{images / times.step:,.0f} images a second"),
+        ("replay of its graph", _ms(times.replay), f"the host adds {100 * (times.step / times.replay - 1):.1f} %")
+        if times.replay
+        else ("", "", ""),
+        ("a step the probes see", _ms(times.watched), f"1 of {config.probe_every}" if share else "none is"),
+        ("an epoch's beginning", _ms(times.epoch), "order, draws and, on a GPU, all augmented images"),
+        ("evaluation", _ms(times.evaluation), "once an epoch"),
+        ("an epoch in all", _ms(times.epoch + bare + watched + times.evaluation), f"{times.steps} steps"),
+    ]
+    table("", ("what", "ms", ""), [row for row in rows if row[0]], right=("ms",))
+
+    said = "kernel" if times.device.type == "cuda" else "operation"
+    total, shown = sum(kernel[2] for kernel in times.kernels), times.kernels[:KERNELS]
+    rest = times.kernels[KERNELS:]
+    listed = [(_short(name), f"{calls}", _ms(seconds), f"{100 * seconds / total:.1f} %") for name, calls, seconds in shown]
+    if rest:
+        others = sum(kernel[2] for kernel in rest)
+        listed.append((f"{len(rest)} others", str(sum(k[1] for k in rest)), _ms(others), f"{100 * others / total:.1f} %"))
+    listed.append(("in all", str(sum(kernel[1] for kernel in times.kernels)), _ms(total), "100 %"))
+    say()
+    table("", (said, "calls", "ms a step", "share"), listed, right=("calls", "ms a step", "share"))
+    return 0
+
+
+def where_of(device: Any) -> str:
+    """A device in words."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+
+
+def _profiled(experiment: str, pairs: Sequence[str]) -> Any:
+    found = layers("", experiment, None, None, pairs, None)
+    if not experiment and not any(pair.startswith("model=") for pair in pairs):
+        raise UserError("name a network, as in: python -m cifar profile resnet20; or an experiment: --experiment worksheet1")
+    return configuration.resolve(*(values for _, values in found))
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.3f}"
+
+
+def _short(name: str, most: int = 90) -> str:
+    return name if len(name) <= most else f"{name[: most - 3]}..."
 
 
 # -- data and the machine ----------------------------------------------------------------------------------------------

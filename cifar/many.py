@@ -38,6 +38,7 @@ def sweep(
     """Read and check a sweep file, create the sweep, run it, draw it."""
     from cifar import sweep as sweeps
 
+    _alone()
     runs = runs_folder(runs_dir)
     hosted = mode_from_environment(wandb) == "online" and not (storage or os.environ.get("CIFAR_STORAGE"))
     read = sweeps.read(file)
@@ -122,8 +123,18 @@ def agent(
     """Run trials of a sweep until none is open."""
     from cifar import agent as agents
 
+    _alone()
     options: dict[str, Any] = {"count": count, "workers": workers, "data_dir": data_dir, "url": storage or "", **fleet}
     return agents.agent(sweep_id, runs_folder(runs_dir), wandb=wandb, console=console, **options)
+
+
+def _alone() -> None:
+    """An agent starts its own processes. Those of torchrun would each be one, and each of their trials wait for the others."""
+    if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+        raise UserError(
+            f"WORLD_SIZE is {size}: an agent starts its own processes, so start it once and without torchrun "
+            "(--gpus all uses every GPU; one run on several GPUs: torchrun -m cifar train); else unset WORLD_SIZE"
+        )
 
 
 def _local(name: str, storage: str | None, runs_dir: Path | None) -> Local:

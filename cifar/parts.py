@@ -41,6 +41,7 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"device '{name}' cannot be used ({first}); take device=auto, cpu, cuda, cuda:1 or mps") from None
 
 
+EVALUATED = {"cpu": 125}  # images at once, else 1,000; by those a CPU took up to twice as long (LOG.md)
 THREADS = torch.get_num_threads()  # torch's own choice, before any trial asks for another
 
 
@@ -130,7 +131,7 @@ class Training:
         return data.Loader(
             images,
             labels,
-            batch_size=config.batch_size if training else 1000,
+            batch_size=config.batch_size if training else EVALUATED.get(self.device.type, 1000),
             augment=augment if training else None,
             normalize=config.normalize,
             seed=config.seed,

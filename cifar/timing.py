@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cifar import warm
-from cifar.capture import event
 from cifar.config import Settings
 from cifar.parts import Training
+
+Kernel = tuple[str, int, float]
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,15 @@ class StepTimes:
     """Seconds of a step, and of its kernels by name (one step's sum, in the order of what they cost)."""
 
     step: float  # as an epoch takes it: wall clock, the host included
+    watched: float  # a step that the probes look at
     replay: float  # of the captured step alone, back to back; 0.0 where steps are not captured
-    epoch: float  # what an epoch begins with: order, augmentation
-    kernels: list[tuple[str, int, float]]  # (name, calls a step, seconds a step)
+    epoch: float  # what an epoch begins with: order, draws, on a GPU all its augmented images
+    evaluation: float  # of the validation images, or of the test images where there are none
+    kernels: list[Kernel]  # (name, calls a step, seconds a step); on a CPU, torch's operations
     how: dict[str, object]
+    device: torch.device
+    steps: int  # an epoch
+    batch_size: int
 
 
 def measure(configs: Sequence[Settings], data_dir: Path | None, *, steps: int = 50, kernels: bool = True) -> StepTimes:
@@ -31,39 +39,52 @@ def measure(configs: Sequence[Settings], data_dir: Path | None, *, steps: int = 
     taken = warm.steps(configs, data_dir)
     how = warm.prepare(taken, configs, 1)
     trainings: list[Training] = taken.trials
-    device = taken.device
-    for training in trainings:
-        training.begin_epoch()
-    _wait(device)
-    begun = time.perf_counter()
-    for training in trainings:
-        training.begin_epoch()
-    _wait(device)
-    epoch = time.perf_counter() - begun
-    replay = taken.measure(max(steps, 100))
+    first, device = trainings[0], taken.device
 
-    def some(count: int) -> None:
+    def begin() -> None:
+        for training in trainings:
+            training.begin_epoch()
+
+    def evaluate() -> None:
+        for training in trainings:
+            training.evaluate("val" if "val" in training.splits else "test")
+            training.model.train()
+
+    def some(count: int, look: bool = False) -> None:
         for index in range(count):
-            if index % trainings[0].steps == 0:
+            if index % first.steps == 0:
                 for training in trainings:
                     training.at.zero_()
-            taken(False)
+            taken(look)
 
+    begin()
+    evaluate()  # as it is, and captured
+    epoch, evaluation = _seconds(begin, device), min(_seconds(evaluate, device) for _ in range(2))
+    replay = taken.measure(max(steps, 100))
     some(5)
+    step = _seconds(lambda: some(steps), device) / steps
+    some(2, True)
+    watched = _seconds(lambda: some(steps, True), device) / steps
+    return StepTimes(
+        step, watched, replay, epoch, evaluation, _kernels(some, device) if kernels else [], how,
+        device, first.steps, configs[0].batch_size,
+    )  # fmt: skip
+
+
+def _seconds(function: Callable[[], None], device: torch.device) -> float:
     _wait(device)
     begun = time.perf_counter()
-    some(steps)
+    function()
     _wait(device)
-    step = (time.perf_counter() - begun) / steps
-    return StepTimes(step, replay, epoch, _kernels(some, device) if kernels else [], how)
+    return time.perf_counter() - begun
 
 
-def _kernels(some: object, device: torch.device, steps: int = 10) -> list[tuple[str, int, float]]:
+def _kernels(some: Callable[[int], None], device: torch.device, steps: int = 10) -> list[Kernel]:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
-        some(steps)  # type: ignore[operator]
+    with _silent(), profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        some(steps)
         _wait(device)
     found = []
     for row in seen.key_averages():
@@ -73,9 +94,21 @@ def _kernels(some: object, device: torch.device, steps: int = 10) -> list[tuple[
     return sorted(found, key=lambda row: -row[2])
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The profiler's library writes its own messages to the process's standard error."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-__all__ = ["StepTimes", "event", "measure"]
+    elif device.type == "mps":
+        torch.mps.synchronize()

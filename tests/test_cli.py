@@ -116,6 +116,7 @@ MISTAKES = {
     "bad budget": (["report", "--budget", "much"], "50M"),
     "sweep file that is not there": (["sweep", "absent.yaml"], "absent.yaml"),
     "unknown network to profile": (["profile", "resnt20"], "did you mean 'resnet20'"),
+    "no network to profile": (["profile", "--time"], "--experiment"),
     "picture that cannot be written": (["data", "--dataset", "stand-in", "--show", "--out", "no/such/a.png"], "--out"),
 }
 
@@ -127,6 +128,14 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     arguments, said = MISTAKES[case]
     assert said in mistake(capsys, *arguments)
     assert not runs.exists() and list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["agent", "some-sweep"], ["sweep", "some.yaml"]])
+def test_torchrun_starts_no_agents(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in mistake(capsys, *arguments)
 
 
 SWEEP_MISTAKES = {
@@ -272,6 +281,25 @@ def test_looking_changes_nothing(capsys: pytest.CaptureFixture[str], runs: Path)
     out = printed(capsys, "data", "--dataset", "stand-in", "--verify", "--show", "cutout=8", "--out", "batch.png")
     assert "as they have to be" in out and Path("batch.png").read_bytes().startswith(b"\x89PNG")
     assert not runs.exists()
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_steps_time_is_told_operation_by_operation(capfd: pytest.CaptureFixture[str], runs: Path, together: int) -> None:
+    network = ["model=conv", "width=4"]
+    convolutions = len(re.findall(r"^\S+ +conv ", printed(capfd, "profile", *network), re.M))
+    how = [*network, "dataset=stand-in", "val_size=200", "train_size=256", "batch_size=64", "device=cpu", "probe_every=2"]
+    out = printed(capfd, "profile", "--time", *how, "--steps", "3", "--together", str(together))
+    ms = {
+        name.strip(): float(number.replace(",", ""))
+        for name, number in re.findall(r"^(.+?)  +(?:\d+  +)?([\d,]+\.\d{3})", out, re.M)
+    }
+    assert "batch size 64, cpu" in out and ("2 trials side by side" in out) == (together == 2) and "4 steps" in out
+    whole = ms["an epoch's beginning"] + 4 * ms["a step"] + 2 * (ms["a step the probes see"] - ms["a step"]) + ms["evaluation"]
+    assert ms["an epoch in all"] == pytest.approx(whole, abs=0.02)  # half of the steps are seen
+    assert ms["aten::convolution_backward"] > 0 and ms["in all"] > 0 and "100 %" in out
+    calls = re.search(r"aten::convolution_backward +(\d+)", out)
+    assert calls and int(calls[1]) == convolutions * together > 0
+    assert capfd.readouterr().err == "" and not runs.exists()
 
 
 def test_gc_takes_what_nothing_needs(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
