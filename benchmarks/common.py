@@ -187,6 +187,7 @@ def command(
     A program of several rows has an argument `kind`, and `row` is "kind=row,kind=row".
     """
     options = parser.parse_args(arguments)
+    os.environ.setdefault(HUGE_PAGES, "1")  # as our command line does; peers are left as they are
     if options.smoke:
         options.dataset, options.device, options.n, options.workers = "stand-in", "cpu", min(options.n, 2), 1
     name = parser.prog.rpartition(".")[2]
@@ -234,9 +235,12 @@ def synchronize(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch's
+
+
 def child_environment(**more: str) -> dict[str, str]:
     """Of processes that a benchmark starts: our code on the path, no W&B account, no run of somebody else's sweep."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_") and key != HUGE_PAGES}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {**inherited, "PYTHONPATH": path, "WANDB_MODE": "offline", "WANDB_SILENT": "true", **more}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -378,4 +379,7 @@ def _bad(sentence: str) -> int:
 
 def run() -> None:
     """The entry point `cifar`."""
+    # Large tensors in huge pages, where Linux has them: a CPU may spend half a step on the faults of small ones (LOG.md).
+    # PyTorch reads this when it first allocates; workers inherit it.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     sys.exit(main())
