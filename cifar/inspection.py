@@ -122,9 +122,8 @@ def profile_time(experiment: str, pairs: Sequence[str], steps: int, together: in
     images, share = together * times.batch_size, 1 / config.probe_every if config.probe_every else 0.0
     bare, watched = times.steps * times.step, times.steps * share * (times.watched - times.step)
     how = ", ".join(word for word in ("captured", "compiled") if times.how[word]) or "step by step"
-    say(f"{config.model}, batch size {times.batch_size}, {where_of(times.device)}, {how}" + (
-        f", {together} trials side by side" if together > 1 else ""
-    ))  # fmt: skip
+    beside, images_of = f", {together} trials side by side" if together > 1 else "", "" if found else ", stand-in images"
+    say(f"{config.model}, batch size {times.batch_size}{images_of}, {where_of(times.device)}, {how}{beside}")
     rows = [
         ("a step", _ms(times.step), f"{images / times.step:,.0f} images a second"),
         ("replay of its graph", _ms(times.replay), f"the host adds {100 * (times.step / times.replay - 1):.1f} %")
