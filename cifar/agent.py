@@ -169,6 +169,11 @@ class Agent:
         )
         if info["dataset"] == "stand-in":
             self.display.say(STAND_IN)
+        if self.backend.afar:
+            self.display.say(
+                f"a trial that another agent left goes on from its checkpoint where both share the runs folder "
+                f"({self.backend.runs}), else from the start"
+            )
         if self.sweep.early:
             # a search has no cells yet: what it may suggest first stands for all of them
             planned = [cell["values"] for cell in self.backend.cells()] or [sweeps.suggest(self.sweep, 0, info["sweep_seed"])]

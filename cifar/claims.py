@@ -37,6 +37,7 @@ class Backend(Protocol):
     runs: Path
     folder: Path  # sweep.yaml and logs/
     info: dict[str, Any]  # cells, dataset, fixed
+    afar: bool  # agents on other machines may take part
     place: dict[str, str]  # what its runs note down of where they belong: project, entity, engine
 
     def settle_threads(self, threads: int) -> int: ...

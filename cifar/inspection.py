@@ -131,7 +131,7 @@ def profile_time(experiment: str, pairs: Sequence[str], steps: int, together: in
         else ("", "", ""),
         ("a step the probes see", _ms(times.watched), f"1 of {config.probe_every}" if share else "none is"),
         ("an epoch's beginning", _ms(times.epoch), "order, draws and, on a GPU, all augmented images"),
-        ("evaluation", _ms(times.evaluation), "once an epoch"),
+        ("evaluation", _ms(times.evaluation), "of the validation images" if config.val_size else "none: val_size is 0"),
         ("an epoch in all", _ms(times.epoch + bare + watched + times.evaluation), f"{times.steps} steps"),
     ]
     table("", ("what", "ms", ""), [row for row in rows if row[0]], right=("ms",))

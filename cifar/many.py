@@ -38,7 +38,8 @@ def sweep(
     """Read and check a sweep file, create the sweep, run it, draw it."""
     from cifar import sweep as sweeps
 
-    _alone()
+    if not (no_agent or dry_run):
+        _alone()
     runs = runs_folder(runs_dir)
     hosted = mode_from_environment(wandb) == "online" and not (storage or os.environ.get("CIFAR_STORAGE"))
     read = sweeps.read(file)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from cifar.errors import UserError
 
 Pairs = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="values, as in `lr=3e-4 epochs=3`")]
 Experiment = Annotated[str, typer.Option("--experiment", "-e", metavar="NAME", help="a file in experiments/, or a path")]
@@ -27,8 +30,24 @@ Wandb = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a fixed value for every trial; repeatable")]
 Count = Annotated[int | None, typer.Option("--count", min=1, metavar="N", help="end after N trials of this agent")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="trials at a time [default: what fits]")]
+
+
+def _without_password(url: str | None) -> str | None:
+    if url and re.search(r"://[^/@:]*:[^@]+@|[?&][^=&]*pass[^=&]*=", url):
+        raise UserError(
+            "--storage holds a password, which others can read in the list of processes; export CIFAR_STORAGE=URL instead"
+        )
+    return url
+
+
 Storage = Annotated[
-    str | None, typer.Option("--storage", metavar="URL", help="Optuna storage; else $CIFAR_STORAGE, else a SQLite file")
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="Optuna storage; else $CIFAR_STORAGE, which alone takes a password; else a SQLite file",
+        callback=_without_password,
+    ),
 ]
 Gpus = Annotated[
     str, typer.Option("--gpus", metavar="all|0,1", help="workers on these GPUs; those in use by others are skipped and named")

@@ -184,15 +184,13 @@ def joined() -> Iterator[Team]:
         raise UserError(
             f"WORLD_SIZE is {size}, but its processes do not meet ({first}); start them with torchrun, or unset WORLD_SIZE"
         ) from error
-    lost = False
+    failed = True
     try:
         yield Team(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK") or 0))
-    except Lost:
-        lost = True
-        raise
+        failed = False
     finally:
         # After an error too: a group's threads that live on when the interpreter ends may abort the process, exit code lost.
-        if not (lost and nccl):  # NCCL might wait for the one that is gone
+        if not (failed and nccl):  # NCCL would wait for the others, who know of nothing, or are gone
             dist.destroy_process_group()
 
 

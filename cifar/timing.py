@@ -26,7 +26,7 @@ class StepTimes:
     watched: float  # a step that the probes look at
     replay: float  # of the captured step alone, back to back; 0.0 where steps are not captured
     epoch: float  # what an epoch begins with: order, draws, on a GPU all its augmented images
-    evaluation: float  # of the validation images, or of the test images where there are none
+    evaluation: float  # of the validation images; 0.0 where there are none
     kernels: list[Kernel]  # (name, calls a step, seconds a step); on a CPU, torch's operations
     how: dict[str, object]
     device: torch.device
@@ -47,7 +47,8 @@ def measure(configs: Sequence[Settings], data_dir: Path | None, *, steps: int = 
 
     def evaluate() -> None:
         for training in trainings:
-            training.evaluate("val" if "val" in training.splits else "test")
+            if "val" in training.splits:
+                training.evaluate("val")
             training.model.train()
 
     def some(count: int, look: bool = False) -> None:
@@ -59,6 +60,8 @@ def measure(configs: Sequence[Settings], data_dir: Path | None, *, steps: int = 
 
     begin()
     evaluate()  # as it is, and captured
+    for training in trainings:
+        training.train_batches.reseed(training.config.seed)  # the epoch's draws are to be made again
     epoch, evaluation = _seconds(begin, device), min(_seconds(evaluate, device) for _ in range(2))
     replay = taken.measure(max(steps, 100))
     some(5)

@@ -18,7 +18,7 @@
 set -u
 cd "${SLURM_SUBMIT_DIR:-.}"
 
-srun python -m cifar agent "$1" --time-limit "${CIFAR_TIME_LIMIT:-1h55m}" ${CIFAR_AGENT_OPTIONS:-} &
+srun python -m cifar agent "$1" ${CIFAR_AGENT_OPTIONS:-} & # no --time-limit: that would end with 0, and not be queued again
 agent=$!
 trap 'kill -USR1 "$agent"' USR1 # srun hands it on
 trap 'kill -TERM "$agent"' TERM

@@ -116,6 +116,7 @@ MISTAKES = {
     "bad budget": (["report", "--budget", "much"], "50M"),
     "sweep file that is not there": (["sweep", "absent.yaml"], "absent.yaml"),
     "unknown network to profile": (["profile", "resnt20"], "did you mean 'resnet20'"),
+    "password on the command line": (["agent", "x", "--storage", "postgresql://me:secret@host/db"], "CIFAR_STORAGE"),
     "no network to profile": (["profile", "--time"], "--experiment"),
     "picture that cannot be written": (["data", "--dataset", "stand-in", "--show", "--out", "no/such/a.png"], "--out"),
 }

@@ -325,7 +325,7 @@ def test_two_agents_of_two_workers_share_twelve_cells(
     agents = [command(wandb_server, "-m", "cifar", "agent", sweep.id, "--workers", "2") for _ in range(2)]
     for agent in agents:
         code, output = ended(agent)
-        assert code == 0, output
+        assert code == 0 and "goes on from its checkpoint where both share the runs folder" in output, output
     assert len(wandb_server.runs) == 12 == len(sweep.runs) and len(sweep.agents) == 4 and sweep.state == "FINISHED"
     cells = {(run.config["model"], run.config["lr"], run.config["seed"]) for run in wandb_server.runs.values()}
     assert len(cells) == 12

@@ -121,8 +121,9 @@ class Local:
         self.place = {"project": self.sweep.project} if self.sweep.project else {}
         known = self.info["storage"]
         if known and "***" in known and not url:
-            raise UserError(f"sweep {sweep_id} is kept in {known}; give the whole URL by CIFAR_STORAGE or --storage")
+            raise UserError(f"sweep {sweep_id} is kept in {known}; give the whole URL by CIFAR_STORAGE")
         self._url = (url or known) if known else storage.default(self.folder)
+        self.afar = not self._url.startswith("sqlite")
         self._storage = storage.open(self._url)
         try:
             self._study = self._storage.get_study_id_from_name(sweep_id)

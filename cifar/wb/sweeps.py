@@ -166,7 +166,7 @@ class Hosted:
         self.service, known = Service(), kept(self.id, runs)
         entity = entity or known.get("entity") or self.service.entity
         project = project or known.get("project") or str(self.service.settings["project"] or PROJECT)
-        self.place = {"project": project, "entity": entity, "engine": "wandb"}
+        self.place, self.afar = {"project": project, "entity": entity, "engine": "wandb"}, True
         try:
             found = self.service.sweep(entity, project, self.id)
         except Exception as error:
