@@ -54,6 +54,8 @@ class Running:
         self._watch = Stopwatch(training.device)
         resume(training, self.record)
         training.team.same(training.model, training.evaluated)
+        if training.epoch > self.config.epochs:  # it was killed between its last epoch and its end
+            self._end("finished", "")
 
     def begin_epoch(self) -> None:
         training = self.training
@@ -154,6 +156,9 @@ def epochs(steps: Steps[Training], runs: Sequence[Running], end: Callable[[Runni
         run.training.idle = True
         end(run)
 
+    for run in runs:
+        if run.state:
+            leave(run)
     while active := [run for run in runs if not run.state]:
         for run in runs:
             run.training.at.zero_()  # a captured step goes on for those that have ended too

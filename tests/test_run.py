@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,22 @@ def test_a_run_that_is_interrupted_at_any_step_goes_on_bit_for_bit(runs: Path, o
         pieces += 1
     assert pieces > 2
     assert digest(record) == digest(whole)
+
+
+def test_a_run_that_is_killed_after_its_last_epoch_only_ends(runs: Path) -> None:
+    """Its checkpoint is that of an epoch that does not come any more."""
+    killed = Record(runs / "killed")
+
+    def on_epoch(row: dict[str, Any]) -> bool:
+        if row["epoch"] == FULL["epochs"]:  # what a kill at this moment would leave
+            shutil.copytree(runs / "whole", killed.path)
+        return True
+
+    whole = trained(runs, {**FULL, "checkpoint_every": 3}, "whole", on_epoch=on_epoch)
+    assert (killed.path / "checkpoint.pt").exists() and killed.state == "running"
+    state = run.train(configuration.resolve(killed.read("config")), killed, on_epoch=lambda row: pytest.fail("trains on"))
+    assert state == killed.state == "finished" and digest(killed) == digest(whole)
+    assert killed.read("summary")["epochs"] == FULL["epochs"] and not (killed.path / "checkpoint.pt").exists()
 
 
 def test_a_non_finite_loss_ends_the_run_as_diverged(runs: Path) -> None:
