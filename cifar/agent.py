@@ -23,7 +23,7 @@ from cifar import devices, engines, packs, stops
 from cifar import sweep as sweeps
 from cifar.backends import local
 from cifar.board import OPEN, Best, Board, Display, Lines, Row, shown
-from cifar.claims import Backend, Trial
+from cifar.claims import Backend, Trial, left
 from cifar.crew import Failures, Held, Worker, death
 from cifar.follow import Follower
 from cifar.record import Record
@@ -158,22 +158,17 @@ class Agent:
 
     def _welcome(self) -> None:
         info, counts = self.backend.info, self.backend.counts()
-        self.board.counts = counts
-        self.board.ended_before = sum(n for state, n in counts.items() if state not in OPEN)
+        self.board.counts, self.board.ended_before = counts, sum(n for state, n in counts.items() if state not in OPEN)
         for cell in self.backend.cells():
             self._best(cell)
         waiting = sum(counts.get(state, 0) for state in OPEN)
         self.display.say(
             f"sweep {self.backend.id} ({self.sweep.name}): {info['cells']} trials, {waiting} open; dataset {info['dataset']}; "
             f"{self.size} worker{'s' * (self.size > 1)}, {self.threads} CPU thread{'s' * (self.threads > 1)} a trial"
+            f"{left(self.backend)}"
         )
         if info["dataset"] == "stand-in":
             self.display.say(STAND_IN)
-        if self.backend.afar:
-            self.display.say(
-                f"a trial that another agent left goes on from its checkpoint where both share the runs folder "
-                f"({self.backend.runs}), else from the start"
-            )
         if self.sweep.early:
             # a search has no cells yet: what it may suggest first stands for all of them
             planned = [cell["values"] for cell in self.backend.cells()] or [sweeps.suggest(self.sweep, 0, info["sweep_seed"])]
