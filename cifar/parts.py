@@ -24,7 +24,6 @@ from cifar.data.loader import picked
 from cifar.errors import UserError
 from cifar.probes import Watcher
 from cifar.ranks import ALONE, Team
-from cifar.stem import as_product
 from cifar.train import Average, Step, add_up, evaluate, forward
 
 
@@ -190,8 +189,10 @@ class Training:
         self.optimizer.compile()
         if self.device.type == "cuda":
             self.train_batches.at_once = compiled(augmented)
-            if not self.shares:  # a pack has other kernels to run meanwhile, and loses by the larger ones (LOG.md)
-                as_product(self.model)
+            if self.bf16 and self.config.channels_last:
+                from cifar.kernels import quicken  # Triton is there where there is a GPU
+
+                quicken(self.model, torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32))
             if self.step.mix is None:
                 self.step.forward_at = self._forward_at
 

@@ -18,7 +18,7 @@ LAYERS = [
     ["data", "models", "optim", "cost"],
     ["train"],
     ["ranks"],
-    ["probes", "track", "environment", "capture", "stem"],
+    ["probes", "track", "environment", "capture", "kernels"],
     ["parts"],
     ["running", "warm"],
     ["timing"],

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.stem import AsProduct, as_product
 from cifar.train import VIEWS, Average, Meter, evaluate, forward, score
 
 
@@ -103,20 +102,3 @@ def test_the_loss_is_torchs_with_smoothed_labels(shares: bool) -> None:
         expected = F.cross_entropy(net(images), targets, label_smoothing=smoothing or 0.0)
         assert torch.allclose(loss, expected, rtol=1e-6)
         assert correct == (net(images).argmax(1) == labels).sum()
-
-
-@pytest.mark.parametrize("kernel,padding,bias", [(3, 1, True), (2, 0, False), (3, 0, True)])
-def test_the_first_convolution_as_a_product_is_the_convolution(kernel: int, padding: int, bias: bool) -> None:
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 8, kernel, padding=padding, bias=bias), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    other = copy.deepcopy(plain)
-    as_product(other)
-    assert isinstance(other[0], AsProduct) and type(other[2]) is nn.Conv2d
-    assert other.state_dict().keys() == plain.state_dict().keys()
-    images = torch.randn(5, 3, 9, 7).to(memory_format=torch.channels_last)
-    for net in (plain, other):
-        net(images).square().mean().backward()
-    assert torch.allclose(plain(images), other(images), atol=1e-6)
-    for p, q in zip(plain.parameters(), other.parameters(), strict=True):
-        assert p.grad is not None and q.grad is not None and torch.allclose(p.grad, q.grad, atol=1e-6)
-    assert torch.equal(other.eval()(images), plain(images)), "evaluation is untouched"
