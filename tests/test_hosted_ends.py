@@ -67,3 +67,26 @@ def test_an_agent_that_is_told_to_end_gives_its_run_back(
     got, output = ended(command(wandb_server, "-m", "cifar", "agent", sweep.id, "--workers", "1"))
     assert got == 0 and list(wandb_server.runs) == [run.id] and run.state == "finished", output
     assert_as_trained(wandb_server, runs, run.id, 60)
+
+
+def test_a_killed_agent_leaves_nothing_behind_and_its_run_can_be_finished(
+    wandb_server: Server, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 40}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
+    run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    until(lambda: len(run.rows) >= 2, 60)
+    mine = family(process.pid)
+    assert len(mine) >= 3, "worker, mirror and wandb-core"
+    process.kill()
+    process.wait()
+    until(lambda: not alive(mine), 5)
+    assert Record(runs / run.id).state == "running"
+
+    # W&B hands out no run twice; here it goes on by hand, and under its id
+    code, output = ended(command(wandb_server, "-m", "cifar", "train", "--resume", run.id, "--wandb", "online"))
+    assert code == 0 and list(wandb_server.runs) == [run.id] and run.state == "finished", output
+    assert [row["epoch"] for row in run.rows] == [row["_step"] for row in run.history] == list(range(1, 41))
+    assert trained(run.rows) == trained(Record(runs / run.id).rows())
