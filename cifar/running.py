@@ -56,6 +56,10 @@ class Running:
         training.team.same(training.model, training.evaluated)
         if training.epoch > self.config.epochs:  # it was killed between its last epoch and its end
             self._end("finished", "")
+        elif training.epoch > 1 and training.batch == 0:  # or between an epoch and what follows from it: ask once more
+            row = list(self.record.rows())[-1]
+            if not self.on_epoch(row):
+                self._end("pruned", f"stopped early after epoch {row['epoch']}")
 
     def begin_epoch(self) -> None:
         training = self.training

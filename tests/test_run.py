@@ -133,6 +133,24 @@ def test_a_run_that_is_killed_after_its_last_epoch_only_ends(runs: Path) -> None
     assert killed.read("summary")["epochs"] == FULL["epochs"] and not (killed.path / "checkpoint.pt").exists()
 
 
+def test_a_run_that_is_killed_while_it_is_pruned_trains_no_further(runs: Path) -> None:
+    killed = Record(runs / "killed")
+    steps = json.loads((trained(runs, {**FULL, "epochs": 1}, "one").path / "metrics.jsonl").read_text().splitlines()[0])["step"]
+
+    def on_epoch(row: dict[str, Any]) -> bool:
+        if row["epoch"] == 2:  # what a kill between the answer and its writing would leave
+            shutil.copytree(runs / "whole", killed.path)
+        return bool(row["epoch"] != 2)
+
+    whole = trained(runs, {**FULL, "epochs": 3, "checkpoint_every": steps}, "whole", on_epoch=on_epoch)
+    assert whole.state == "pruned" and killed.state == "running"
+    asked: list[int] = []
+    config = configuration.resolve(killed.read("config"))
+    state = run.train(config, killed, on_epoch=lambda row: bool(asked.append(row["epoch"])))
+    assert state == killed.state == "pruned" and asked == [2]
+    assert list(killed.rows()) == list(whole.rows()) and killed.read("status")["reason"] == whole.read("status")["reason"]
+
+
 def test_a_non_finite_loss_ends_the_run_as_diverged(runs: Path) -> None:
     record = trained(runs, {**TINY, "optimizer": "sgd", "lr": 1e30})
     status = record.read("status")
