@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_runs import NETWORKS, quickstart, write
@@ -56,6 +57,36 @@ def test_draws_on_a_full_and_on_an_empty_table(entry: registry.Entry, sweep: Com
     assert empty.problem and not empty.failed
     assert "nothing to show" in texts(empty)
     ElementTree.fromstring(style.svg(empty.figure, "salt"))
+
+
+@pytest.fixture(scope="module")
+def widths(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """Configurations of one family, with names as long as names are."""
+    runs, cells = tmp_path_factory.mktemp("widths"), list(itertools.product((4, 16, 32), (1, 2)))
+    for cell, (width, depth) in enumerate(cells):
+        more = {"width": width, "depth": depth, "swept": ("width", "depth"), "layers": 3 + depth, "accuracy": 0.5 + cell / 20}
+        write(runs, f"run-{cell}", model="shufflenet_v2", epochs=2, **more)
+    return compare(collect([], runs).runs)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_no_text_is_cut_off_by_the_figures_edge(entry: registry.Entry, widths: Comparison, run: Run) -> None:
+    drawn = style.render(entry, run if style.scope(entry) == "run" else widths)
+    drawn.figure.dpi = style.DPI  # as it is saved
+    drawn.figure.draw_without_rendering()  # legends are put in their places
+    renderer = drawn.figure.canvas.get_renderer()
+    width, height = (style.DPI * side for side in drawn.figure.get_size_inches())
+    for text in shown(drawn):
+        box = text.get_window_extent(renderer)
+        assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text.get_text()
+
+
+def test_panels_and_lines_of_one_family_can_be_told_apart(widths: Comparison) -> None:
+    entry = BY_NAME["gradient_flow_by_network"]
+    panels = {panel.title: [label for label, _ in panel.lines] for panel in entry.build().select(widths)}
+    assert panels.keys() == {"shufflenet_v2, 4 layers", "shufflenet_v2, 5 layers"}
+    assert all(sorted(labels) == ["width=16", "width=32", "width=4"] for labels in panels.values())
+    assert texts(style.render(entry, widths)).count("width=16") == 2, "each panel has its legend"
 
 
 @pytest.mark.parametrize("name", ["accuracy_vs_macs", "gradient_flow"])
@@ -199,6 +230,21 @@ def test_a_new_figure_is_one_file_and_a_broken_one_costs_nothing(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert "mine.png" in done.stdout and "broken.png" not in done.stdout
     assert "figure 'broken' failed (ValueError: no)" in done.stdout
+
+
+def shown(drawn: style.Drawn) -> list[Any]:
+    """The texts that are drawn: of an axis, only the labels of ticks within its limits."""
+    from matplotlib.text import Text
+
+    outside = set()
+    for axes in drawn.figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not low <= tick.get_loc() <= high:
+                    outside |= {tick.label1, tick.label2}
+    found = [text for text in drawn.figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return [text for text in found if text not in outside]
 
 
 def texts(drawn: style.Drawn) -> str:

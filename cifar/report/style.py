@@ -38,6 +38,7 @@ DIM = "#a3adb8"  # what is beaten
 THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
 RAMP = ("#5b8def", "#3aa6b9", "#3fae7a", "#a3a93a", "#e0a030", "#e0703a", "#cf4b6e")  # cheap -> costly; distinct in print
 SIZE = (7.2, 4.4)
+DPI = 160  # laid out as it is saved: hinted text is 2 % wider at this than at matplotlib's 100
 _FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans")
 
 
@@ -116,7 +117,7 @@ def render(entry: Entry, subject: Any) -> Drawn:
     from matplotlib.figure import Figure
 
     def fresh(size: tuple[float, float]) -> tuple[Figure, float]:
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         return figure, _head(figure, maker.title, subject.subtitle, subject.banner)
 
@@ -148,7 +149,7 @@ def lay_out(figure: Figure) -> None:
         engine.execute(figure)
 
 
-def png(figure: Figure, dpi: int = 160) -> bytes:
+def png(figure: Figure, dpi: int = DPI) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

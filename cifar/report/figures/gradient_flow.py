@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = 12
+NAMED = 6  # lines of a panel with a legend
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,15 @@ class Panel:
     lines: list[tuple[str, list[float]]]  # label, gradient norm by layer
 
 
+def _differences(model: str, lines: list[tuple[str, list[float]]]) -> list[tuple[str, list[float]]]:
+    """What tells a panel's lines apart: their labels without what all of them share."""
+    parts = [label.split(", ") for label, _ in lines]
+    shared = {model, *set.intersection(*map(set, parts))} if len(lines) > 1 else set()
+    return [
+        (", ".join(p for p in own if p not in shared) or label, norms) for own, (label, norms) in zip(parts, lines, strict=True)
+    ]
+
+
 @figures.register("gradient_flow_by_network")
 class GradientFlowByNetwork:
     scope, order = "sweep", 20
@@ -118,7 +128,11 @@ class GradientFlowByNetwork:
                 panels.setdefault((point.model, len(mean)), []).append((point.label, mean))
         if not panels:
             return Nothing("no finished run has gradient_norm rows (the probes were off)")
-        return [Panel(model, layers, lines) for (model, layers), lines in panels.items()][:PANELS]
+        models = [model for model, _ in panels]
+        return [
+            Panel(f"{model}, {layers} layers" if models.count(model) > 1 else model, layers, _differences(model, lines))
+            for (model, layers), lines in panels.items()
+        ][:PANELS]
 
     def size(self, data: list[Panel]) -> tuple[float, float]:
         columns = min(4, len(data))
@@ -131,8 +145,10 @@ class GradientFlowByNetwork:
             axes.set_axis_off()
         for axes, panel in zip(grid.flat, data, strict=False):
             for (label, norms), colour in zip(panel.lines, colours(len(panel.lines)), strict=True):
-                (line,) = axes.plot(range(1, panel.layers + 1), norms, "o-", color=colour, ms=2.5, lw=1.2)
+                (line,) = axes.plot(range(1, panel.layers + 1), norms, "o-", color=colour, ms=2.5, lw=1.2, label=label)
                 line.set_gid(f"tip:{label}")
+            if 1 < len(panel.lines) <= NAMED:
+                axes.legend(fontsize=6.5, handlelength=1.2, labelspacing=0.2, borderaxespad=0.2)
             axes.set_title(panel.title if len(panel.title) < 26 else panel.title[:25] + "…", size=8.5)
             axes.set_xticks([1, panel.layers] if panel.layers > 1 else [1])
             if axes is grid[0, 0]:
