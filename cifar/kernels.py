@@ -6,7 +6,8 @@ in memory when channels come last, are one row of a matrix product, and four lin
 line is read once for the three filter rows that need it. bf16 in, float32 sums; weights and their gradients stay float32, so
 nothing is cast in a pass of its own. No atomics: the same step gives the same bits.
 
-A kernel is used only where it has given torch's answer on this GPU (`_right`); elsewhere torch's own is.
+A kernel is used only where it has given torch's answer on this GPU, for as many images that lie as they will (`_right`);
+elsewhere torch's own is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 SIDE, LINES = 3, 4  # of a filter; of the images that are worked on together
 MOST_IN, MOST_OUT = 32, 64  # channels
+MOST_PROVED = 2048  # images that a kernel is tried with
 TOLERATED = 1e-2  # relative error of a sum of products of bf16 numbers that is rounded to bf16
 
 
@@ -203,37 +205,48 @@ def torch_correlate(x: Tensor, g: Tensor) -> Tensor:
     return found.to(torch.float32, memory_format=torch.channels_last)
 
 
+def _meant(inner: int, outer: int, height: int) -> bool:
+    """Whether our kernels are for such images."""
+    return height % LINES == 0 and inner <= MOST_IN and outer <= MOST_OUT
+
+
+def _ours(kind: str, x: Tensor, outer: int, strides: tuple[int, ...] = ()) -> bool:
+    """Whether our kernel is taken for these images; it counts their values in 32 bits."""
+    count, inner, height, width = x.shape
+    few = count * height * width * max(inner, outer) < 2**31
+    return (
+        few
+        and _meant(inner, outer, height)
+        and _right(kind, (min(count, MOST_PROVED), *x.shape[1:]), outer, strides, x.dtype, x.device)
+    )
+
+
 @functools.cache
-def _right(kind: str, inner: int, outer: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether our kernel is for such images, and gives torch's answer on this device."""
-    if height % LINES or inner > MOST_IN or outer > MOST_OUT:
-        return False
+def _right(
+    kind: str, shape: tuple[int, ...], outer: int, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether our kernel gives torch's answer on this device, with images and filters that lie as they will."""
     seeded = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=seeded, device=device).to(dtype)
+        return torch.randn(shape, generator=seeded, device=device)
 
-    x, weight = _last(draw(3, inner, height, width)), draw(outer, inner, SIDE, SIDE)
-    if kind == "back":
-        weight = weight.transpose(0, 1).contiguous()
+    x, back = _last(draw(*shape).to(dtype)), kind == "back"
     try:
         with torch.no_grad():
             if kind == "correlate":
-                g = _last(draw(3, outer, height, width))
+                g = _last(draw(shape[0], outer, *shape[2:]).to(dtype))
                 ours, wanted = our_correlate(x, g), torch_correlate(x.float(), g.float())
             else:
-                back = kind == "back"
-                ours, wanted = our_convolve(x, weight.float(), back), torch_convolve(x.float(), weight.float(), back)
-    except Exception:  # whatever Triton cannot do here, torch can
-        return False
-    return bool((ours.float() - wanted).norm() < TOLERATED * wanted.norm())
-
-
-def _ours(kind: str, x: Tensor, outer: int) -> bool:
-    """Whether our kernel is taken for these images; it counts their values in 32 bits."""
-    count, inner, height, width = x.shape
-    most = count * height * width * max(inner, outer)
-    return most < 2**31 and _right(kind, inner, outer, height, width, x.dtype, x.device)
+                filters = (shape[1], outer) if back else (outer, shape[1])
+                weight = torch.empty_strided((*filters, SIDE, SIDE), strides, device=device)
+                weight.copy_(draw(*weight.shape).to(dtype))
+                ours, wanted = our_convolve(x, weight, back), torch_convolve(x.float(), weight, back)
+            return bool((ours.float() - wanted).norm() < TOLERATED * wanted.norm())
+    except (triton.runtime.errors.TritonError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise
+        return False  # what Triton cannot do here, torch can
 
 
 @torch.library.custom_op("cifar::convolve_3x3", mutates_args=())
@@ -242,7 +255,7 @@ def convolve(x: Tensor, weight: Tensor, back: bool) -> Tensor:
 
     `back`: the gradient of the images from that of the result: x (N, OUT, H, W) -> (N, IN, H, W).
     """
-    ours = _ours("back" if back else "convolve", x, weight.shape[1 if back else 0])
+    ours = _ours("back" if back else "convolve", x, weight.shape[1 if back else 0], weight.stride())
     return (our_convolve if ours else torch_convolve)(x, weight, back)
 
 
@@ -265,10 +278,13 @@ def _(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+    x, weight, ctx.back = inputs
+    ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    if ctx.back:
+        raise NotImplementedError("these convolutions have no second derivative")
     x, weight = ctx.saved_tensors
     images = convolve(g, weight, True) if ctx.needs_input_grad[0] else None
     return images, correlate(x, g) if ctx.needs_input_grad[1] else None, None
@@ -278,12 +294,13 @@ convolve.register_autograd(_backward, setup_context=_keep)
 
 
 class Quick(nn.Conv2d):
-    """The same convolution; in training mode with the kernels of this file, and bf16 as autocast has it."""
+    """The same convolution; with the kernels of this file in training mode, where autocast is on."""
 
-    precision = torch.bfloat16
+    precision = torch.bfloat16  # as autocast has it in cifar.train
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        asked = self.precision == torch.float32 or torch.is_autocast_enabled(x.device.type)
+        if not (self.training and asked):
             return super().forward(x)
         y: Tensor = convolve(x.to(self.precision), self.weight, False)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
@@ -295,24 +312,24 @@ def quicken(model: nn.Module, images: Tensor) -> int:
 
     images (1, 3, H, W), with any content: they say how large the images are that each convolution gets.
     """
-    sides: dict[nn.Conv2d, tuple[int, int]] = {}
-    watches = [
-        module.register_forward_pre_hook(lambda module, given: sides.update({module: given[0].shape[2:]}))
-        for module in model.modules()
-        if type(module) is nn.Conv2d and _fits(module)
-    ]
-    was = model.training
-    model.eval()(images)
-    model.train(was)
-    for watch in watches:
-        watch.remove()
-    count = 0
-    for module, side in sides.items():
-        device = module.weight.device
-        if _right("convolve", module.in_channels, module.out_channels, *side, Quick.precision, device):
-            module.__class__ = Quick
-            count += 1
-    return count
+    heights: dict[nn.Conv2d, int] = {}
+
+    def watch(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if given and isinstance(module, nn.Conv2d):
+            heights[module] = given[0].shape[2]
+
+    watched = [m for m in model.modules() if type(m) is nn.Conv2d and _fits(m)]
+    hooks, was = [module.register_forward_pre_hook(watch) for module in watched], model.training
+    try:
+        model.eval()(images)
+    finally:
+        model.train(was)
+        for hook in hooks:
+            hook.remove()
+    found = [m for m, height in heights.items() if _meant(m.in_channels, m.out_channels, height)]
+    for module in found:
+        module.__class__ = Quick
+    return len(found)
 
 
 def _fits(module: nn.Conv2d) -> bool:

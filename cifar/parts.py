@@ -46,6 +46,8 @@ THREADS = torch.get_num_threads()  # torch's own choice, before any trial asks f
 
 def settle(config: Settings) -> None:
     """The switches that a process has once: each trial sets all of them, whatever the one before wanted."""
+    if (device := device_of(config.device)).type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and Triton's kernels are the current device's
     torch.set_num_threads(config.threads or THREADS)
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
@@ -192,7 +194,8 @@ class Training:
             if self.bf16 and self.config.channels_last:
                 from cifar.kernels import quicken  # Triton is there where there is a GPU
 
-                quicken(self.model, torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32))
+                with self.autocast():
+                    quicken(self.model, torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32))
             if self.step.mix is None:
                 self.step.forward_at = self._forward_at
 

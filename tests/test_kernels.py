@@ -87,16 +87,47 @@ def test_the_operators_have_torchs_gradients_whoever_computes_them(inner: int, o
 
 
 def test_a_wrong_kernel_is_found_out_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ("convolve", 3, 16, 16, 16, DTYPES[0], torch.device(DEVICE))
+    x, weight = images(2, 3, 16, 16, dtype=DTYPES[0]), images(16, 3, 3, 3)
     kernels._right.cache_clear()
-    assert kernels._right(*asked)
+    assert kernels._ours("convolve", x, 16, weight.stride())
     kernels._right.cache_clear()
     right = kernels.our_convolve
     monkeypatch.setattr(kernels, "our_convolve", lambda *given: right(*given) * 1.05)
     try:
-        assert not kernels._right(*asked)
+        assert not kernels._ours("convolve", x, 16, weight.stride())
+        y = kernels.convolve(x, weight, False)
     finally:
         kernels._right.cache_clear()
+    exact = nn.functional.conv2d(x.double(), weight.to(DTYPES[0]).double(), padding=1)
+    assert error(y, exact) < TOLERANCE[DTYPES[0]]
+
+
+def test_a_program_that_goes_through_many_blocks_adds_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_processors", lambda device: 1)
+    torch.manual_seed(0)
+    x, g, weight = images(37, 16, 16, 16, dtype=DTYPES[0]), images(37, 16, 16, 16, dtype=DTYPES[0]), images(16, 16, 3, 3)
+    places = x.shape[0] * 16 * 16 // kernels.LINES
+    for how in (kernels.CONVOLVE[64], kernels.CORRELATE[64]):
+        assert places > 3 * how.block * kernels._programs(how, x), "at least three blocks a program"
+    weight = weight.to(DTYPES[0]).float()
+    wanted = kernels.torch_convolve(x.double(), weight.double(), False)
+    assert error(kernels.our_convolve(x, weight, False), wanted) < TOLERANCE[DTYPES[0]]
+    assert error(kernels.our_correlate(x, g), kernels.torch_correlate(x.double(), g.double()).double()) < 1e-5
+
+
+def test_there_is_no_second_derivative() -> None:
+    x, weight = images(1, 3, 4, 4, dtype=DTYPES[0]).requires_grad_(), images(4, 3, 3, 3).requires_grad_()
+    (first,) = torch.autograd.grad(kernels.convolve(x, weight, False).float().square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError):
+        first.float().sum().backward()
+
+
+def test_without_autocast_a_network_computes_what_it_did() -> None:
+    model = nn.Conv2d(3, 16, 3, padding=1).to(DEVICE)
+    x = images(2, 3, 8, 8)
+    before = model(x)
+    assert kernels.quicken(model, x[:1]) == 1
+    assert torch.equal(model.train()(x), before)
 
 
 def test_only_convolutions_of_that_kind_are_exchanged_and_only_training_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +155,11 @@ def test_only_convolutions_of_that_kind_are_exchanged_and_only_training_uses_the
     assert torch.equal(first(x), nn.functional.conv2d(x, first.weight, first.bias, padding=1))
 
 
-def test_compiled_and_with_batch_norm_it_learns_what_torchs_convolutions_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype = DTYPES[0]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_and_with_batch_norm_it_learns_what_torchs_convolutions_learn(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels._right.cache_clear()
     monkeypatch.setattr(kernels.Quick, "precision", dtype)
 
     def network() -> nn.Sequential:
@@ -145,6 +179,7 @@ def test_compiled_and_with_batch_norm_it_learns_what_torchs_convolutions_learn(m
 
     loss(plain).backward()
     torch.compile(loss, dynamic=False)(quick).backward()
+    assert kernels._right.cache_info().currsize == 5, "two forward, one for the images' gradient, two for the filters'"
     for (name, wanted), ours in zip(plain.named_parameters(), quick.parameters(), strict=True):
         assert ours.grad is not None and wanted.grad is not None
         assert ours.grad.stride() == wanted.grad.stride()

@@ -226,7 +226,7 @@ def _head(figure: Figure, title: str, subtitle: str, banner: str) -> float:
             box = {"facecolor": AMBER, "edgecolor": "none", "pad": 3.5} if text is banner else None
             colour = "#5c3c00" if text is banner else colour
             x, y = 0.1 / width, 1 - top / (height + total)
-            drawn = figure.text(x, y, _short(text, int(width * 16)), size=size, weight=weight, color=colour, va="top", bbox=box)
+            drawn = figure.text(x, y, short(text, int(width * 16)), size=size, weight=weight, color=colour, va="top", bbox=box)
             drawn.set_gid("head:banner" if text is banner else "head:title")
             top += inches
     engine = figure.get_layout_engine()
@@ -242,7 +242,7 @@ def _say(figure: Figure, text: str) -> None:
     axes.text(0.5, 0.5, "\n".join(lines), ha="center", va="center", color=MUTED, size=10)
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1] + "…"
 
@@ -293,7 +293,7 @@ def power(value: float) -> str:
 def layer_ticks(axis: Any, layers: Sequence[str], most: int = 32) -> None:
     """Layer names along an axis; of very deep networks every k-th."""
     step = max(1, math.ceil(len(layers) / most))
-    axis.set_ticks(range(0, len(layers), step), [_short(name, 28) for name in layers[::step]])
+    axis.set_ticks(range(0, len(layers), step), [short(name, 28) for name in layers[::step]])
 
 
 def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 7.5) -> None:
@@ -309,7 +309,7 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: 
     for (x, y, text, colour), place, want in zip(order, places, wanted, strict=True):
         arrow = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 2}
         axes.annotate(
-            _short(text, 30), (x, y), (10, place - want), textcoords="offset points",
+            short(text, 30), (x, y), (10, place - want), textcoords="offset points",
             color=colour, size=size, va="center", arrowprops=arrow,
         )  # fmt: skip
 
@@ -367,7 +367,7 @@ def label_points(
     left_out = 0
     for mark, (cx, cy) in zip(marks, centres, strict=True):
         note = axes.annotate(
-            _short(mark.text, 34), (mark.x, mark.y), (0, 0), textcoords="offset points",
+            short(mark.text, 34), (mark.x, mark.y), (0, 0), textcoords="offset points",
             size=size, color=mark.colour, weight="bold" if mark.bold else "normal", zorder=6,
         )  # fmt: skip
         note.set_in_layout(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cifar.registry import figures
 from cifar.report.points import Comparison
 from cifar.report.runs import Run
-from cifar.report.style import BLUE, MUTED, RED, Nothing, colours, layer_ticks, log_axis, power
+from cifar.report.style import BLUE, MUTED, RED, Nothing, colours, layer_ticks, log_axis, power, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,9 +97,15 @@ class Panel:
     lines: list[tuple[str, list[float]]]  # label, gradient norm by layer
 
 
+def _title(model: str, layers: int, several: bool) -> str:
+    """A panel's, of 26 characters; `several`: the family has other panels."""
+    end = f", {layers} layers" if several else ""
+    return short(model, 26 - len(end)) + end
+
+
 def _differences(model: str, lines: list[tuple[str, list[float]]]) -> list[tuple[str, list[float]]]:
     """What tells a panel's lines apart: their labels without what all of them share."""
-    parts = [label.split(", ") for label, _ in lines]
+    parts = [re.split(r", (?=\w+=)", label) for label, _ in lines]
     shared = {model, *set.intersection(*map(set, parts))} if len(lines) > 1 else set()
     return [
         (", ".join(p for p in own if p not in shared) or label, norms) for own, (label, norms) in zip(parts, lines, strict=True)
@@ -130,7 +137,7 @@ class GradientFlowByNetwork:
             return Nothing("no finished run has gradient_norm rows (the probes were off)")
         models = [model for model, _ in panels]
         return [
-            Panel(f"{model}, {layers} layers" if models.count(model) > 1 else model, layers, _differences(model, lines))
+            Panel(_title(model, layers, models.count(model) > 1), layers, _differences(model, lines))
             for (model, layers), lines in panels.items()
         ][:PANELS]
 
@@ -149,7 +156,7 @@ class GradientFlowByNetwork:
                 line.set_gid(f"tip:{label}")
             if 1 < len(panel.lines) <= NAMED:
                 axes.legend(fontsize=6.5, handlelength=1.2, labelspacing=0.2, borderaxespad=0.2)
-            axes.set_title(panel.title if len(panel.title) < 26 else panel.title[:25] + "…", size=8.5)
+            axes.set_title(panel.title, size=8.5)
             axes.set_xticks([1, panel.layers] if panel.layers > 1 else [1])
             if axes is grid[0, 0]:
                 log_axis(axes.yaxis, power)
