@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 ORPHAN_SECONDS = 1.5  # for tidying up after the parent was killed
 KNOCK_SECONDS, SILENT_SECONDS = 1.0, 3.0  # at the end: for a server to say anything; in all, name service included
+DRAWERS = 4  # processes at most, and one for four cores
 MARGIN_SECONDS = 3.0  # that the parent waits beyond the companion's own graces
+
+
+_drawers: list[subprocess.Popen[bytes]] = []  # of this process
 
 
 class Follower:
@@ -168,6 +172,8 @@ class Companion:
         last = False
         while not last:
             last = is_last()
+            if visit == self._draw:
+                self._draw_many()
             for each in list(self._followed.values()):
                 visit(each, last)
             self._ending.wait(POLL_SECONDS)
@@ -186,6 +192,20 @@ class Companion:
         except Exception as error:
             self._say(f"{each.record.id}: no pictures ({type(error).__name__}: {error})")
         each.drawn = end
+
+    def _draw_many(self) -> None:
+        """Where many runs have ended at once, and cores are left beside the training's, draw in processes of their own."""
+        waiting = [(each, end) for each in list(self._followed.values()) if (end := each.end()) and end != each.drawn]
+        count = min(len(waiting) // 3, DRAWERS, _cores() // 4)
+        if count < 2:
+            return
+        folders = [str(each.record.path) for each, _ in waiting]
+        command = [sys.executable, "-m", "cifar.follow", "--draw"]
+        _drawers[:] = [subprocess.Popen([*command, *folders[first::count]], stdin=subprocess.DEVNULL) for first in range(count)]
+        done = [drawer.wait() == 0 for drawer in _drawers]
+        for number, (each, end) in enumerate(waiting):
+            if done[number % count]:  # else each is tried again here, which tells what is wrong with it
+                each.drawn = end
 
     def _mirror(self, each: _Followed, last: bool) -> None:
         end = each.end()
@@ -217,7 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cifar.follow", description=__doc__)
     parser.add_argument("--wandb", default="auto", help="auto, online, offline or disabled")
     parser.add_argument("--grace", type=float, default=20.0, help="seconds for each thing that is left to do at the end")
+    parser.add_argument("--draw", nargs="+", default=[], help=argparse.SUPPRESS, metavar="FOLDER")
     options = parser.parse_args(arguments)
+    if options.draw:
+        return _draw_all(options.draw)
     from cifar.wb.mode import mode_from_environment
 
     parent = os.getppid()
@@ -233,6 +256,22 @@ def main(arguments: list[str] | None = None) -> int:
     told = _listen(companion, orphaned)
     whole = companion.end(options.grace if told else ORPHAN_SECONDS, orphaned)
     _leave(0 if whole else 3)
+    return 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _draw_all(folders: list[str]) -> int:
+    """The pictures of these runs, as long as the companion lives that asked for them."""
+    from cifar.report import pictures
+
+    parent = os.getppid()
+    for folder in folders:
+        if os.getppid() != parent:
+            return 1
+        pictures(Path(folder))
     return 0
 
 
@@ -258,7 +297,9 @@ def _listen(companion: Companion, orphaned: Callable[[], bool]) -> bool:
 
 
 def _leave(code: int) -> None:
-    """End this process now, wandb-core first; no exit hook may wait for a server."""
+    """End this process now, wandb-core and what draws first; no exit hook may wait for a server."""
+    for drawer in _drawers:
+        drawer.kill()
     if mirror := sys.modules.get("cifar.wb.mirror"):
         mirror.kill_core()
     sys.stdout.flush()

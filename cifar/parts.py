@@ -192,7 +192,7 @@ class Training:
         if self.device.type == "cuda":
             self.train_batches.at_once = compiled(augmented)
             if self.bf16 and self.config.channels_last:
-                from cifar.kernels import quicken  # Triton is there where there is a GPU
+                from cifar.kernels.network import quicken  # Triton is there where there is a GPU
 
                 with self.autocast():
                     quicken(self.model, torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32))

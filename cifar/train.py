@@ -52,12 +52,14 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.sums = torch.zeros(3, dtype=wide, device=device)  # loss, correct, images
-        self.last = torch.zeros((), device=device)  # the loss of the step before
+        self.last = torch.zeros(())  # the loss of the step before; on a GPU nobody looks, as that would wait
         self.add_up = add_up
 
     def add(self, loss: Tensor, correct: Tensor, count: int, at: Tensor) -> None:
         """loss: 0-d mean over the batch of `count` images, of which `correct` (0-d) were told right. Moves `at` on."""
-        self.add_up(self.sums, self.last, at, loss.detach(), correct, count)
+        if loss.device.type == "cpu":
+            self.last = loss.detach()
+        self.add_up(self.sums, at, loss.detach(), correct, count)
 
     def read(self) -> tuple[float, float]:
         """(mean loss, accuracy as a fraction), and start again. The one place where the host waits for the device."""
@@ -66,13 +68,10 @@ class Meter:
         return loss / max(images, 1), correct / max(images, 1)
 
 
-def add_up(sums: Tensor, last: Tensor, at: Tensor, loss: Tensor, correct: Tensor, count: int) -> None:
-    """A step's part of an epoch's sums, and one step more, in place; apart from `Meter` for torch.compile."""
+def add_up(sums: Tensor, at: Tensor, loss: Tensor, correct: Tensor, count: int) -> None:
+    """A step's part of an epoch's sums, and one step more, in place; one addition, and apart from `Meter`, for a compiler."""
     at.add_(1)
-    last.copy_(loss)
-    sums[0].add_(loss, alpha=count)
-    sums[1].add_(correct)
-    sums[2].add_(count)
+    sums.add_(torch.stack((loss.to(sums.dtype) * count, correct.to(sums.dtype), torch.full_like(sums[2], count))))
 
 
 class Average:
@@ -134,11 +133,14 @@ class Step:
     forward: Callable[..., tuple[Tensor, Tensor]] = forward
     forward_at: Callable[[], tuple[Tensor, Tensor]] | None = None  # `forward` of the next batch, taking it included
 
+    def __post_init__(self) -> None:
+        self.one = torch.ones((), device=self.meter.sums.device)  # the loss's gradient, not made anew in each step
+
     def __call__(self, look: bool) -> None:
         """`look`: whether the watcher looks at this one."""
         self.optimizer.follow(self.source.at)
         loss, correct = self.forward_at() if self.forward_at else self._forward()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(self.one)  # type: ignore[no-untyped-call]
         self.team.average_gradients(self.model)
 
         if look:

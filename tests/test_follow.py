@@ -20,6 +20,7 @@ from leet import Inspected, draw_png, end_record, inspect_only, make_record, row
 from protocol import Fault, Server
 from wandb_server import WandbServer
 
+from cifar import follow
 from cifar.follow import Follower
 from cifar.record import Record
 
@@ -145,6 +146,7 @@ def test_a_killed_parent_leaves_no_process(tmp_path: Path, held_open: bool) -> N
     code = f"""
 import os, time
 from pathlib import Path
+from cifar import follow
 from cifar.follow import Follower
 follower = Follower("offline")
 follower.follow(Path({str(record.path)!r}))
@@ -176,6 +178,7 @@ def test_without_network_input_or_account(tmp_path: Path) -> None:
     end_record(record)
     code = f"""
 from pathlib import Path
+from cifar import follow
 from cifar.follow import Follower
 follower = Follower("auto")
 follower.follow(Path({str(record.path)!r}))
@@ -260,6 +263,31 @@ def test_pictures_are_drawn_without_wandb(tmp_path: Path) -> None:
     end_record(record)
     assert follower.end()
     assert list((record.path / "pictures").glob("*.png")), (tmp_path / "follow.log").read_text()
+
+
+def test_many_ends_at_once_are_drawn_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "_cores", lambda: 8)
+    started, said, begin = [], [], subprocess.Popen
+
+    def start(command: list[str], **more: object) -> object:
+        started.append(begin(command, **more))  # type: ignore[call-overload]
+        return started[-1]
+
+    monkeypatch.setattr(follow.subprocess, "Popen", start)
+    records = [make_record(tmp_path, f"many000{n}", epochs=2) for n in range(7)]
+    for record in records:
+        grow(record, range(1, 3))
+        end_record(record)
+    (records[3].path / "config.json").write_text("{")  # its pictures cannot be drawn
+    companion = follow.Companion("disabled", said.append)
+    for record in records:  # before the first look, which comes every half second
+        companion.hear({"run": str(record.path)})
+    wait_for(lambda: all(each.drawn for each in companion._followed.values()), 60)
+    assert companion.end(20, lambda: False)
+    drawn = [record.id for record in records if list((record.path / "pictures").glob("*.png"))]
+    assert drawn == [record.id for record in records if record is not records[3]]
+    assert len(started) >= 2 and not any(alive(process.pid) for process in started)
+    assert len(said) == 1 and records[3].id in said[0] and "no pictures" in said[0]
 
 
 def test_no_room_for_the_wandb_files(tmp_path: Path) -> None:

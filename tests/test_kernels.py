@@ -16,7 +16,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 with pytest.MonkeyPatch.context() as patch:
     if not GPU:
         patch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
-    from cifar import kernels, registry
+    from cifar import registry
+    from cifar.kernels import network
+    from cifar.kernels import plain as kernels
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ def test_a_program_that_goes_through_many_blocks_adds_them_up(monkeypatch: pytes
     x, g, weight = images(37, 16, 16, 16, dtype=DTYPES[0]), images(37, 16, 16, 16, dtype=DTYPES[0]), images(16, 16, 3, 3)
     places = x.shape[0] * 16 * 16 // kernels.LINES
     for how in (kernels.CONVOLVE[64], kernels.CORRELATE[64]):
-        assert places > 3 * how.block * kernels._programs(how, x), "at least three blocks a program"
+        assert places > 3 * how.block * kernels.programs_of(how, x.shape, x.device), "at least three blocks a program"
     weight = weight.to(DTYPES[0]).float()
     wanted = kernels.torch_convolve(x.double(), weight.double(), False)
     assert error(kernels.our_convolve(x, weight, False), wanted) < TOLERANCE[DTYPES[0]]
@@ -126,12 +128,12 @@ def test_without_autocast_a_network_computes_what_it_did() -> None:
     model = nn.Conv2d(3, 16, 3, padding=1).to(DEVICE)
     x = images(2, 3, 8, 8)
     before = model(x)
-    assert kernels.quicken(model, x[:1]) == 1
+    assert network.quicken(model, x[:1]) == 1
     assert torch.equal(model.train()(x), before)
 
 
 def test_only_convolutions_of_that_kind_are_exchanged_and_only_training_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.Quick, "precision", DTYPES[0])
+    monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
     convolutions = [
         nn.Conv2d(3, 16, 3, padding=1),
         nn.Conv2d(16, 16, 3, padding="same", bias=False),
@@ -148,8 +150,8 @@ def test_only_convolutions_of_that_kind_are_exchanged_and_only_training_uses_the
     model = nn.Sequential(*convolutions).to(DEVICE).train()
     names, x = list(model.state_dict()), images(2, 3, 16, 16)
 
-    assert kernels.quicken(model, torch.zeros(1, 3, 16, 16, device=DEVICE)) == 3
-    assert [n for n, module in enumerate(model) if type(module) is kernels.Quick] == [0, 1, 6]
+    assert network.quicken(model, torch.zeros(1, 3, 16, 16, device=DEVICE)) == 3
+    assert [n for n, module in enumerate(model) if type(module) is network.Quick] == [0, 1, 6]
     assert list(model.state_dict()) == names and model.training
     first = convolutions[0].eval()
     assert torch.equal(first(x), nn.functional.conv2d(x, first.weight, first.bias, padding=1))
@@ -160,17 +162,17 @@ def test_compiled_and_with_batch_norm_it_learns_what_torchs_convolutions_learn(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels._right.cache_clear()
-    monkeypatch.setattr(kernels.Quick, "precision", dtype)
+    monkeypatch.setattr(network.Quick, "precision", dtype)
 
-    def network() -> nn.Sequential:
+    def made() -> nn.Sequential:
         torch.manual_seed(0)
         layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)]
-        made = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-        return made.to(DEVICE, memory_format=torch.channels_last)
+        model = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+        return model.to(DEVICE, memory_format=torch.channels_last)
 
-    plain, quick = network(), network()
+    plain, quick = made(), made()
     x, labels = images(8, 3, 8, 8), torch.arange(8, device=DEVICE)
-    assert kernels.quicken(quick, x[:1].float()) == 2
+    assert network.quicken(quick, x[:1].float()) == 2
 
     def loss(model: nn.Module) -> Tensor:
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
@@ -188,11 +190,11 @@ def test_compiled_and_with_batch_norm_it_learns_what_torchs_convolutions_learn(
 
 @pytest.mark.parametrize("name", BUILT)
 def test_every_small_network_computes_the_same_with_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.Quick, "precision", DTYPES[0])
+    monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
     torch.manual_seed(0)
     plain = registry.models[name].build().to(DEVICE, memory_format=torch.channels_last)
     quick, x = copy.deepcopy(plain), images(4, 3, 32, 32)
-    assert kernels.quicken(quick, x[:1])
+    assert network.quicken(quick, x[:1])
     found = []
     for model in (quick, plain):
         torch.manual_seed(1)  # dropout

@@ -1,0 +1,100 @@
+"""Which modules of a network use the kernels. Weights, names and what is computed stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar.kernels.plain import MOST_IN, MOST_OUT, SIDE, convolve, meant
+from cifar.kernels.pooled import halved, pooled
+
+
+def asked(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module of ours uses a kernel now: in training mode, where autocast is on."""
+    return module.training and (Quick.precision == torch.float32 or torch.is_autocast_enabled(x.device.type))
+
+
+class Quick(nn.Conv2d):
+    """The same convolution, by a kernel where one is asked for."""
+
+    precision = torch.bfloat16  # as autocast has it in cifar.train
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not asked(self, x):
+            return super().forward(x)
+        y: Tensor = convolve(x.to(self.precision), self.weight, False)
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+
+class QuickPooled(Quick):
+    """The same, which does the work of the ReLU and of the pooling after it too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None or not asked(self, x):
+            return super().forward(x)
+        y: Tensor = pooled(x.to(self.precision), self.weight, self.bias)[0]
+        return y
+
+
+class DoneReLU(nn.ReLU):
+    """Nothing, where the convolution before has done it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if asked(self, x) else super().forward(x)
+
+
+class DonePool(nn.MaxPool2d):
+    """Nothing, where the convolution before has done it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if asked(self, x) else super().forward(x)
+
+
+@torch.no_grad()
+def quicken(model: nn.Module, images: Tensor) -> int:
+    """Let the convolutions that these kernels are for use them -> how many. Weights stay where they are.
+
+    images (1, 3, H, W), with any content: they say how large the images are that each convolution gets.
+    """
+    sizes: dict[nn.Conv2d, tuple[int, int]] = {}
+
+    def watch(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if given and isinstance(module, nn.Conv2d):
+            sizes[module] = given[0].shape[2:]
+
+    watched = [m for m in model.modules() if type(m) is nn.Conv2d and _fits(m)]
+    hooks, was = [module.register_forward_pre_hook(watch) for module in watched], model.training
+    try:
+        model.eval()(images)
+    finally:
+        model.train(was)
+        for hook in hooks:
+            hook.remove()
+    found = {m: size for m, size in sizes.items() if meant(m.in_channels, m.out_channels, size[0])}
+    for module in found:
+        module.__class__ = Quick
+    for parent in model.modules():
+        children = list(parent) if type(parent) is nn.Sequential else []
+        for first, relu, pool in zip(children, children[1:], children[2:], strict=False):
+            if type(first) is not Quick or first.bias is None or type(relu) is not nn.ReLU or not _is_half(pool):
+                continue
+            if halved(first.in_channels, first.out_channels, *found[first]):
+                first.__class__, relu.__class__, pool.__class__ = QuickPooled, DoneReLU, DonePool
+    return len(found)
+
+
+def _fits(module: nn.Conv2d) -> bool:
+    plain = module.groups == 1 and module.padding_mode == "zeros" and module.padding in ((1, 1), "same")
+    near = module.kernel_size == (SIDE, SIDE) and module.stride == module.dilation == (1, 1)
+    few = max(module.in_channels / MOST_IN, module.out_channels / MOST_OUT) <= 1
+    return plain and near and few and module.weight.requires_grad and (module.bias is None or module.bias.requires_grad)
+
+
+def _is_half(pool: nn.Module) -> bool:
+    """Whether a module is 2 x 2 max-pooling and nothing else."""
+    if type(pool) is not nn.MaxPool2d or pool.return_indices or pool.ceil_mode:
+        return False
+    pairs = ((pool.kernel_size, 2), (pool.stride, 2), (pool.padding, 0), (pool.dilation, 1))
+    return all(given in (wanted, (wanted, wanted)) for given, wanted in pairs)

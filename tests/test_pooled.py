@@ -1,0 +1,174 @@
+"""Convolution, bias, ReLU and pooling as one kernel, against torch's: on a GPU as it is used, elsewhere by the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images  # noqa: F401
+
+if True:  # after test_kernels has chosen the interpreter where there is no GPU
+    from cifar import registry
+    from cifar.kernels import network, plain, pooled
+
+SHAPES = [(3, 16, 8, 8), (16, 16, 8, 8), (3, 5, 12, 10), (8, 16, 8, 6), (16, 32, 4, 6), (32, 64, 4, 8), (1, 64, 8, 4)]
+
+
+def drawn(inner: int, outer: int, height: int, width: int, dtype: torch.dtype, count: int = 3) -> tuple[Tensor, ...]:
+    """x, weight, bias, and a gradient of what comes out."""
+    torch.manual_seed(0)
+    x, g = images(count, inner, height, width, dtype=dtype), images(count, outer, height // 2, width // 2, dtype=dtype)
+    weight = images(outer, inner, 3, 3, dtype=dtype).float() / (9 * inner) ** 0.5
+    return x, weight.to(dtype).float(), torch.randn(outer, device=DEVICE), g
+
+
+def exactly(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor, which: Tensor) -> tuple[Tensor, ...]:
+    """In double precision: all pixels of each square before pooling, and the gradients when `which` takes them."""
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    full = nn.functional.conv2d(*leaves, padding=1)
+    squares = torch.stack([full[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1)])
+    chosen = squares.gather(0, which.long().clamp(max=3)[None])[0] * (which != pooled.NONE)
+    chosen.backward(g.double())
+    return squares.detach(), chosen.detach(), *(leaf.grad for leaf in leaves)
+
+
+def check(found: tuple[Tensor, ...], given: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """found: values, which, and the gradients of x, weight and bias."""
+    y, which, x_grad, filters, bias = found
+    squares, chosen, *exact = exactly(*given, which)
+    tolerance = TOLERANCE[dtype]
+    assert ((which >= 0) & (which <= pooled.NONE)).all()
+    assert error(y, chosen) < tolerance, "the value of the pixel that `which` names"
+    assert error(y, squares.amax(0).relu()) < tolerance, "and no other is larger"
+    assert ((y == 0) == (which == pooled.NONE)).all()
+    for ours, wanted in zip((x_grad, filters, bias), exact, strict=True):
+        assert error(ours, wanted) < max(tolerance, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("inner", "outer", "height", "width"), SHAPES)
+def test_each_kernel_is_right_in_double_precision(inner: int, outer: int, height: int, width: int, dtype: torch.dtype) -> None:
+    x, weight, bias, g = drawn(inner, outer, height, width, dtype)
+    y, which = pooled.our_pooled(x, weight, bias)
+    flat = pooled.our_filters(x, g, which)
+    filters = flat[: weight.numel()].view(outer, 3, 3, inner).permute(0, 3, 1, 2)
+    found = y, which, pooled.our_images(g, which, weight), filters, flat[weight.numel() :]
+    check(found, (x, weight, bias, g), dtype)
+    theirs = pooled.torch_pooled(x, weight, bias)
+    assert error(y, theirs[0].double()) < 2 * TOLERANCE[dtype]
+    assert (which == theirs[1]).float().mean() > 0.98, "torch takes another pixel only where two are nearly equal"
+
+
+@pytest.mark.parametrize(("inner", "outer", "height"), [(3, 16, 8), (32, 64, 4), (64, 64, 8), (16, 16, 6)])
+def test_the_operator_has_torchs_gradients_whoever_computes_them(inner: int, outer: int, height: int) -> None:
+    dtype = DTYPES[0]
+    x, weight, bias, g = drawn(inner, outer, height, 8, dtype)
+    torch.library.opcheck(pooled.pooled, (x, weight, bias), test_utils="test_faketensor")
+    which = pooled.pooled(x, weight, bias)[1]
+    torch.library.opcheck(pooled.pooled_images, (g, which, weight), test_utils="test_faketensor")
+    torch.library.opcheck(pooled.pooled_filters, (x, g, which), test_utils="test_faketensor")
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    y, which = pooled.pooled(*leaves)
+    y.backward(g)
+    assert leaves[1].grad.stride() == weight.stride() == weight.contiguous(memory_format=torch.channels_last).stride()
+    check((y.detach(), which, *(leaf.grad for leaf in leaves)), (x, weight, bias, g), dtype)
+
+
+@pytest.mark.parametrize("kind", ["our_pooled", "our_images", "our_filters"])
+def test_a_wrong_kernel_is_found_out_and_not_used(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _, g = drawn(16, 16, 8, 8, DTYPES[0])
+    given = {"our_pooled": ("pooled", x, tuple(x.shape), 16, weight.stride()),
+             "our_images": ("images", g, tuple(x.shape), 16, weight.stride()),
+             "our_filters": ("filters", x, tuple(x.shape), 16)}[kind]  # fmt: skip
+    pooled._right.cache_clear()
+    assert pooled._ours(*given)
+    pooled._right.cache_clear()
+    right = getattr(pooled, kind)
+
+    def wrong(*tensors: Tensor) -> object:
+        made = right(*tensors)
+        return (made[0], made[1] ^ 1) if kind == "our_pooled" else made * 1.05  # the neighbour's place
+
+    monkeypatch.setattr(pooled, kind, wrong)
+    try:
+        assert not pooled._ours(*given)
+    finally:
+        pooled._right.cache_clear()
+
+
+def test_programs_that_go_through_many_blocks_and_end_in_half_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "_processors", lambda device: 1)
+    x, weight, bias, g = drawn(16, 16, 12, 12, DTYPES[0], count=41)
+    places = x.shape[0] * 12 * 12 // plain.LINES
+    for how in (pooled.FORWARD[64], pooled.BACK[16], plain.CORRELATE[64]):
+        assert places > 2 * how.block * plain.programs_of(how, x.shape, x.device) and places % how.block
+    y, which = pooled.our_pooled(x, weight, bias)
+    flat = pooled.our_filters(x, g, which)
+    filters = flat[: weight.numel()].view(16, 3, 3, 16).permute(0, 3, 1, 2)
+    check((y, which, pooled.our_images(g, which, weight), filters, flat[weight.numel() :]), (x, weight, bias, g), DTYPES[0])
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    x, weight, bias, _ = drawn(3, 16, 8, 8, DTYPES[0])
+    x[0, 0, 1, 1] = float("nan")
+    y, _ = pooled.our_pooled(x, weight, bias)
+    wanted, _ = pooled.torch_pooled(x, weight, bias)
+    assert wanted.isnan().any() and torch.equal(y.isnan(), wanted.isnan())
+    bias[3] = float("inf")
+    assert torch.equal(pooled.our_pooled(x, weight, bias)[0].isinf(), pooled.torch_pooled(x, weight, bias)[0].isinf())
+
+
+def test_only_a_bias_a_relu_and_a_halving_pool_in_a_row_are_taken_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
+
+    def row(*parts: nn.Module, first: nn.Module | None = None) -> nn.Sequential:
+        return nn.Sequential(first or nn.Conv2d(3, 16, 3, padding=1), *parts).to(DEVICE).train()
+
+    taken = row(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    plain_ones = [
+        row(nn.ReLU(), nn.MaxPool2d(3)),
+        row(nn.ReLU(), nn.MaxPool2d(2, stride=1)),
+        row(nn.ReLU(), nn.MaxPool2d(2, padding=1)),
+        row(nn.ReLU(), nn.AvgPool2d(2)),
+        row(nn.GELU(), nn.MaxPool2d(2)),
+        row(nn.MaxPool2d(2), nn.ReLU()),
+        row(nn.ReLU(), nn.MaxPool2d(2), first=nn.Conv2d(3, 16, 3, padding=1, bias=False)),
+    ]
+    x = images(2, 3, 8, 8)
+    for model in (taken, *plain_ones):
+        with torch.no_grad(), torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
+            before, names = model(x), list(model.state_dict())
+            assert network.quicken(model, x[:1]) == 1
+            after, evaluated = model(x), model.eval()(x)
+        assert (type(model[0]) is network.QuickPooled) == (model is taken)
+        assert list(model.state_dict()) == names
+        assert error(after, before.double()) < (0.02 if GPU else 1e-5) and torch.equal(evaluated, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_compiled_worksheet_learns_what_torchs_layers_learn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.Quick, "precision", dtype)
+    pooled._right.cache_clear()
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        built = registry.models["worksheet1"].build(width=8).to(DEVICE, memory_format=torch.channels_last)
+        models.append(built.train())
+    x, labels = images(8, 3, 32, 32), torch.arange(8, device=DEVICE)
+    assert network.quicken(models[1], x[:1]) == 2
+
+    def loss(model: nn.Module) -> Tensor:
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            logits = model(x)
+        return nn.functional.cross_entropy(logits.float(), labels)
+
+    loss(models[0]).backward()
+    torch.compile(loss, dynamic=False)(models[1]).backward()
+    assert pooled._right.cache_info().currsize == 5, "two forward, one for the images' gradient, two for the filters'"
+    for (name, wanted), ours in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert ours.grad is not None and wanted.grad is not None
+        assert ours.grad.stride() == wanted.grad.stride()
+        assert error(ours.grad, wanted.grad.double()) < (1e-4 if dtype == torch.float32 else 0.2), name
