@@ -133,7 +133,7 @@ class How(NamedTuple):
     block: int
     warps: int
     stages: int
-    each: int
+    each: float
 
 
 CONVOLVE = {16: How(128, 4, 1, 8), 32: How(64, 4, 2, 4), 64: How(64, 4, 1, 4), 128: How(64, 4, 1, 2)}  # by TAPS
@@ -156,7 +156,7 @@ Shape = Sequence[int]  # (N, C, H, W)
 def programs_of(how: How, shape: Shape, device: torch.device) -> int:
     """How many programs share the places of images."""
     places = shape[0] * shape[2] * shape[3] // LINES
-    return int(min(_processors(device) * how.each, triton.cdiv(places, how.block)))
+    return max(1, int(min(_processors(device) * how.each, triton.cdiv(places, how.block))))
 
 
 def launch(

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar.kernels.plain import (
-    CORRELATE,
     MOST_IN,
     MOST_OUT,
     MOST_PROVED,
@@ -37,6 +36,7 @@ from cifar.kernels.squares import back_pool, convolve_pool, correlate_pool
 
 NONE = 4  # of a square in which no value is above zero
 FORWARD = {16: How(128, 4, 1, 4), 32: How(64, 4, 1, 4), 64: How(64, 4, 1, 4), 128: How(64, 4, 1, 2)}  # by TAPS
+FILTERS = {16: How(128, 4, 2, 2), 32: How(64, 4, 2, 2), 64: How(64, 4, 3, 1), 128: How(32, 4, 3, 1)}  # by TAPS
 BACK = {16: How(64, 4, 1, 4), 32: How(64, 4, 1, 4), 64: How(64, 4, 1, 2)}  # by channels of the result, rounded up
 
 
@@ -69,7 +69,7 @@ def our_filters(x: Tensor, g: Tensor, which: Tensor) -> Tensor:
     """`pooled_filters` by our kernel: each program's sum, and the sum of these."""
     x, g, which = as_last(x), as_last(g), as_last(which)
     inner, outer = x.shape[1], g.shape[1]
-    how = CORRELATE[rounded(SIDE * inner)]
+    how = FILTERS[rounded(SIDE * inner)]
     parts = torch.empty((programs_of(how, x.shape, x.device), outer * (9 * inner + 1)), dtype=torch.float32, device=x.device)
     launch(correlate_pool, how, x.shape, outer, (x, g, which, parts))
     return parts.sum(0)
