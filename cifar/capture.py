@@ -139,24 +139,30 @@ def event() -> torch.cuda.Event:
 
 
 class Captured:
-    """A function of no arguments that is called again and again: run as it is at first, replayed as a CUDA graph after that.
-
-    Its results lie in the same tensors each time.
+    """A function of no arguments that is called again and again: run as it is at first, replayed as a CUDA graph after that,
+    its results in the same tensors each time. What cannot be captured is run as it is for good.
     """
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         self.function, self.device, self.calls = function, device, 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.refused = False
         self.result: Any = None
 
     def __call__(self) -> Any:
         self.calls += 1
-        if self.device.type != "cuda" or self.calls == 1:
+        if self.device.type != "cuda" or self.calls == 1 or self.refused:
             return self.function()
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.result = self.function()
+            try:
+                with torch.cuda.graph(graph):
+                    self.result = self.function()
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                self.refused = True
+                return self.function()
             self.graph = graph
         self.graph.replay()
         return self.result

@@ -215,9 +215,9 @@ class Training:
         self.optimizer.plan([self.progress(step) for step in range(self.steps)])
 
     def look_ahead(self) -> None:
-        """Work out the next epoch's order and draws, while the device is still busy with this one."""
+        """Have the next epoch's order and draws worked out while the device is busy with this one."""
         if self.device.type == "cuda" and self.epoch < self.config.epochs:
-            self.train_batches.plan(self.epoch + 1)
+            self.train_batches.look_ahead(self.epoch + 1)
 
     def progress(self, step: int) -> float:
         """The share of all steps that are done before this one of the epoch."""

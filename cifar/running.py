@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
@@ -10,6 +11,7 @@ import resource
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -89,15 +91,13 @@ class Running:
                 self._save()
 
     def launch(self) -> None:
-        """Queue the evaluation behind the steps, and prepare the next epoch while the device works."""
-        training = self.training
+        """Queue the evaluation behind the steps."""
         self._watch.end()
-        self._scored = training.evaluate("val") if "val" in training.splits else None
-        training.look_ahead()
+        self._scored = self.training.evaluate("val") if "val" in self.training.splits else None
 
-    def end_epoch(self) -> None:
-        """Every step of the epoch has been taken: its row, and whether the run goes on."""
-        training, config = self.training, self.config
+    def look(self) -> None:
+        """Every step of the epoch has been taken: work out its row, and whether the run diverged."""
+        training, self._seen = self.training, dict[str, Any]()
         loss, accuracy = training.meter.read()  # waits for the device
         training.seconds = self._watch.seconds()
         if not math.isfinite(loss):
@@ -105,9 +105,20 @@ class Running:
         row = self._row(loss, accuracy)
         if not math.isfinite(row.get("val/loss", 0.0)):
             return self._end("diverged", f"the validation loss of epoch {training.epoch} is {row['val/loss']}")
-        self.record.append(row)
+        self._seen = row
+
+    def write(self) -> None:
+        """The row is on disk when this returns. It touches this run's record alone."""
+        if self._seen:
+            self.record.append(self._seen)
+            self.record.set_status("running", epoch=self._seen["epoch"], epochs=self.config.epochs)
+
+    def end_epoch(self) -> None:
+        """Tell of the row, and whether the run goes on."""
+        training, config, row = self.training, self.config, self._seen
+        if not row:
+            return
         training.epoch, training.batch, training.seconds = training.epoch + 1, 0, 0.0
-        self.record.set_status("running", epoch=row["epoch"], epochs=config.epochs)
         for sink in self.sinks:
             sink.row(row)
         if config.checkpoint_every or time.monotonic() - self._saved > CHECKPOINT_SECONDS:
@@ -169,6 +180,8 @@ def epochs(steps: Steps[Training], runs: Sequence[Running], end: Callable[[Runni
         for run in active:
             run.begin_epoch()
         first = active[0].training
+        for run in active:
+            run.training.look_ahead()
         for index in range(first.batch, first.steps):
             steps(first.watcher.wants(index))
             for run in active:
@@ -183,9 +196,27 @@ def epochs(steps: Steps[Training], runs: Sequence[Running], end: Callable[[Runni
         for run in active:
             run.launch()
         for run in active:
+            run.look()
+        _write(active)
+        for run in active:
             run.end_epoch()
             if run.state:
                 leave(run)
+
+
+def _write(runs: Sequence[Running]) -> None:
+    """The rows of an epoch. Disks take many at once as quickly as one."""
+    if len(runs) == 1:
+        return runs[0].write()
+    written = [_writers().submit(run.write) for run in runs]
+    wait(written)  # nobody writes any more when one of them failed
+    for each in written:
+        each.result()
+
+
+@functools.cache
+def _writers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(16, "rows")
 
 
 class Stopwatch:

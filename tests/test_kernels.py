@@ -21,10 +21,14 @@ with pytest.MonkeyPatch.context() as patch:
     from cifar.kernels import plain as kernels
 
 
+ADDED = kernels.SUMMED
+
+
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # and where it runs
+        monkeypatch.setattr(kernels, "SUMMED", (1, 4096))  # it takes minutes to add up in rows
 
 
 BUILT = [
@@ -115,6 +119,13 @@ def test_a_program_that_goes_through_many_blocks_adds_them_up(monkeypatch: pytes
     wanted = kernels.torch_convolve(x.double(), weight.double(), False)
     assert error(kernels.our_convolve(x, weight, False), wanted) < TOLERANCE[DTYPES[0]]
     assert error(kernels.our_correlate(x, g), kernels.torch_correlate(x.double(), g.double()).double()) < 1e-5
+
+
+@pytest.mark.parametrize(("programs", "size"), [(1, 5), (64, 32), (65, 33), (200, 70)])
+def test_what_programs_found_is_added_up(programs: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SUMMED", ADDED)
+    parts = torch.randn(programs, size, device=DEVICE)
+    assert torch.allclose(kernels.added(parts).double(), parts.double().sum(0), atol=1e-5)
 
 
 def test_there_is_no_second_derivative() -> None:

@@ -23,7 +23,7 @@ from cifar.data.augment import MEAN, STD, AtOnce, Augment, Draws, draw_mixing, f
 from cifar.devices import cores
 from cifar.errors import UserError
 
-PIECE = 10_000  # images that a GPU augments at once: a compromise between launches and memory
+PIECE = 10_000  # images that a GPU augments at once, a compromise between launches and memory; compiled, it takes all of them
 
 
 class Plan(NamedTuple):
@@ -72,6 +72,7 @@ class Loader:
         self.at_once: AtOnce | None = None  # how a GPU makes many batches, where that has been compiled
         self.store: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
         self._coming: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None  # a step, and its batch in the making
+        self._ahead: tuple[int, Future[Plan]] | None = None  # an epoch, and its plan in the making
 
     @property
     def steps(self) -> int:
@@ -89,20 +90,35 @@ class Loader:
     def reseed(self, seed: int) -> None:
         """Start over as a loader of that seed."""
         self._drop()
+        if self._ahead:
+            self._ahead[1].exception()  # waits
+            self._ahead = None
         self.seed, self.number, self._plans = seed, 0, {}
         self.augment = replace(self.augment, seed=seed) if self.augment else None
 
     def plan(self, epoch: int) -> Plan:
         """Of an epoch; worked out once, also ahead of it."""
         if epoch not in self._plans:
-            order = self.order(epoch)[: self.steps * self.batch_size]
-            generator = torch.Generator().manual_seed(seed_of("augment", self.seed, epoch))
-            augment = self.augment or Augment(flip="none", crop=0)
-            draws = augment.draw(len(order), generator, self.images.shape[2])
-            mixing = draw_mixing(self.steps, self.alpha, generator) if self.alpha else None
+            ahead, self._ahead = self._ahead, None
+            made = ahead[1].result() if ahead and ahead[0] == epoch else self._planned(epoch)
             self._plans = {n: plan for n, plan in self._plans.items() if n == self.number}
-            self._plans[epoch] = Plan(order, draws, mixing)
+            self._plans[epoch] = made
         return self._plans[epoch]
+
+    def look_ahead(self, epoch: int) -> None:
+        """Work out the plan of an epoch in a thread, while this one has other things to do."""
+        if epoch not in self._plans and not self._ahead:
+            self._ahead = epoch, _beside().submit(self._planned, epoch)
+
+    def _planned(self, epoch: int) -> Plan:
+        order = self.order(epoch)[: self.steps * self.batch_size]
+        generator = torch.Generator().manual_seed(seed_of("augment", self.seed, epoch))
+        augment = self.augment or Augment(flip="none", crop=0)
+        draws = augment.draw(len(order), generator, self.images.shape[2])
+        mixing = draw_mixing(self.steps, self.alpha, generator) if self.alpha else None
+        if self.device.type == "cuda":  # from pinned memory a copy waits for nothing
+            order, draws = order.pin_memory(), Draws(*(None if drawn is None else drawn.pin_memory() for drawn in draws))
+        return Plan(order, draws, mixing)
 
     def begin(self, epoch: int, start: int = 0) -> None:
         """From here on batches are those of `epoch`, from step `start` on. Never waits for the device."""
@@ -171,6 +187,8 @@ class Loader:
             self.store = images, labels
         images, labels = self.store
         most = max(1, PIECE // self.batch_size)
+        if self.at_once is not None:  # compiled for one size
+            start, most = 0, self.steps
         for step in range(start, self.steps, most):
             end = min(step + most, self.steps)
             made, classes = self._made(slice(step * self.batch_size, end * self.batch_size))
