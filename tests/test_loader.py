@@ -107,6 +107,19 @@ def test_planning_ahead_changes_nothing() -> None:
         assert all(torch.equal(a[0], b[0]) for a, b in zip(eager.epoch(epoch), ahead.epoch(epoch), strict=True))
 
 
+def test_a_plan_made_in_a_thread_is_the_one_of_its_epoch_and_seed() -> None:
+    ahead, plain = training(seed=1), training(seed=1)
+    for epoch in (1, 2, 3):
+        ahead.begin(epoch)
+        ahead.look_ahead(epoch + 1)
+        ahead.look_ahead(epoch + 1)
+        assert torch.equal(ahead.plan(epoch).order, plain.order(epoch)[: len(ahead.plan(epoch).order)])
+    assert torch.equal(ahead.plan(7).order, training(seed=1).plan(7).order), "another than the one in the making"
+    ahead.look_ahead(2)
+    ahead.reseed(5)
+    assert torch.equal(ahead.plan(2).order, training(seed=5).plan(2).order)
+
+
 def test_reseeded_is_another_loader() -> None:
     loader = training(seed=3)
     list(loader.epoch(1))

@@ -41,6 +41,14 @@ def gradients(parameters: Mapping[str, Tensor], names: Sequence[str]) -> list[Te
     return found
 
 
+def mean_sizes(tensors: Sequence[Tensor]) -> Tensor:
+    """Mean |x| of each tensor -> (tensors,). On a GPU a few kernels for all of them."""
+    if not tensors[0].is_cuda:
+        return torch.stack([tensor.abs().mean() for tensor in tensors])  # a norm would add a million floats up in turn
+    sums = torch._foreach_norm(list(tensors), 1)
+    return torch.stack(torch._foreach_div(sums, [float(tensor.numel()) for tensor in tensors]))
+
+
 class Watcher:
     """Calls the probes every `every` steps of an epoch, from its first; sums on the device, read once an epoch."""
 
@@ -74,19 +82,27 @@ class Watcher:
 
     @torch.no_grad()
     def _call(self, moment: str) -> None:
+        seen: dict[str, Tensor] = {}
         for probe in self.probes:
             look = getattr(probe, moment, None)
             for metric, value in ((look(self.parameters) or {}) if look else {}).items():
                 assert metric in probe.labels, f"{type(probe).__name__} gives '{metric}' no label"
-                self._add(metric, value.detach().float())
+                seen[metric] = value.detach().float()
+        if seen:
+            self._add(seen)
 
-    def _add(self, metric: str, value: Tensor) -> None:
-        if metric not in self._totals:
-            self._totals[metric] = torch.full_like(value, self._empty(metric))
-            self._counts[metric] = value.new_zeros(())
-        total = self._totals[metric]
-        total.copy_(torch.maximum(total, value)) if metric in self._maximum else total.add_(value)
-        self._counts[metric].add_(1)
+    def _add(self, seen: Mapping[str, Tensor]) -> None:
+        """Few kernels for all metrics, as a look is to cost next to nothing."""
+        for metric, value in seen.items():
+            if metric not in self._totals:
+                self._totals[metric] = torch.full_like(value, self._empty(metric))
+                self._counts[metric] = value.new_zeros(())
+        for largest in (False, True):
+            metrics = [metric for metric in seen if (metric in self._maximum) == largest]
+            totals, values = [self._totals[metric] for metric in metrics], [seen[metric] for metric in metrics]
+            if metrics:
+                torch._foreach_maximum_(totals, values) if largest else torch._foreach_add_(totals, values)
+        torch._foreach_add_([self._counts[metric] for metric in seen], 1)
 
     def _empty(self, metric: str) -> float:
         return float("-inf") if metric in self._maximum else 0.0

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cifar.probes import gradients, weight_layers
+from cifar.probes import gradients, mean_sizes, weight_layers
 from cifar.registry import probes
 
 
@@ -31,6 +31,5 @@ class GradientFlow:
         if not self.names:
             return {}
         grads = gradients(parameters, self.names)
-        mean = [grad.abs().mean() for grad in grads]  # not norm(1) / size, which sums a million floats one after the other
         largest, norm = torch._foreach_norm(grads, float("inf")), torch._foreach_norm(grads)
-        return {"gradient_mean": torch.stack(mean), "gradient_max": torch.stack(largest), "gradient_norm": torch.stack(norm)}
+        return {"gradient_mean": mean_sizes(grads), "gradient_max": torch.stack(largest), "gradient_norm": torch.stack(norm)}

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cifar.probes import gradients, weight_layers
+from cifar.probes import gradients, mean_sizes, weight_layers
 from cifar.registry import probes
 
 
@@ -25,4 +25,4 @@ class ZeroGradients:
     def after_backward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.names:
             return {}
-        return {"gradient_zeros": torch.stack([(grad == 0).float().mean() for grad in gradients(parameters, self.names)])}
+        return {"gradient_zeros": 1 - mean_sizes(torch._foreach_sign(gradients(parameters, self.names)))}
