@@ -141,10 +141,13 @@ def event() -> torch.cuda.Event:
 class Captured:
     """A function of no arguments that is called again and again: run as it is at first, replayed as a CUDA graph after that,
     its results in the same tensors each time. What cannot be captured is run as it is for good.
+
+    `better`: the same, compiled, which takes its place at the second call.
     """
 
-    def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+    def __init__(self, function: Callable[[], Any], device: torch.device, better: Callable[[], Any] | None = None) -> None:
         self.function, self.device, self.calls = function, device, 0
+        self.better = better
         self.graph: torch.cuda.CUDAGraph | None = None
         self.refused = False
         self.result: Any = None
@@ -155,9 +158,12 @@ class Captured:
             return self.function()
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
+            function = self.better or self.function
             try:
+                if self.better:
+                    self.better()  # compiles
                 with torch.cuda.graph(graph):
-                    self.result = self.function()
+                    self.result = function()
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError:

@@ -24,7 +24,7 @@ from cifar.data.loader import picked
 from cifar.errors import UserError
 from cifar.probes import Watcher
 from cifar.ranks import ALONE, Team
-from cifar.train import Average, Step, add_up, evaluate, forward
+from cifar.train import VIEWS, Average, Step, add_up, evaluate, forward, logits_of
 
 
 def device_of(name: str) -> torch.device:
@@ -188,6 +188,7 @@ class Training:
         self.compiled = True
         self.step.forward = compiled(forward, self.config.compile == "max")
         self.meter.add_up = compiled(add_up)
+        self.watcher.compile(compiled)
         self.optimizer.compile()
         if self.device.type == "cuda":
             self.train_batches.at_once = compiled(augmented)
@@ -229,9 +230,14 @@ class Training:
         name = f"{split} {views}"
         if name not in self._evaluations:
             batches = self._loader(split)
-            self._evaluations[name] = Captured(
-                lambda: evaluate(self.evaluated, batches.epoch(1), autocast=self.autocast(), views=views), self.device
-            )
+
+            def once(by: Any = None) -> tuple[Tensor, Tensor]:
+                model = functools.partial(by, self.evaluated) if by else None
+                return evaluate(self.evaluated, batches.epoch(1), autocast=self.autocast(), views=views, by=model)
+
+            # several views of every image are worth compiling, but not for one evaluation
+            better = functools.partial(once, compiled(logits_of)) if self.compiled and VIEWS[views][0] > 1 else None
+            self._evaluations[name] = Captured(once, self.device, better)
         return cast(tuple[Tensor, Tensor], self._evaluations[name]())
 
     def autocast(self) -> Any:

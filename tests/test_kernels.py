@@ -118,7 +118,8 @@ def test_a_program_that_goes_through_many_blocks_adds_them_up(monkeypatch: pytes
     weight = weight.to(DTYPES[0]).float()
     wanted = kernels.torch_convolve(x.double(), weight.double(), False)
     assert error(kernels.our_convolve(x, weight, False), wanted) < TOLERANCE[DTYPES[0]]
-    assert error(kernels.our_correlate(x, g), kernels.torch_correlate(x.double(), g.double()).double()) < 1e-5
+    wanted = kernels.torch_correlate(x.double(), g.double()).double()
+    assert error(kernels.our_correlate(x, g), wanted) < (1e-4 if GPU else 1e-5)  # 600 products are added in float32 in turn
 
 
 @pytest.mark.parametrize(("programs", "size"), [(1, 5), (64, 32), (65, 33), (200, 70)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cifar.errors import UserError
 from cifar.optim import Parameters
-from cifar.probes import Watcher, mean_sizes, weight_layers
+from cifar.probes import Watcher, weight_layers
 from cifar.registry import optimizers, probes
 
 
@@ -169,13 +169,3 @@ def test_a_probe_of_one_number() -> None:
     watch = Watcher([Size()], dict(model.named_parameters()), every=1)
     watch.after_update()
     assert watch.read() == pytest.approx({"size": float(torch.cat([p.detach().flatten() for p in model.parameters()]).norm())})
-
-
-def test_mean_sizes_are_those_of_each_tensor_also_where_a_gpu_takes_them_at_once() -> None:
-    torch.manual_seed(0)
-    tensors = [torch.randn(3, 5), torch.zeros(7), torch.ones(2, 2, 3)]
-    exact = [float(tensor.double().abs().mean()) for tensor in tensors]
-    assert mean_sizes(tensors).tolist() == pytest.approx(exact)
-    if torch.cuda.is_available():
-        on_gpu = mean_sizes([tensor.cuda() for tensor in tensors]).tolist()
-        assert on_gpu == pytest.approx(exact) and on_gpu[1:] == [0.0, 1.0]

@@ -4,12 +4,13 @@ A probe may have any of `after_backward`, `before_update` and `after_update`. Th
 return {metric: tensor}: a 0-d tensor is one number, a 1-D tensor has an entry for each of the probe's `layers`. Values of
 one epoch are averaged, or as `reduce = {metric: "max"}` says. Looking changes nothing: no randomness, nothing in place.
 On a GPU a look is captured once and replayed, for later trials too: a probe keeps nothing from one look to the next there.
+A probe's `by`, where there is one, is a function of tensors alone that does its arithmetic; where a step is compiled, so is it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -41,14 +42,6 @@ def gradients(parameters: Mapping[str, Tensor], names: Sequence[str]) -> list[Te
     return found
 
 
-def mean_sizes(tensors: Sequence[Tensor]) -> Tensor:
-    """Mean |x| of each tensor -> (tensors,). On a GPU a few kernels for all of them."""
-    if not tensors[0].is_cuda:
-        return torch.stack([tensor.abs().mean() for tensor in tensors])  # a norm would add a million floats up in turn
-    sums = torch._foreach_norm(list(tensors), 1)
-    return torch.stack(torch._foreach_div(sums, [float(tensor.numel()) for tensor in tensors]))
-
-
 class Watcher:
     """Calls the probes every `every` steps of an epoch, from its first; sums on the device, read once an epoch."""
 
@@ -66,6 +59,12 @@ class Watcher:
                     raise UserError(f"two probes measure '{metric}'; choose one of them, or rename the metric in the plug-in")
                 self._layers[metric] = probe.layers
             self._maximum |= {metric for metric, how in getattr(probe, "reduce", {}).items() if how == "max"}
+
+    def compile(self, compiler: Callable[[Any], Any]) -> None:
+        """Fuse what the probes compute, which takes longer than a small network's step where every kernel is launched."""
+        for probe in self.probes:
+            if hasattr(probe, "by"):
+                probe.by = compiler(probe.by)
 
     def wants(self, step: int) -> bool:
         """Whether to look at this step; steps of an epoch are counted from 0."""

@@ -12,6 +12,12 @@ from cifar.probes import weight_layers
 from cifar.registry import probes
 
 
+def moved(weights: list[Tensor], before: list[Tensor]) -> Tensor:
+    """Norm of the change over the norm before it, (layers,)."""
+    change = [torch.linalg.vector_norm(weight - old) for weight, old in zip(weights, before, strict=True)]
+    return torch.stack(change) / torch.stack([torch.linalg.vector_norm(old) for old in before]).clamp_min(1e-12)
+
+
 @probes.register("weight_updates")
 class WeightUpdates:
     """Norm of the update over the norm of the weight before it, for each layer."""
@@ -20,16 +26,14 @@ class WeightUpdates:
 
     def start(self, parameters: Mapping[str, Tensor]) -> None:
         layers = weight_layers(parameters)
-        self.layers, self.names = list(layers), list(layers.values())
+        self.layers, self.names, self.by = list(layers), list(layers.values()), moved
         self.before: list[Tensor] = []
 
     def before_update(self, parameters: Mapping[str, Tensor]) -> None:
-        self.before = list(torch._foreach_mul([parameters[name].detach() for name in self.names], 1.0))  # copies, all at once
+        self.before = [parameters[name].detach().clone() for name in self.names]
 
     def after_update(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         before, self.before = self.before, []  # freed at once: a second copy of the weights lives for one step only
         if not before:
             return {}
-        moved = torch._foreach_sub([parameters[name].detach() for name in self.names], before)
-        change, weight = torch.stack(torch._foreach_norm(moved)), torch.stack(torch._foreach_norm(before))
-        return {"update_ratio": change / weight.clamp_min(1e-12)}
+        return {"update_ratio": self.by([parameters[name].detach() for name in self.names], before)}

@@ -8,8 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cifar.probes import gradients, mean_sizes, weight_layers
+from cifar.probes import gradients, weight_layers
 from cifar.registry import probes
+
+
+def zeros(grads: list[Tensor]) -> Tensor:
+    """Share of exact zeros, (layers,)."""
+    return torch.stack([(grad == 0).float().mean() for grad in grads])
 
 
 @probes.register("zero_gradients")
@@ -20,9 +25,9 @@ class ZeroGradients:
 
     def start(self, parameters: Mapping[str, Tensor]) -> None:
         layers = weight_layers(parameters)
-        self.layers, self.names = list(layers), list(layers.values())
+        self.layers, self.names, self.by = list(layers), list(layers.values()), zeros
 
     def after_backward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.names:
             return {}
-        return {"gradient_zeros": 1 - mean_sizes(torch._foreach_sign(gradients(parameters, self.names)))}
+        return {"gradient_zeros": self.by(gradients(parameters, self.names))}
