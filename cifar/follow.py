@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 ORPHAN_SECONDS = 1.5  # for tidying up after the parent was killed
 KNOCK_SECONDS, SILENT_SECONDS = 1.0, 3.0  # at the end: for a server to say anything; in all, name service included
-DRAWERS = 4  # processes at most, and one for four cores
+DRAWERS = 8  # processes at most, and one for two cores
 MARGIN_SECONDS = 3.0  # that the parent waits beyond the companion's own graces
 
 
@@ -118,11 +118,11 @@ class Companion:
         self._followed: dict[str, _Followed] = {}
         self._ending = threading.Event()
         self._silent: bool | None = None  # not asked yet
-        self._drawer = threading.Thread(target=self._repeat, args=(self._draw, self._ending.is_set), daemon=True)
+        self._drawer = threading.Thread(target=self._keep_drawing, daemon=True)
         self._threads = [self._drawer]
         if mode != "disabled":
             all_drawn = lambda: not self._drawer.is_alive()  # noqa: E731
-            self._threads.append(threading.Thread(target=self._repeat, args=(self._mirror, all_drawn), daemon=True))
+            self._threads.append(threading.Thread(target=self._keep_mirroring, args=(all_drawn,), daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -168,22 +168,29 @@ class Companion:
             return False
         return any(each.mirror is None or each.mirror.mode == "online" for each in list(self._followed.values()))
 
-    def _repeat(self, visit: Callable[[_Followed, bool], None], is_last: Callable[[], bool]) -> None:
+    def _keep_drawing(self) -> None:
+        last = False
+        while not last:
+            last = self._ending.is_set()
+            while waiting := [(each, end) for each in list(self._followed.values()) if (end := each.end()) != each.drawn]:
+                if not self._draw_many(waiting):
+                    self._draw(*waiting[0])  # and look again: more may have ended meanwhile
+            self._rest()
+
+    def _keep_mirroring(self, is_last: Callable[[], bool]) -> None:
         last = False
         while not last:
             last = is_last()
-            if visit == self._draw:
-                self._draw_many()
             for each in list(self._followed.values()):
-                visit(each, last)
-            self._ending.wait(POLL_SECONDS)
-            if self._ending.is_set():
-                time.sleep(0.02)
+                self._mirror(each, last)
+            self._rest()
 
-    def _draw(self, each: _Followed, last: bool) -> None:
-        end = each.end()
-        if end == each.drawn:
-            return
+    def _rest(self) -> None:
+        self._ending.wait(POLL_SECONDS)
+        if self._ending.is_set():
+            time.sleep(0.02)
+
+    def _draw(self, each: _Followed, end: float) -> None:
         try:
             if end:
                 from cifar.report import pictures
@@ -193,19 +200,23 @@ class Companion:
             self._say(f"{each.record.id}: no pictures ({type(error).__name__}: {error})")
         each.drawn = end
 
-    def _draw_many(self) -> None:
-        """Where many runs have ended at once, and cores are left beside the training's, draw in processes of their own."""
-        waiting = [(each, end) for each in list(self._followed.values()) if (end := each.end()) and end != each.drawn]
-        count = min(len(waiting) // 3, DRAWERS, _cores() // 4)
+    def _draw_many(self, waiting: list[tuple[_Followed, float]]) -> bool:
+        """Where many runs have ended at once, and cores are left beside the training's, draw in processes of their own.
+
+        False where that does not pay, or none of them could be drawn.
+        """
+        ended = [(each, end) for each, end in waiting if end]
+        count = min(len(ended) // 2, DRAWERS, _cores() // 2 - 1)
         if count < 2:
-            return
-        folders = [str(each.record.path) for each, _ in waiting]
+            return False
+        folders = [str(each.record.path) for each, _ in ended]
         command = [sys.executable, "-m", "cifar.follow", "--draw"]
         _drawers[:] = [subprocess.Popen([*command, *folders[first::count]], stdin=subprocess.DEVNULL) for first in range(count)]
         done = [drawer.wait() == 0 for drawer in _drawers]
-        for number, (each, end) in enumerate(waiting):
+        for number, (each, end) in enumerate(ended):
             if done[number % count]:  # else each is tried again here, which tells what is wrong with it
                 each.drawn = end
+        return any(done)
 
     def _mirror(self, each: _Followed, last: bool) -> None:
         end = each.end()

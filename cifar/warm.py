@@ -82,7 +82,9 @@ def prepare(steps: Steps[Training], configs: Sequence[Settings], ahead: int) -> 
 
 def _weigh(steps: Steps[Training], configs: Sequence[Settings], ahead: int) -> str:
     """Compile, if the work ahead pays for it -> what to say about it."""
-    seconds, first = steps.measure(), steps.trials[0]
+    first = steps.trials[0]
+    alone = steps if len(steps.trials) == 1 else Steps([first])
+    seconds = alone.measure() * len(steps.trials)  # side by side they take less, but capturing all of them takes seconds
     if not seconds:
         return ""
     work = seconds * first.steps * max(config.epochs for config in configs) * max(1, ahead / len(configs))

@@ -142,10 +142,15 @@ def test_only_a_bias_a_relu_and_a_halving_pool_in_a_row_are_taken_along(monkeypa
         with torch.no_grad(), torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
             before, names = model(x), list(model.state_dict())
             assert network.quicken(model, x[:1]) == 1
-            after, evaluated = model(x), model.eval()(x)
+            after = model(x)
+        with torch.inference_mode(), torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
+            evaluated = model.eval()(x)
+        with torch.no_grad():
+            whole = model(x)  # without autocast
         assert (type(model[0]) is network.QuickPooled) == (model is taken)
         assert list(model.state_dict()) == names
-        assert error(after, before.double()) < (0.02 if GPU else 1e-5) and torch.equal(evaluated, before)
+        for found in (after, evaluated, whole):
+            assert error(found, before.double()) < (0.02 if GPU else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,4 +179,4 @@ def test_a_compiled_worksheet_learns_what_torchs_layers_learn(dtype: torch.dtype
         assert ours.grad is not None and theirs.grad is not None and wanted.grad is not None
         assert ours.grad.stride() == theirs.grad.stride()
         off = error(theirs.grad, wanted.grad.double())  # of torch's layers in this precision
-        assert error(ours.grad, wanted.grad.double()) < max(1.5 * off, 1e-5), name
+        assert error(ours.grad, wanted.grad.double()) < max(2 * off, 1e-5), name

@@ -1,4 +1,4 @@
-"""Which modules of a network use the kernels. Weights, names and what is computed stay as they are."""
+"""Which modules of a network use the kernels, in training and in evaluation. Weights, names and what is computed stay."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cifar.kernels.plain import MOST_IN, MOST_OUT, SIDE, convolve, meant
 from cifar.kernels.pooled import halved, pooled
 
 
-def asked(module: nn.Module, x: Tensor) -> bool:
-    """Whether a module of ours uses a kernel now: in training mode, where autocast is on."""
-    return module.training and (Quick.precision == torch.float32 or torch.is_autocast_enabled(x.device.type))
+def asked(x: Tensor) -> bool:
+    """Whether kernels are used now: where autocast is on."""
+    return Quick.precision == torch.float32 or torch.is_autocast_enabled(x.device.type)
 
 
 class Quick(nn.Conv2d):
@@ -22,7 +22,7 @@ class Quick(nn.Conv2d):
     precision = torch.bfloat16  # as autocast has it in cifar.train
 
     def forward(self, x: Tensor) -> Tensor:
-        if not asked(self, x):
+        if not asked(x):
             return super().forward(x)
         y: Tensor = convolve(x.to(self.precision), self.weight, False)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
@@ -32,7 +32,7 @@ class QuickPooled(Quick):
     """The same, which does the work of the ReLU and of the pooling after it too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None or not asked(self, x):
+        if self.bias is None or not asked(x):
             return super().forward(x)
         y: Tensor = pooled(x.to(self.precision), self.weight, self.bias)[0]
         return y
@@ -42,14 +42,14 @@ class DoneReLU(nn.ReLU):
     """Nothing, where the convolution before has done it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if asked(self, x) else super().forward(x)
+        return x if asked(x) else super().forward(x)
 
 
 class DonePool(nn.MaxPool2d):
     """Nothing, where the convolution before has done it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if asked(self, x) else super().forward(x)
+        return x if asked(x) else super().forward(x)
 
 
 @torch.no_grad()
