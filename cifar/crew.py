@@ -11,10 +11,10 @@ import subprocess
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cifar.claims import Trial
 
@@ -45,20 +45,12 @@ class Worker:
         self.name, self.slot, self.log = name, slot, log
         self.held: dict[str, Held] = {}
         self.spent = False  # it ends, or is dead, and takes no trial any more
-        environment = {key: value for key, value in os.environ.items() if key != "CIFAR_STORAGE"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-        if "GOMP_SPINCOUNT" not in environment:
-            # Threads that spin while they wait for each other keep each other from the cores when anything else runs there.
-            environment.setdefault("OMP_WAIT_POLICY", "passive")
-        with open(log, "ab") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cifar.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env={**environment, **(pin or {})},
-                start_new_session=True,  # Ctrl-C is for the supervisor
-            )
+        if waiting := _early():
+            self.process = waiting
+            self.tell(environment=dict(pin or {}), log=str(log))
+        else:
+            with open(log, "ab") as errors:
+                self.process = _start({**_environment(), **(pin or {})}, errors)
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
     def _listen(self, events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]]) -> None:
@@ -84,6 +76,59 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """What every worker has."""
+    environment = {key: value for key, value in os.environ.items() if key != "CIFAR_STORAGE"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    if "GOMP_SPINCOUNT" not in environment:
+        # Threads that spin while they wait for each other keep each other from the cores when anything else runs there.
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
+    return environment
+
+
+def _start(environment: Mapping[str, str], errors: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cifar.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=dict(environment),
+        start_new_session=True,  # Ctrl-C is for the supervisor
+    )
+
+
+_waiting: list[tuple[dict[str, str], subprocess.Popen[bytes]]] = []  # a process that no worker has taken yet
+
+
+@contextlib.contextmanager
+def early() -> Iterator[None]:
+    """Start the first worker's process now: it imports PyTorch while its supervisor reads the sweep and claims trials."""
+    if not _waiting:
+        environment = _environment()
+        _waiting.append((environment, _start(environment, subprocess.DEVNULL)))
+    try:
+        yield
+    finally:
+        _forget()
+
+
+def _early() -> subprocess.Popen[bytes] | None:
+    """The process that was started early, if it is still as a new one would be."""
+    for environment, process in _waiting:
+        if environment == _environment() and process.poll() is None:
+            _waiting.clear()
+            return process
+    _forget()
+    return None
+
+
+def _forget() -> None:
+    for _, process in _waiting:
+        process.kill()
+        process.wait()
+    _waiting.clear()
 
 
 def death(code: int) -> dict[str, Any]:

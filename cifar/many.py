@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import webbrowser
 from collections.abc import Sequence
@@ -36,36 +37,41 @@ def sweep(
     fleet: dict[str, Any],
 ) -> int:
     """Read and check a sweep file, create the sweep, run it, draw it."""
+    from cifar import crew
     from cifar import sweep as sweeps
 
-    if not (no_agent or dry_run):
-        _alone()
-    runs = runs_folder(runs_dir)
-    hosted = mode_from_environment(wandb) == "online" and not (storage or os.environ.get("CIFAR_STORAGE"))
-    read = sweeps.read(file)
-    fixed = {**configuration.parse_pairs(pairs), **({"dataset": dataset} if dataset else {})}
-    asked = dict(fixed)
-    with waiting("checking every trial ..."):
-        try:
-            fixed["dataset"] = sweeps.check(read, fixed, sweep_seed, count or (read.run_cap or 20 if hosted else None))
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-    if dry_run:
-        return _plan(sweeps.dry_run, read, fixed, sweep_seed, count)
-    with waiting("importing PyTorch ..."):
-        from cifar.backends import local
-    fixed["dataset"] = _prepared(fixed["dataset"], data_dir)
-    if hosted:
-        from cifar.wb import sweeps as on_wandb
+    with contextlib.ExitStack() as early:
+        if not (no_agent or dry_run):
+            _alone()
+            early.enter_context(crew.early())
+        runs = runs_folder(runs_dir)
+        hosted = mode_from_environment(wandb) == "online" and not (storage or os.environ.get("CIFAR_STORAGE"))
+        read = sweeps.read(file)
+        fixed = {**configuration.parse_pairs(pairs), **({"dataset": dataset} if dataset else {})}
+        asked = dict(fixed)
+        with waiting("checking every trial ..."):
+            try:
+                fixed["dataset"] = sweeps.check(read, fixed, sweep_seed, count or (read.run_cap or 20 if hosted else None))
+            except UserError as error:
+                raise UserError(f"{file}: {error}") from None
+        if dry_run:
+            return _plan(sweeps.dry_run, read, fixed, sweep_seed, count)
+        with waiting("importing PyTorch ..."):
+            from cifar.backends import local
+        fixed["dataset"] = _prepared(fixed["dataset"], data_dir)
+        if hosted:
+            from cifar.wb import sweeps as on_wandb
 
-        with waiting("creating the sweep on W&B ..."):
-            url = on_wandb.create(read, runs, fixed=asked)
-        sweep_id = on_wandb.parts_of(url)[2]
-        say(f"sweep {sweep_id}: {read.name}, {read.method}, on W&B: {url}")
-        return _run_and_draw(url, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb, fleet)
-    sweep_id = local.create(read, runs, fixed=fixed, data_dir=data_dir, url=storage or "", sweep_seed=sweep_seed, count=count)
-    say(f"sweep {sweep_id}: {read.name}, {read.method}, in {runs / 'sweeps' / sweep_id}")
-    return _run_and_draw(sweep_id, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb, fleet)
+            with waiting("creating the sweep on W&B ..."):
+                url = on_wandb.create(read, runs, fixed=asked)
+            sweep_id = on_wandb.parts_of(url)[2]
+            say(f"sweep {sweep_id}: {read.name}, {read.method}, on W&B: {url}")
+            return _run_and_draw(url, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb, fleet)
+        sweep_id = local.create(
+            read, runs, fixed=fixed, data_dir=data_dir, url=storage or "", sweep_seed=sweep_seed, count=count
+        )
+        say(f"sweep {sweep_id}: {read.name}, {read.method}, in {runs / 'sweeps' / sweep_id}")
+        return _run_and_draw(sweep_id, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb, fleet)
 
 
 def _prepared(dataset: str, data_dir: Path | None) -> str:
@@ -122,11 +128,14 @@ def agent(
     fleet: dict[str, Any],
 ) -> int:
     """Run trials of a sweep until none is open."""
-    from cifar import agent as agents
+    from cifar import crew
 
     _alone()
     options: dict[str, Any] = {"count": count, "workers": workers, "data_dir": data_dir, "url": storage or "", **fleet}
-    return agents.agent(sweep_id, runs_folder(runs_dir), wandb=wandb, console=console, **options)
+    with crew.early():
+        from cifar import agent as agents
+
+        return agents.agent(sweep_id, runs_folder(runs_dir), wandb=wandb, console=console, **options)
 
 
 def _alone() -> None:

@@ -2,7 +2,8 @@
 
     python -m cifar.worker        # started by cifar/agent.py
 
-JSON lines in:  {"trials": [{...}]}   {"run_id", "stop": "interrupted", "when": "epoch" | "step"}   {"run_id", "go": true}
+JSON lines in:  {"environment": {...}, "log": FILE}, first, if it was started early   {"trials": [{...}]}
+                {"run_id", "stop": "interrupted", "when": "epoch" | "step"}   {"run_id", "go": true}
 JSON lines out: {"event": "started" | "progress" | "epoch" | "ended", "run_id", ...}
 The end of standard input means that the supervisor is gone: the worker ends at once, wherever it is.
 """
@@ -53,18 +54,30 @@ class Worker:
     def _listen(self) -> None:
         for line in sys.stdin:
             message = json.loads(line)
-            if "stop" in message:
+            if "log" in message:
+                self._taken(message)
+            elif "stop" in message:
                 begun = self.step and message["run_id"] in self.trials  # else there is no epoch to finish
                 self.stops[message["run_id"]] = message["stop"], message.get("when", "step") if begun else "step"
             else:
                 self.inbox.put(message)
         os._exit(3)
 
+    def _taken(self, message: dict[str, Any]) -> None:
+        """A process that was started early has got its place. PyTorch asks for its GPUs at the first use of one."""
+        os.environ.update(message["environment"])
+        log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.close(log)
+
     def say(self, event: str, run_id: str, **content: Any) -> None:
         self.out.write(json.dumps({"event": event, "run_id": run_id, **content}) + "\n")
 
     def work(self) -> None:
         """Trials until the supervisor goes away, or one fails: after that a fresh process is the safe one."""
+        import torch._dynamo  # noqa: F401 (what counts operations imports it)
+
         import cifar.run  # noqa: F401 (seconds of imports, while the first trial is being claimed)
 
         while True:

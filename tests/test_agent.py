@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from cifar import agent as agents
-from cifar import board, live
+from cifar import board, crew, live
 from cifar import sweep as sweeps
 from cifar.backends import local
 from cifar.backends.local import Local
@@ -228,3 +229,35 @@ def test_agent_processes_hand_no_password_on(monkeypatch: Any, tmp_path: Path) -
     finally:
         worker.end()
     assert json.dumps(worker.process.returncode) in ("3", "-9", "-15")
+
+
+def test_a_worker_that_was_started_early_is_the_first_one_and_has_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: queue.SimpleQueue[tuple[crew.Worker, dict[str, Any]]] = queue.SimpleQueue()
+    with crew.early():
+        ((_, started),) = crew._waiting
+        first = crew.Worker("a", 0, tmp_path / "a.log", events, {"CUDA_VISIBLE_DEVICES": "7"})
+        second = crew.Worker("b", 1, tmp_path / "b.log", events)
+        assert first.process is started is not second.process
+        first.tell(trials=[])  # nothing to train: it fails, and what it says is in its log
+        deadline = time.monotonic() + 60
+        while started.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert "IndexError" in (tmp_path / "a.log").read_text() and not (tmp_path / "b.log").read_text()
+        second.end()
+
+
+def test_nobody_takes_a_process_of_another_environment_and_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: queue.SimpleQueue[tuple[crew.Worker, dict[str, Any]]] = queue.SimpleQueue()
+    with crew.early():
+        ((_, started),) = crew._waiting
+        monkeypatch.setenv("CIFAR_RUNS", str(tmp_path))
+        worker = crew.Worker("a", 0, tmp_path / "a.log", events)
+        assert worker.process is not started and started.poll() is not None
+        worker.end()
+    with crew.early():
+        ((_, started),) = crew._waiting
+    assert started.poll() is not None and not crew._waiting
