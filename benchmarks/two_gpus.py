@@ -24,6 +24,8 @@ def measure(result: Result, options: argparse.Namespace) -> None:
     found = torch.cuda.device_count()
     if options.device == "cpu" or found < 2:
         raise Missing(f"needs two GPUs, there {'is' if found == 1 else 'are'} {found}")
+    if options.trials < 4 * MOST:
+        raise Missing(f"needs {4 * MOST} trials: two packs for each GPU")
     runs: dict[str, list[dict[str, Any]]] = {"0": [], "0,1": []}
     for pair in range(options.n):
         for gpus in list(runs) if pair % 2 else reversed(list(runs)):

@@ -45,12 +45,11 @@ class Worker:
         self.name, self.slot, self.log = name, slot, log
         self.held: dict[str, Held] = {}
         self.spent = False  # it ends, or is dead, and takes no trial any more
-        if waiting := _early():
-            self.process = waiting
+        with open(log, "ab") as errors:
+            waiting = _early()
+            self.process = waiting or _start({**_environment(), **(pin or {})}, errors)
+        if waiting:
             self.tell(environment=dict(pin or {}), log=str(log))
-        else:
-            with open(log, "ab") as errors:
-                self.process = _start({**_environment(), **(pin or {})}, errors)
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
     def _listen(self, events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]]) -> None:

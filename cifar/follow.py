@@ -209,12 +209,23 @@ class Companion:
         count = min(len(ended) // 2, DRAWERS, _cores() // 2 - 1)
         if count < 2:
             return False
-        folders = [str(each.record.path) for each, _ in ended]
-        command = [sys.executable, "-m", "cifar.follow", "--draw"]
-        _drawers[:] = [subprocess.Popen([*command, *folders[first::count]], stdin=subprocess.DEVNULL) for first in range(count)]
-        done = [drawer.wait() == 0 for drawer in _drawers]
+        ended = ended[: 3 * count]  # each is done in seconds: `end` waits from one progress to the next
+        try:
+            for first in range(count):
+                folders = [str(each.record.path) for each, _ in ended[first::count]]
+                command = [sys.executable, "-m", "cifar.follow", "--draw", str(os.getpid()), *folders]
+                quiet = subprocess.DEVNULL  # what goes wrong is tried again here, and said
+                _drawers.append(subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet))
+            done = [drawer.wait() == 0 for drawer in _drawers]
+        except OSError:  # no more processes
+            for drawer in _drawers:
+                drawer.kill()
+                drawer.wait()
+            return False
+        finally:
+            _drawers.clear()
         for number, (each, end) in enumerate(ended):
-            if done[number % count]:  # else each is tried again here, which tells what is wrong with it
+            if done[number % count]:
                 each.drawn = end
         return any(done)
 
@@ -248,10 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cifar.follow", description=__doc__)
     parser.add_argument("--wandb", default="auto", help="auto, online, offline or disabled")
     parser.add_argument("--grace", type=float, default=20.0, help="seconds for each thing that is left to do at the end")
-    parser.add_argument("--draw", nargs="+", default=[], help=argparse.SUPPRESS, metavar="FOLDER")
+    parser.add_argument("--draw", nargs="+", default=[], help=argparse.SUPPRESS)  # the companion's pid, and folders
     options = parser.parse_args(arguments)
     if options.draw:
-        return _draw_all(options.draw)
+        return _draw_all(int(options.draw[0]), options.draw[1:])
     from cifar.wb.mode import mode_from_environment
 
     parent = os.getppid()
@@ -274,13 +285,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _draw_all(folders: list[str]) -> int:
+def _draw_all(companion: int, folders: list[str]) -> int:
     """The pictures of these runs, as long as the companion lives that asked for them."""
     from cifar.report import pictures
 
-    parent = os.getppid()
     for folder in folders:
-        if os.getppid() != parent:
+        if os.getppid() != companion:
             return 1
         pictures(Path(folder))
     return 0
@@ -309,7 +319,7 @@ def _listen(companion: Companion, orphaned: Callable[[], bool]) -> bool:
 
 def _leave(code: int) -> None:
     """End this process now, wandb-core and what draws first; no exit hook may wait for a server."""
-    for drawer in _drawers:
+    for drawer in list(_drawers):
         drawer.kill()
     if mirror := sys.modules.get("cifar.wb.mirror"):
         mirror.kill_core()

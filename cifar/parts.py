@@ -20,7 +20,7 @@ from cifar import data, optim, registry
 from cifar.capture import Captured
 from cifar.config import Settings
 from cifar.data.augment import augmented, mix
-from cifar.data.loader import picked
+from cifar.data.loader import picked, quiet
 from cifar.errors import UserError
 from cifar.probes import Watcher
 from cifar.ranks import ALONE, Team
@@ -173,6 +173,8 @@ class Training:
             self.watcher.load({})  # its probes are part of a captured step
         else:
             self.step.watcher = self.watcher = self._watcher()
+            if self.compiled:
+                self.watcher.compile(compiled)
         self.meter.sums.zero_()
         if self.step.smoothing is not None:
             self.step.smoothing.fill_(config.label_smoothing)
@@ -238,7 +240,10 @@ class Training:
             # several views of every image are worth compiling, but not for one evaluation
             better = functools.partial(once, compiled(logits_of)) if self.compiled and VIEWS[views][0] > 1 else None
             self._evaluations[name] = Captured(once, self.device, better)
-        return cast(tuple[Tensor, Tensor], self._evaluations[name]())
+        evaluation = self._evaluations[name]
+        if self.device.type == "cuda" and evaluation.graph is None:
+            quiet()
+        return cast(tuple[Tensor, Tensor], evaluation())
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

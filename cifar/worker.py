@@ -66,7 +66,10 @@ class Worker:
     def _taken(self, message: dict[str, Any]) -> None:
         """A process that was started early has got its place. PyTorch asks for its GPUs at the first use of one."""
         os.environ.update(message["environment"])
-        log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError:
+            os._exit(1)  # the supervisor sees to it
         for stream in (1, 2):
             os.dup2(log, stream)
         os.close(log)

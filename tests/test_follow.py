@@ -290,6 +290,29 @@ def test_many_ends_at_once_are_drawn_by_several_processes(tmp_path: Path, monkey
     assert len(said) == 1 and records[3].id in said[0] and "no pictures" in said[0]
 
 
+def test_where_no_more_processes_can_be_started_it_draws_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "_cores", lambda: 8)
+    begin, started = subprocess.Popen, []
+
+    def start(*given: object, **more: object) -> object:
+        if started:
+            raise BlockingIOError("no more processes")
+        started.append(begin(*given, **more))  # type: ignore[call-overload]
+        return started[-1]
+
+    monkeypatch.setattr(follow.subprocess, "Popen", start)
+    records = [make_record(tmp_path, f"none000{n}", epochs=1) for n in range(4)]
+    for record in records:
+        grow(record, range(1, 2))
+        end_record(record)
+    companion = follow.Companion("disabled", print)
+    for record in records:
+        companion.hear({"run": str(record.path)})
+    wait_for(lambda: all(each.drawn for each in companion._followed.values()), 60)
+    assert companion.end(20, lambda: False) and not alive(started[0].pid)
+    assert all(list((record.path / "pictures").glob("*.png")) for record in records)
+
+
 def test_no_room_for_the_wandb_files(tmp_path: Path) -> None:
     record = make_record(tmp_path, "full0001", epochs=2)
     (record.path / "wandb").write_text("a file in the folder's place")

@@ -153,6 +153,35 @@ def test_only_a_bias_a_relu_and_a_halving_pool_in_a_row_are_taken_along(monkeypa
             assert error(found, before.double()) < (0.02 if GPU else 1e-5)
 
 
+class Tapped(nn.Module):
+    """Looks at what its convolution made, beside what its row of layers makes of that."""
+
+    def __init__(self, part: slice) -> None:
+        super().__init__()
+        self.part, self.row = part, nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.row[self.part](x)
+        return self.row(x).mean() + inner.mean() if self.part.stop == 1 else self.row[self.part.stop :](inner).mean()
+
+
+def test_modules_that_are_used_elsewhere_too_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
+    relu, pool = nn.ReLU(), nn.MaxPool2d(2)
+    shared = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), relu, pool, nn.Conv2d(16, 64, 3, padding=1), relu, nn.Flatten())
+    pools = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(16, 64, 1), pool)
+    hooked = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    hooked[1].register_forward_hook(lambda module, given, made: made * 2)
+    for model in (shared, pools, hooked, Tapped(slice(0, 1)), Tapped(slice(0, 2))):
+        x = images(2, 3, 8, 8)
+        with torch.no_grad(), torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
+            before = model.to(DEVICE).train()(x)
+            network.quicken(model, x[:1])
+            after = model(x)
+        assert not any(isinstance(module, network.QuickPooled | network.DoneReLU) for module in model.modules())
+        assert error(after, before.double()) < (0.02 if GPU else 1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_compiled_worksheet_learns_what_torchs_layers_learn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.Quick, "precision", dtype)

@@ -203,6 +203,11 @@ def _beside() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "batches", initializer=lambda: torch.set_num_threads(1))
 
 
+def quiet() -> None:
+    """Wait until nothing is in the making: a capture does not bear another thread's calls to the GPU."""
+    _beside().submit(lambda: None).result()
+
+
 def picked(images: Tensor, labels: Tensor, at: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
     """Batch `at` (1,) of a stored epoch, as a network takes it."""
     chosen = images.index_select(0, at)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,33 +58,44 @@ class DonePool(nn.MaxPool2d):
 def quicken(model: nn.Module, images: Tensor) -> int:
     """Let the convolutions that these kernels are for use them -> how many. Weights stay where they are.
 
-    images (1, 3, H, W), with any content: they say how large the images are that each convolution gets.
+    images (1, 3, H, W), with any content: they say how large the images are that each convolution gets, and who gets what.
     """
-    sizes: dict[nn.Conv2d, tuple[int, int]] = {}
+    calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # what went in and what came out, kept so that `is` can tell
 
-    def watch(module: nn.Module, given: tuple[Any, ...]) -> None:
-        if given and isinstance(module, nn.Conv2d):
-            sizes[module] = given[0].shape[2:]
+    def watch(module: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+        if given:
+            calls.setdefault(module, []).append((given[0], made))
 
-    watched = [m for m in model.modules() if type(m) is nn.Conv2d and _fits(m)]
-    hooks, was = [module.register_forward_pre_hook(watch) for module in watched], model.training
+    kinds = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
+    watched = [m for m in model.modules() if type(m) in kinds and not (m._forward_hooks or m._forward_pre_hooks)]
+    hooks, was = [module.register_forward_hook(watch) for module in watched], model.training
     try:
         model.eval()(images)
     finally:
         model.train(was)
         for hook in hooks:
             hook.remove()
-    found = {m: size for m, size in sizes.items() if meant(m.in_channels, m.out_channels, size[0])}
-    for module in found:
-        module.__class__ = Quick
-    for parent in model.modules():
-        children = list(parent) if type(parent) is nn.Sequential else []
-        for first, relu, pool in zip(children, children[1:], children[2:], strict=False):
+    found = []
+    for module, seen in calls.items():
+        if type(module) is nn.Conv2d and _fits(module) and meant(module.in_channels, module.out_channels, seen[-1][0].shape[2]):
+            module.__class__ = Quick
+            found.append(module)
+    for parent in calls:
+        children = list(parent) if isinstance(parent, nn.Sequential) else []
+        for row in zip(children, children[1:], children[2:], strict=False):
+            first, relu, pool = row
             if type(first) is not Quick or first.bias is None or type(relu) is not nn.ReLU or not _is_half(pool):
                 continue
-            if halved(first.in_channels, first.out_channels, *found[first]):
+            if _in_a_row(parent, row, calls) and halved(first.in_channels, first.out_channels, *calls[first][0][0].shape[2:]):
                 first.__class__, relu.__class__, pool.__class__ = QuickPooled, DoneReLU, DonePool
     return len(found)
+
+
+def _in_a_row(parent: nn.Module, row: Sequence[nn.Module], calls: Mapping[nn.Module, Sequence[tuple[Tensor, Tensor]]]) -> bool:
+    """Whether each of these was called once, by the parent, with what the one before it made: nobody else sees that."""
+    if any(len(calls.get(module, ())) != 1 for module in (parent, *row)):
+        return False
+    return all(calls[a][0][1] is calls[b][0][0] for a, b in itertools.pairwise(row))
 
 
 def _fits(module: nn.Conv2d) -> bool:

@@ -63,8 +63,8 @@ class Watcher:
     def compile(self, compiler: Callable[[Any], Any]) -> None:
         """Fuse what the probes compute, which takes longer than a small network's step where every kernel is launched."""
         for probe in self.probes:
-            if hasattr(probe, "by"):
-                probe.by = compiler(probe.by)
+            if callable(getattr(probe, "by", None)):
+                probe.by = compiler(probe.by)  # type: ignore[attr-defined]
 
     def wants(self, step: int) -> bool:
         """Whether to look at this step; steps of an epoch are counted from 0."""
