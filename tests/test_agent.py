@@ -240,12 +240,12 @@ def test_a_worker_that_was_started_early_is_the_first_one_and_has_its_place(
         first = crew.Worker("a", 0, tmp_path / "a.log", events, {"CUDA_VISIBLE_DEVICES": "7"})
         second = crew.Worker("b", 1, tmp_path / "b.log", events)
         assert first.process is started is not second.process
+        second.process.kill()
         first.tell(trials=[])  # nothing to train: it fails, and what it says is in its log
         deadline = time.monotonic() + 60
         while started.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         assert "IndexError" in (tmp_path / "a.log").read_text() and not (tmp_path / "b.log").read_text()
-        second.end()
 
 
 def test_nobody_takes_a_process_of_another_environment_and_none_is_left(

@@ -171,7 +171,7 @@ def test_only_convolutions_of_that_kind_are_exchanged(monkeypatch: pytest.Monkey
     assert error(found, nn.functional.conv2d(x, first.weight, first.bias, padding=1).detach().double()) < TOLERANCE[DTYPES[0]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
 def test_compiled_and_with_batch_norm_it_learns_what_torchs_convolutions_learn(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
