@@ -46,7 +46,7 @@ class Worker:
         self.held: dict[str, Held] = {}
         self.spent = False  # it ends, or is dead, and takes no trial any more
         with open(log, "ab") as errors:
-            waiting = _early()
+            waiting = _ready()
             self.process = waiting or _start({**_environment(), **(pin or {})}, errors)
         if waiting:
             self.tell(environment=dict(pin or {}), log=str(log))
@@ -113,7 +113,7 @@ def early() -> Iterator[None]:
         _forget()
 
 
-def _early() -> subprocess.Popen[bytes] | None:
+def _ready() -> subprocess.Popen[bytes] | None:
     """The process that was started early, if it is still as a new one would be."""
     for environment, process in _waiting:
         if environment == _environment() and process.poll() is None:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar.devices import cores
 from cifar.errors import UserError
 from cifar.record import END_STATES, Record, redact
 
@@ -206,7 +207,7 @@ class Companion:
         False where that does not pay, or none of them could be drawn.
         """
         ended = [(each, end) for each, end in waiting if end]
-        count = min(len(ended) // 2, DRAWERS, _cores() // 2 - 1)
+        count = min(len(ended) // 2, DRAWERS, cores() // 2 - 1)
         if count < 2:
             return False
         ended = ended[: 3 * count]  # each is done in seconds: `end` waits from one progress to the next
@@ -279,10 +280,6 @@ def main(arguments: list[str] | None = None) -> int:
     whole = companion.end(options.grace if told else ORPHAN_SECONDS, orphaned)
     _leave(0 if whole else 3)
     return 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw_all(companion: int, folders: list[str]) -> int:

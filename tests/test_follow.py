@@ -266,7 +266,7 @@ def test_pictures_are_drawn_without_wandb(tmp_path: Path) -> None:
 
 
 def test_many_ends_at_once_are_drawn_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "_cores", lambda: 8)
+    monkeypatch.setattr(follow, "cores", lambda: 8)
     started, said, begin = [], [], subprocess.Popen
 
     def start(command: list[str], **more: object) -> object:
@@ -291,7 +291,7 @@ def test_many_ends_at_once_are_drawn_by_several_processes(tmp_path: Path, monkey
 
 
 def test_where_no_more_processes_can_be_started_it_draws_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow, "_cores", lambda: 8)
+    monkeypatch.setattr(follow, "cores", lambda: 8)
     begin, started = subprocess.Popen, []
 
     def start(*given: object, **more: object) -> object:
