@@ -28,7 +28,7 @@ PLAIN_EPOCHS = 4  # the first one left out
 def held() -> Iterator[list[Any]]:
     """The trainer's steps, as `cifar.warm` hands them out while it lasts: the one place that knows where they are.
 
-    Of each are used `graphs` (watched or not -> a captured step with `replay()`) and `trials`, whose `at` is the number of
+    Of each are used `graphs` ((watched, rest) -> a captured step with `replay()`) and `trials`, whose `at` is the number of
     the epoch's next step on the device and `steps` how many an epoch has. Raises Missing where nothing is captured.
     """
     try:
@@ -85,7 +85,7 @@ def back_to_back(steps: Any, count: int) -> list[float]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(block):
-            steps.graphs[False].replay()
+            steps.graphs[False, False].replay()
         end.record()
         torch.cuda.synchronize()
         micros.append(1e3 * begin.elapsed_time(end) / block)
@@ -109,12 +109,12 @@ def measure(result: Result, options: argparse.Namespace) -> None:
             if 1 < row["epoch"] <= PLAIN_EPOCHS:
                 wall.append(1e6 * row["system/seconds"] / per_epoch)
             if row["epoch"] == PLAIN_EPOCHS:
-                steps.graphs = {look: Recorded(graph, events) for look, graph in steps.graphs.items()}
+                steps.graphs = {kind: Recorded(graph, events) for kind, graph in steps.graphs.items()}
 
         epochs = PLAIN_EPOCHS + -(-options.n // per_epoch)
         ours.train({**NETWORKS[options.kind], "epochs": epochs, "test": "never"}, on_epoch=after)
         steps = found[-1]
-        steps.graphs = {look: recorded.graph for look, recorded in steps.graphs.items()}
+        steps.graphs = {kind: recorded.graph for kind, recorded in steps.graphs.items()}
         busy, idle = busy_and_idle(events, per_epoch)
         replayed = back_to_back(steps, options.n)
     name = f"{options.kind}, batch {NETWORKS[options.kind]['batch_size']}"

@@ -26,7 +26,11 @@ class Trial(Protocol):
     random: Tensor | None  # the state of torch's generator for this trial; None: it has the process's to itself
     idle: bool  # it has ended; a graph steps it all the same
 
-    def step(self, look: bool) -> None: ...
+    @property
+    def may_rest(self) -> bool: ...  # there are parameters that stop learning before its end
+    @property
+    def rests(self) -> bool: ...  # there are, and they have stopped before the coming step
+    def step(self, look: bool, rest: bool) -> None: ...
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
     def clear(self) -> None: ...
@@ -36,14 +40,18 @@ T = TypeVar("T", bound=Trial)
 
 
 class Steps(Generic[T]):
-    """The next step of every trial, bare or watched."""
+    """The next step of every trial: bare, watched, or with what has stopped learning left out.
+
+    These are (look, rest) of `Trial.step`. A watched step leaves nothing out, so that the probes see every gradient.
+    """
 
     def __init__(self, trials: Sequence[T], *, capture: bool = True) -> None:
         self.trials, self.device = list(trials), trials[0].device
         self.wanted = capture and self.device.type == "cuda"
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # by (look, rest)
         self.refused = ""  # why these steps cannot be captured
         self.decided = False  # whether they are worth compiling
+        self.leaves_out = False  # whether to make a step that leaves out what has stopped learning
         self._streams = [_stream(self.device) for _ in trials] if self.wanted and len(trials) > 1 else []
 
     def prepare(self) -> None:
@@ -66,7 +74,7 @@ class Steps(Generic[T]):
         for _ in range(count):
             for trial in self.trials:
                 trial.at.zero_()
-            self.graphs[False].replay()
+            self.graphs[False, False].replay()
         ended.record()
         ended.synchronize()
         for trial, state in zip(self.trials, before, strict=True):
@@ -76,7 +84,9 @@ class Steps(Generic[T]):
     def __call__(self, look: bool) -> None:
         """One step of each trial; `look`: the watched one."""
         if self.graphs:
-            self.graphs[look].replay()
+            # others may have been captured with, but those of a trial that rests have a learning rate of zero either way
+            rest = not look and (False, True) in self.graphs and all(trial.rests for trial in self.trials if not trial.idle)
+            self.graphs[look, rest].replay()
         else:
             self._in_turn(look)
 
@@ -84,41 +94,45 @@ class Steps(Generic[T]):
         for trial in self.trials:
             if trial.idle:
                 continue
+            rest = not look and trial.rests
             if trial.random is None:
-                trial.step(look)
+                trial.step(look, rest)
             else:  # dropout draws what it would draw if the trial were alone
                 torch.set_rng_state(trial.random)
-                trial.step(look)
+                trial.step(look, rest)
                 trial.random = torch.get_rng_state()
 
-    def _side_by_side(self, look: bool) -> None:
+    def _side_by_side(self, look: bool, rest: bool) -> None:
         """Each trial on a stream of its own, from here on and until all have ended."""
         if not self._streams:
-            return self.trials[0].step(look)
+            return self.trials[0].step(look, rest)
         here = torch.cuda.current_stream(self.device)
         for trial, stream in zip(self.trials, self._streams, strict=True):
             stream.wait_stream(here)
             with torch.cuda.stream(stream):
-                trial.step(look)
+                trial.step(look, rest)
         for stream in self._streams:
             here.wait_stream(stream)
 
     def _capture(self) -> None:
         before = [copy.deepcopy(trial.state()) for trial in self.trials]
         stream, pool = _stream(self.device), torch.cuda.graph_pool_handle()
+        kinds = [(False, False), (True, False)]
+        if self.leaves_out and any(trial.may_rest for trial in self.trials):
+            kinds.append((False, True))
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.stream(stream):
-                for look in (False, True) * WARMUP:
+                for kind in kinds * WARMUP:
                     for trial in self.trials:
                         trial.at.zero_()
-                    self._side_by_side(look)
+                    self._side_by_side(*kind)
             torch.cuda.synchronize(self.device)
-            for look in (False, True):
+            for kind in kinds:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
-                    self._side_by_side(look)
-                self.graphs[look] = graph
+                    self._side_by_side(*kind)
+                self.graphs[kind] = graph
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:

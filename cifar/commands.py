@@ -84,7 +84,7 @@ def show_config(found: Layers, *, with_cost: bool) -> int:
 
             config = configuration.resolve(*(values for _, values in found))
             cost = run.cost_of(config)
-        images = (config.train_size or 50_000 - config.val_size) * config.epochs
+        images = config.images * config.epochs
         pmacs = 3 * cost.macs * images / 1e15  # the backward pass costs twice the forward pass
         say(f"\n{cost_line(cost)}; {pmacs:.3g} PMACs to train on {images:,} images")
     return 0

@@ -37,6 +37,9 @@ class Settings(BaseModel):
     )
     val_size: int = Field(5000, ge=0, le=45000, description="images cut from the training set for validation; 0: none")
     train_size: int = Field(0, ge=0, le=50000, description="train on the first N images after the cut only; 0: all")
+    keep: float = Field(
+        1.0, gt=0.0, le=1.0, description="share of these that an epoch trains on: those whose loss was largest when last seen"
+    )
     test: Literal["never", "final"] = Field("never", description="final: score the test set once, after the last epoch")
     model: str = Field("worksheet1", description="a name of `python -m cifar models`")
     optimizer: str = Field("adam", description="sgd, adam, adamw, muon, or a plug-in")
@@ -77,9 +80,14 @@ class Settings(BaseModel):
             raise ValueError("mixup and cutmix are alternatives; set one of them to 0")
         if self.train_size > 50000 - self.val_size:
             raise ValueError(f"train_size is {self.train_size}, but only {50000 - self.val_size} images are left to train on")
-        if self.batch_size > (self.train_size or 50000 - self.val_size):
+        if self.batch_size > self.images:
             raise ValueError(f"batch_size {self.batch_size} is more than the images there are to train on")
         return self
+
+    @property
+    def images(self) -> int:
+        """Training images of an epoch."""
+        return round(self.keep * (self.train_size or 50000 - self.val_size))
 
     def part(self, kind: str) -> dict[str, Any]:
         """The keyword arguments of the chosen `model`, `optimizer`, `schedule`, or of one probe by its name."""

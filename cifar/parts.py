@@ -24,7 +24,7 @@ from cifar.data.loader import picked, quiet
 from cifar.errors import UserError
 from cifar.probes import Watcher
 from cifar.ranks import ALONE, Team
-from cifar.train import VIEWS, Average, Step, add_up, evaluate, forward, logits_of
+from cifar.train import VIEWS, Average, Forward, Step, add_up, evaluate, forward, logits_of
 
 
 def device_of(name: str) -> torch.device:
@@ -141,6 +141,7 @@ class Training:
             channels_last=config.channels_last,
             dtype=torch.bfloat16 if self.bf16 else torch.float32,
             mixing=(config.mixup or config.cutmix) if training else 0.0,
+            keep=config.keep if training else 1.0,
         )
 
     def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,12 +203,12 @@ class Training:
             if self.step.mix is None:
                 self.step.forward_at = self._forward_at
 
-    def _forward_at(self) -> tuple[Tensor, Tensor]:
+    def _forward_at(self, rest: bool) -> Forward:
         batches, step = self.train_batches, self.step
         assert batches.store is not None
         function = compiled(_forward_at, self.config.compile == "max")
-        found = function(self.model, *batches.store, self.at, batches.channels_last, step.smoothing, step.bf16)
-        return cast(tuple[Tensor, Tensor], found)
+        given = self.model, *batches.store, self.at, batches.channels_last, step.smoothing, step.bf16
+        return cast(Forward, function(*given, batches.picks, rest))
 
     # -- an epoch --
 
@@ -221,6 +222,14 @@ class Training:
         """Have the next epoch's order and draws worked out while the device is busy with this one."""
         if self.device.type == "cuda" and self.epoch < self.config.epochs:
             self.train_batches.look_ahead(self.epoch + 1)
+
+    @property
+    def may_rest(self) -> bool:
+        return bool(self.optimizer.passing)
+
+    @property
+    def rests(self) -> bool:
+        return self.optimizer.rests(self.progress(self.batch))
 
     def progress(self, step: int) -> float:
         """The share of all steps that are done before this one of the epoch."""
@@ -258,7 +267,7 @@ class Training:
     def state(self) -> dict[str, Any]:
         """Everything that decides how training goes on: tensors and plain values, as `weights_only` loads them.
 
-        Batches are no part of it: those of an epoch depend on seed and epoch alone.
+        Batches are no part of it: those of an epoch depend on seed and epoch alone, or on what `keep` has left in `batches`.
         """
         return {
             "epoch": self.epoch,
@@ -270,6 +279,7 @@ class Training:
             "average_updates": self.average.updates if self.average else 0,
             "watcher": self.watcher.state(),
             "meter": self.meter.sums,
+            "batches": self.train_batches.state(),
             "torch": torch.get_rng_state() if self.random is None else self.random,
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "mps": torch.mps.get_rng_state() if self.device.type == "mps" else None,
@@ -288,6 +298,7 @@ class Training:
             self.average.updates.copy_(state["average_updates"])
         self.watcher.load(state["watcher"])
         self.meter.sums.copy_(state["meter"])
+        self.train_batches.load(state.get("batches", {}))  # older checkpoints have none
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
@@ -299,11 +310,19 @@ class Training:
 
 
 def _forward_at(
-    model: nn.Module, images: Tensor, labels: Tensor, at: Tensor, last: bool, smoothing: Tensor | None, bf16: bool
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    at: Tensor,
+    last: bool,
+    smoothing: Tensor | None,
+    bf16: bool,
+    apart: bool,
+    rest: bool,
+) -> Forward:
     """`forward` of batch `at` of a stored epoch, for a compiler that makes one kernel of taking it and what comes next."""
     chosen, classes = picked(images, labels, at, last)
-    return forward(model, chosen, classes, classes, smoothing, bf16)
+    return forward(model, chosen, classes, classes, smoothing, bf16, apart, rest)
 
 
 @functools.cache

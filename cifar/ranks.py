@@ -124,6 +124,8 @@ class Team:
         if differing:
             told = "; ".join(f"{key}: {', '.join(str(config.get(key)) for config in configs)}" for key in differing[:6])
             raise UserError(f"the {self.size} processes of this run differ in {told} (by rank); give all the same values")
+        if values["keep"] < 1:
+            raise UserError(f"keep={values['keep']} needs a process that sees every loss; start it without torchrun")
         batch, size = values["batch_size"], self.size
         if batch % size:
             near = [str(n) for n in (batch // size * size, (batch // size + 1) * size) if n]

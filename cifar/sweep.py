@@ -269,8 +269,7 @@ def dry_run(sweep: Sweep, fixed: Mapping[str, Any], *, sweep_seed: int = 0, coun
         bound = bind(values, fixed)
         cost = run.cost_of(bound)
         architecture = repr((bound.model, sorted(bound.part("model").items())))
-        images = bound.train_size or 50_000 - bound.val_size
-        images = min(images, bound.max_steps * bound.batch_size or images)
+        images = min(bound.images, bound.max_steps * bound.batch_size or bound.images)
         skipped = bool(bound.max_macs and cost.macs > bound.max_macs)
         if not skipped and architecture not in speeds:
             speeds[architecture] = _seconds_per_image(bound, cost.macs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,11 +19,15 @@ class Source(Protocol):
 
     at: Tensor
     batch_size: int
+    picks: bool  # the images of an epoch by their losses, so it has to know them
 
     def take(self) -> tuple[Tensor, Tensor]: ...
+    def note(self, losses: Tensor) -> None: ...
 
 
 class Optimizer(Protocol):
+    @property
+    def passing(self) -> Sequence[Tensor]: ...
     def follow(self, at: Tensor) -> None: ...
     def step(self) -> None: ...
     def zero_grad(self) -> None: ...
@@ -99,21 +103,40 @@ class Average:
         self.updates += 1
 
 
+Forward = tuple[Tensor, Tensor, Tensor | None]
+
+
 def forward(
-    model: nn.Module, images: Tensor, targets: Tensor, labels: Tensor, smoothing: Tensor | None, bf16: bool
-) -> tuple[Tensor, Tensor]:
-    """(mean cross-entropy with smoothed targets, number of images told right), both 0-d.
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    labels: Tensor,
+    smoothing: Tensor | None,
+    bf16: bool,
+    apart: bool = False,
+    rest: bool = False,
+) -> Forward:
+    """(mean cross-entropy with smoothed targets, number of images told right), both 0-d, and each image's loss (B,) if `apart`.
 
     images (B, 3, H, W); targets are labels (B,) or rows of shares (B, classes). `smoothing` (0-d) is the share of a target
     that is spread over all classes (Szegedy et al. 2016, sec. 7), None for none. A function of its own for torch.compile.
+    `rest` says that some parameters want no gradients now.
     """
+    if rest:
+        pass  # reading it makes it a condition of what is compiled; torch 2.11 does not look at the parameters' requires_grad
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits = model(images)  # (B, 3, H, W) -> (B, 10)
     logits = logits.float()
+    correct = (logits.detach().argmax(1) == labels).sum()
+    if apart:
+        each = F.cross_entropy(logits, targets, reduction="none")
+        if smoothing is not None:
+            each = torch.lerp(each, -F.log_softmax(logits, 1).mean(1), smoothing)
+        return each.mean(), correct, each.detach()
     loss = F.cross_entropy(logits, targets)
     if smoothing is not None:
         loss = torch.lerp(loss, -F.log_softmax(logits, 1).mean(), smoothing)  # the latter: equal shares of all classes
-    return loss, (logits.detach().argmax(1) == labels).sum()
+    return loss, correct, None
 
 
 @dataclass
@@ -130,17 +153,24 @@ class Step:
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     smoothing: Tensor | None = None
     bf16: bool = False
-    forward: Callable[..., tuple[Tensor, Tensor]] = forward
-    forward_at: Callable[[], tuple[Tensor, Tensor]] | None = None  # `forward` of the next batch, taking it included
+    forward: Callable[..., Forward] = forward
+    forward_at: Callable[[bool], Forward] | None = None  # `forward` of the next batch, taking it included
 
     def __post_init__(self) -> None:
         self.one = torch.ones((), device=self.meter.sums.device)  # the loss's gradient, not made anew in each step
 
-    def __call__(self, look: bool) -> None:
-        """`look`: whether the watcher looks at this one."""
+    def __call__(self, look: bool, rest: bool = False) -> None:
+        """`look`: whether the watcher looks at this one. `rest`: parameters that have stopped learning get no gradients."""
         self.optimizer.follow(self.source.at)
-        loss, correct = self.forward_at() if self.forward_at else self._forward()
+        still = self.optimizer.passing if rest else ()
+        for parameter in still:
+            parameter.requires_grad_(False)  # nothing before the first layer that learns is worked out
+        loss, correct, losses = self.forward_at(rest) if self.forward_at else self._forward(rest)
         loss.backward(self.one)  # type: ignore[no-untyped-call]
+        for parameter in still:
+            parameter.requires_grad_(True)
+        if losses is not None:
+            self.source.note(losses)
         self.team.average_gradients(self.model)
 
         if look:
@@ -155,11 +185,11 @@ class Step:
             self.average.update()
         self.meter.add(loss, correct, self.source.batch_size // self.team.size, self.source.at)
 
-    def _forward(self) -> tuple[Tensor, Tensor]:
+    def _forward(self, rest: bool) -> Forward:
         images, labels = self.source.take()
         inputs, targets = self.mix(images, labels) if self.mix else (images, labels)
         inputs, targets, labels = self.team.share(inputs, targets, labels)
-        return self.forward(self.model, inputs, targets, labels, self.smoothing, self.bf16)
+        return self.forward(self.model, inputs, targets, labels, self.smoothing, self.bf16, self.source.picks, rest)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ def prepare(steps: Steps[Training], configs: Sequence[Settings], ahead: int) -> 
     if steps.wanted and not steps.graphs and not steps.refused:
         for training in steps.trials:
             training.begin_epoch()  # a capture needs batches
+    steps.leaves_out = ahead > len(configs)  # making it takes longer than it saves in one run
     said = ""
     if configs[0].compile in ("on", "max") and not first.compiled:
         _compile(steps)

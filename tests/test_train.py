@@ -98,7 +98,7 @@ def test_the_loss_is_torchs_with_smoothed_labels(shares: bool) -> None:
     net, ((images, labels),) = small_net().eval(), batches([6])
     targets = torch.randn(6, 10).softmax(1) if shares else labels
     for smoothing in (None, 0.1):
-        loss, correct = forward(net, images, targets, labels, None if smoothing is None else torch.tensor(smoothing), False)
+        loss, correct, _ = forward(net, images, targets, labels, None if smoothing is None else torch.tensor(smoothing), False)
         expected = F.cross_entropy(net(images), targets, label_smoothing=smoothing or 0.0)
         assert torch.allclose(loss, expected, rtol=1e-6)
         assert correct == (net(images).argmax(1) == labels).sum()

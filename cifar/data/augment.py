@@ -142,7 +142,7 @@ class Draws(NamedTuple):
     offsets: Tensor | None  # (N, 2) uint8: row and column of the crop
     centres: Tensor | None  # (N, 2) uint8: row and column of the cutout's centre
 
-    def at(self, slots: slice) -> Draws:
+    def at(self, slots: slice | Tensor) -> Draws:
         """Those of some of the images."""
         return Draws(*(None if drawn is None else drawn[slots] for drawn in self))
 

@@ -29,7 +29,7 @@ PIECE = 10_000  # images that a GPU augments at once, a compromise between launc
 class Plan(NamedTuple):
     """What an epoch will show, on the CPU: a function of (seed, epoch) alone, the same for every device."""
 
-    order: Tensor  # (steps * B,) int64: places in the data set
+    order: Tensor  # (steps * B,) int64: places in the data set; (N,) where the epoch's images are picked from it
     draws: Draws  # of each of them
     mixing: Tensor | None  # (steps, 3): see draw_mixing
 
@@ -40,6 +40,8 @@ class Loader:
     `begin(epoch)`, then `take()` gives the batch that `at` says: a tensor on the device, so that a captured step finds its
     own batch. On a GPU `begin` makes the whole epoch at once, in the place of the last one; elsewhere `take` makes the batch,
     where a CPU has more cores than threads are asked for, while the network runs on the one before.
+    With `keep` < 1 an epoch takes, in its order, that share of the images whose loss was largest when last seen, as `note`
+    was told: selective backpropagation with stale losses (Jiang et al. 2019, arXiv:1910.00762). Unseen ones come first.
     To resume within an epoch, begin it at a later step. Training drops a last short batch; for evaluation (no augment, no
     shuffle) every image comes once, the last batch being short.
     """
@@ -58,6 +60,7 @@ class Loader:
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
         mixing: float = 0.0,
+        keep: float = 1.0,
     ) -> None:
         assert images.dtype == torch.uint8 and len(images) == len(labels) and images.device == labels.device
         self.images, self.labels, self.device = images.contiguous(), labels, images.device
@@ -65,6 +68,7 @@ class Loader:
         self.shuffle = shuffle if shuffle is not None else augment is not None
         self.drop_last = drop_last if drop_last is not None else augment is not None
         self.channels_last, self.dtype, self.alpha = channels_last, dtype, mixing
+        self.keep, self.picks = keep, keep < 1
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # the step of the epoch that comes next
         self.number = 0  # of the epoch that has begun
         self.drawn: Tensor | None = None  # (steps, 3): of the epoch, what `mix` wants
@@ -73,11 +77,19 @@ class Loader:
         self.store: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
         self._coming: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None  # a step, and its batch in the making
         self._ahead: tuple[int, Future[Plan]] | None = None  # an epoch, and its plan in the making
+        if self.picks:
+            assert self.augment is not None and self.drop_last
+            count = self.steps * batch_size
+            self._losses = torch.full((len(images),), torch.inf, device=self.device)  # of each image, when it was last seen
+            self._slots = torch.zeros(
+                count, dtype=torch.int64, device=self.device
+            )  # of the epoch's order: those that are picked
+            self._places = torch.zeros(count, dtype=torch.int64, device=self.device)  # in the data set
 
     @property
     def steps(self) -> int:
         """Batches in an epoch."""
-        count = len(self.images)
+        count = round(self.keep * len(self.images))
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
     def order(self, epoch: int) -> Tensor:
@@ -94,6 +106,8 @@ class Loader:
             self._ahead[1].exception()  # waits
             self._ahead = None
         self.seed, self.number, self._plans = seed, 0, {}
+        if self.picks:
+            self._losses.fill_(torch.inf)
         self.augment = replace(self.augment, seed=seed) if self.augment else None
 
     def plan(self, epoch: int) -> Plan:
@@ -111,7 +125,7 @@ class Loader:
             self._ahead = epoch, _beside().submit(self._planned, epoch)
 
     def _planned(self, epoch: int) -> Plan:
-        order = self.order(epoch)[: self.steps * self.batch_size]
+        order = self.order(epoch)[: None if self.picks else self.steps * self.batch_size]
         generator = torch.Generator().manual_seed(seed_of("augment", self.seed, epoch))
         augment = self.augment or Augment(flip="none", crop=0)
         draws = augment.draw(len(order), generator, self.images.shape[2])
@@ -126,11 +140,34 @@ class Loader:
         self.number = epoch
         plan = self.plan(epoch)
         self.at.fill_(start)
+        if self.picks:
+            self._pick(plan, start)
         if plan.mixing is not None:
             self.drawn = torch.empty_like(plan.mixing, device=self.device) if self.drawn is None else self.drawn
             copy_to_device(self.drawn, plan.mixing)
         if self.device.type == "cuda" and self.augment is not None:
             self._fill(start)
+
+    def _pick(self, plan: Plan, start: int) -> None:
+        order = on_device(plan.order, self.device)
+        if not start:  # in the middle of an epoch they are what `load` has brought
+            hardest = self._losses.index_select(0, order).argsort(descending=True, stable=True)
+            self._slots.copy_(hardest[: len(self._slots)].sort().values)
+        self._places.copy_(order.index_select(0, self._slots))
+
+    def note(self, losses: Tensor) -> None:
+        """The losses (B,) of the images of step `at`."""
+        places = self._places.view(self.steps, self.batch_size).index_select(0, self.at)[0]
+        self._losses.index_copy_(0, places, losses.float())
+
+    def state(self) -> dict[str, Tensor]:
+        """What batches depend on beside seed and epoch: live tensors, nothing without `keep`."""
+        return {"losses": self._losses, "slots": self._slots} if self.picks else {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Copies a `state()` in place; before `begin`."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(images (B, 3, H, W) float, labels (B,)) of step `at`. `at` is moved on by whoever takes the step."""
@@ -164,10 +201,12 @@ class Loader:
             images, labels = self.images[slots], self.labels[slots]
         else:
             plan = self.plan(self.number)
-            indices = on_device(plan.order[slots], self.device)
+            indices = self._places[slots] if self.picks else on_device(plan.order[slots], self.device)
             labels = self.labels.index_select(0, indices)
             if self.augment is not None:
-                draws = Draws(*(None if drawn is None else on_device(drawn, self.device) for drawn in plan.draws.at(slots)))
+                drawn = plan.draws if self.picks else plan.draws.at(slots)
+                draws = Draws(*(None if each is None else on_device(each, self.device) for each in drawn))
+                draws = draws.at(self._slots[slots]) if self.picks else draws
                 if self.at_once is not None:
                     made = self.augment.at_once(self.images, indices, self.number, draws, self.dtype, self.at_once)
                     return made.permute(0, 3, 1, 2), labels

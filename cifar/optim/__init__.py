@@ -83,7 +83,7 @@ class Group:
     """Parameters that share a rule and its scalars. `state_names` are tensors like the parameters, `counters` are 0-d.
 
     hyper["lr"] is the base that the schedule multiplies. With `until` < 1 the group ignores the schedule: its lr falls
-    linearly to zero at that share of training and stays there.
+    linearly to zero at that share of training and stays there, where its rule has to leave the parameters as they are.
     """
 
     names: Sequence[str]
@@ -161,6 +161,16 @@ class Optimizer:
         for tensor in self.state().values():
             tensor.zero_()
         return True
+
+    @property
+    def passing(self) -> list[Tensor]:
+        """The parameters that stop learning before the end."""
+        return [parameter for group in self.groups if group.until < 1 for parameter in group.params]
+
+    def rests(self, progress: float) -> bool:
+        """Whether there are such and all have stopped: from there on they need no gradients."""
+        untils = [group.until for group in self.groups if group.until < 1]
+        return bool(untils) and progress >= max(untils)
 
     @property
     def lr(self) -> float:

@@ -352,11 +352,14 @@ def cuts(configs: Iterable[dict[str, Any]]) -> list[str]:
     """What has to be said beside every accuracy of runs that saw less than the whole training set."""
     configs = list(configs)
     sizes, steps = ({int(config.get(key) or 0) for config in configs} for key in ("train_size", "max_steps"))
+    kept = {float(config.get("keep") or 1) for config in configs}
     said = []
     if sizes - {0}:
         said.append(f"{count(max(sizes), 'training image')} only" if len(sizes) == 1 else "training sets of different size")
     if steps - {0}:
         said.append(f"at most {count(max(steps), 'step')} an epoch" if len(steps) == 1 else "some epochs cut short")
+    if kept - {1.0}:
+        said.append(f"an epoch the hardest {max(kept):.0%}" if len(kept) == 1 else "some epochs of hard images only")
     return said
 
 
