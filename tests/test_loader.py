@@ -228,6 +228,72 @@ def test_agrees_with_torchvision() -> None:
     assert ((theirs.mean(0) - ours.mean(0)).abs() / error).max() < 5.5
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["zero", "reflect"])
+def test_an_epoch_keeps_the_images_that_were_hardest_when_last_seen(device: str, mode: str) -> None:
+    images, labels = dataset(300)
+    augment = Augment(cutout=4, flip="alternating", crop_padding=mode)
+    everything = Loader(images, labels, batch_size=30, augment=augment, seed=2)  # ten steps of all 300
+    loader = Loader(images.to(device), labels.to(device), batch_size=30, augment=augment, seed=2, keep=0.55)
+    assert loader.steps == 5 and loader.picks and not everything.picks
+    losses, chance = torch.full((300,), torch.inf), torch.Generator().manual_seed(1)
+    for epoch in range(1, 6):
+        everything.begin(epoch)
+        whole = [everything.batch(step) for step in range(everything.steps)]
+        shown = {int(place): image for batch, places in whole for image, place in zip(batch, places, strict=True)}
+        loader.begin(epoch)
+        seen = []
+        for step in range(loader.steps):
+            loader.at.fill_(step)
+            batch, places = (tensor.cpu() for tensor in loader.take())
+            assert all(torch.allclose(image, shown[int(p)], atol=1e-6) for image, p in zip(batch, places, strict=True))
+            seen += places.tolist()
+            loader.note(torch.arange(30, device=device) + 100.0 * step)  # of this batch; all others stay as they are
+        assert len(set(seen)) == 150
+        assert seen == [place for place in everything.order(epoch).tolist() if place in set(seen)], "in the epoch's order"
+        left = sorted(set(range(300)) - set(seen))
+        assert losses[seen].min() >= losses[left].max(), "none that was left was harder"
+        losses[seen] = torch.cat([torch.arange(30) + 100.0 * step for step in range(5)])
+        if epoch == 3:  # another set of losses, as if from a checkpoint
+            losses = torch.rand(300, generator=chance)
+            loader.load({"losses": losses, "slots": loader.state()["slots"]})
+    assert torch.equal(loader.state()["losses"].cpu(), losses)
+    loader.reseed(3)
+    assert loader.state()["losses"].isinf().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_was_kept_is_kept_when_an_epoch_is_taken_up_in_its_middle(device: str) -> None:
+    def fresh() -> Loader:
+        images, labels = (tensor.to(device) for tensor in dataset(300))
+        return Loader(images, labels, batch_size=30, augment=Augment(cutout=4), seed=2, keep=0.5)
+
+    def taken_and_noted(loader: Loader, first: int, last: int) -> list[Tensor]:
+        found = []
+        for step in range(first, last):
+            loader.at.fill_(step)
+            found.append(loader.take()[0].cpu())
+            loader.note(found[-1].mean((1, 2, 3)).to(device))
+        return found
+
+    one, two, three = fresh(), fresh(), fresh()
+    for loader in (one, two):
+        loader.begin(1)
+        taken_and_noted(loader, 0, 5)
+    one.begin(2)
+    whole = taken_and_noted(one, 0, 5)
+    two.begin(2)
+    parts = taken_and_noted(two, 0, 3)
+    three.load({name: tensor.clone() for name, tensor in two.state().items()})
+    three.begin(2, 3)
+    parts += taken_and_noted(three, 3, 5)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert all(torch.equal(one.state()[name], three.state()[name]) for name in ("losses", "slots"))
+
+
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the epoch that is made there at once is NOT checked")
 
 

@@ -91,7 +91,15 @@ def test_parts_that_are_used_again_start_like_new_ones(runs: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model": "conv4"}, {"batch_size": 32}, {"mixup": 0.0}, {"weight_decay": 0.0}, {"optimizer": "adam"}, {"ema": 0.5}],
+    [
+        {"model": "conv4"},
+        {"batch_size": 32},
+        {"keep": 0.5},
+        {"mixup": 0.0},
+        {"weight_decay": 0.0},
+        {"optimizer": "adam"},
+        {"ema": 0.5},
+    ],
 )
 def test_what_takes_other_parts_is_told_apart(changes: dict[str, Any]) -> None:
     values = {key: value for key, value in FULL.items() if key != "width" or "model" not in changes}
@@ -111,6 +119,67 @@ def test_a_captured_step_is_the_step(runs: Path) -> None:
     eager, captured = alone(runs, {**values, "capture": False}), alone(runs, values)
     assert captured.read("environment")["step"]["captured"] and not eager.read("environment")["step"]["captured"]
     assert digest(eager) == digest(captured)
+
+
+def test_steps_leave_out_the_gradients_of_what_has_stopped_learning() -> None:
+    values = {**TINY, "model": "airbench94", "optimizer": "muon", "whiten_until": 0.5, "max_steps": 4}
+    training = Training(configuration.resolve(values), None)
+    asked: list[tuple[int, bool]] = []  # (step of the run, whether it was watched)
+    training.model.whiten.bias.register_hook(lambda gradient: asked.append(now))
+    steps = Steps([training])
+    for training.epoch in (1, 2):
+        training.batch = 0
+        training.begin_epoch()
+        for training.batch in range(4):
+            now = 4 * (training.epoch - 1) + training.batch, training.batch == 2
+            steps(now[1])
+    assert asked == [(0, False), (1, False), (2, True), (3, False), (6, True)]
+    assert training.model.whiten.bias.requires_grad
+
+
+@pytest.mark.parametrize("changes", [{"whiten_until": 1.0}, {"whiten_until": 0.2}])
+def test_a_trial_with_parts_that_were_used_stops_learning_when_it_should(runs: Path, changes: dict[str, Any]) -> None:
+    values = {**TINY, "model": "airbench94", "optimizer": "muon", "whiten_until": 0.5, "label_smoothing": 0.1}
+    both = [{**values, "seed": 3}, {**values, **changes}]
+    expected = [digest(alone(runs, each)) for each in both]
+    warm.forget()
+    assert [digest(together(runs, [each])[0]) for each in both] == expected and len(warm._kept) == 1
+    assert [digest(record) for record in together(runs, both)] == expected, "side by side"
+
+
+def test_a_compiled_step_is_another_one_when_something_rests(runs: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    from cifar.train import forward
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten(), torch.nn.Linear(2 * 30 * 30, 10))
+    compiled = torch.compile(forward, backend="aot_eager", dynamic=False)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    before = counters["stats"]["unique_graphs"]
+    for rest, made in ((False, 1), (True, 2), (False, 2), (True, 2)):
+        net[0].requires_grad_(not rest)
+        compiled(net, images, labels, labels, None, False, False, rest)[0].backward()
+        assert counters["stats"]["unique_graphs"] - before == made
+        assert (net[0].weight.grad is None) == rest
+        net.zero_grad()
+
+
+@GPU
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_captured_step_that_leaves_something_out_is_the_step(runs: Path, compile: str) -> None:
+    values = {
+        **TINY, "model": "airbench94", "width": 16, "optimizer": "muon", "whiten_until": 0.3, "epochs": 3, "device": "cuda",
+        "precision": "fp32", "deterministic": True, "compile": compile, "keep": 0.7,
+    }  # fmt: skip
+    configs = [configuration.resolve(values)] * 2
+    records = [run.create(config, runs) for config in configs]
+    run.train(configs[0], records[0], ahead=1)
+    warm.forget()
+    run.train(configs[1], records[1], ahead=2)
+    ((_, steps),) = warm._kept
+    assert len(steps.graphs) == 3, "bare, watched, and what leaves something out"
+    one, two = ([row["train/loss"] for row in record.rows()] for record in records)
+    assert one == pytest.approx(two, rel=1e-4) if compile == "on" else one == two
 
 
 @GPU
