@@ -38,7 +38,7 @@ class Settings(BaseModel):
     val_size: int = Field(5000, ge=0, le=45000, description="images cut from the training set for validation; 0: none")
     train_size: int = Field(0, ge=0, le=50000, description="train on the first N images after the cut only; 0: all")
     keep: float = Field(
-        1.0, gt=0.0, le=1.0, description="share of these that an epoch trains on: those whose loss was largest when last seen"
+        1.0, gt=0.0, le=1.0, description="share of the training images in an epoch: those whose loss was largest when last seen"
     )
     test: Literal["never", "final"] = Field("never", description="final: score the test set once, after the last epoch")
     model: str = Field("worksheet1", description="a name of `python -m cifar models`")
