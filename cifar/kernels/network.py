@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar.kernels.plain import MOST_IN, MOST_OUT, SIDE, convolve, meant
+from cifar.kernels.halves import halve, suits
+from cifar.kernels.plain import MOST_IN, MOST_OUT, SIDE, as_last, convolve, meant
 from cifar.kernels.pooled import halved, pooled
 
 
@@ -54,9 +55,18 @@ class DonePool(nn.MaxPool2d):
         return x if asked(x) else super().forward(x)
 
 
+class QuickPool(nn.MaxPool2d):
+    """The same 2 x 2 max-pooling, by a kernel where one is asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ours = asked(x) and x.dtype == Quick.precision and x.dim() == 4 and suits(x.shape[1])
+        y: Tensor = halve(as_last(x))[0] if ours else super().forward(x)
+        return y
+
+
 @torch.no_grad()
 def quicken(model: nn.Module, images: Tensor) -> int:
-    """Let the convolutions that these kernels are for use them -> how many. Weights stay where they are.
+    """Let the convolutions and pools that these kernels are for use them -> how many convolutions. Weights stay where they are.
 
     images (1, 3, H, W), with any content: they say how large the images are that each convolution gets, and who gets what.
     """
@@ -88,6 +98,9 @@ def quicken(model: nn.Module, images: Tensor) -> int:
                 continue
             if _in_a_row(parent, row, calls) and halved(first.in_channels, first.out_channels, *calls[first][0][0].shape[2:]):
                 first.__class__, relu.__class__, pool.__class__ = QuickPooled, DoneReLU, DonePool
+    for module in model.modules():
+        if _is_half(module):  # and no convolution does its work
+            module.__class__ = QuickPool
     return len(found)
 
 

@@ -1,0 +1,192 @@
+"""2 x 2 max-pooling against torch's, to the bit: on a GPU as it is used, elsewhere by Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from tests.test_kernels import DEVICE, DTYPES, GPU, _interpreted, error, images  # noqa: F401
+
+if True:  # after test_kernels has chosen the interpreter where there is no GPU
+    from cifar import registry
+    from cifar.kernels import halves, network
+
+SHAPES = [(1, 64, 31, 31), (3, 8, 4, 6), (5, 24, 7, 7), (2, 384, 3, 5), (2, 16, 2, 3), (1, 8, 9, 2), (40, 8, 3, 4)]
+
+
+def pooled(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By torch, in this precision: values, which of the four each is, and the gradient."""
+    leaf = x.detach().clone().requires_grad_()
+    y, at = nn.functional.max_pool2d(leaf, 2, return_indices=True)
+    y.backward(g)
+    assert leaf.grad is not None
+    width = x.shape[3]
+    return y.detach(), (at // width % 2 * 2 + at % width % 2).to(torch.int8), leaf.grad
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype, kind: str = "random") -> tuple[Tensor, Tensor]:
+    """Images, many with equal values or NaN in a square where `kind` says so, and a gradient."""
+    torch.manual_seed(0)
+    x, g = images(*shape), images(*shape[:2], shape[2] // 2, shape[3] // 2, dtype=dtype)
+    if kind == "ties":
+        x = x.round().clamp(-1, 1)
+    if kind == "nan":
+        x[torch.rand_like(x) < 0.3] = float("nan")
+        x[torch.rand_like(x) < 0.3] = -float("inf")
+    return x.to(dtype), g
+
+
+def alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether all bits are the same, those of zeros too; one NaN is as good as another."""
+    if not ours.is_floating_point():
+        return torch.equal(ours, theirs)
+    kind = torch.int16 if ours.dtype.itemsize == 2 else torch.int32
+    values = [tensor.nan_to_num(7.0).view(kind) for tensor in (ours, theirs)]
+    return torch.equal(*values) and torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "ties", "nan"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_kernel_has_torchs_bits(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    x, g = drawn(shape, dtype, kind)
+    wanted, places, gradient = pooled(x, g)
+    y, which = halves.our_halve(x)
+    assert alike(y, wanted) and torch.equal(which, places)
+    images = halves.our_images(g, which, *shape[2:])
+    assert torch.equal(images, gradient), "every pixel, an odd last row and column too"
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (y, which, images))
+    fallback = *halves.torch_halve(x), halves.torch_images(g, which, *shape[2:])
+    for ours, theirs in zip((y, which, images), fallback, strict=True):
+        assert alike(ours, theirs) and ours.stride() == theirs.stride()
+
+
+@pytest.mark.parametrize("share", [halves.Share(256, 64, 1), halves.Share(2048, 128, 4)], ids=str)
+def test_channels_that_several_programs_share(share: halves.Share, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "FORWARD", share)
+    monkeypatch.setattr(halves, "BACKWARD", share)
+    x, g = drawn((3, 200, 5, 7), DTYPES[0], "ties")
+    wanted, places, gradient = pooled(x, g)
+    y, which = halves.our_halve(x)
+    assert torch.equal(y, wanted) and torch.equal(which, places)
+    assert torch.equal(halves.our_images(g, which, 5, 7), gradient)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
+@pytest.mark.parametrize(("shape", "ours"), [((2, 16, 7, 6), True), ((2, 8, 2, 2), True), ((2, 12, 5, 4), False)])
+def test_the_operator_has_torchs_gradient_whoever_computes_it(shape: tuple[int, ...], ours: bool, last: bool) -> None:
+    x, g = drawn(shape, DTYPES[0], "ties")
+    x, g = (x, g) if last else (x.contiguous(), g.contiguous())
+    assert halves._ours("halve", x, shape) == halves._ours("images", g, shape) == ours
+    torch.library.opcheck(halves.halve, (x,), test_utils="test_faketensor")
+    which = halves.halve(x)[1]
+    torch.library.opcheck(halves.halve_images, (g, which, *shape[2:]), test_utils="test_faketensor")
+    wanted, _, gradient = pooled(x, g)
+    leaf = x.clone().requires_grad_()
+    y, which = halves.halve(leaf)
+    assert not which.requires_grad
+    y.backward(g)
+    assert torch.equal(y, wanted) and leaf.grad is not None and torch.equal(leaf.grad, gradient)
+    with torch.inference_mode():
+        assert torch.equal(halves.halve(x)[0], wanted)
+
+
+def test_what_32_bits_do_not_count_is_torchs() -> None:
+    x = torch.empty(1, 8, 2, 2, device=DEVICE, dtype=DTYPES[0])
+    assert halves._ours("halve", x, (1, 8, 2, 2))
+    assert not halves._ours("halve", x, (2**26, 8, 2, 2))
+    assert not halves._ours("halve", x, (1, 4, 2, 2)), "nor channels that are no multiple of eight"
+
+
+@pytest.mark.parametrize("kind", ["halve", "images"])
+def test_a_wrong_kernel_is_found_out_and_not_used(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, g = drawn((2, 16, 7, 7), DTYPES[0])
+    halves._right.cache_clear()
+    assert halves._ours(kind, x, x.shape)
+    halves._right.cache_clear()
+    right = getattr(halves, f"our_{kind}")
+
+    def wrong(*given: Tensor) -> object:
+        made = right(*given)
+        return (made[0], made[1] ^ 1) if kind == "halve" else made.nan_to_num() + 1  # the neighbour's place
+
+    monkeypatch.setattr(halves, f"our_{kind}", wrong)
+    try:
+        assert not halves._ours(kind, x, x.shape)
+        leaf = x.clone().requires_grad_()
+        halves.halve(leaf)[0].backward(g)
+        assert leaf.grad is not None and torch.equal(leaf.grad, pooled(x, g)[2])
+    finally:
+        halves._right.cache_clear()
+
+
+def test_only_halving_pools_are_exchanged_and_only_used_where_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = [nn.MaxPool2d(2), nn.MaxPool2d((2, 2), stride=(2, 2)), nn.MaxPool2d(3), nn.MaxPool2d(2, stride=1)]
+    pools += [nn.MaxPool2d(2, padding=1), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2)]
+    model = nn.Sequential(*pools).to(DEVICE)
+    assert network.quicken(model, images(1, 8, 128, 128)) == 0
+    assert [type(pool) is network.QuickPool for pool in model] == [True, True, *[False] * 5]
+    used: list[torch.Size] = []
+    monkeypatch.setattr(network, "halve", lambda x: used.append(x.shape) or halves.halve(x))
+    x = images(2, 8, 7, 6, dtype=DTYPES[0])
+    others = x[:, :4], x[0], x.double()  # channels, no batch, precision
+    for given in (x, *others):
+        assert torch.equal(pools[0](given), nn.functional.max_pool2d(given, 2))
+    assert not used, "without autocast"
+    monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for given in (x, *others):
+            assert torch.equal(pools[0](given), nn.functional.max_pool2d(given, 2))
+        with torch.inference_mode():
+            assert torch.equal(pools[0](x), nn.functional.max_pool2d(x, 2))
+    assert used == [x.shape] * 2
+
+
+@pytest.mark.parametrize("name", ["airbench94", "airbench96"])
+def test_the_fast_networks_learn_the_same_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
+    halves._right.cache_clear()
+    torch.manual_seed(0)
+    plain = registry.models[name].build(width=8).to(DEVICE, memory_format=torch.channels_last).train()
+    quick, x, labels = copy.deepcopy(plain), images(4, 3, 32, 32), torch.arange(4, device=DEVICE)
+    network.quicken(quick, x[:1])
+    assert sum(type(module) is network.QuickPool for module in quick.modules()) == 3
+    for model in (plain, quick):
+        with torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
+            loss = nn.functional.cross_entropy(model(x).float(), labels)
+        loss.backward()
+    assert halves._right.cache_info().currsize == 6, "three sizes, there and back"
+    for (kind, ours), wanted in zip(quick.named_parameters(), plain.parameters(), strict=True):
+        if wanted.requires_grad:
+            assert ours.grad is not None and wanted.grad is not None
+            assert torch.equal(ours.grad, wanted.grad) or (GPU and error(ours.grad, wanted.grad.double()) < 0.05), kind
+    with torch.inference_mode(), torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
+        found, wanted = quick.eval()(x), plain.eval()(x)
+    assert torch.equal(found, wanted) or (GPU and error(found, wanted.double()) < 0.05)
+
+
+def test_compiled_and_before_batch_norm_it_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
+    halves._right.cache_clear()
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 2, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.GELU(), nn.Flatten(), nn.Linear(144, 10)
+    plain = nn.Sequential(*layers).to(DEVICE, memory_format=torch.channels_last)
+    quick, x, labels = copy.deepcopy(plain), images(8, 3, 8, 8), torch.arange(8, device=DEVICE)
+    network.quicken(quick, x[:1])
+
+    def loss(model: nn.Module) -> Tensor:
+        with torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
+            return nn.functional.cross_entropy(model(x).float(), labels)
+
+    loss(plain).backward()
+    torch.compile(loss, dynamic=False)(quick).backward()
+    assert halves._right.cache_info().currsize == 2, "there and back"
+    for (name, wanted), ours in zip(plain.named_parameters(), quick.parameters(), strict=True):
+        assert ours.grad is not None and wanted.grad is not None
+        assert ours.grad.stride() == wanted.grad.stride()
+        assert error(ours.grad, wanted.grad.double()) < (0.2 if GPU else 1e-4), name
