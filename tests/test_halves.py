@@ -128,9 +128,12 @@ def test_a_wrong_kernel_is_found_out_and_not_used(kind: str, monkeypatch: pytest
 def test_only_halving_pools_are_exchanged_and_only_used_where_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
     pools = [nn.MaxPool2d(2), nn.MaxPool2d((2, 2), stride=(2, 2)), nn.MaxPool2d(3), nn.MaxPool2d(2, stride=1)]
     pools += [nn.MaxPool2d(2, padding=1), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2)]
-    model = nn.Sequential(*pools).to(DEVICE)
-    assert network.quicken(model, images(1, 8, 128, 128)) == 0
-    assert [type(pool) is network.QuickPool for pool in model] == [True, True, *[False] * 5]
+    behind = nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.MaxPool2d(2)  # of a pool, of a norm: not of a convolution
+    layers = [layer for pool in pools for layer in (nn.Conv2d(8, 8, 1), pool)]
+    model = nn.Sequential(*layers, *behind).to(DEVICE)
+    assert network.quicken(model, images(1, 8, 640, 640)) == 0
+    assert [type(pool) is network.QuickPool for pool in pools] == [True, True, *[False] * 5]
+    assert not any(type(layer) is network.QuickPool for layer in behind)
     used: list[torch.Size] = []
     monkeypatch.setattr(network, "halve", lambda x: used.append(x.shape) or halves.halve(x))
     x = images(2, 8, 7, 6, dtype=DTYPES[0])

@@ -98,8 +98,9 @@ def quicken(model: nn.Module, images: Tensor) -> int:
                 continue
             if _in_a_row(parent, row, calls) and halved(first.in_channels, first.out_channels, *calls[first][0][0].shape[2:]):
                 first.__class__, relu.__class__, pool.__class__ = QuickPooled, DoneReLU, DonePool
-    for module in model.modules():
-        if _is_half(module):  # and no convolution does its work
+    made = [out for module, seen in calls.items() if isinstance(module, nn.Conv2d) for _, out in seen]
+    for module, seen in calls.items():  # behind a ReLU or BatchNorm it would split what a compiler makes one kernel of
+        if _is_half(module) and all(any(given is out for out in made) for given, _ in seen):
             module.__class__ = QuickPool
     return len(found)
 
