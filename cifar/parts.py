@@ -50,7 +50,8 @@ def settle(config: Settings) -> None:
         torch.cuda.set_device(device)  # streams, graphs and Triton's kernels are the current device's
     torch.set_num_threads(config.threads or THREADS)
     torch.backends.cudnn.benchmark = not config.deterministic
-    torch.use_deterministic_algorithms(config.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # setting it imports torch.compile, seconds
+        torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("high" if config.precision != "fp32" else "highest")

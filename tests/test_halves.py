@@ -20,13 +20,14 @@ SHAPES = [(1, 64, 31, 31), (3, 8, 4, 6), (5, 24, 7, 7), (2, 384, 3, 5), (2, 16, 
 
 
 def pooled(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By torch, in this precision: values, which of the four each is, and the gradient."""
-    leaf = x.detach().clone().requires_grad_()
+    """By torch on the CPU, in single precision as nothing is rounded: values, which of the four each is, the gradient."""
+    leaf = x.detach().cpu().float().contiguous().requires_grad_()
     y, at = nn.functional.max_pool2d(leaf, 2, return_indices=True)
-    y.backward(g)
+    y.backward(g.cpu().float())
     assert leaf.grad is not None
     width = x.shape[3]
-    return y.detach(), (at // width % 2 * 2 + at % width % 2).to(torch.int8), leaf.grad
+    found = y.detach().to(x.dtype), (at // width % 2 * 2 + at % width % 2).to(torch.int8), leaf.grad.to(x.dtype)
+    return tuple(tensor.to(x.device) for tensor in found)  # type: ignore[return-value]
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype, kind: str = "random") -> tuple[Tensor, Tensor]:

@@ -103,6 +103,14 @@ def test_what_has_stopped_learning_is_left_out_of_steps_that_nobody_watches(runs
     assert "gradient_norm/whiten.bias" in list(watched.rows())[-1] or "gradient_norm/head" in list(watched.rows())[-1]
 
 
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(runs: Path) -> None:
+    code = "import sys; from cifar.cli import main; print(main(sys.argv[1:]), 'torch._dynamo' in sys.modules)"
+    pairs = [f"{key}={value}" for key, value in TINY.items()]
+    command = [sys.executable, "-c", code, "train", *pairs, "max_steps=1", "--wandb", "disabled"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.7], ids=["all", "kept"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_a_run_that_is_interrupted_at_any_step_goes_on_bit_for_bit(runs: Path, optimizer: str, keep: float) -> None:
