@@ -38,16 +38,18 @@ def measure(result: Result, options: argparse.Namespace) -> None:
         total = WARM[kind] + options.n
         for number in range(WARM[kind] if ours else 0):
             begun = time.perf_counter()
-            first = ours.train({"experiment": NAMES[kind], "seed": options.n + number}, ahead=total - number)
+            seed = options.first_seed + options.n + number
+            first = ours.train({"experiment": NAMES[kind], "seed": seed}, ahead=total - number)
             result.add("ours", f"training {number + 1} of the process, wall clock", "s", [time.perf_counter() - begun])
             if not first.prepare_seconds:
                 result.note("the whitening could not be timed and is not in our seconds")
         # airbench96 compiles in its first run; airbench94 has compiled in a warm-up of its own
         warm = [peer.ask()] if peer and kind == "96" else []
         mine, theirs = [], []
-        for seed in range(options.n):
+        for number in range(options.n):
             if ours:
-                mine.append(ours.train({"experiment": NAMES[kind], "seed": seed}, ahead=options.n - seed))
+                seed = options.first_seed + number
+                mine.append(ours.train({"experiment": NAMES[kind], "seed": seed}, ahead=options.n - number))
             if peer:
                 theirs.append(peer.ask())
     timed, scored = _theirs(result, theirs, warm)
@@ -91,6 +93,7 @@ def _ours(result: Result, mine: Sequence[Any], timed: Any, scored: Any, kind: st
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("airbench", __doc__, n=0, what_n="runs of each, 0: 20 of the 94 %% network, 3 of the 96 %% network")
     parser.add_argument("kind", choices=list(NAMES))
+    parser.add_argument("--first-seed", type=int, default=0, help="of ours; others than those a recipe was chosen with")
     alone = parser.add_mutually_exclusive_group()
     alone.add_argument("--without-peer", action="store_true")
     alone.add_argument("--peer-only", action="store_true")

@@ -84,7 +84,7 @@ class Steps(Generic[T]):
     def __call__(self, look: bool) -> None:
         """One step of each trial; `look`: the watched one."""
         if self.graphs:
-            # others may have been captured with, but those of a trial that rests have a learning rate of zero either way
+            # a pack's graph leaves out what any of its trials had to stop when it was captured, so all have to have stopped
             rest = not look and (False, True) in self.graphs and all(trial.rests for trial in self.trials if not trial.idle)
             self.graphs[look, rest].replay()
         else:

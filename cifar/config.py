@@ -78,10 +78,15 @@ class Settings(BaseModel):
     def _together(self) -> Settings:
         if self.mixup and self.cutmix:
             raise ValueError("mixup and cutmix are alternatives; set one of them to 0")
+        if self.keep < 1 and (self.mixup or self.cutmix):
+            raise ValueError(
+                "keep ranks images by their losses, and mixup and cutmix blend two in one; set keep to 1, or them to 0"
+            )
         if self.train_size > 50000 - self.val_size:
             raise ValueError(f"train_size is {self.train_size}, but only {50000 - self.val_size} images are left to train on")
         if self.batch_size > self.images:
-            raise ValueError(f"batch_size {self.batch_size} is more than the images there are to train on")
+            kept = f": keep {self.keep} leaves {self.images} an epoch" * (self.keep < 1)
+            raise ValueError(f"batch_size {self.batch_size} is more than the images there are to train on{kept}")
         return self
 
     @property

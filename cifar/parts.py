@@ -226,7 +226,7 @@ class Training:
 
     @property
     def may_rest(self) -> bool:
-        return bool(self.optimizer.passing)
+        return bool(self.optimizer.stopping)
 
     @property
     def rests(self) -> bool:

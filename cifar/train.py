@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +27,7 @@ class Source(Protocol):
 
 class Optimizer(Protocol):
     @property
-    def passing(self) -> Sequence[Tensor]: ...
+    def stopping(self) -> Sequence[Tensor]: ...
     def follow(self, at: Tensor) -> None: ...
     def step(self) -> None: ...
     def zero_grad(self) -> None: ...
@@ -139,6 +139,18 @@ def forward(
     return loss, correct, None
 
 
+@contextmanager
+def _without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """What comes before the first layer that still learns is not worked out in a backward pass."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 @dataclass
 class Step:
     """One step of training. It reads and writes tensors in place and asks the host for nothing, so that it can be captured."""
@@ -162,13 +174,9 @@ class Step:
     def __call__(self, look: bool, rest: bool = False) -> None:
         """`look`: whether the watcher looks at this one. `rest`: parameters that have stopped learning get no gradients."""
         self.optimizer.follow(self.source.at)
-        still = self.optimizer.passing if rest else ()
-        for parameter in still:
-            parameter.requires_grad_(False)  # nothing before the first layer that learns is worked out
-        loss, correct, losses = self.forward_at(rest) if self.forward_at else self._forward(rest)
-        loss.backward(self.one)  # type: ignore[no-untyped-call]
-        for parameter in still:
-            parameter.requires_grad_(True)
+        with _without_gradients(self.optimizer.stopping if rest else ()):
+            loss, correct, losses = self.forward_at(rest) if self.forward_at else self._forward(rest)
+            loss.backward(self.one)  # type: ignore[no-untyped-call]
         if losses is not None:
             self.source.note(losses)
         self.team.average_gradients(self.model)

@@ -71,6 +71,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"mixup": 0.2, "cutmix": 1.0}, "alternatives"),
     ({"train_size": 50000}, "only 45000 images"),
     ({"train_size": 100, "batch_size": 128}, "more than the images"),
+    ({"keep": 0.001}, "batch_size 128 is more than .*: keep 0.001 leaves 45 an epoch"),
+    ({"keep": 0.5, "cutmix": 1.0}, "keep ranks images by their losses"),
+    ({"keep": 0}, "keep = 0"),
     ({"experiment": "worksheet3"}, "did you mean 'worksheet1'|did you mean 'worksheet2'"),
 ]
 

@@ -175,6 +175,19 @@ def test_a_cut_training_set_is_never_left_out() -> None:
     assert cuts([{"train_size": 0}, {}]) == [] == cuts([])
     assert cuts([{"train_size": 512, "max_steps": 1}]) == ["512 training images only", "at most 1 step an epoch"]
     assert cuts([{"train_size": 512}, {"max_steps": 4}]) == ["training sets of different size", "some epochs cut short"]
+    assert cuts([{"keep": 0.375}] * 2) == ["the hardest 37.5 % of the images an epoch"]
+    assert cuts([{"keep": 0.5}, {"keep": 1.0}, {}]) == ["some epochs of hard images only"]
+
+
+def test_a_run_of_an_earlier_version_is_of_the_same_point(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write(tmp_path, f"run{seed}", model="vgg11", seed=seed)
+    for path, keep in ((tmp_path / "run0" / "config.json", None), (tmp_path / "run1" / "config.json", 1.0)):
+        config = json.loads(path.read_text())
+        config.pop("keep", None)
+        path.write_text(json.dumps(config | ({"keep": keep} if keep else {})))
+    (point,) = compare(collect([], tmp_path).runs).points
+    assert len(point.runs) == 2
 
 
 # -- reading --

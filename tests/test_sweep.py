@@ -132,6 +132,9 @@ def test_a_dry_run_prices_every_trial_and_skips_what_is_over_the_budget() -> Non
     plan = sweep.dry_run(parsed(text), {"dataset": "stand-in", "epochs": 2})
     assert [(p.model, p.skipped, p.epochs) for p in plan] == [("conv4", False, 2)] * 2 + [("worksheet1", True, 2)] * 2
     assert plan[2].macs == 6_654_464 and plan[0].seconds > 0 == plan[2].seconds
+    halved = sweep.dry_run(parsed(text.replace("1e6}", "1e6}\n  keep: {values: [1.0, 0.5]}")), {"dataset": "stand-in"})
+    of = {(p.model, p.values["keep"], p.values["lr"]): p.seconds for p in halved}
+    assert all(of[model, 0.5, lr] == pytest.approx(of[model, 1.0, lr] / 2) for model, _, lr in of)
 
 
 # -- distributions -----------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_parts_that_are_used_again_start_like_new_ones(runs: Path) -> None:
     [
         {"model": "conv4"},
         {"batch_size": 32},
-        {"keep": 0.5},
+        {"keep": 0.5, "mixup": 0.0},
         {"mixup": 0.0},
         {"weight_decay": 0.0},
         {"optimizer": "adam"},
@@ -143,11 +143,13 @@ def test_a_trial_with_parts_that_were_used_stops_learning_when_it_should(runs: P
     both = [{**values, "seed": 3}, {**values, **changes}]
     expected = [digest(alone(runs, each)) for each in both]
     warm.forget()
-    assert [digest(together(runs, [each])[0]) for each in both] == expected and len(warm._kept) == 1
+    assert [digest(together(runs, [each])[0]) for each in both] == expected
+    assert len(warm._kept) == (2 if changes["whiten_until"] == 1 else 1), "what never stops is not part of that graph"
     assert [digest(record) for record in together(runs, both)] == expected, "side by side"
 
 
 def test_a_compiled_step_is_another_one_when_something_rests(runs: Path) -> None:
+    """torch 2.11 has to be told; 2.15 sees it by itself."""
     from torch._dynamo.utils import counters
 
     from cifar.train import forward

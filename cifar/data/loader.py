@@ -40,8 +40,9 @@ class Loader:
     `begin(epoch)`, then `take()` gives the batch that `at` says: a tensor on the device, so that a captured step finds its
     own batch. On a GPU `begin` makes the whole epoch at once, in the place of the last one; elsewhere `take` makes the batch,
     where a CPU has more cores than threads are asked for, while the network runs on the one before.
-    With `keep` < 1 an epoch takes, in its order, that share of the images whose loss was largest when last seen, as `note`
-    was told: selective backpropagation with stale losses (Jiang et al. 2019, arXiv:1910.00762). Unseen ones come first.
+    With `keep` < 1 an epoch takes, in its order, that share of the images whose loss was largest when last seen, as `note` was
+    told; those never seen count as largest. (Selective backpropagation with stale losses, Jiang et al. 2019, arXiv:1910.00762,
+    draws by the loss's percentile; here the largest are taken.)
     To resume within an epoch, begin it at a later step. Training drops a last short batch; for evaluation (no augment, no
     shuffle) every image comes once, the last batch being short.
     """
@@ -81,10 +82,8 @@ class Loader:
             assert self.augment is not None and self.drop_last
             count = self.steps * batch_size
             self._losses = torch.full((len(images),), torch.inf, device=self.device)  # of each image, when it was last seen
-            self._slots = torch.zeros(
-                count, dtype=torch.int64, device=self.device
-            )  # of the epoch's order: those that are picked
-            self._places = torch.zeros(count, dtype=torch.int64, device=self.device)  # in the data set
+            self._slots = torch.zeros(count, dtype=torch.int64, device=self.device)  # what is picked: places in the order,
+            self._places = torch.zeros_like(self._slots)  # and in the data set
 
     @property
     def steps(self) -> int:
@@ -108,6 +107,7 @@ class Loader:
         self.seed, self.number, self._plans = seed, 0, {}
         if self.picks:
             self._losses.fill_(torch.inf)
+            self._slots.zero_()
         self.augment = replace(self.augment, seed=seed) if self.augment else None
 
     def plan(self, epoch: int) -> Plan:
@@ -177,7 +177,10 @@ class Loader:
         made = coming[1].result() if coming and coming[0] == step else self.batch(step)
         self._coming = None
         if self.device.type == "cpu" and step + 1 < self.steps and torch.get_num_threads() < cores():
-            self._coming = step + 1, _beside().submit(self.batch, step + 1)  # a function of the plan: the same wherever made
+            self._coming = (
+                step + 1,
+                _beside().submit(self.batch, step + 1),
+            )  # a function of what `begin` settled: the same wherever made
         return made
 
     def _drop(self) -> None:
@@ -188,6 +191,7 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (B, 3, H, W) float, labels (B,)) from batch `start` on."""
+        assert not self.picks, "what has been picked is known by `begin`"
         self.number = epoch
         for step in range(start, self.steps):
             yield self.batch(step)

@@ -163,14 +163,15 @@ class Optimizer:
         return True
 
     @property
-    def passing(self) -> list[Tensor]:
-        """The parameters that stop learning before the end."""
+    def stopping(self) -> list[Tensor]:
+        """The parameters that stop learning before the end; none where all do, as a backward pass needs one that learns."""
+        if all(group.until < 1 for group in self.groups):
+            return []
         return [parameter for group in self.groups if group.until < 1 for parameter in group.params]
 
     def rests(self, progress: float) -> bool:
         """Whether there are such and all have stopped: from there on they need no gradients."""
-        untils = [group.until for group in self.groups if group.until < 1]
-        return bool(untils) and progress >= max(untils)
+        return bool(self.stopping) and all(progress >= group.until for group in self.groups if group.until < 1)
 
     @property
     def lr(self) -> float:
@@ -221,4 +222,4 @@ def _structure(group: Group) -> tuple[Any, ...]:
     if isinstance(rule, functools.partial):
         rule = rule.func, rule.args, rule.keywords
     tensors = [id(p) for p in group.params]
-    return rule, list(group.names), tensors, sorted(group.hyper), group.state_names, group.counters
+    return rule, list(group.names), tensors, sorted(group.hyper), group.state_names, group.counters, group.until < 1

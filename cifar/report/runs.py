@@ -20,6 +20,7 @@ from cifar.record import Record, all_records, find, read_json
 STAND_IN = "STAND-IN DATA, not CIFAR-10"
 UNOFFICIAL = "NOT THE OFFICIAL CIFAR-10 FILES"
 SPLITS = {"val": "validation", "test": "test"}
+LATER = {"keep": 1.0}  # settings that runs of earlier versions do not have, at what those did
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def load(path: Path) -> Run:
             id=path.name,
             name=str(run.get("name") or path.name),
             path=path,
-            config={**config, "dataset": dataset},
+            config={**LATER, **config, "dataset": dataset},
             macs=float(cost.get("macs", 0)),
             params=int(cost.get("params", 0)),
             verified=bool(cost.get("verified", False)) and float(cost.get("macs", 0)) > 0,
@@ -349,7 +350,7 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def cuts(configs: Iterable[dict[str, Any]]) -> list[str]:
-    """What has to be said beside every accuracy of runs that saw less than the whole training set."""
+    """What has to be said beside every accuracy of runs whose epochs were not all of the training set."""
     configs = list(configs)
     sizes, steps = ({int(config.get(key) or 0) for config in configs} for key in ("train_size", "max_steps"))
     kept = {float(config.get("keep") or 1) for config in configs}
@@ -359,7 +360,8 @@ def cuts(configs: Iterable[dict[str, Any]]) -> list[str]:
     if steps - {0}:
         said.append(f"at most {count(max(steps), 'step')} an epoch" if len(steps) == 1 else "some epochs cut short")
     if kept - {1.0}:
-        said.append(f"an epoch the hardest {max(kept):.0%}" if len(kept) == 1 else "some epochs of hard images only")
+        hard = f"the hardest {100 * max(kept):.3g} % of the images an epoch"
+        said.append(hard if len(kept) == 1 else "some epochs of hard images only")
     return said
 
 
