@@ -25,6 +25,7 @@ class Trial(Protocol):
     at: Tensor  # (1,): the step of the epoch that comes next
     random: Tensor | None  # the state of torch's generator for this trial; None: it has the process's to itself
     idle: bool  # it has ended; a graph steps it all the same
+    compiled: bool
 
     @property
     def may_rest(self) -> bool: ...  # there are parameters that stop learning before its end
@@ -84,8 +85,8 @@ class Steps(Generic[T]):
     def __call__(self, look: bool) -> None:
         """One step of each trial; `look`: the watched one."""
         if self.graphs:
-            # a pack's graph leaves out what any of its trials had to stop when it was captured, so all have to have stopped
-            rest = not look and (False, True) in self.graphs and all(trial.rests for trial in self.trials if not trial.idle)
+            resting = all(trial.rests or not trial.may_rest for trial in self.trials if not trial.idle)
+            rest = not look and (False, True) in self.graphs and resting
             self.graphs[look, rest].replay()
         else:
             self._in_turn(look)
@@ -94,7 +95,7 @@ class Steps(Generic[T]):
         for trial in self.trials:
             if trial.idle:
                 continue
-            rest = not look and trial.rests
+            rest = not look and trial.rests and (self.leaves_out or not trial.compiled)  # else it would be compiled anew
             if trial.random is None:
                 trial.step(look, rest)
             else:  # dropout draws what it would draw if the trial were alone

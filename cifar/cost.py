@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
 
 TOLERANCE = 1e-3  # of the two counters' totals
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -166,7 +167,8 @@ def _spare_the_compiler() -> None:
 
     Nothing is compiled under the counter. Where torch has no such door any more, it is imported.
     """
-    hidden = getattr(_FlopCounterMode.__torch_dispatch__, "__wrapped__", None)
+    mode = getattr(flop_counter, "_FlopCounterMode", None)
+    hidden = getattr(getattr(mode, "__torch_dispatch__", None), "__wrapped__", None)
     if hidden is not None and "torch._dynamo" not in sys.modules:
         hidden.__dynamo_disable = hidden  # where `torch._disable_dynamo` keeps what it has made
 

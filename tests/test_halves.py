@@ -132,6 +132,9 @@ def test_only_halving_pools_are_exchanged_and_only_used_where_kernels_are(monkey
     behind = nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.MaxPool2d(2)  # of a pool, of a norm: not of a convolution
     layers = [layer for pool in pools for layer in (nn.Conv2d(8, 8, 1), pool)]
     model = nn.Sequential(*layers, *behind).to(DEVICE)
+    network.quicken(model, images(1, 8, 640, 640))
+    assert not any(type(layer) is network.QuickPool for layer in model), "with few channels it is not known to be worth it"
+    monkeypatch.setattr(network, "LEAST", 8)
     assert network.quicken(model, images(1, 8, 640, 640)) == 0
     assert [type(pool) is network.QuickPool for pool in pools] == [True, True, *[False] * 5]
     assert not any(type(layer) is network.QuickPool for layer in behind)
@@ -153,6 +156,7 @@ def test_only_halving_pools_are_exchanged_and_only_used_where_kernels_are(monkey
 
 @pytest.mark.parametrize("name", ["airbench94", "airbench96"])
 def test_the_fast_networks_learn_the_same_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "LEAST", 8)
     monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
     halves._right.cache_clear()
     torch.manual_seed(0)
@@ -175,6 +179,7 @@ def test_the_fast_networks_learn_the_same_with_it(name: str, monkeypatch: pytest
 
 
 def test_compiled_and_before_batch_norm_it_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "LEAST", 8)
     monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
     halves._right.cache_clear()
     torch.manual_seed(0)

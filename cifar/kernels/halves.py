@@ -22,6 +22,7 @@ from cifar.kernels.plain import MOST_PROVED, Shape, as_last, few, works
 from cifar.kernels.pooled import spread
 
 TOGETHER = 8  # half-precision channels that a thread reads at once: 16 bytes
+LEAST = 64  # channels from which on it is known to be worth a kernel of its own (LOG.md)
 
 
 class Share(NamedTuple):

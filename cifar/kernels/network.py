@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar.kernels.halves import halve, suits
+from cifar.kernels.halves import LEAST, halve, suits
 from cifar.kernels.plain import MOST_IN, MOST_OUT, SIDE, as_last, convolve, meant
 from cifar.kernels.pooled import halved, pooled
 
@@ -100,7 +100,8 @@ def quicken(model: nn.Module, images: Tensor) -> int:
                 first.__class__, relu.__class__, pool.__class__ = QuickPooled, DoneReLU, DonePool
     made = [out for module, seen in calls.items() if isinstance(module, nn.Conv2d) for _, out in seen]
     for module, seen in calls.items():  # behind a ReLU or BatchNorm it would split what a compiler makes one kernel of
-        if _is_half(module) and all(any(given is out for out in made) for given, _ in seen):
+        wide = all(given.dim() == 4 and given.shape[1] >= LEAST for given, _ in seen)
+        if wide and _is_half(module) and all(any(given is out for out in made) for given, _ in seen):
             module.__class__ = QuickPool
     return len(found)
 
