@@ -133,7 +133,7 @@ def test_processes_that_cannot_meet_are_told_so(monkeypatch: pytest.MonkeyPatch)
         (["seed=RANK", "epochs=3"], ["seed: 0, 1", "same values"]),
         (["batch_size=63"], ["batch_size 63", "batch_size=62 or 64"]),
         (["device=cuda:0"], ["device=cuda:0", "device=cuda"]),
-        (["keep=0.5"], ["keep=0.5", "without torchrun"]),
+        (["keep=0.5", "mixup=0"], ["keep=0.5", "without torchrun"]),
     ],
 )
 def test_what_ranks_cannot_do_together_is_refused_on_all_of_them(
