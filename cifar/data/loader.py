@@ -177,10 +177,8 @@ class Loader:
         made = coming[1].result() if coming and coming[0] == step else self.batch(step)
         self._coming = None
         if self.device.type == "cpu" and step + 1 < self.steps and torch.get_num_threads() < cores():
-            self._coming = (
-                step + 1,
-                _beside().submit(self.batch, step + 1),
-            )  # a function of what `begin` settled: the same wherever made
+            # a function of what `begin` settled: the same wherever it is made
+            self._coming = step + 1, _beside().submit(self.batch, step + 1)
         return made
 
     def _drop(self) -> None:
