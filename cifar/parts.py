@@ -22,6 +22,7 @@ from cifar.config import Settings
 from cifar.data.augment import augmented, mix
 from cifar.data.loader import picked, quiet
 from cifar.errors import UserError
+from cifar.kernels.pieces import halve_early
 from cifar.probes import Watcher
 from cifar.ranks import ALONE, Team
 from cifar.train import VIEWS, Average, Forward, Step, add_up, evaluate, forward, logits_of
@@ -74,6 +75,8 @@ class Training:
         self.splits, self.fingerprint = splits(config.dataset, data_dir, config.val_size, config.train_size, self.device)
         self.train_batches = self._loader("train", training=True)
         self.model = self._initial_model()
+        if self.device.type == "cpu":
+            halve_early(self.model, torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32))
         self.average = Average(self.model, copy.deepcopy(self.model), config.ema) if config.ema else None
         self.optimizer = self._optimizer()
         self.watcher = self._watcher()
