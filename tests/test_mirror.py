@@ -240,6 +240,37 @@ def test_the_file_is_read_while_the_run_goes_on(tmp_path: Path) -> None:
     assert inspect_only(record).exit_code == 1
 
 
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+def test_a_run_is_in_its_file_before_its_core_may_be_killed(tmp_path: Path, state: str) -> None:
+    """wandb-core says that a run has ended before it has written it. Here it is held up in between, as on a busy machine."""
+    record = make_record(tmp_path, "slow0001", epochs=1)
+    record.append(row(1))
+    if state == "finished":
+        end_record(record)
+    code = f"""
+import os, signal, threading
+from pathlib import Path
+from wandb.sdk.lib.service.service_connection import ServiceConnection
+from cifar.record import Record
+from cifar.wb import mirror
+tell = ServiceConnection.inform_finish
+def slowly(self, run_id):
+    (core,) = mirror._core_pids()
+    os.kill(core, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (core, signal.SIGCONT)).start()
+    tell(self, run_id)
+ServiceConnection.inform_finish = slowly
+made = mirror.Mirror(Record(Path({str(record.path)!r})), "offline")
+made.sync()
+made.finish() if {state == "finished"} else made.leave()
+mirror.kill_core()
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True, timeout=60)
+    seen = inspect_only(record)
+    assert seen.rows == [row(1)] and seen.exit_code == (0 if state == "finished" else 1)
+
+
 def test_environment_of_another_run_is_not_taken(tmp_path: Path) -> None:
     record = make_record(tmp_path, "env00001", epochs=1)
     record.append(row(1))

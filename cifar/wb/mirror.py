@@ -29,10 +29,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifar.record import END_STATES, OPEN_STATES, Record, redact, write_atomic
+from cifar.wb.log_file import wait_for_end
 from cifar.wb.mode import Mode, mode_from_environment, server
 
 __all__ = ["Mirror", "answers", "kill_core", "mode_from_environment", "stop_core"]
 
+WRITE_SECONDS = 20.0  # how long to wait for a file's last block
 INIT_SECONDS, FINISH_SECONDS = 10.0, 120.0  # how long this process waits for a server, at the start and at the end of a run
 PREDICTIONS, PREDICTIONS_BYTES = "predictions.npz", 1_000_000  # larger ones stay here
 GOOD_STATES = ("finished", "stopped", "pruned", "skipped")  # W&B calls these finished, all others failed
@@ -109,7 +111,7 @@ class Mirror:
         whole = self._whole()
         run, self._run = self._run, None
         try:
-            run.finish(exit_code=0 if state in GOOD_STATES else 1)
+            self._end(run, 0 if state in GOOD_STATES else 1)
             self._mark(whole)
         finally:
             self._lock.release()
@@ -122,9 +124,14 @@ class Mirror:
             if run is not None and self._core == _cores_stopped:
                 if self.record.read("run").get("engine") == "wandb" and self.record.state in OPEN_STATES:
                     run.mark_preempting()  # W&B hands it out again
-                run.finish(exit_code=1)
+                self._end(run, 1)
         finally:
             self._lock.release()
+
+    def _end(self, run: Any, code: int) -> None:
+        run.finish(exit_code=code)
+        if self.mode == "offline" and not wait_for_end(Path(run.settings.sync_file), WRITE_SECONDS):
+            raise TimeoutError(f"wandb-core has not written the run's end to {run.settings.sync_file}")
 
     def _describe(self) -> None:
         """The rest of the record, as the configuration's key `cifar`: with it a run is read back whole (rebuild.py).

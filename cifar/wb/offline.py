@@ -1,23 +1,16 @@
-"""Offline runs, `wandb/offline-run-*/run-ID.wandb`, made run folders again without a server.
-
-The file is a log of protocol-buffer records in LevelDB's form (blocks of 32 KiB, records in pieces), behind 7 bytes of W&B's.
-"""
+"""Offline runs, `wandb/offline-run-*/run-ID.wandb`, made run folders again without a server."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import struct
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from cifar.wb import rebuild
+from cifar.wb.log_file import records
 from cifar.wb.mirror import PREDICTIONS
-
-HEADER, BLOCK = 7, 32768  # bytes; ":W&B", a magic number and a version; LevelDB's doc/log_format.md
-FULL, FIRST, LAST = 1, 2, 4  # kinds of pieces; 3: in the middle
 
 
 def unpack(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str, str]]]:
@@ -46,14 +39,11 @@ def unpack(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str, str]
 
 def _read(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]], int | None]:
     """(id, configuration, summary, history, exit code: None while the run is open)."""
-    from wandb.proto import wandb_internal_pb2 as protocol
-
     run_id, code = "", None
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     history = []
-    for content in _records(file.read_bytes()):
-        record = protocol.Record.FromString(content)  # type: ignore[attr-defined, unused-ignore]
+    for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run_id = record.run.run_id
@@ -79,25 +69,3 @@ def _update(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:
             inside = inside.setdefault(key, {})
         inside[last] = json.loads(item.value_json)
     return values
-
-
-def _records(data: bytes) -> Iterator[bytes]:
-    """The whole records; a file that is being written, or was cut off, ends with its last whole one."""
-    if data[:4] != b":W&B":
-        raise ValueError("it is no .wandb file")
-    at, begun = HEADER, b""
-    while at + 7 <= len(data):
-        left = BLOCK - at % BLOCK
-        if left < 7:  # a block's end is filled up with zeros
-            at += left
-            continue
-        checksum, length, kind = struct.unpack_from("<IHB", data, at)
-        piece = data[at + 7 : at + 7 + length]
-        if len(piece) < length or not FULL <= kind <= LAST:
-            return
-        if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
-            raise ValueError(f"it is damaged at byte {at}")
-        begun = piece if kind in (FULL, FIRST) else begun + piece
-        if kind in (FULL, LAST):
-            yield begun
-        at += 7 + length
