@@ -22,7 +22,7 @@ from cifar.config import Settings
 from cifar.data.augment import augmented, mix
 from cifar.data.loader import picked, quiet
 from cifar.errors import UserError
-from cifar.kernels.pieces import halve_early
+from cifar.kernels.pieces import in_pieces
 from cifar.probes import Watcher
 from cifar.ranks import ALONE, Team
 from cifar.train import VIEWS, Average, Forward, Step, add_up, evaluate, forward, logits_of
@@ -76,7 +76,7 @@ class Training:
         self.train_batches = self._loader("train", training=True)
         self.model = self._initial_model()
         if self.device.type == "cpu":
-            halve_early(self.model, torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32))
+            in_pieces(self.model)
         self.average = Average(self.model, copy.deepcopy(self.model), config.ema) if config.ema else None
         self.optimizer = self._optimizer()
         self.watcher = self._watcher()

@@ -240,13 +240,8 @@ def test_the_file_is_read_while_the_run_goes_on(tmp_path: Path) -> None:
     assert inspect_only(record).exit_code == 1
 
 
-@pytest.mark.parametrize("state", ["finished", "interrupted"])
-def test_a_run_is_in_its_file_before_its_core_may_be_killed(tmp_path: Path, state: str) -> None:
-    """wandb-core says that a run has ended before it has written it. Here it is held up in between, as on a busy machine."""
-    record = make_record(tmp_path, "slow0001", epochs=1)
-    record.append(row(1))
-    if state == "finished":
-        end_record(record)
+def _ended(record: Record, then: str, state: str) -> str:
+    """A process that mirrors the record and leaves; wandb-core is held up by `then` after its answer -> what it says."""
     code = f"""
 import os, signal, threading
 from pathlib import Path
@@ -256,19 +251,48 @@ from cifar.wb import mirror
 tell = ServiceConnection.inform_finish
 def slowly(self, run_id):
     (core,) = mirror._core_pids()
-    os.kill(core, signal.SIGSTOP)
-    threading.Timer(0.5, os.kill, (core, signal.SIGCONT)).start()
+    {then}
     tell(self, run_id)
 ServiceConnection.inform_finish = slowly
 made = mirror.Mirror(Record(Path({str(record.path)!r})), "offline")
 made.sync()
-made.finish() if {state == "finished"} else made.leave()
+try:
+    print(made.finish() if {state == "finished"} else made.leave())
+except Exception as error:
+    print(type(error).__name__, error)
 mirror.kill_core()
 os._exit(0)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, timeout=60)
+    return done.stdout.decode()
+
+
+SLOWLY = "os.kill(core, signal.SIGSTOP); threading.Timer(0.5, os.kill, (core, signal.SIGCONT)).start()"
+
+
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+def test_a_run_is_in_its_file_before_its_core_may_be_killed(tmp_path: Path, state: str) -> None:
+    """wandb-core says that a run has ended before it has written it. Here it is held up in between, as on a busy machine."""
+    record = make_record(tmp_path, "slow0001", epochs=1)
+    record.append(row(1))
+    if state == "finished":
+        end_record(record)
+    assert _ended(record, SLOWLY, state).split() == ["True" if state == "finished" else "None"]
     seen = inspect_only(record)
     assert seen.rows == [row(1)] and seen.exit_code == (0 if state == "finished" else 1)
+
+
+def test_a_core_that_dies_before_it_has_written_is_no_success(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "dead0001", epochs=1)
+    record.append(row(1))
+    end_record(record)
+    said = _ended(record, "os.kill(core, signal.SIGKILL)", "finished")
+    assert "True" not in said and "Error" in said
+    with pytest.raises(IndexError):
+        inspect_only(record)  # nothing is in the file
+    mirror = Mirror(record, "offline")
+    assert mirror.finish() and inspect_only(record).rows == [row(1)]  # so it is written again
+    stop_core()
 
 
 def test_environment_of_another_run_is_not_taken(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import json
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -212,10 +214,15 @@ def test_places_mix_and_no_run_counts_twice(tmp_path: Path, server: Server) -> N
     shutil.copytree(next(both.path.glob("wandb/offline-run-*")), wandb / "offline-run-2")
     (wandb / "offline-run-3").mkdir()
     (wandb / "offline-run-3" / "run-torn.wandb").write_bytes(b"rubbish")
+    (wandb / "offline-run-4").mkdir()
+    content = b"\xff\xff"  # not a record, but with the right checksum
+    piece = struct.pack("<IHB", zlib.crc32(content, zlib.crc32(b"\x01")), len(content), 1) + content
+    (wandb / "offline-run-4" / "run-odd.wandb").write_bytes(b":W&B\xe1\xbe\x00" + piece)
     found = collect(["me/cifar", str(wandb), str(runs)], runs)
     assert sorted(run.id for run in found.runs) == ["away", "both", "here", "offline"]
     assert {run.id: run.path.parent for run in found.runs}["both"] == runs  # the record is the truth
-    assert [run.id for run in found.damaged] == ["torn"] and "no .wandb file" in found.damaged[0].reason
+    damaged = {run.id: run.reason for run in found.damaged}
+    assert damaged.keys() == {"torn", "odd"} and "no .wandb file" in damaged["torn"] and "is damaged" in damaged["odd"]
     for name in (str(folder), str(next(folder.glob("*.wandb")))):
         (run,) = collect([name], runs).runs
         assert of((run,)) == of((load(offline.path),))

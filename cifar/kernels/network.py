@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from cifar.kernels.halves import LEAST, halve, suits
 from cifar.kernels.plain import MOST_IN, MOST_OUT, SIDE, as_last, convolve, meant
 from cifar.kernels.pooled import halved, pooled
-from cifar.kernels.rows import calls_of, in_a_row, is_half
 
 
 def asked(x: Tensor) -> bool:
@@ -67,7 +70,21 @@ def quicken(model: nn.Module, images: Tensor) -> int:
 
     images (1, 3, H, W), with any content: they say how large the images are that each convolution gets, and who gets what.
     """
-    calls = calls_of(model, images, (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential))
+    calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # what went in and what came out, kept so that `is` can tell
+
+    def watch(module: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+        if given:
+            calls.setdefault(module, []).append((given[0], made))
+
+    kinds = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
+    watched = [m for m in model.modules() if type(m) in kinds and not (m._forward_hooks or m._forward_pre_hooks)]
+    hooks, was = [module.register_forward_hook(watch) for module in watched], model.training
+    try:
+        model.eval()(images)
+    finally:
+        model.train(was)
+        for hook in hooks:
+            hook.remove()
     found = []
     for module, seen in calls.items():
         if type(module) is nn.Conv2d and _fits(module) and meant(module.in_channels, module.out_channels, seen[-1][0].shape[2]):
@@ -77,16 +94,23 @@ def quicken(model: nn.Module, images: Tensor) -> int:
         children = list(parent) if isinstance(parent, nn.Sequential) else []
         for row in zip(children, children[1:], children[2:], strict=False):
             first, relu, pool = row
-            if type(first) is not Quick or first.bias is None or type(relu) is not nn.ReLU or not is_half(pool):
+            if type(first) is not Quick or first.bias is None or type(relu) is not nn.ReLU or not _is_half(pool):
                 continue
-            if in_a_row(parent, row, calls) and halved(first.in_channels, first.out_channels, *calls[first][0][0].shape[2:]):
+            if _in_a_row(parent, row, calls) and halved(first.in_channels, first.out_channels, *calls[first][0][0].shape[2:]):
                 first.__class__, relu.__class__, pool.__class__ = QuickPooled, DoneReLU, DonePool
     made = [out for module, seen in calls.items() if isinstance(module, nn.Conv2d) for _, out in seen]
     for module, seen in calls.items():  # behind a ReLU or BatchNorm it would split what a compiler makes one kernel of
         wide = all(given.dim() == 4 and given.shape[1] >= LEAST for given, _ in seen)
-        if wide and is_half(module) and all(any(given is out for out in made) for given, _ in seen):
+        if wide and _is_half(module) and all(any(given is out for out in made) for given, _ in seen):
             module.__class__ = QuickPool
     return len(found)
+
+
+def _in_a_row(parent: nn.Module, row: Sequence[nn.Module], calls: Mapping[nn.Module, Sequence[tuple[Tensor, Tensor]]]) -> bool:
+    """Whether each of these was called once, by the parent, with what the one before it made: nobody else sees that."""
+    if any(len(calls.get(module, ())) != 1 for module in (parent, *row)):
+        return False
+    return all(calls[a][0][1] is calls[b][0][0] for a, b in itertools.pairwise(row))
 
 
 def _fits(module: nn.Conv2d) -> bool:
@@ -94,3 +118,11 @@ def _fits(module: nn.Conv2d) -> bool:
     near = module.kernel_size == (SIDE, SIDE) and module.stride == module.dilation == (1, 1)
     few = max(module.in_channels / MOST_IN, module.out_channels / MOST_OUT) <= 1
     return plain and near and few and module.weight.requires_grad and (module.bias is None or module.bias.requires_grad)
+
+
+def _is_half(pool: nn.Module) -> bool:
+    """Whether a module is 2 x 2 max-pooling and nothing else."""
+    if type(pool) is not nn.MaxPool2d or pool.return_indices or pool.ceil_mode:
+        return False
+    pairs = ((pool.kernel_size, 2), (pool.stride, 2), (pool.padding, 0), (pool.dilation, 1))
+    return all(given in (wanted, (wanted, wanted)) for given, wanted in pairs)

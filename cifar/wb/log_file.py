@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,34 @@ FULL, FIRST, LAST = 1, 2, 4  # kinds of pieces; 3: in the middle
 
 def records(file: Path) -> Iterator[Any]:
     """wandb's protocol.Record, one after the other. Raises OSError, and ValueError for what is damaged."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
     from wandb.proto import wandb_internal_pb2 as protocol
 
     for content in _contents(file.read_bytes()):
-        yield protocol.Record.FromString(content)  # type: ignore[attr-defined, unused-ignore]
+        try:
+            yield protocol.Record.FromString(content)  # type: ignore[attr-defined, unused-ignore]
+        except DecodeError as error:
+            raise ValueError(f"it is damaged: {error}") from None
 
 
-def wait_for_end(file: Path, seconds: float) -> bool:
-    """Whether the file holds its run's end, waiting for it that long.
+def wait_for_end(file: Path, seconds: float, writes: Callable[[], bool]) -> bool:
+    """Whether the file holds its run's end, waiting for it that long, and only while somebody `writes`.
 
     wandb-core answers that a run has ended, and writes the last block (all of a short run) after that. A core that is killed
     in between takes it along.
     """
-    until, size = time.monotonic() + seconds, -1
+    begun, size, last = time.monotonic(), -1, False
     while True:
         try:
             if size != (size := file.stat().st_size) and any(r.WhichOneof("record_type") == "exit" for r in records(file)):
                 return True
         except (OSError, ValueError):  # not there, or half of a record
             size = -1
-        if time.monotonic() > until:
+        if last:
             return False
-        time.sleep(0.005)
+        time.sleep(0.005 if time.monotonic() < begun + 0.1 else 0.1)
+        waited = time.monotonic() - begun
+        last = waited > seconds or (waited > 0.1 and not writes())
 
 
 def _contents(data: bytes) -> Iterator[bytes]:

@@ -34,7 +34,6 @@ from cifar.wb.mode import Mode, mode_from_environment, server
 
 __all__ = ["Mirror", "answers", "kill_core", "mode_from_environment", "stop_core"]
 
-WRITE_SECONDS = 20.0  # how long to wait for a file's last block
 INIT_SECONDS, FINISH_SECONDS = 10.0, 120.0  # how long this process waits for a server, at the start and at the end of a run
 PREDICTIONS, PREDICTIONS_BYTES = "predictions.npz", 1_000_000  # larger ones stay here
 GOOD_STATES = ("finished", "stopped", "pruned", "skipped")  # W&B calls these finished, all others failed
@@ -43,6 +42,7 @@ GOOD_STATES = ("finished", "stopped", "pruned", "skipped")  # W&B calls these fi
 _OF_ONE_RUN = ("RUN_ID", "NAME", "NOTES", "TAGS", "JOB_TYPE", "RUN_GROUP", "RESUME", "RESUME_FROM", "FORK_FROM", "PROGRAM")
 _OF_THE_PLACE = ("SWEEP_ID", "SWEEP_PARAM_PATH", "DIR", "MODE", "SERVICE")
 
+_write_seconds = 10.0  # how long to wait for a file's last block
 _cores_stopped = 0  # runs opened before the last stop are dead
 
 
@@ -129,9 +129,12 @@ class Mirror:
             self._lock.release()
 
     def _end(self, run: Any, code: int) -> None:
+        global _write_seconds
         run.finish(exit_code=code)
-        if self.mode == "offline" and not wait_for_end(Path(run.settings.sync_file), WRITE_SECONDS):
-            raise TimeoutError(f"wandb-core has not written the run's end to {run.settings.sync_file}")
+        file = Path(run.settings.sync_file)
+        if self.mode == "offline" and not wait_for_end(file, _write_seconds, lambda: bool(_core_pids())):
+            _write_seconds = 0.5  # a disk that is full is full for the next run, too
+            raise TimeoutError(f"wandb-core has not written the run's end to {file}")
 
     def _describe(self) -> None:
         """The rest of the record, as the configuration's key `cifar`: with it a run is read back whole (rebuild.py).
