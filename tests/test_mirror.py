@@ -257,9 +257,9 @@ ServiceConnection.inform_finish = slowly
 made = mirror.Mirror(Record(Path({str(record.path)!r})), "offline")
 made.sync()
 try:
-    print(made.finish() if {state == "finished"} else made.leave())
+    print(made.finish() if {state == "finished"} else made.leave(), flush=True)
 except Exception as error:
-    print(type(error).__name__, error)
+    print(type(error).__name__, error, flush=True)
 mirror.kill_core()
 os._exit(0)
 """
