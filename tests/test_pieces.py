@@ -19,6 +19,12 @@ from cifar.kernels.pieces import InPieces, in_pieces
 from cifar.parts import Training
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pieces on every machine."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
 def block(*, inner: int = 3, outer: int = 8, seed: int = 0, **how: Any) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(inner, outer, **{"kernel_size": 3, "padding": 1} | how), nn.ReLU(), nn.MaxPool2d(2))
@@ -77,7 +83,6 @@ def test_values_and_gradients_are_torchs_whatever_the_geometry(
     size = made[0].numel() * made.element_size()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE", at_once * size)
-        patch.setattr(torch, "get_num_threads", lambda: 1)
         geometry = ours[0].stride, ours[0].padding, ours[0].dilation, ours[0].groups
         cut = list(pieces.pieces(x, ours[0].weight, geometry))
         assert [i for piece in cut for i in range(piece.start, piece.stop)] == list(range(count)), "each image once"
@@ -238,6 +243,29 @@ def test_a_hook_that_comes_later_sees_what_it_would_see() -> None:
     assert seen == [(2, 8, 16, 16)]
     with torch.no_grad():
         torch.testing.assert_close(ours[0](input=x), nn.Conv2d.forward(ours[0], x))  # type: ignore[arg-type]
+
+
+def test_a_hook_of_all_modules_sees_each() -> None:
+    ours, seen = both(block())[1], []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, given, made: seen.append(type(module)))
+    try:
+        ours(torch.randn(2, 3, 16, 16))
+    finally:
+        handle.remove()
+    assert seen == [nn.Conv2d, nn.ReLU, nn.MaxPool2d, InPieces]
+
+
+def test_what_a_convolution_does_not_take_is_torchs_to_refuse() -> None:
+    theirs, ours = both(block())
+    for x in (torch.randn(9, 4, 16, 16), torch.randn(9, 3, 16, 16).double(), torch.ones(9, 3, 16, 16, dtype=torch.int64)):
+        said = []
+        for model in (theirs, ours):
+            with pytest.raises(RuntimeError) as caught:
+                model(x)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours.double()(torch.randn(9, 3, 16, 16).double()).dtype == torch.float64  # as autocast has it
 
 
 def test_rows_among_other_modules_and_of_other_shapes() -> None:

@@ -2,7 +2,8 @@
 
 What a convolution makes is the largest thing in a step: a batch of it is written to memory and read again by each of the
 others, forward and backward, and often comes in pages that the system has to clear first. Here it never leaves the cache, and
-only what the pool leaves is kept. ReLU comes after the pool: the largest number is the same, and so is where it stands.
+only what the pool leaves is kept. ReLU comes after the pool: the largest number is the same, and so is its place if it is
+above zero.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 PIECE = 4 * 2**20  # bytes of a convolution's output at once, for one thread or two; 2 and 4 MiB are quickest (LOG.md)
+LOWERED = torch.float32, torch.bfloat16, torch.float16  # what autocast casts
 
 Row = tuple[nn.Conv2d, nn.ReLU, nn.MaxPool2d]
 Pool = tuple[list[int], list[int], list[int], list[int], bool]  # side, stride, padding, dilation, rounded up
@@ -53,7 +55,6 @@ class Pooled(torch.autograd.Function):
         for piece in pieces(x, weight, ctx.geometry):
             part = g[piece].contiguous(memory_format=ctx.layout)  # in another one, the pool would copy all that it makes
             part = aten.threshold_backward(part, kept[piece], 0)
-            part = aten.threshold_backward(part, kept[piece], 0)
             shape = torch.empty((len(part), *ctx.full), dtype=g.dtype, memory_format=ctx.layout)  # nobody reads its content
             full = aten.max_pool2d_with_indices_backward(part, shape, *ctx.pool, which[piece])
             of_x, *found = aten.convolution_backward(
@@ -90,7 +91,7 @@ class InPieces(nn.Sequential):
         modules, x, ours = list(self), input, not _traced()
         while modules:
             row = modules[:3]
-            if ours and _may_be_one(row) and isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() == 4 and len(x):
+            if ours and _may_be_one(row) and _may_be_cut(x, row[0]):
                 x = _as_one(row, x)
             else:
                 row = modules[:1]
@@ -124,11 +125,22 @@ def _may_be_one(row: Sequence[nn.Module]) -> TypeGuard[Row]:
     return zeros and not pool.return_indices
 
 
+def _may_be_cut(x: Any, conv: nn.Conv2d) -> bool:
+    """Whether this is a batch of images on the CPU that the convolution takes, and nothing that torch treats in another way."""
+    if type(x) is not Tensor or type(conv.weight) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
+        return False
+    if x.dim() != 4 or not len(x) or x.shape[1] != conv.in_channels:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return x.dtype in LOWERED and conv.weight.dtype in LOWERED
+    return x.dtype == conv.weight.dtype
+
+
 def _as_one(row: Row, x: Tensor) -> Tensor:
     conv, _, pool = row
     given: list[Tensor | None] = [x, conv.weight, conv.bias]
     if torch.is_autocast_enabled("cpu"):
-        given = [None if each is None else each.to(torch.get_autocast_dtype("cpu")) for each in given]
+        given = [each if each is None else each.to(torch.get_autocast_dtype("cpu")) for each in given]
     side, stride, padding, dilation = (
         [value, value] if isinstance(value, int) else list(value)
         for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
@@ -138,12 +150,13 @@ def _as_one(row: Row, x: Tensor) -> Tensor:
 
 
 def in_pieces(model: nn.Module) -> int:
-    """Let every plain Sequential that has such rows take them as one -> how many there are. Modules, weights, names stay."""
+    """Let every plain Sequential that has such rows take them as one -> how many it has found. Modules, weights, names stay."""
     found = 0
     for module in model.modules():
         if type(module) is nn.Sequential:
             children = list(module)
             rows = sum(_may_be_one(children[index : index + 3]) for index in range(len(children)))
-            module.__class__ = InPieces if rows else nn.Sequential
+            if rows:
+                module.__class__ = InPieces
             found += rows
     return found

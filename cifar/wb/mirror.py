@@ -34,6 +34,7 @@ from cifar.wb.mode import Mode, mode_from_environment, server
 
 __all__ = ["Mirror", "answers", "kill_core", "mode_from_environment", "stop_core"]
 
+WRITE_SECONDS = 10.0  # how long to wait for a file's last block
 INIT_SECONDS, FINISH_SECONDS = 10.0, 120.0  # how long this process waits for a server, at the start and at the end of a run
 PREDICTIONS, PREDICTIONS_BYTES = "predictions.npz", 1_000_000  # larger ones stay here
 GOOD_STATES = ("finished", "stopped", "pruned", "skipped")  # W&B calls these finished, all others failed
@@ -42,7 +43,7 @@ GOOD_STATES = ("finished", "stopped", "pruned", "skipped")  # W&B calls these fi
 _OF_ONE_RUN = ("RUN_ID", "NAME", "NOTES", "TAGS", "JOB_TYPE", "RUN_GROUP", "RESUME", "RESUME_FROM", "FORK_FROM", "PROGRAM")
 _OF_THE_PLACE = ("SWEEP_ID", "SWEEP_PARAM_PATH", "DIR", "MODE", "SERVICE")
 
-_write_seconds = 10.0  # how long to wait for a file's last block
+_write_seconds = WRITE_SECONDS
 _cores_stopped = 0  # runs opened before the last stop are dead
 
 
@@ -132,8 +133,12 @@ class Mirror:
         global _write_seconds
         run.finish(exit_code=code)
         file = Path(run.settings.sync_file)
-        if self.mode == "offline" and not wait_for_end(file, _write_seconds, lambda: bool(_core_pids())):
-            _write_seconds = 0.5  # a disk that is full is full for the next run, too
+        if self.mode != "offline":
+            return
+        if wait_for_end(file, _write_seconds, lambda: bool(_core_pids())):
+            _write_seconds = WRITE_SECONDS
+        else:
+            _write_seconds = 1.0 if _core_pids() else WRITE_SECONDS  # a disk that is full is so for the next run, too
             raise TimeoutError(f"wandb-core has not written the run's end to {file}")
 
     def _describe(self) -> None:
@@ -326,17 +331,23 @@ def stop_core() -> None:
 
 
 def _core_pids() -> list[int]:
-    """The wandb-core processes that this process started."""
+    """The wandb-core processes that this process started and that have not ended."""
     if Path("/proc/self/stat").exists():
         processes = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # "pid (name) state parent ..."; a name may hold anything
                 start, _, end = stat.read_text().rpartition(")")
-                processes.append((stat.parent.name, end.split()[1], start.partition("(")[2]))
+                state, parent = end.split()[:2]
+                processes.append((stat.parent.name, parent, state, start.partition("(")[2]))
     else:
-        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,comm="], capture_output=True, text=True, check=False).stdout
-        processes = [(pid, parent, name) for pid, parent, name in (line.split(None, 2) for line in listing.splitlines())]
-    return [int(pid) for pid, parent, name in processes if int(parent) == os.getpid() and "wandb-core" in name]
+        listing = subprocess.run(
+            ["ps", "-A", "-o", "pid=,ppid=,stat=,comm="], capture_output=True, text=True, check=False
+        ).stdout
+        processes = [
+            (pid, parent, state, name) for pid, parent, state, name in (row.split(None, 3) for row in listing.splitlines())
+        ]
+    ours = str(os.getpid())
+    return [int(pid) for pid, of, state, name in processes if of == ours and "wandb-core" in name and state[0] != "Z"]
 
 
 def _digest(content: bytes) -> bytes:
