@@ -16,7 +16,7 @@ from wandb_server import WandbServer
 
 from cifar.errors import UserError
 from cifar.record import Record
-from cifar.wb.mirror import WRITE_SECONDS, Mirror, answers, stop_core
+from cifar.wb.mirror import Mirror, answers, stop_core
 from cifar.wb.mode import credentials, mode_from_environment
 
 KEY = "0123456789abcdef" * 3
@@ -287,9 +287,8 @@ def test_a_core_that_dies_before_it_has_written_is_no_success(tmp_path: Path) ->
     record.append(row(1))
     end_record(record)
     killed = "os.kill(core, signal.SIGSTOP); threading.Timer(0.3, os.kill, (core, signal.SIGKILL)).start()"
-    begun = time.monotonic()
-    assert _ended(record, killed, "finished").startswith("TimeoutError wandb-core has not written")
-    assert time.monotonic() - begun < WRITE_SECONDS, "nobody waits for the dead"
+    for_ever = "mirror._write_seconds = 1e6; "  # nobody waits for the dead: else the process is cut off
+    assert _ended(record, for_ever + killed, "finished").startswith("TimeoutError wandb-core has not written")
     with pytest.raises(IndexError):
         inspect_only(record)  # nothing is in the file
     mirror = Mirror(record, "offline")

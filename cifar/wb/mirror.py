@@ -29,8 +29,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifar.record import END_STATES, OPEN_STATES, Record, redact, write_atomic
-from cifar.wb.log_file import wait_for_end
 from cifar.wb.mode import Mode, mode_from_environment, server
+from cifar.wb.run_file import wait_for_end
 
 __all__ = ["Mirror", "answers", "kill_core", "mode_from_environment", "stop_core"]
 
@@ -132,9 +132,9 @@ class Mirror:
     def _end(self, run: Any, code: int) -> None:
         global _write_seconds
         run.finish(exit_code=code)
-        file = Path(run.settings.sync_file)
         if self.mode != "offline":
             return
+        file = Path(run.settings.sync_file)
         if wait_for_end(file, _write_seconds, lambda: bool(_core_pids())):
             _write_seconds = WRITE_SECONDS
         else:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar.wb import rebuild
-from cifar.wb.log_file import records
 from cifar.wb.mirror import PREDICTIONS
+from cifar.wb.run_file import records
 
 
 def unpack(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str, str]]]:
