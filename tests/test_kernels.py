@@ -17,11 +17,11 @@ with pytest.MonkeyPatch.context() as patch:
     if not GPU:
         patch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
     from cifar import registry
-    from cifar.kernels import network
+    from cifar.kernels import network, norms
     from cifar.kernels import plain as kernels
 
 
-ADDED = kernels.SUMMED
+ADDED = kernels.SUMMED, kernels.SUMMED_MANY, kernels.MANY
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,14 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # and where it runs
         monkeypatch.setattr(kernels, "SUMMED", (1, 4096))  # it takes minutes to add up in rows
+        monkeypatch.setattr(kernels, "SUMMED_MANY", (1, 65536))
+        monkeypatch.setattr(norms, "FINISH", (1, 64))
+        for key, how in kernels.CONVOLVE.items():
+            monkeypatch.setitem(kernels.CONVOLVE, key, how._replace(block=16))
+        monkeypatch.setattr(kernels, "CONVOLVE_TAPS", kernels.CONVOLVE_TAPS._replace(block=16))
+        few = norms.How(256, 4, 1, 1)
+        monkeypatch.setattr(norms, "PIXELS", few)
+        monkeypatch.setattr(norms, "GRADIENTS", {True: few, False: few})
 
 
 BUILT = [
@@ -44,6 +52,7 @@ BUILT = [
     "wrn",
 ]
 SHAPES = [(3, 16, 8, 8), (16, 16, 8, 8), (3, 5, 12, 9), (8, 16, 8, 6), (16, 32, 4, 5), (32, 16, 4, 4), (32, 64, 4, 8)]
+SHAPES += [(64, 64, 8, 8), (40, 48, 5, 7), (64, 16, 3, 4)]  # by single taps
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,7 +79,7 @@ def test_each_kernel_gives_the_convolution_in_double_precision(
     filters = kernels.our_correlate(x, g)
     assert filters.dtype == torch.float32
     assert error(filters, exact[1].grad) < 1e-5
-    if outer <= kernels.MOST_IN:
+    if kernels.meant(outer, inner, height, width):
         assert error(kernels.our_convolve(g, weight, True), exact[0].grad) < TOLERANCE[dtype]
 
 
@@ -109,12 +118,12 @@ def test_a_wrong_kernel_is_found_out_and_not_used(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_program_that_goes_through_many_blocks_adds_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_processors", lambda device: 1)
+    monkeypatch.setattr(kernels, "processors", lambda device: 1)
     torch.manual_seed(0)
     x, g, weight = images(37, 16, 16, 16, dtype=DTYPES[0]), images(37, 16, 16, 16, dtype=DTYPES[0]), images(16, 16, 3, 3)
     places = x.shape[0] * 16 * 16 // kernels.LINES
     for how in (kernels.CONVOLVE[64], kernels.CORRELATE[64]):
-        assert places > 3 * how.block * kernels.programs_of(how, x.shape, x.device), "at least three blocks a program"
+        assert places > 3 * how.block * kernels.programs_of(how, places, 1), "at least three blocks a program"
     weight = weight.to(DTYPES[0]).float()
     wanted = kernels.torch_convolve(x.double(), weight.double(), False)
     assert error(kernels.our_convolve(x, weight, False), wanted) < TOLERANCE[DTYPES[0]]
@@ -122,9 +131,11 @@ def test_a_program_that_goes_through_many_blocks_adds_them_up(monkeypatch: pytes
     assert error(kernels.our_correlate(x, g), wanted) < (1e-4 if GPU else 1e-5)  # 600 products are added in float32 in turn
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(("programs", "size"), [(1, 5), (64, 32), (65, 33), (200, 70)])
-def test_what_programs_found_is_added_up(programs: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SUMMED", ADDED)
+def test_what_programs_found_is_added_up(programs: int, size: int, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(("SUMMED", "SUMMED_MANY", "MANY"), ADDED, strict=True):
+        monkeypatch.setattr(kernels, name, 0 if many and name == "MANY" else value)
     parts = torch.randn(programs, size, device=DEVICE)
     assert torch.allclose(kernels.added(parts).double(), parts.double().sum(0), atol=1e-5)
 

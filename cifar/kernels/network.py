@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cifar.kernels.halves import LEAST, halve, suits
-from cifar.kernels.plain import MOST_IN, MOST_OUT, SIDE, as_last, convolve, meant
+from cifar.kernels.norms import MOST, convolve_sums, normalised, pixel_sums, statistics, summing
+from cifar.kernels.plain import SIDE, as_last, convolve, meant, processors, shared
 from cifar.kernels.pooled import halved, pooled
 
 
@@ -64,6 +65,28 @@ class QuickPool(nn.MaxPool2d):
         return y
 
 
+class NormRow(nn.Sequential):
+    """A convolution, BatchNorm and, if there is one, ReLU as they were; by kernels in training where those are asked for."""
+
+    processors: int  # of the GPU. How many sums are made is part of what is compiled, and kept for other processes
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self[0], self[1]
+        assert isinstance(norm, nn.BatchNorm2d)
+        mean, variance, batches, momentum = norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
+        assert mean is not None and variance is not None and batches is not None and momentum is not None
+        if not (asked(x) and norm.training):
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+        if type(conv) is Quick:
+            y, parts = convolve_sums(x.to(Quick.precision), conv.weight, mean, shared(x.shape, self.processors))
+        else:
+            y = conv(x)
+            parts = pixel_sums(y.detach(), mean, summing(y.shape, self.processors))
+        moments = statistics(parts.detach(), mean, variance, batches, y.numel() // y.shape[1], momentum)
+        z: Tensor = normalised(y, moments, norm.weight, norm.bias, norm.eps, len(self) == 3)
+        return z
+
+
 @torch.no_grad()
 def quicken(model: nn.Module, images: Tensor) -> int:
     """Let the convolutions and pools that these kernels are for use them -> how many convolutions. Weights stay where they are.
@@ -76,7 +99,7 @@ def quicken(model: nn.Module, images: Tensor) -> int:
         if given:
             calls.setdefault(module, []).append((given[0], made))
 
-    kinds = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
     watched = [m for m in model.modules() if type(m) in kinds and not (m._forward_hooks or m._forward_pre_hooks)]
     hooks, was = [module.register_forward_hook(watch) for module in watched], model.training
     try:
@@ -87,11 +110,18 @@ def quicken(model: nn.Module, images: Tensor) -> int:
             hook.remove()
     found = []
     for module, seen in calls.items():
-        if type(module) is nn.Conv2d and _fits(module) and meant(module.in_channels, module.out_channels, seen[-1][0].shape[2]):
+        if (
+            type(module) is nn.Conv2d
+            and _fits(module)
+            and meant(module.in_channels, module.out_channels, *seen[-1][0].shape[2:])
+        ):
             module.__class__ = Quick
             found.append(module)
     for parent in calls:
         children = list(parent) if isinstance(parent, nn.Sequential) else []
+        if _is_norm_row(children) and all(child in calls for child in children):
+            parent.__class__ = NormRow
+            parent.processors = processors(images.device)  # type: ignore[assignment]
         for row in zip(children, children[1:], children[2:], strict=False):
             first, relu, pool = row
             if type(first) is not Quick or first.bias is None or type(relu) is not nn.ReLU or not _is_half(pool):
@@ -113,11 +143,21 @@ def _in_a_row(parent: nn.Module, row: Sequence[nn.Module], calls: Mapping[nn.Mod
     return all(calls[a][0][1] is calls[b][0][0] for a, b in itertools.pairwise(row))
 
 
+def _is_norm_row(row: Sequence[nn.Module]) -> bool:
+    """Whether these are a convolution without a bias and an ordinary BatchNorm of few channels, and at most a ReLU."""
+    if not 2 <= len(row) <= 3 or (len(row) == 3 and type(row[2]) is not nn.ReLU):
+        return False
+    conv, norm = row[:2]
+    if type(norm) is not nn.BatchNorm2d:
+        return False
+    whole = norm.affine and norm.running_mean is not None and norm.momentum is not None and norm.num_features <= MOST
+    return isinstance(conv, nn.Conv2d) and conv.bias is None and whole
+
+
 def _fits(module: nn.Conv2d) -> bool:
     plain = module.groups == 1 and module.padding_mode == "zeros" and module.padding in ((1, 1), "same")
     near = module.kernel_size == (SIDE, SIDE) and module.stride == module.dilation == (1, 1)
-    few = max(module.in_channels / MOST_IN, module.out_channels / MOST_OUT) <= 1
-    return plain and near and few and module.weight.requires_grad and (module.bias is None or module.bias.requires_grad)
+    return plain and near and module.weight.requires_grad and (module.bias is None or module.bias.requires_grad)
 
 
 def _is_half(pool: nn.Module) -> bool:

@@ -1,10 +1,8 @@
 """3 x 3 convolutions with few channels, in Triton, for compiled steps on a GPU.
 
 cuDNN has no quick kernels for 3, 16 or 32 channels: in a step of ResNet-20 at batch 512 they took half of the time, several
-times what it takes to read and write the images once (LOG.md). Here the three taps of a filter row, which lie beside each other
-in memory when channels come last, are one row of a matrix product, and four lines of images are worked on together, so that a
-line is read once for the three filter rows that need it. bf16 in, float32 sums; weights and their gradients stay float32, so
-nothing is cast in a pass of its own. No atomics: the same step gives the same bits.
+times what it takes to read and write the images once (LOG.md). bf16 in, float32 sums; weights and their gradients stay float32,
+so nothing is cast in a pass of its own. No atomics: the same step gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,131 +14,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
+
+from cifar.kernels.lines import add_parts, convolve_lines, correlate_lines
+from cifar.kernels.taps import convolve_taps, correlate_taps
 
 SIDE, LINES = 3, 4  # of a filter; of the images that are worked on together
 MOST_IN, MOST_OUT = 32, 64  # channels
+SMALL = 64  # pixels of an image up to which as many channels may go in as come out
 MOST_PROVED = 2048  # images that a kernel is tried with
 TOLERATED = 1e-2  # relative error of a sum of products of bf16 numbers that is rounded to bf16
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def line_of(x, inside, row, HEIGHT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The taps at x; zeros where a line is outside of the image."""
-    return tl.load(x, mask=inside & ((row >= 0) & (row < HEIGHT))[:, None], other=0.0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def places_of(  # type: ignore[no-untyped-def]
-    block, k, places, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A block's places (a column of four lines each): their numbers, first pixels, rows, and which taps are in the image."""
-    place = block * BLOCK + tl.arange(0, BLOCK)
-    p = place // WIDTH * (4 * WIDTH) + place % WIDTH
-    row = place // WIDTH * 4 % HEIGHT
-    there = (place % WIDTH)[:, None] + (k // IN)[None, :] - 1
-    inside = (k < 3 * IN)[None, :] & (there >= 0) & (there < WIDTH) & (place < places)[:, None]
-    return place, p, row, inside
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _convolve(  # type: ignore[no-untyped-def]
-    x, weight, y, places, programs, s_out, s_in, s_row, s_column,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
-    TAPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y[p, o] = sum of x[p + offset, i] * weight[o, i, row, column]; x (pixels, IN) and y (pixels, OUT), channels last.
-
-    TAPS and COLUMNS: 3 * IN and OUT, rounded up to powers of two of at least 16.
-    """
-    k, o = tl.arange(0, TAPS), tl.arange(0, COLUMNS)
-    column, i = k // IN, k % IN
-    where = weight + column[:, None] * s_column + i[:, None] * s_in + o[None, :] * s_out
-    known = (k < 3 * IN)[:, None] & (o < OUT)[None, :]
-    above = tl.load(where, mask=known, other=0.0).to(x.dtype.element_ty)
-    level = tl.load(where + s_row, mask=known, other=0.0).to(x.dtype.element_ty)
-    below = tl.load(where + 2 * s_row, mask=known, other=0.0).to(x.dtype.element_ty)
-    for block in range(tl.program_id(0), (places + BLOCK - 1) // BLOCK, programs):
-        place, p, row, inside = places_of(block, k, places, HEIGHT, WIDTH, IN, BLOCK)
-        taps = x + p[:, None] * IN + (k - IN)[None, :]
-        to = y + p[:, None] * OUT + o[None, :]
-        out = (place < places)[:, None] & (o < OUT)[None, :]
-        line0 = line_of(taps - WIDTH * IN, inside, row - 1, HEIGHT)
-        line1 = tl.load(taps, mask=inside, other=0.0)
-        line2 = tl.load(taps + WIDTH * IN, mask=inside, other=0.0)
-        line3 = tl.load(taps + 2 * WIDTH * IN, mask=inside, other=0.0)
-        line4 = tl.load(taps + 3 * WIDTH * IN, mask=inside, other=0.0)
-        line5 = line_of(taps + 4 * WIDTH * IN, inside, row + 4, HEIGHT)
-        total = tl.dot(line2, below, tl.dot(line1, level, tl.dot(line0, above)))
-        tl.store(to, total.to(y.dtype.element_ty), mask=out)
-        total = tl.dot(line3, below, tl.dot(line2, level, tl.dot(line1, above)))
-        tl.store(to + WIDTH * OUT, total.to(y.dtype.element_ty), mask=out)
-        total = tl.dot(line4, below, tl.dot(line3, level, tl.dot(line2, above)))
-        tl.store(to + 2 * WIDTH * OUT, total.to(y.dtype.element_ty), mask=out)
-        total = tl.dot(line5, below, tl.dot(line4, level, tl.dot(line3, above)))
-        tl.store(to + 3 * WIDTH * OUT, total.to(y.dtype.element_ty), mask=out)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _correlate(  # type: ignore[no-untyped-def]
-    x, g, parts, places, programs,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
-    TAPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """parts[program, o, row, column * IN + i] = sum of x[p + offset, i] * g[p, o] over the program's pixels."""
-    k, o = tl.arange(0, TAPS), tl.arange(0, COLUMNS)
-    above = tl.full((TAPS, COLUMNS), 0.0, tl.float32)
-    level = tl.full((TAPS, COLUMNS), 0.0, tl.float32)
-    below = tl.full((TAPS, COLUMNS), 0.0, tl.float32)
-    for block in range(tl.program_id(0), (places + BLOCK - 1) // BLOCK, programs):
-        place, p, row, inside = places_of(block, k, places, HEIGHT, WIDTH, IN, BLOCK)
-        taps = x + p[:, None] * IN + (k - IN)[None, :]
-        at = g + p[:, None] * OUT + o[None, :]
-        out = (place < places)[:, None] & (o < OUT)[None, :]
-        g0 = tl.load(at, mask=out, other=0.0)
-        g1 = tl.load(at + WIDTH * OUT, mask=out, other=0.0)
-        g2 = tl.load(at + 2 * WIDTH * OUT, mask=out, other=0.0)
-        g3 = tl.load(at + 3 * WIDTH * OUT, mask=out, other=0.0)
-        line = tl.trans(line_of(taps - WIDTH * IN, inside, row - 1, HEIGHT))
-        above = tl.dot(line, g0, above)
-        line = tl.trans(tl.load(taps, mask=inside, other=0.0))
-        above = tl.dot(line, g1, above)
-        level = tl.dot(line, g0, level)
-        line = tl.trans(tl.load(taps + WIDTH * IN, mask=inside, other=0.0))
-        above = tl.dot(line, g2, above)
-        level = tl.dot(line, g1, level)
-        below = tl.dot(line, g0, below)
-        line = tl.trans(tl.load(taps + 2 * WIDTH * IN, mask=inside, other=0.0))
-        above = tl.dot(line, g3, above)
-        level = tl.dot(line, g2, level)
-        below = tl.dot(line, g1, below)
-        line = tl.trans(tl.load(taps + 3 * WIDTH * IN, mask=inside, other=0.0))
-        level = tl.dot(line, g3, level)
-        below = tl.dot(line, g2, below)
-        line = tl.trans(line_of(taps + 4 * WIDTH * IN, inside, row + 4, HEIGHT))
-        below = tl.dot(line, g3, below)
-    where = parts + tl.program_id(0) * (9 * IN * OUT) + k[:, None] + o[None, :] * (9 * IN)
-    known = (k < 3 * IN)[:, None] & (o < OUT)[None, :]
-    tl.store(where, above, mask=known)
-    tl.store(where + 3 * IN, level, mask=known)
-    tl.store(where + 6 * IN, below, mask=known)
-
-
-@triton.jit
-def _plus(one, other):  # type: ignore[no-untyped-def]
-    return one + other
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _sum(parts, total, programs, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """total[c] = sum of parts[program, c] over the programs."""
-    c, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
-    found = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    for first in range(0, programs, ROWS):
-        inside = (first + row < programs)[:, None] & (c < SIZE)[None, :]
-        found += tl.load(parts + (first + row)[:, None] * SIZE + c[None, :], mask=inside, other=0.0)
-    tl.store(total + c, tl.reduce(found, 0, _plus), mask=c < SIZE)
 
 
 class How(NamedTuple):
@@ -152,9 +35,11 @@ class How(NamedTuple):
     each: float
 
 
-CONVOLVE = {16: How(128, 4, 1, 8), 32: How(64, 4, 2, 4), 64: How(64, 4, 1, 4), 128: How(64, 4, 1, 2)}  # by TAPS
-SUMMED = 64, 32  # rows that are added at once, and columns a program
-CORRELATE = {16: How(128, 4, 2, 2), 32: How(64, 4, 2, 2), 64: How(64, 4, 3, 1), 128: How(32, 4, 3, 1)}
+CONVOLVE = {16: How(128, 4, 1, 4), 32: How(64, 4, 2, 4), 64: How(64, 2, 2, 4), 128: How(128, 8, 1, 1)}  # by TAPS
+SUMMED, SUMMED_MANY = (128, 8), (64, 32)  # rows that are added at once, and columns a program; of MANY columns
+MANY = 16_384
+CORRELATE = {16: How(128, 4, 2, 2), 32: How(64, 4, 2, 2), 64: How(64, 4, 3, 1), 128: How(64, 4, 2, 1)}
+CONVOLVE_TAPS, CORRELATE_TAPS = How(256, 8, 3, 1), How(64, 4, 3, 0.34)
 
 
 def rounded(count: int) -> int:
@@ -163,28 +48,42 @@ def rounded(count: int) -> int:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
 
 
 Shape = Sequence[int]  # (N, C, H, W)
 
 
-def programs_of(how: How, shape: Shape, device: torch.device) -> int:
-    """How many programs share the places of images."""
-    places = shape[0] * shape[2] * shape[3] // LINES
-    return max(1, int(min(_processors(device) * how.each, triton.cdiv(places, how.block))))
+def programs_of(how: How, places: int, processors: int) -> int:
+    """How many programs share so many places."""
+    return max(1, min(int(processors * how.each), -(-places // how.block)))
 
 
 def launch(
-    kernel: Any, how: How, shape: Shape, outer: int, tensors: tuple[Tensor, ...], strides: tuple[int, ...] = (), taps: int = 0
+    kernel: Any,
+    how: How,
+    shape: Shape,
+    outer: int,
+    tensors: tuple[Tensor, ...],
+    more: tuple[int, ...] = (),
+    *,
+    taps: int = 0,
+    lines: int = LINES,
+    rows: int = 1,
+    programs: int = 0,
 ) -> None:
-    """Run a kernel on `tensors`, the results last. `shape`: of the images at full size, with the channels that are summed."""
+    """Run a kernel on `tensors`, the results last. `shape`: of the images at full size, with the channels that are summed.
+
+    `more`: what it takes besides, such as the filters' strides; `lines`: of a place; `rows`: programs that share places;
+    `programs`: that share all of them, 0 for as many as are quickest.
+    """
     count, inner, height, width = shape
-    programs = programs_of(how, shape, tensors[0].device)
+    places = count * height * width // lines
+    programs = programs or programs_of(how, places, processors(tensors[0].device))
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]  # Triton launches where the process is
-        kernel[(programs,)](
-            *tensors, count * height * width // LINES, programs, *strides,
+        kernel[(programs, rows)](
+            *tensors, places, programs, *more,
             height, width, inner, outer, taps or rounded(SIDE * inner), rounded(outer),
             how.block, num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -206,20 +105,55 @@ def turned(weight: Tensor, back: bool) -> tuple[Tensor, tuple[int, ...]]:
 
 def our_convolve(x: Tensor, weight: Tensor, back: bool) -> Tensor:
     """`convolve` by our kernel."""
-    x, outer = as_last(x), weight.shape[1 if back else 0]
+    return _convolved(x, weight, back, None)[0]
+
+
+def our_convolve_sums(x: Tensor, weight: Tensor, pivot: Tensor, programs: int) -> tuple[Tensor, Tensor]:
+    """`convolve`, and what each program found (programs, 2, OUT): the sums of result - pivot (OUT,), and of its square."""
+    return _convolved(x, weight, False, pivot, programs)
+
+
+def _convolution(inner: int) -> tuple[Any, How, dict[str, Any]]:
+    """The kernel for so many channels, its shape, and what it is launched with besides."""
+    if inner > MOST_IN:
+        return convolve_taps, CONVOLVE_TAPS, {"taps": rounded(inner), "lines": 1}
+    return convolve_lines, CONVOLVE[rounded(SIDE * inner)], {"lines": LINES}
+
+
+def _correlation(inner: int) -> tuple[Any, How, dict[str, Any]]:
+    """The same for the filters' gradients."""
+    if inner > MOST_IN:
+        return correlate_taps, CORRELATE_TAPS, {"taps": rounded(inner), "lines": 1, "rows": SIDE}
+    return correlate_lines, CORRELATE[rounded(SIDE * inner)], {"lines": LINES}
+
+
+def shared(shape: Shape, processors: int) -> int:
+    """How many programs are quickest for a convolution, where so many run at once."""
+    count, inner, height, width = shape
+    if inner > MOST_IN:
+        return programs_of(CONVOLVE_TAPS, count * height * width, processors)
+    return programs_of(CONVOLVE[rounded(SIDE * inner)], count * height * width // LINES, processors)
+
+
+def _convolved(x: Tensor, weight: Tensor, back: bool, pivot: Tensor | None, programs: int = 0) -> tuple[Tensor, Tensor]:
+    x, outer, sums = as_last(x), weight.shape[1 if back else 0], pivot is not None
     y = torch.empty((x.shape[0], outer, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    parts = x.new_empty((programs, 2, outer), dtype=torch.float32)
+    kernel, how, given = _convolution(x.shape[1])
     filters, strides = turned(weight, back)
-    launch(_convolve, CONVOLVE[rounded(SIDE * x.shape[1])], x.shape, outer, (x, filters, y), strides)
-    return y
+    tensors = x, filters, y, y if pivot is None else pivot, parts if sums else y
+    launch(kernel, how, x.shape, outer, tensors, (*strides, sums), programs=programs, **given)
+    return y, parts
 
 
 def our_correlate(x: Tensor, g: Tensor) -> Tensor:
     """`correlate` by our kernel: each program's sum, and the sum of these."""
     x, g = as_last(x), as_last(g)
     inner, outer = x.shape[1], g.shape[1]
-    how = CORRELATE[rounded(SIDE * inner)]
-    parts = torch.empty((programs_of(how, x.shape, x.device), outer * 9 * inner), dtype=torch.float32, device=x.device)
-    launch(_correlate, how, x.shape, outer, (x, g, parts))
+    kernel, how, given = _correlation(inner)
+    programs = programs_of(how, x.numel() // inner // given["lines"], processors(x.device))
+    parts = torch.empty((programs, outer * 9 * inner), dtype=torch.float32, device=x.device)
+    launch(kernel, how, x.shape, outer, (x, g, parts), programs=programs, **given)
     return added(parts).view(outer, SIDE, SIDE, inner).permute(0, 3, 1, 2)
 
 
@@ -227,8 +161,9 @@ def added(parts: Tensor) -> Tensor:
     """(programs, size) float32 -> (size,): always in the same order. torch's own sum takes three times as long (LOG.md)."""
     programs, size = parts.shape
     total = parts.new_empty(size)
+    rows, columns = SUMMED_MANY if size >= MANY else SUMMED
     with torch.cuda.device_of(parts):  # type: ignore[no-untyped-call]
-        _sum[(triton.cdiv(size, SUMMED[1]),)](parts, total, programs, size, *SUMMED, num_warps=4)
+        add_parts[(triton.cdiv(size, columns),)](parts, total, programs, size, rows, columns, num_warps=4)
     return total
 
 
@@ -246,8 +181,10 @@ def torch_correlate(x: Tensor, g: Tensor) -> Tensor:
     return found.to(torch.float32, memory_format=torch.channels_last)
 
 
-def meant(inner: int, outer: int, height: int) -> bool:
+def meant(inner: int, outer: int, height: int, width: int) -> bool:
     """Whether our kernels are for such images."""
+    if height * width <= SMALL and MOST_IN < inner <= MOST_OUT and outer <= MOST_OUT:
+        return True
     return height % LINES == 0 and inner <= MOST_IN and outer <= MOST_OUT
 
 
@@ -255,7 +192,7 @@ def _ours(kind: str, x: Tensor, outer: int, strides: tuple[int, ...] = ()) -> bo
     """Whether our kernel is taken for these images; it counts their values in 32 bits."""
     return (
         few(x.shape, outer)
-        and meant(x.shape[1], outer, x.shape[2])
+        and meant(x.shape[1], outer, *x.shape[2:])
         and _right(kind, (min(len(x), MOST_PROVED), *x.shape[1:]), outer, strides, x.dtype, x.device)
     )
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar.kernels.plain import (
+    LINES,
     MOST_IN,
     MOST_OUT,
     MOST_PROVED,
@@ -26,6 +27,7 @@ from cifar.kernels.plain import (
     few,
     launch,
     near,
+    processors,
     programs_of,
     rounded,
     torch_convolve,
@@ -62,7 +64,7 @@ def our_images(g: Tensor, which: Tensor, weight: Tensor) -> Tensor:
     y = torch.empty((full[0], outer, *full[2:]), dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
     filters, strides = turned(weight, True)
     taps = rounded(g.shape[1])
-    launch(back_pool, BACK[rounded(outer)], full, outer, (g, which, filters, y), strides, taps)
+    launch(back_pool, BACK[rounded(outer)], full, outer, (g, which, filters, y), strides, taps=taps)
     return y
 
 
@@ -71,8 +73,9 @@ def our_filters(x: Tensor, g: Tensor, which: Tensor) -> Tensor:
     x, g, which = as_last(x), as_last(g), as_last(which)
     inner, outer = x.shape[1], g.shape[1]
     how = FILTERS[rounded(SIDE * inner)]
-    parts = torch.empty((programs_of(how, x.shape, x.device), outer * (9 * inner + 1)), dtype=torch.float32, device=x.device)
-    launch(correlate_pool, how, x.shape, outer, (x, g, which, parts))
+    programs = programs_of(how, x.numel() // inner // LINES, processors(x.device))
+    parts = torch.empty((programs, outer * (9 * inner + 1)), dtype=torch.float32, device=x.device)
+    launch(correlate_pool, how, x.shape, outer, (x, g, which, parts), programs=programs)
     return added(parts)
 
 

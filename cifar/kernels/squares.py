@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cifar.kernels.plain import line_of, places_of
+from cifar.kernels.lines import line_of, places_of
 
 
 @triton.jit

@@ -1,0 +1,265 @@
+"""BatchNorm's kernels against torch's: on a GPU as they are used, elsewhere by Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images  # noqa: F401
+
+if True:  # after test_kernels has chosen the interpreter where there is no GPU
+    from cifar.kernels import network, norms, plain
+
+SHAPES = [(3, 16, 8, 8), (2, 64, 5, 7), (1, 5, 3, 3), (2, 24, 12, 4)]
+CONVOLUTIONS = [(3, 16, 8, 8), (16, 5, 4, 6), (32, 32, 4, 4), (64, 64, 8, 8), (40, 48, 3, 5)]
+
+
+@pytest.fixture(autouse=True)
+def _unproved() -> None:
+    for proof in (norms._right, norms._adds_up, plain._right):
+        proof.cache_clear()
+
+
+def sums(x: Tensor, pivot: Tensor) -> Tensor:
+    off = x.double() - pivot.double()[:, None, None]
+    return torch.stack([off.sum((0, 2, 3)), off.square().sum((0, 2, 3))])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_each_pixel_is_summed_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, pivot = images(*shape, dtype=dtype), torch.randn(shape[1], device=DEVICE)
+    programs = norms.summing(x.shape, plain.processors(x.device))
+    parts = norms.our_pixel_sums(x, pivot, programs)
+    assert error(parts.sum(0), sums(x, pivot)) < 1e-5
+    assert error(norms.torch_pixel_sums(x, pivot, programs).sum(0), sums(x, pivot)) < 1e-5
+    torch.library.opcheck(norms.pixel_sums, (x, pivot, programs), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_a_convolution_sums_up_what_it_stores(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inner, outer, height, width = shape
+    x, pivot = images(3, inner, height, width, dtype=dtype), torch.randn(outer, device=DEVICE)
+    weight = images(outer, inner, 3, 3, dtype=dtype).float() / (9 * inner) ** 0.5
+    programs = plain.shared(x.shape, plain.processors(x.device))
+    y, parts = plain.our_convolve_sums(x, weight, pivot, programs)
+    assert torch.equal(y, plain.our_convolve(x, weight, False))
+    assert error(parts.sum(0), sums(y, pivot)) < 1e-5, "rounded as it is, not as it was in the kernel"
+    for by in (norms.convolve_sums, torch.no_grad()(norms.convolve_sums)):
+        result, found = by(x, weight, pivot, programs)
+        assert error(result.detach(), y.double()) < TOLERANCE[dtype] and found.shape == parts.shape
+    torch.library.opcheck(norms.convolve_sums, (x, weight, pivot, programs), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("by", ["ours", "torch"])
+def test_the_statistics_of_many_batches_are_batch_norms(by: str) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(20, momentum=0.3, dtype=torch.float64).to(DEVICE).train()
+    running = torch.zeros(20, device=DEVICE), torch.ones(20, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    take = norms.our_statistics if by == "ours" else norms.torch_statistics
+    for batch in range(4):
+        x = torch.randn(3, 20, 4, 5, device=DEVICE) * 2 + torch.arange(20.0, device=DEVICE)[:, None, None]
+        norm(x.double())
+        found = take(norms.torch_pixel_sums(x, running[0], 7), *running, x.numel() // 20, 0.3)
+        variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+        assert error(found[0], mean) < 1e-6 and error(found[1], variance) < 1e-5, batch
+    assert norm.running_mean is not None and norm.running_var is not None
+    assert error(running[0], norm.running_mean) < 1e-6 and error(running[1], norm.running_var) < 1e-5
+    assert running[2] == norm.num_batches_tracked == 4
+
+
+def test_a_mean_far_from_zero_cancels_nothing_once_it_is_known() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 16, 8, 8, device=DEVICE) + 4096
+    running = (
+        torch.full((16,), 4096.5, device=DEVICE),
+        torch.ones(16, device=DEVICE),
+        torch.zeros((), dtype=torch.int64, device=DEVICE),
+    )
+    found = norms.our_statistics(norms.our_pixel_sums(x, running[0], 3), *running, 512, 0.1)
+    assert error(found[1], x.double().var((0, 2, 3), correction=0)) < 1e-5
+    zero = norms.torch_pixel_sums(x, torch.zeros(16, device=DEVICE), 1)
+    cancelled = norms.our_statistics(zero, torch.zeros(16, device=DEVICE), running[1].clone(), running[2].clone(), 512, 0.1)
+    assert error(cancelled[1], x.double().var((0, 2, 3), correction=0)) > 1e-3, "what the pivot is for"
+
+
+def test_one_value_everywhere_has_no_variance_and_what_is_no_number_stays_none() -> None:
+    x = torch.full((2, 16, 4, 4), 3.1, device=DEVICE)
+    x[0, 3, 0, 0] = float("nan")
+    running = torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    mean, variance = norms.our_statistics(norms.our_pixel_sums(x, running[0], 3), *running, 32, 0.1)
+    others = torch.arange(16, device=DEVICE) != 3
+    assert mean[3].isnan() and variance[3].isnan() and running[0][3].isnan()
+    assert (mean[others] - 3.1).abs().max() < 1e-5 and (variance[others] >= 0).all() and variance[others].max() < 1e-5
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_gradients_are_those_in_double_precision(shape: tuple[int, ...], dtype: torch.dtype, relu: bool) -> None:
+    torch.manual_seed(0)
+    x, g = images(*shape, dtype=dtype), images(*shape, dtype=dtype)
+    weight, bias = torch.randn(shape[1], device=DEVICE), torch.randn(shape[1], device=DEVICE)
+    exact = [value.double().requires_grad_() for value in (x, weight, bias)]
+    wanted = nn.functional.batch_norm(exact[0], None, None, exact[1], exact[2], training=True, eps=1e-3)
+    (wanted.relu() if relu else wanted).backward(g.double())
+
+    variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    moments = torch.stack([mean, variance])
+    leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
+    y = norms.normalised(leaves[0], moments, leaves[1], leaves[2], 1e-3, relu)
+    assert y.dtype == dtype and error(y.detach(), (wanted.relu() if relu else wanted).detach()) < TOLERANCE[dtype]
+    y.backward(g)
+    assert norms._right.cache_info().currsize == 1
+    for ours, theirs in zip(leaves, exact, strict=True):
+        assert ours.grad is not None and error(ours.grad, theirs.grad) < max(TOLERANCE[dtype], 1e-5)
+    both = [by(g, x, moments, weight, bias, 1e-3, relu) for by in (norms.our_gradient_sums, norms.torch_gradient_sums)]
+    for found in both:
+        assert error(found, torch.stack([exact[2].grad, exact[1].grad])) < 1e-5
+    torch.library.opcheck(
+        norms.gradient_sums, (g, x, moments, weight, bias, 1e-3, relu), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.parametrize("what", ["our_pixel_sums", "our_convolve_sums", "our_gradient_sums", "our_statistics"])
+def test_a_wrong_kernel_is_found_out_and_not_used(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    dtype = DTYPES[0]
+    x, weight, pivot = images(2, 16, 4, 4, dtype=dtype), images(16, 16, 3, 3).to(dtype).float(), torch.randn(16, device=DEVICE)
+    moments, ones = torch.stack([pivot, pivot.square() + 0.1]), torch.ones(16, device=DEVICE)
+
+    def results() -> list[Tensor]:
+        running = pivot.clone(), ones.clone(), torch.zeros((), dtype=torch.int64, device=DEVICE)
+        y, parts = norms.convolve_sums(x, weight, pivot, 3)
+        found = norms.statistics(parts, *running, 32, 0.1)
+        return [
+            y,
+            parts.sum(0),
+            found,
+            *running,
+            norms.pixel_sums(x, pivot, 2).sum(0),
+            norms.gradient_sums(x, x, moments, pivot, ones, 0.1, True),
+        ]
+
+    def proved() -> list[bool]:
+        return [
+            norms._ours("pixels", x, 16),
+            norms._ours("convolve", x, 16, weight.stride()),
+            norms._ours("gradients", x, 16, (0.1, True)),
+            norms._adds_up(3, 16, x.device),
+        ]
+
+    before = results()
+    assert proved() == [True] * 4
+    right = getattr(norms, what)
+    monkeypatch.setattr(norms, what, lambda *given: torch.utils._pytree.tree_map(lambda value: value * 1.05, right(*given)))
+    norms._right.cache_clear()
+    norms._adds_up.cache_clear()
+    assert proved().count(False) == 1
+    for wrong, wanted in zip(results(), before, strict=True):
+        assert error(wrong, wanted.double()) < TOLERANCE[dtype]
+
+
+# -- in a network ------------------------------------------------------------------------------------------------------
+
+
+def row(
+    inner: int = 8, outer: int = 16, *, bias: bool = False, third: nn.Module | None = None, **given: object
+) -> nn.Sequential:
+    parts = [nn.Conv2d(inner, outer, 3, padding=1, bias=bias), nn.BatchNorm2d(outer, **given)]  # type: ignore[arg-type]
+    return nn.Sequential(*parts, *([third] if third else []))
+
+
+def test_rows_of_that_kind_are_taken_and_no_others() -> None:
+    taken = [
+        row(),
+        row(third=nn.ReLU()),
+        row(64, 64),
+        nn.Sequential(nn.Conv2d(8, 24, 1, stride=2, bias=False), nn.BatchNorm2d(24)),
+    ]
+    left = [
+        row(bias=True),
+        row(outer=65),
+        row(third=nn.GELU()),
+        row(affine=False),
+        row(momentum=None),
+        row(track_running_stats=False),
+        nn.Sequential(*row(), nn.ReLU(), nn.ReLU()),
+        row(third=nn.ReLU()),
+        row(third=nn.ReLU()),
+    ]
+    for module in left[-1][1:]:
+        module.register_forward_hook(lambda *_: None)  # somebody looks at it
+    left[-2].register_forward_hook(lambda *_: None)
+    for number, model in enumerate(taken + left):
+        model.to(DEVICE)
+        names = list(model.state_dict())
+        network.quicken(model, torch.zeros(1, model[0].in_channels, 8, 8, device=DEVICE))
+        assert (type(model) is network.NormRow) == (number < len(taken)), number
+        assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("inner", [3, 64], ids=["lines", "taps"])
+@pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
+def test_compiled_rows_learn_what_torchs_learn(inner: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.Quick, "precision", dtype)
+    torch.manual_seed(0)
+    width = 16 if inner == 3 else inner
+    first, second = row(inner, width, third=nn.ReLU(), momentum=0.2), row(width, width)
+    down = nn.Sequential(nn.Conv2d(width, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    theirs = nn.Sequential(first, second, down, head).to(DEVICE, memory_format=torch.channels_last)
+    ours = copy.deepcopy(theirs)
+    x, labels = images(6, inner, 8, 8), torch.arange(6, device=DEVICE)
+    network.quicken(ours, x[:1])
+    assert [type(part) is network.NormRow for part in ours] == [True, True, True, False]
+
+    def loss(model: nn.Module) -> Tensor:
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            logits = model(x)
+        return nn.functional.cross_entropy(logits.float(), labels)
+
+    compiled = torch.compile(loss, dynamic=False, fullgraph=True)
+    optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (theirs, ours)]
+    exact = dtype == torch.float32
+    for step in range(3):
+        for model, by, optimizer in zip((theirs, ours), (loss, compiled), optimizers, strict=True):
+            optimizer.zero_grad()
+            by(model).backward()
+        for (name, wanted), found in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+            assert wanted.grad is not None and found.grad is not None
+            assert error(found.grad, wanted.grad.double()) < (1e-4 if exact else 0.2), (step, name)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert norms._right.cache_info().currsize >= 5, "the kernels ran"
+    for (name, wanted), found in zip(theirs.named_buffers(), ours.buffers(), strict=True):
+        assert error(found, wanted.double()) < (1e-5 if exact else 2e-2), name
+        assert found.dtype == wanted.dtype
+    before = copy.deepcopy(ours.state_dict())
+    with torch.no_grad():
+        found, wanted = ours.eval()(x), theirs.eval()(x)
+    assert error(found, wanted.double()) < (1e-4 if exact else 5e-2)
+    ours.train()[0][1].eval()  # somebody keeps this one's statistics
+    loss(ours)
+    for name, value in ours.state_dict().items():
+        if "running" in name or "num" in name:
+            assert torch.equal(value, before[name]) == name.startswith("0."), name
+
+
+def test_without_autocast_a_row_computes_what_it_did() -> None:
+    torch.manual_seed(0)
+    theirs = row(third=nn.ReLU()).to(DEVICE)
+    ours, x = copy.deepcopy(theirs), images(2, 8, 8, 8)
+    network.quicken(ours, x[:1])
+    assert type(ours) is network.NormRow
+    assert torch.equal(ours(x), theirs(x))
+    for found, wanted in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(found, wanted)
