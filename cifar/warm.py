@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cifar import kernels
 from cifar.capture import Steps
 from cifar.config import Settings, form
 from cifar.data import cache_folder
@@ -102,6 +103,7 @@ def _weigh(steps: Steps[Training], configs: Sequence[Settings], ahead: int) -> s
 def _compile(steps: Steps[Training]) -> None:
     first = steps.trials[0]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))  # outlives the process
+    torch.compiler.config.cache_key_tag = kernels.version()  # what is on disk is found by operators' names, not their code
     for training in steps.trials:
         training.compile()
     steps.forget()
@@ -113,6 +115,11 @@ def _compile(steps: Steps[Training]) -> None:
 
 def _marker(config: Settings, device: torch.device) -> Path:
     """A file that says that this step has been compiled on a machine of this kind, so that its kernels are cached."""
-    named = [form(config), torch.__version__, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"]
+    named = [
+        form(config),
+        torch.__version__,
+        kernels.version(),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    ]
     digest = hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return cache_folder() / "inductor" / "cifar" / digest

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from tests.test_kernels import DEVICE, DTYPES, GPU, _interpreted, error, images  # noqa: F401
+from tests.test_kernels import DEVICE, DTYPES, GPU, _interpreted, error, images, proofs  # noqa: F401
 
 if True:  # after test_kernels has chosen the interpreter where there is no GPU
     from cifar import registry
@@ -158,7 +158,7 @@ def test_only_halving_pools_are_exchanged_and_only_used_where_kernels_are(monkey
 def test_the_fast_networks_learn_the_same_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "LEAST", 8)
     monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
-    halves._right.cache_clear()
+    proved = proofs(monkeypatch, halves)
     torch.manual_seed(0)
     plain = registry.models[name].build(width=8).to(DEVICE, memory_format=torch.channels_last).train()
     quick, x, labels = copy.deepcopy(plain), images(4, 3, 32, 32), torch.arange(4, device=DEVICE)
@@ -168,7 +168,7 @@ def test_the_fast_networks_learn_the_same_with_it(name: str, monkeypatch: pytest
         with torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
             loss = nn.functional.cross_entropy(model(x).float(), labels)
         loss.backward()
-    assert halves._right.cache_info().currsize == 6, "three sizes, there and back"
+    assert proved == [True] * 6, "three sizes, there and back"
     for (kind, ours), wanted in zip(quick.named_parameters(), plain.parameters(), strict=True):
         if wanted.requires_grad:
             assert ours.grad is not None and wanted.grad is not None
@@ -181,7 +181,7 @@ def test_the_fast_networks_learn_the_same_with_it(name: str, monkeypatch: pytest
 def test_compiled_and_before_batch_norm_it_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "LEAST", 8)
     monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
-    halves._right.cache_clear()
+    proved = proofs(monkeypatch, halves)
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 16, 2, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.GELU(), nn.Flatten(), nn.Linear(144, 10)
     plain = nn.Sequential(*layers).to(DEVICE, memory_format=torch.channels_last)
@@ -194,7 +194,7 @@ def test_compiled_and_before_batch_norm_it_learns_the_same(monkeypatch: pytest.M
 
     loss(plain).backward()
     torch.compile(loss, dynamic=False)(quick).backward()
-    assert halves._right.cache_info().currsize == 2, "there and back"
+    assert proved == [True] * 2, "there and back"
     for (name, wanted), ours in zip(plain.named_parameters(), quick.parameters(), strict=True):
         assert ours.grad is not None and wanted.grad is not None
         assert ours.grad.stride() == wanted.grad.stride()

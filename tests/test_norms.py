@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images  # noqa: F401
+from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images, proofs  # noqa: F401
 
 if True:  # after test_kernels has chosen the interpreter where there is no GPU
     from cifar.kernels import network, norms, plain
@@ -49,7 +55,7 @@ def test_a_convolution_sums_up_what_it_stores(shape: tuple[int, ...], dtype: tor
     inner, outer, height, width = shape
     x, pivot = images(3, inner, height, width, dtype=dtype), torch.randn(outer, device=DEVICE)
     weight = images(outer, inner, 3, 3, dtype=dtype).float() / (9 * inner) ** 0.5
-    programs = plain.shared(x.shape, plain.processors(x.device))
+    programs = plain.shared(x.shape, outer, plain.processors(x.device))
     y, parts = plain.our_convolve_sums(x, weight, pivot, programs)
     assert torch.equal(y, plain.our_convolve(x, weight, False))
     assert error(parts.sum(0), sums(y, pivot)) < 1e-5, "rounded as it is, not as it was in the kernel"
@@ -104,7 +110,10 @@ def test_one_value_everywhere_has_no_variance_and_what_is_no_number_stays_none()
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_gradients_are_those_in_double_precision(shape: tuple[int, ...], dtype: torch.dtype, relu: bool) -> None:
+def test_the_gradients_are_those_in_double_precision(
+    shape: tuple[int, ...], dtype: torch.dtype, relu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved = proofs(monkeypatch, norms)
     torch.manual_seed(0)
     x, g = images(*shape, dtype=dtype), images(*shape, dtype=dtype)
     weight, bias = torch.randn(shape[1], device=DEVICE), torch.randn(shape[1], device=DEVICE)
@@ -118,7 +127,7 @@ def test_the_gradients_are_those_in_double_precision(shape: tuple[int, ...], dty
     y = norms.normalised(leaves[0], moments, leaves[1], leaves[2], 1e-3, relu)
     assert y.dtype == dtype and error(y.detach(), (wanted.relu() if relu else wanted).detach()) < TOLERANCE[dtype]
     y.backward(g)
-    assert norms._right.cache_info().currsize == 1
+    assert proved == [True]
     for ours, theirs in zip(leaves, exact, strict=True):
         assert ours.grad is not None and error(ours.grad, theirs.grad) < max(TOLERANCE[dtype], 1e-5)
     both = [by(g, x, moments, weight, bias, 1e-3, relu) for by in (norms.our_gradient_sums, norms.torch_gradient_sums)]
@@ -127,6 +136,49 @@ def test_the_gradients_are_those_in_double_precision(shape: tuple[int, ...], dty
     torch.library.opcheck(
         norms.gradient_sums, (g, x, moments, weight, bias, 1e-3, relu), test_utils=("test_schema", "test_faketensor")
     )
+
+
+def shuffled(x: Tensor, pivot: Tensor, programs: int) -> Tensor:
+    return norms.torch_pixel_sums(x.roll(1, 1), pivot, programs)
+
+
+def half_twice(x: Tensor, pivot: Tensor, programs: int) -> Tensor:
+    return norms.torch_pixel_sums(torch.cat([x[: len(x) // 2]] * 2), pivot, programs)
+
+
+def first_without_x(x: Tensor, pivot: Tensor, programs: int) -> Tensor:
+    sums = norms.torch_pixel_sums(x, pivot, programs)
+    sums[:, 0] = 0
+    return sums
+
+
+@pytest.mark.parametrize("wrong", [None, shuffled, half_twice, first_without_x])
+def test_sums_of_other_pixels_are_found_out(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = "pixels", (64, 16, 16, 16), 16, (), DTYPES[0], torch.device(DEVICE)
+    monkeypatch.setattr(norms, "our_pixel_sums", wrong or norms.torch_pixel_sums)
+    assert norms._right(*given) == (wrong is None)
+    norms._right.cache_clear()
+
+    def convolved(x: Tensor, weight: Tensor, pivot: Tensor, programs: int) -> tuple[Tensor, Tensor]:
+        y = plain.torch_convolve(x, weight, False)
+        return y, (wrong or norms.torch_pixel_sums)(y, pivot, programs)
+
+    monkeypatch.setattr(norms, "our_convolve_sums", convolved)
+    weight = images(16, 16, 3, 3)
+    assert norms._right("convolve", given[1], 16, weight.stride(), *given[4:]) == (wrong is None)
+
+
+@pytest.mark.parametrize("kept", [None, 1, 2, 3], ids=["right", "mean", "variance", "batches"])
+def test_statistics_that_do_not_move_are_found_out(kept: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def statistics(*given: Any) -> Tensor:
+        before = given[kept].clone() if kept else None
+        found = norms.torch_statistics(*given)
+        if kept:
+            given[kept].copy_(before)
+        return found
+
+    monkeypatch.setattr(norms, "our_statistics", statistics)
+    assert norms._adds_up(528, 16, torch.device(DEVICE)) == (kept is None)
 
 
 @pytest.mark.parametrize("what", ["our_pixel_sums", "our_convolve_sums", "our_gradient_sums", "our_statistics"])
@@ -166,6 +218,19 @@ def test_a_wrong_kernel_is_found_out_and_not_used(what: str, monkeypatch: pytest
     assert proved().count(False) == 1
     for wrong, wanted in zip(results(), before, strict=True):
         assert error(wrong, wanted.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("by", ["our", "torch"])
+def test_after_a_batch_without_numbers_the_next_is_normalised_all_the_same(by: str) -> None:
+    x = torch.randn(2, 16, 4, 4, device=DEVICE) + 3
+    unknown = torch.full((16,), float("nan"), device=DEVICE)
+    unknown[1] = -float("inf")
+    running = unknown, torch.ones(16, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    first, then = (getattr(norms, f"{by}_{name}") for name in ("pixel_sums", "statistics"))
+    found = then(first(x, unknown, 2), *running, 32, 0.1)
+    assert error(found[0], x.double().mean((0, 2, 3))) < 1e-5, "as torch would, which needs no pivot"
+    assert error(found[1], x.double().var((0, 2, 3), correction=0)) < 1e-4
+    assert not running[0].isfinite().any(), "which torch's would stay, too"
 
 
 # -- in a network ------------------------------------------------------------------------------------------------------
@@ -211,6 +276,7 @@ def test_rows_of_that_kind_are_taken_and_no_others() -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
 def test_compiled_rows_learn_what_torchs_learn(inner: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.Quick, "precision", dtype)
+    proved = proofs(monkeypatch, norms)
     torch.manual_seed(0)
     width = 16 if inner == 3 else inner
     first, second = row(inner, width, third=nn.ReLU(), momentum=0.2), row(width, width)
@@ -239,7 +305,7 @@ def test_compiled_rows_learn_what_torchs_learn(inner: int, dtype: torch.dtype, m
             assert error(found.grad, wanted.grad.double()) < (1e-4 if exact else 0.2), (step, name)
         for optimizer in optimizers:
             optimizer.step()
-    assert norms._right.cache_info().currsize >= 5, "the kernels ran"
+    assert len(proved) >= 7 and all(proved), "the kernels ran"
     for (name, wanted), found in zip(theirs.named_buffers(), ours.buffers(), strict=True):
         assert error(found, wanted.double()) < (1e-5 if exact else 2e-2), name
         assert found.dtype == wanted.dtype
@@ -263,3 +329,67 @@ def test_without_autocast_a_row_computes_what_it_did() -> None:
     assert torch.equal(ours(x), theirs(x))
     for found, wanted in zip(ours.buffers(), theirs.buffers(), strict=True):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("change", ["momentum", "statistics", "hook", "backward hook"])
+def test_what_somebody_changes_later_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
+    torch.manual_seed(0)
+    theirs = row(third=nn.ReLU()).to(DEVICE)
+    ours, x, seen = copy.deepcopy(theirs), images(2, 8, 8, 8, dtype=DTYPES[0]), []
+    network.quicken(ours, x[:1].float())
+    for model in (ours, theirs):
+        if change == "momentum":
+            model[1].momentum = None  # a plain mean, as torch.optim.swa_utils.update_bn has it
+        elif change == "statistics":
+            model[1].track_running_stats = False
+        elif change == "hook":
+            model[0].register_forward_hook(lambda *_: seen.append(1))
+        else:
+            model[2].register_full_backward_hook(lambda *_: seen.append(1))
+        with torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
+            model(x).float().sum().backward()
+    assert len(seen) == (2 if "hook" in change else 0)
+    for found, wanted in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.allclose(found.double(), wanted.double(), atol=1e-2 if GPU else 1e-6)
+
+
+@pytest.mark.slow
+def test_a_digest_of_the_kernels_is_part_of_what_compiled_code_is_found_by(tmp_path: Path) -> None:
+    """Torch finds compiled code on disk by the names of operators, not by what is in them."""
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from torch import nn
+from cifar import kernels
+from cifar.kernels import network
+network.Quick.precision = torch.float32
+torch.compiler.config.cache_key_tag = kernels.version()
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+x = torch.randn(2, 8, 8, 8)
+network.quicken(model, x[:1])
+torch.compile(lambda: model(x).square().mean(), dynamic=False)().backward()
+print("gradient", model[0].weight.grad.norm().item())
+"""
+    shutil.copytree(Path(norms.__file__).parents[1], tmp_path / "cifar")
+    changed = tmp_path / "cifar" / "kernels" / "norms.py"
+
+    def gradient() -> float:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        return float(done.stdout.split()[-1])
+
+    before = gradient()
+    text = changed.read_text()
+    assert text.count("return images.to(x.dtype), None") == 1
+    changed.write_text(text.replace("return images.to(x.dtype), None", "return 2 * images.to(x.dtype), None"))
+    assert gradient() == pytest.approx(2 * before)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images  # noqa: F401
+from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images, proofs  # noqa: F401
 
 if True:  # after test_kernels has chosen the interpreter where there is no GPU
     from cifar import registry
@@ -186,7 +186,7 @@ def test_modules_that_are_used_elsewhere_too_are_left_alone(monkeypatch: pytest.
 @pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)  # compiling takes ten seconds
 def test_a_compiled_worksheet_learns_what_torchs_layers_learn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.Quick, "precision", dtype)
-    pooled._right.cache_clear()
+    proved = proofs(monkeypatch, pooled)
     models = []
     for _ in range(3):
         torch.manual_seed(0)
@@ -202,7 +202,7 @@ def test_a_compiled_worksheet_learns_what_torchs_layers_learn(dtype: torch.dtype
         return nn.functional.cross_entropy(logits.float(), labels)
 
     torch.compile(loss, dynamic=False)(quick).backward()
-    assert pooled._right.cache_info().currsize == 5, "two forward, one for the images' gradient, two for the filters'"
+    assert proved == [True] * 5, "two forward, one for the images' gradient, two for the filters'"
     loss(layers).backward()
     loss(exact, torch.float32).backward()
     for (name, ours), theirs, wanted in zip(quick.named_parameters(), layers.parameters(), exact.parameters(), strict=True):

@@ -34,6 +34,13 @@ def plus(one, other):  # type: ignore[no-untyped-def]
     return one + other
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def pivot_of(running_mean, c, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What sums are taken of differences to: the running mean, and zero where that is not finite."""
+    pivot = tl.load(running_mean + c, mask=c < SIZE, other=0.0)
+    return tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+
+
 @triton.jit
 def _with(first, second, value, middle, inside):  # type: ignore[no-untyped-def]
     """The sums of what was seen less the middle, and of its square, with these values."""
@@ -70,7 +77,7 @@ def convolve_lines(  # type: ignore[no-untyped-def]
     first = tl.full((BLOCK, COLUMNS), 0.0, tl.float32)
     second = tl.full((BLOCK, COLUMNS), 0.0, tl.float32)
     if SUMS:
-        middle = tl.load(pivot + o, mask=o < OUT, other=0.0)[None, :]
+        middle = pivot_of(pivot, o, OUT)[None, :]
     for block in range(tl.program_id(0), (places + BLOCK - 1) // BLOCK, programs):
         place, p, row, inside = places_of(block, k, places, HEIGHT, WIDTH, IN, BLOCK)
         taps = x + p[:, None] * IN + (k - IN)[None, :]

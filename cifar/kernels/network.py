@@ -74,11 +74,18 @@ class NormRow(nn.Sequential):
         conv, norm = self[0], self[1]
         assert isinstance(norm, nn.BatchNorm2d)
         mean, variance, batches, momentum = norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
-        assert mean is not None and variance is not None and batches is not None and momentum is not None
-        if not (asked(x) and norm.training):
+        follows = norm.training and norm.track_running_stats and momentum is not None
+        if (
+            not (asked(x) and follows)
+            or mean is None
+            or variance is None
+            or batches is None
+            or any(_watched(part) for part in self)
+        ):
             return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
         if type(conv) is Quick:
-            y, parts = convolve_sums(x.to(Quick.precision), conv.weight, mean, shared(x.shape, self.processors))
+            programs = shared(x.shape, conv.out_channels, self.processors)
+            y, parts = convolve_sums(x.to(Quick.precision), conv.weight, mean, programs)
         else:
             y = conv(x)
             parts = pixel_sums(y.detach(), mean, summing(y.shape, self.processors))
@@ -89,7 +96,7 @@ class NormRow(nn.Sequential):
 
 @torch.no_grad()
 def quicken(model: nn.Module, images: Tensor) -> int:
-    """Let the convolutions and pools that these kernels are for use them -> how many convolutions. Weights stay where they are.
+    """Let the modules that these kernels are for use them -> how many convolutions do. Weights and names stay.
 
     images (1, 3, H, W), with any content: they say how large the images are that each convolution gets, and who gets what.
     """
@@ -100,7 +107,7 @@ def quicken(model: nn.Module, images: Tensor) -> int:
             calls.setdefault(module, []).append((given[0], made))
 
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
-    watched = [m for m in model.modules() if type(m) in kinds and not (m._forward_hooks or m._forward_pre_hooks)]
+    watched = [m for m in model.modules() if type(m) in kinds and not _watched(m)]
     hooks, was = [module.register_forward_hook(watch) for module in watched], model.training
     try:
         model.eval()(images)
@@ -110,11 +117,7 @@ def quicken(model: nn.Module, images: Tensor) -> int:
             hook.remove()
     found = []
     for module, seen in calls.items():
-        if (
-            type(module) is nn.Conv2d
-            and _fits(module)
-            and meant(module.in_channels, module.out_channels, *seen[-1][0].shape[2:])
-        ):
+        if type(module) is nn.Conv2d and _fits(module, [given for given, _ in seen]):
             module.__class__ = Quick
             found.append(module)
     for parent in calls:
@@ -143,6 +146,12 @@ def _in_a_row(parent: nn.Module, row: Sequence[nn.Module], calls: Mapping[nn.Mod
     return all(calls[a][0][1] is calls[b][0][0] for a, b in itertools.pairwise(row))
 
 
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes in or comes out."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(len(known) > 0 for known in hooks)
+
+
 def _is_norm_row(row: Sequence[nn.Module]) -> bool:
     """Whether these are a convolution without a bias and an ordinary BatchNorm of few channels, and at most a ReLU."""
     if not 2 <= len(row) <= 3 or (len(row) == 3 and type(row[2]) is not nn.ReLU):
@@ -154,7 +163,10 @@ def _is_norm_row(row: Sequence[nn.Module]) -> bool:
     return isinstance(conv, nn.Conv2d) and conv.bias is None and whole
 
 
-def _fits(module: nn.Conv2d) -> bool:
+def _fits(module: nn.Conv2d, images: Sequence[Tensor]) -> bool:
+    """Whether our kernels are for this convolution of such images."""
+    if any(x.dim() != 4 or not meant(module.in_channels, module.out_channels, *x.shape[2:]) for x in images):
+        return False
     plain = module.groups == 1 and module.padding_mode == "zeros" and module.padding in ((1, 1), "same")
     near = module.kernel_size == (SIDE, SIDE) and module.stride == module.dilation == (1, 1)
     return plain and near and module.weight.requires_grad and (module.bias is None or module.bias.requires_grad)

@@ -5,7 +5,8 @@ has just had every value in its registers. Here the convolution sums up what it 
 the ReLU let something pass, and what is left, one multiplication and addition a value, stays the compiler's to fuse.
 
 Mean and variance are of the values as they are stored, like torch's. The sums are taken of x - pivot (Chan, Golub & LeVeque
-1983, "Algorithms for computing the sample variance"): with the running mean as the pivot nothing is cancelled that matters.
+1983, "Algorithms for computing the sample variance"): with the running mean as the pivot nothing is cancelled that matters
+once that is near; before, the variance of values whose mean is 30 deviations from zero is wrong by 0.03 %.
 """
 
 from __future__ import annotations
@@ -96,9 +97,13 @@ def our_gradient_sums(g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bia
     return added(parts.flatten(1)).view(2, x.shape[1])
 
 
+def _finite(pivot: Tensor) -> Tensor:
+    return torch.where(pivot.isfinite(), pivot, 0.0)
+
+
 def torch_pixel_sums(x: Tensor, pivot: Tensor, programs: int) -> Tensor:
     """`pixel_sums` by torch: all of them in the first program's place."""
-    off = x.float() - _along(pivot)
+    off = x.float() - _along(_finite(pivot))
     first = torch.stack([off.sum((0, 2, 3)), off.square().sum((0, 2, 3))])
     return torch.cat([first[None], first.new_zeros((programs - 1, *first.shape))])
 
@@ -108,7 +113,7 @@ def torch_statistics(
 ) -> Tensor:
     """`statistics` by torch."""
     first, second = parts.sum(0) / pixels
-    found = torch.stack([running_mean + first, (second - first.square()).clamp_min(0)])
+    found = torch.stack([_finite(running_mean) + first, (second - first.square()).clamp_min(0)])
     running_mean.lerp_(found[0], momentum)
     running_variance.lerp_(found[1] * (pixels / max(pixels - 1, 1)), momentum)
     batches.add_(1)
@@ -153,18 +158,24 @@ def _right(kind: str, shape: Shape, outer: int, more: tuple[Any, ...], dtype: to
         return torch.randn(shape, generator=seeded, device=device)
 
     def agree() -> bool:
-        x, pivot = as_last(draw(*shape).to(dtype)), draw(outer)
+        # every channel and every image has a mean of its own, so that it matters which values are summed
+        x = draw(*shape) * (1 + draw(shape[1], 1, 1).abs()) + 0.1 * draw(shape[0], shape[1], 1, 1)
         if kind == "gradients":
-            g = as_last(draw(*shape).to(dtype))
+            x, g = as_last(x.to(dtype)), as_last((draw(*shape) + 0.1 * draw(shape[0], shape[1], 1, 1)).to(dtype))
             given = g, x, torch.stack([draw(outer), draw(outer).square() + 0.1]), draw(outer), draw(outer), *more
             return all(map(near, our_gradient_sums(*given), torch_gradient_sums(*given)))
         if kind == "pixels":
+            middle = draw(outer)
+            x, pivot = as_last((x + _along(middle)).to(dtype)), middle + 0.05 * draw(outer)
             y, parts = x, our_pixel_sums(x, pivot, summing(x.shape, processors(device)))
         else:
+            x = as_last(x.to(dtype))
             weight = torch.empty_strided((outer, shape[1], SIDE, SIDE), more, device=device)
             weight.copy_(draw(*weight.shape).to(dtype))
-            y, parts = our_convolve_sums(x, weight, pivot, shared(x.shape, processors(device)))
-            if not near(y, torch_convolve(x.float(), weight, False)):
+            wanted = torch_convolve(x.float(), weight, False)
+            pivot = wanted.mean((0, 2, 3)) + 0.05 * draw(outer) * wanted.std((0, 2, 3))
+            y, parts = our_convolve_sums(x, weight, pivot, shared(x.shape, outer, processors(device)))
+            if not near(y, wanted):
                 return False
         return all(map(near, parts.sum(0), torch_pixel_sums(y, pivot, 1).sum(0)))
 
@@ -178,13 +189,14 @@ def _adds_up(programs: int, size: int, device: torch.device) -> bool:
 
     def agree() -> bool:
         parts = torch.randn((programs, 2, size), generator=seeded, device=device)
-        parts[:, 1] += 9.0
+        parts += torch.tensor([1.0, 9.0], device=device)[:, None] + 0.1 * torch.arange(size, device=device)
         mean, variance = torch.rand((2, size), generator=seeded, device=device)
         found = []
         for by in (our_statistics, torch_statistics):
             running = mean.clone(), variance.clone(), torch.full((), 7, device=device)
-            found.append([*by(parts, *running, 2 * programs, 0.1), *running])
-        return all(near(ours, wanted.float()) for ours, wanted in zip(*found, strict=True))
+            moments = by(parts, *running, 2 * programs, 0.5)
+            found.append([*moments, running[0] - mean, running[1] - variance, running[2].float()])
+        return all(map(near, *found))
 
     return works(agree)
 

@@ -35,10 +35,12 @@ class How(NamedTuple):
     each: float
 
 
-CONVOLVE = {16: How(128, 4, 1, 4), 32: How(64, 4, 2, 4), 64: How(64, 2, 2, 4), 128: How(128, 8, 1, 1)}  # by TAPS
+CONVOLVE = {16: How(128, 4, 1, 8), 32: How(64, 4, 2, 4), 64: How(64, 4, 1, 4), 128: How(64, 4, 1, 2)}  # by TAPS
+CONVOLVE_FEW = {(16, 16): How(128, 4, 1, 4), (64, 16): How(64, 2, 2, 4), (128, 32): How(128, 8, 1, 1)}  # by TAPS and COLUMNS
 SUMMED, SUMMED_MANY = (128, 8), (64, 32)  # rows that are added at once, and columns a program; of MANY columns
 MANY = 16_384
-CORRELATE = {16: How(128, 4, 2, 2), 32: How(64, 4, 2, 2), 64: How(64, 4, 3, 1), 128: How(64, 4, 2, 1)}
+CORRELATE = {16: How(128, 4, 2, 2), 32: How(64, 4, 2, 2), 64: How(64, 4, 3, 1), 128: How(32, 4, 3, 1)}
+CORRELATE_FEW = {(128, 32): How(64, 4, 2, 1)}
 CONVOLVE_TAPS, CORRELATE_TAPS = How(256, 8, 3, 1), How(64, 4, 3, 0.34)
 
 
@@ -73,7 +75,7 @@ def launch(
     rows: int = 1,
     programs: int = 0,
 ) -> None:
-    """Run a kernel on `tensors`, the results last. `shape`: of the images at full size, with the channels that are summed.
+    """Run a kernel on `tensors`. `shape`: of the images at full size, with the channels that are summed.
 
     `more`: what it takes besides, such as the filters' strides; `lines`: of a place; `rows`: programs that share places;
     `programs`: that share all of them, 0 for as many as are quickest.
@@ -113,33 +115,34 @@ def our_convolve_sums(x: Tensor, weight: Tensor, pivot: Tensor, programs: int) -
     return _convolved(x, weight, False, pivot, programs)
 
 
-def _convolution(inner: int) -> tuple[Any, How, dict[str, Any]]:
+def _convolution(inner: int, outer: int) -> tuple[Any, How, dict[str, Any]]:
     """The kernel for so many channels, its shape, and what it is launched with besides."""
     if inner > MOST_IN:
         return convolve_taps, CONVOLVE_TAPS, {"taps": rounded(inner), "lines": 1}
-    return convolve_lines, CONVOLVE[rounded(SIDE * inner)], {"lines": LINES}
+    taps = rounded(SIDE * inner)
+    return convolve_lines, CONVOLVE_FEW.get((taps, rounded(outer)), CONVOLVE[taps]), {"lines": LINES}
 
 
-def _correlation(inner: int) -> tuple[Any, How, dict[str, Any]]:
+def _correlation(inner: int, outer: int) -> tuple[Any, How, dict[str, Any]]:
     """The same for the filters' gradients."""
     if inner > MOST_IN:
         return correlate_taps, CORRELATE_TAPS, {"taps": rounded(inner), "lines": 1, "rows": SIDE}
-    return correlate_lines, CORRELATE[rounded(SIDE * inner)], {"lines": LINES}
+    taps = rounded(SIDE * inner)
+    return correlate_lines, CORRELATE_FEW.get((taps, rounded(outer)), CORRELATE[taps]), {"lines": LINES}
 
 
-def shared(shape: Shape, processors: int) -> int:
+def shared(shape: Shape, outer: int, processors: int) -> int:
     """How many programs are quickest for a convolution, where so many run at once."""
     count, inner, height, width = shape
-    if inner > MOST_IN:
-        return programs_of(CONVOLVE_TAPS, count * height * width, processors)
-    return programs_of(CONVOLVE[rounded(SIDE * inner)], count * height * width // LINES, processors)
+    _, how, given = _convolution(inner, outer)
+    return programs_of(how, count * height * width // int(given["lines"]), processors)
 
 
 def _convolved(x: Tensor, weight: Tensor, back: bool, pivot: Tensor | None, programs: int = 0) -> tuple[Tensor, Tensor]:
     x, outer, sums = as_last(x), weight.shape[1 if back else 0], pivot is not None
     y = torch.empty((x.shape[0], outer, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     parts = x.new_empty((programs, 2, outer), dtype=torch.float32)
-    kernel, how, given = _convolution(x.shape[1])
+    kernel, how, given = _convolution(x.shape[1], outer)
     filters, strides = turned(weight, back)
     tensors = x, filters, y, y if pivot is None else pivot, parts if sums else y
     launch(kernel, how, x.shape, outer, tensors, (*strides, sums), programs=programs, **given)
@@ -150,7 +153,7 @@ def our_correlate(x: Tensor, g: Tensor) -> Tensor:
     """`correlate` by our kernel: each program's sum, and the sum of these."""
     x, g = as_last(x), as_last(g)
     inner, outer = x.shape[1], g.shape[1]
-    kernel, how, given = _correlation(inner)
+    kernel, how, given = _correlation(inner, outer)
     programs = programs_of(how, x.numel() // inner // given["lines"], processors(x.device))
     parts = torch.empty((programs, outer * 9 * inner), dtype=torch.float32, device=x.device)
     launch(kernel, how, x.shape, outer, (x, g, parts), programs=programs, **given)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cifar.kernels.lines import keep_sums, plus
+from cifar.kernels.lines import keep_sums, pivot_of, plus
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -17,7 +17,7 @@ def sum_pixels(  # type: ignore[no-untyped-def]
 ):
     """parts[program]: the sums of x - pivot and of its square, (2, SIZE). x (pixels, SIZE); COLUMNS: SIZE, rounded up."""
     c = tl.arange(0, COLUMNS)
-    middle = tl.load(pivot + c, mask=c < SIZE, other=0.0)[None, :]
+    middle = pivot_of(pivot, c, SIZE)[None, :]
     first = tl.full((BLOCK, COLUMNS), 0.0, tl.float32)
     second = tl.full((BLOCK, COLUMNS), 0.0, tl.float32)
     for block in range(tl.program_id(0), (pixels + BLOCK - 1) // BLOCK, programs):
@@ -79,13 +79,14 @@ def add_moments(  # type: ignore[no-untyped-def]
         first += tl.load(at, mask=inside, other=0.0)
         second += tl.load(at + SIZE, mask=inside, other=0.0)
     known = c < SIZE
-    pivot = tl.load(running_mean + c, mask=known, other=0.0)
     off = tl.reduce(first, 0, plus) / count
     variance = tl.reduce(second, 0, plus) / count - off * off
     variance = tl.where(variance < 0, 0.0, variance)  # rounding; NaN stays
-    tl.store(moments + c, pivot + off, mask=known)
+    mean = pivot_of(running_mean, c, SIZE) + off
+    tl.store(moments + c, mean, mask=known)
     tl.store(moments + SIZE + c, variance, mask=known)
-    tl.store(running_mean + c, pivot + momentum * off, mask=known)
+    before = tl.load(running_mean + c, mask=known, other=0.0)
+    tl.store(running_mean + c, before + momentum * (mean - before), mask=known)
     before = tl.load(running_variance + c, mask=known, other=0.0)
     tl.store(running_variance + c, before + momentum * (variance * unbiased - before), mask=known)
     if tl.program_id(0) == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cifar.kernels.lines import keep_sums
+from cifar.kernels.lines import keep_sums, pivot_of
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -38,7 +38,7 @@ def convolve_taps(  # type: ignore[no-untyped-def]
         result = total.to(y.dtype.element_ty)
         tl.store(y + p[:, None] * OUT + o[None, :], result, mask=out)
         if SUMS:
-            middle = tl.load(pivot + o, mask=o < OUT, other=0.0)[None, :]
+            middle = pivot_of(pivot, o, OUT)[None, :]
             off = tl.where(out, result.to(tl.float32) - middle, 0.0)
             first += off
             second += off * off
