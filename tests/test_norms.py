@@ -377,7 +377,7 @@ print("gradient", model[0].weight.grad.norm().item())
     changed = tmp_path / "cifar" / "kernels" / "norms.py"
 
     def gradient() -> float:
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": ""}
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
         done = subprocess.run(
             [sys.executable, "-c", program, str(tmp_path)],
             env=environment,
