@@ -193,7 +193,7 @@ def test_a_compiled_worksheet_learns_what_torchs_layers_learn(dtype: torch.dtype
         built = registry.models["worksheet1"].build(width=8).to(DEVICE, memory_format=torch.channels_last)
         models.append(built.train())
     quick, layers, exact = models
-    x, labels = images(8, 3, 32, 32), torch.arange(8, device=DEVICE)
+    x, labels = images(4, 3, 32, 32), torch.arange(4, device=DEVICE)
     assert network.quicken(quick, x[:1]) == 2
 
     def loss(model: nn.Module, kind: torch.dtype = dtype) -> Tensor:
