@@ -42,7 +42,7 @@ def pivot_of(running_mean, c, SIZE: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _with(first, second, value, middle, inside):  # type: ignore[no-untyped-def]
+def with_more(first, second, value, middle, inside):  # type: ignore[no-untyped-def]
     """The sums of what was seen less the middle, and of its square, with these values."""
     off = tl.where(inside, value.to(tl.float32) - middle, 0.0)
     return first + off, second + off * off
@@ -93,22 +93,22 @@ def convolve_lines(  # type: ignore[no-untyped-def]
         total = total.to(y.dtype.element_ty)
         tl.store(to, total, mask=out)
         if SUMS:
-            first, second = _with(first, second, total, middle, out)
+            first, second = with_more(first, second, total, middle, out)
         total = tl.dot(line3, below, tl.dot(line2, level, tl.dot(line1, above)))
         total = total.to(y.dtype.element_ty)
         tl.store(to + WIDTH * OUT, total, mask=out)
         if SUMS:
-            first, second = _with(first, second, total, middle, out)
+            first, second = with_more(first, second, total, middle, out)
         total = tl.dot(line4, below, tl.dot(line3, level, tl.dot(line2, above)))
         total = total.to(y.dtype.element_ty)
         tl.store(to + 2 * WIDTH * OUT, total, mask=out)
         if SUMS:
-            first, second = _with(first, second, total, middle, out)
+            first, second = with_more(first, second, total, middle, out)
         total = tl.dot(line5, below, tl.dot(line4, level, tl.dot(line3, above)))
         total = total.to(y.dtype.element_ty)
         tl.store(to + 3 * WIDTH * OUT, total, mask=out)
         if SUMS:
-            first, second = _with(first, second, total, middle, out)
+            first, second = with_more(first, second, total, middle, out)
     if SUMS:
         keep_sums(first, second, parts, o, OUT)
 

@@ -49,7 +49,7 @@ FINISH = 128, 4  # rows that are added at once, and columns a program
 # -- our kernels, and the same by torch --------------------------------------------------------------------------------
 
 
-def _shared(shape: Shape, how: How, processors: int) -> tuple[int, int, int]:
+def _blocks(shape: Shape, how: How, processors: int) -> tuple[int, int, int]:
     """Pixels, pixels a block, and how many programs are quickest, where so many run at once."""
     count, channels, height, width = shape
     pixels, block = count * height * width, how.block // rounded(channels)
@@ -58,13 +58,13 @@ def _shared(shape: Shape, how: How, processors: int) -> tuple[int, int, int]:
 
 def summing(shape: Shape, processors: int) -> int:
     """How many programs are quickest for `pixel_sums`."""
-    return _shared(shape, PIXELS, processors)[2]
+    return _blocks(shape, PIXELS, processors)[2]
 
 
 def our_pixel_sums(x: Tensor, pivot: Tensor, programs: int) -> Tensor:
     """`pixel_sums` by our kernel."""
     x = as_last(x)
-    pixels, block, _ = _shared(x.shape, PIXELS, 1)
+    pixels, block, _ = _blocks(x.shape, PIXELS, 1)
     parts = x.new_empty((programs, 2, x.shape[1]), dtype=torch.float32)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         shape = x.shape[1], rounded(x.shape[1]), block
@@ -87,7 +87,7 @@ def our_statistics(
 def our_gradient_sums(g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
     """`gradient_sums` by our kernels."""
     g, x, how = as_last(g), as_last(x), GRADIENTS[relu]
-    pixels, block, programs = _shared(x.shape, how, processors(x.device))
+    pixels, block, programs = _blocks(x.shape, how, processors(x.device))
     parts = x.new_empty((programs, 2, x.shape[1]), dtype=torch.float32)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         shape = relu, x.shape[1], rounded(x.shape[1]), block

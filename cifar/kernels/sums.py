@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cifar.kernels.lines import keep_sums, pivot_of, plus
+from cifar.kernels.lines import keep_sums, pivot_of, plus, with_more
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -23,10 +23,8 @@ def sum_pixels(  # type: ignore[no-untyped-def]
     for block in range(tl.program_id(0), (pixels + BLOCK - 1) // BLOCK, programs):
         p = block * BLOCK + tl.arange(0, BLOCK)
         inside = (p < pixels)[:, None] & (c < SIZE)[None, :]
-        value = tl.load(x + p[:, None] * SIZE + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        off = tl.where(inside, value - middle, 0.0)
-        first += off
-        second += off * off
+        value = tl.load(x + p[:, None] * SIZE + c[None, :], mask=inside, other=0.0)
+        first, second = with_more(first, second, value, middle, inside)
     keep_sums(first, second, parts, c, SIZE)
 
 

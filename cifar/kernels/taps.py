@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cifar.kernels.lines import keep_sums, pivot_of
+from cifar.kernels.lines import keep_sums, pivot_of, with_more
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -39,9 +39,7 @@ def convolve_taps(  # type: ignore[no-untyped-def]
         tl.store(y + p[:, None] * OUT + o[None, :], result, mask=out)
         if SUMS:
             middle = pivot_of(pivot, o, OUT)[None, :]
-            off = tl.where(out, result.to(tl.float32) - middle, 0.0)
-            first += off
-            second += off * off
+            first, second = with_more(first, second, result, middle, out)
     if SUMS:
         keep_sums(first, second, parts, o, OUT)
 
