@@ -86,17 +86,22 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def fill(disk: Path) -> Path:
+def fill(disk: Path, left: int) -> Path:
+    """A file that takes all of the disk but `left` bytes."""
     ballast = disk / "ballast"
-    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
+    with open(ballast, "wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        file.truncate(file.tell() - left)
     return ballast
 
 
 @pytest.mark.slow
-def test_a_full_disk_pauses_the_agent(disk: Path) -> None:
-    backend = made(disk / "runs", "parameters: {model: {value: conv4}}", epochs=40, checkpoint_every=1)
+@pytest.mark.parametrize("left", [0, 2**17], ids=["full for all", "full for a checkpoint only"])
+def test_a_full_disk_pauses_the_agent(disk: Path, left: int) -> None:
+    """What is `left` is enough to write down how a trial ended: then this is said before the pause."""
+    backend = made(disk / "runs", "parameters: {model: {value: conv16}}", epochs=40, checkpoint_every=1)
     process = launched(backend, "workers=1")
     lines: list[str] = []
 
@@ -107,15 +112,15 @@ def test_a_full_disk_pauses_the_agent(disk: Path) -> None:
         return words in lines[-1]
 
     until(lambda: len(rows(backend, 0)) > 2)
-    ballast = fill(disk)
-    until(lambda: says("no space left on the disk"))
+    ballast = fill(disk, left)
+    until(lambda: says("no space left on the disk of"))
     assert "Ctrl-C ends" in lines[-1] and process.poll() is None
     ballast.unlink()
     until(lambda: says("going on"))
     until(lambda: len(rows(backend, 0)) > 5)
     before = len(rows(backend, 0))
-    fill(disk)
-    until(lambda: says("no space left on the disk"))
+    fill(disk, left)
+    until(lambda: says("no space left on the disk of"))
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     ballast.unlink()
