@@ -15,6 +15,14 @@ pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
 DEVICE, DTYPES = ("cuda", [torch.bfloat16]) if GPU else ("cpu", [torch.float32, torch.float16])  # interpreted bf16 is wrong
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+
+
+def slow_here(*values: Any) -> Any:
+    """Parameters of a test that takes seconds in the interpreter."""
+    return pytest.param(*values, marks=() if GPU else pytest.mark.slow)
+
+
+BY_DTYPE = pytest.mark.parametrize("dtype", [DTYPES[0], *map(slow_here, DTYPES[1:])], ids=str)
 with pytest.MonkeyPatch.context() as patch:
     if not GPU:
         patch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
@@ -45,7 +53,7 @@ BUILT = [
     "mobilenet_v2",
     "preact_resnet",
     "resnet",
-    "shufflenet_v2",
+    slow_here("shufflenet_v2"),
     "vgg",
     "worksheet1",
     "worksheet2",
@@ -77,7 +85,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@BY_DTYPE
 @pytest.mark.parametrize(("inner", "outer", "height", "width"), SHAPES)
 def test_each_kernel_gives_the_convolution_in_double_precision(
     inner: int, outer: int, height: int, width: int, dtype: torch.dtype
@@ -97,7 +105,7 @@ def test_each_kernel_gives_the_convolution_in_double_precision(
         assert error(kernels.our_convolve(g, weight, True), exact[0].grad) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("inner", "outer"), [(3, 16), (16, 16), (32, 64), (64, 64), (16, 48)])
+@pytest.mark.parametrize(("inner", "outer"), [(3, 16), (16, 16), (32, 64), slow_here(64, 64), (16, 48)])
 @pytest.mark.parametrize("height", [8, 7], ids=["fits", "odd"])
 def test_the_operators_have_torchs_gradients_whoever_computes_them(inner: int, outer: int, height: int) -> None:
     torch.manual_seed(0)

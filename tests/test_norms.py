@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images, proofs  # noqa: F401
+from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images, proofs, slow_here  # noqa: F401
 
 if True:  # after test_kernels has chosen the interpreter where there is no GPU
     from cifar.kernels import network, norms, plain
@@ -272,7 +272,7 @@ def test_rows_of_that_kind_are_taken_and_no_others() -> None:
         assert list(model.state_dict()) == names
 
 
-@pytest.mark.parametrize("inner", [3, pytest.param(64, marks=pytest.mark.slow)], ids=["lines", "taps"])
+@pytest.mark.parametrize("inner", [slow_here(3), slow_here(64)], ids=["lines", "taps"])
 @pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
 def test_compiled_rows_learn_what_torchs_learn(inner: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.Quick, "precision", dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images, proofs  # noqa: F401
+from tests.test_kernels import BY_DTYPE, DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images, proofs, slow_here  # noqa: F401
 
 if True:  # after test_kernels has chosen the interpreter where there is no GPU
     from cifar import registry
@@ -48,7 +48,7 @@ def check(found: tuple[Tensor, ...], given: tuple[Tensor, ...], dtype: torch.dty
         assert error(ours, wanted) < max(tolerance, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@BY_DTYPE
 @pytest.mark.parametrize(("inner", "outer", "height", "width"), SHAPES)
 def test_each_kernel_is_right_in_double_precision(inner: int, outer: int, height: int, width: int, dtype: torch.dtype) -> None:
     x, weight, bias, g = drawn(inner, outer, height, width, dtype)
@@ -62,7 +62,7 @@ def test_each_kernel_is_right_in_double_precision(inner: int, outer: int, height
     assert (which == theirs[1]).float().mean() > 0.98, "torch takes another pixel only where two are nearly equal"
 
 
-@pytest.mark.parametrize(("inner", "outer", "height"), [(3, 16, 8), (32, 64, 4), (64, 64, 8), (16, 16, 6)])
+@pytest.mark.parametrize(("inner", "outer", "height"), [(3, 16, 8), slow_here(32, 64, 4), (64, 64, 8), (16, 16, 6)])
 def test_the_operator_has_torchs_gradients_whoever_computes_them(inner: int, outer: int, height: int) -> None:
     dtype = DTYPES[0]
     x, weight, bias, g = drawn(inner, outer, height, 8, dtype)
