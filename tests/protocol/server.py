@@ -84,6 +84,8 @@ class Server:
             return
         http, self._http = self._http, None
         http.shutdown()
+        with contextlib.suppress(OSError):
+            http.socket.shutdown(socket.SHUT_RDWR)  # a process that is just being started may hold it too, and would listen on
         http.server_close()
         for each in list(self._sockets):
             with contextlib.suppress(OSError):
