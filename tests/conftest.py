@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("CIFAR_PLUGINS", raising=False)
     yield tmp_path / "runs"
+    left = [thread.name for thread in threading.enumerate() if "serve_forever" in thread.name]
+    assert not left, "a server that goes on serving takes time from every test after this one"
 
 
 @pytest.fixture

@@ -70,6 +70,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.drop_after, self.knows_range, self.status, self.bytes_per_second = 0, True, 0, 0.0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
+    def server_close(self) -> None:
+        self.shutdown()  # else its thread polls a closed socket, without a pause, as long as the tests run
+        super().server_close()
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{files.ARCHIVE}"

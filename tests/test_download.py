@@ -31,7 +31,6 @@ def away_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def server() -> Iterator[Server]:
     with Server() as running:
         yield running
-        running.shutdown()
 
 
 def closed_url() -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from tests.test_kernels import DEVICE, DTYPES, GPU, _interpreted, error, images, proofs  # noqa: F401
+from tests.test_kernels import DEVICE, DTYPES, GPU, _interpreted, error, images, proofs, slow_here  # noqa: F401
 
 if True:  # after test_kernels has chosen the interpreter where there is no GPU
     from cifar import registry
@@ -178,9 +178,10 @@ def test_the_fast_networks_learn_the_same_with_it(name: str, monkeypatch: pytest
     assert torch.equal(found, wanted) or (GPU and error(found, wanted.double()) < 0.05)
 
 
-def test_compiled_and_before_batch_norm_it_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [slow_here(DTYPES[0])], ids=str)
+def test_compiled_and_before_batch_norm_it_learns_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "LEAST", 8)
-    monkeypatch.setattr(network.Quick, "precision", DTYPES[0])
+    monkeypatch.setattr(network.Quick, "precision", dtype)
     proved = proofs(monkeypatch, halves)
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 16, 2, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.GELU(), nn.Flatten(), nn.Linear(144, 10)
@@ -189,7 +190,7 @@ def test_compiled_and_before_batch_norm_it_learns_the_same(monkeypatch: pytest.M
     network.quicken(quick, x[:1])
 
     def loss(model: nn.Module) -> Tensor:
-        with torch.autocast(DEVICE, DTYPES[0], enabled=GPU):
+        with torch.autocast(DEVICE, dtype, enabled=GPU):
             return nn.functional.cross_entropy(model(x).float(), labels)
 
     loss(plain).backward()

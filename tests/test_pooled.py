@@ -183,7 +183,7 @@ def test_modules_that_are_used_elsewhere_too_are_left_alone(monkeypatch: pytest.
         assert error(after, before.double()) < (0.02 if GPU else 1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)  # compiling takes ten seconds
+@pytest.mark.parametrize("dtype", [slow_here(DTYPES[0])], ids=str)
 def test_a_compiled_worksheet_learns_what_torchs_layers_learn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.Quick, "precision", dtype)
     proved = proofs(monkeypatch, pooled)
