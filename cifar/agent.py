@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -22,12 +21,11 @@ from typing import Any
 from cifar import devices, engines, packs, stops
 from cifar import sweep as sweeps
 from cifar.backends import local
-from cifar.board import OPEN, Best, Board, Display, Lines, Row, shown
-from cifar.claims import Backend, Trial, left
-from cifar.crew import Failures, Held, Worker, death
+from cifar.board import OPEN, Best, Board, Display, Lines, Row, greeting, shown
+from cifar.claims import Backend, Trial
+from cifar.crew import Events, Failures, Held, Worker, death
 from cifar.follow import Follower
-from cifar.record import Record
-from cifar.report.runs import STAND_IN
+from cifar.record import DONE_STATES, Record
 from cifar.space import Pause
 from cifar.wb.mode import mode_from_environment
 
@@ -96,7 +94,7 @@ class Agent:
         self.threads = backend.settle_threads(max(1, devices.cores() // workers))
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self.packer = packs.Packer(backend, self.name, pack, math.inf if count is None else count)
-        self.events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]] = queue.SimpleQueue()
+        self.events = Events()
         self.workers: list[Worker] = []
         self.follower: Follower | None = None
         self.signals: list[int] = []
@@ -115,34 +113,41 @@ class Agent:
         self.follower = Follower(
             self.wandb, log=self.backend.folder / "logs" / f"{self.name}-follow.log", grace=FOLLOWER_SECONDS
         )
-        try:
-            with stops.heard(self.signals):
-                while self._busy() or self._claims():
-                    self._stop()
-                    with self.pause.catching(self.news):
-                        if self._claims():
-                            self._hand_out()
-                        self._beat()
-                        if time.monotonic() >= self.next_count:
-                            self.board.counts, self.next_count = self.backend.counts(), math.inf
-                    self.news.extend(self.backend.news())
-                    self._say_news()
-                    self.display.show(self.board)
-                    with contextlib.suppress(queue.Empty):
-                        self._hear(*self.events.get(timeout=0.25))
-        finally:
-            for worker in self.workers:
-                worker.end()
-            left = [held.trial for worker in self._busy() for held in worker.held.values()]
-            for trial in [*self.packer.aside, *left]:  # the cells are open again for others at once
-                with contextlib.suppress(Exception):
-                    self.backend.finish(trial, "interrupted", reason="its agent ended")
-            self.display.end()
-            if self.follower:
-                self.display.say("finishing pictures and uploads ...")
-                if not self.follower.end() and mode_from_environment(self.wandb) == "online":
-                    self.display.say(f"W&B has not got everything; send the rest with: python -m cifar push {self.backend.id}")
-        return self._farewell()
+        with stops.heard(self.signals, stops.PREEMPTIONS):  # to the very end: batch systems repeat themselves
+            try:
+                with stops.heard(self.signals):
+                    self._live()
+            finally:
+                self._end()
+            return self._farewell()
+
+    def _live(self) -> None:
+        while self._busy() or self._claims():
+            self._stop()
+            with self.pause.catching(self.news):
+                if self._claims():
+                    self._hand_out()
+                self._beat()
+                if time.monotonic() >= self.next_count:
+                    self.board.counts, self.next_count = self.backend.counts(), math.inf
+            self.news.extend(self.backend.news())
+            self._say_news()
+            self.display.show(self.board)
+            if event := self.events.next(0.25, full=self.pause.on and not self.signals):
+                self._hear(*event)
+
+    def _end(self) -> None:
+        for worker in self.workers:
+            worker.end()
+        left = [held.trial for worker in self._busy() for held in worker.held.values()]
+        for trial in [*self.packer.aside, *left]:  # the cells are open again for others at once
+            with contextlib.suppress(Exception):
+                self.backend.finish(trial, "interrupted", reason="its agent ended")
+        self.display.end()
+        if self.follower:
+            self.display.say("finishing pictures and uploads ...")
+            if not self.follower.end() and mode_from_environment(self.wandb) == "online":
+                self.display.say(f"W&B has not got everything; send the rest with: python -m cifar push {self.backend.id}")
 
     def _say_news(self) -> None:
         if self.pause.over():
@@ -157,24 +162,12 @@ class Agent:
         return [worker for worker in self.workers if worker.held]
 
     def _welcome(self) -> None:
-        info, counts = self.backend.info, self.backend.counts()
+        counts = self.backend.counts()
         self.board.counts, self.board.ended_before = counts, sum(n for state, n in counts.items() if state not in OPEN)
         for cell in self.backend.cells():
             self._best(cell)
-        waiting = sum(counts.get(state, 0) for state in OPEN)
-        self.display.say(
-            f"sweep {self.backend.id} ({self.sweep.name}): {info['cells']} trials, {waiting} open; dataset {info['dataset']}; "
-            f"{self.size} worker{'s' * (self.size > 1)}, {self.threads} CPU thread{'s' * (self.threads > 1)} a trial"
-            f"{left(self.backend)}"
-        )
-        if info["dataset"] == "stand-in":
-            self.display.say(STAND_IN)
-        if self.sweep.early:
-            # a search has no cells yet: what it may suggest first stands for all of them
-            planned = [cell["values"] for cell in self.backend.cells()] or [sweeps.suggest(self.sweep, 0, info["sweep_seed"])]
-            rungs = self.sweep.early.rungs(max(sweeps.bind(values, info["fixed"]).epochs for values in planned))
-            shown = ", ".join(map(str, rungs)) or "none: its runs are too short"
-            self.display.say(f"early termination (hyperband, eta {self.sweep.early.eta:g}): after epochs {shown}")
+        for line in greeting(self.backend, counts, self.size, self.threads):
+            self.display.say(line)
 
     def _farewell(self) -> int:
         self.display.say(f"sweep {self.backend.id}: {', '.join(f'{n} {state}' for state, n in self.backend.counts().items())}")
@@ -255,7 +248,7 @@ class Agent:
         worker = next((w for w in self.workers if w.slot == slot and not w.spent), None)
         if worker is None:
             name, pin = f"{self.name}-{slot}", self.pins[slot] if self.pins else {}
-            worker = Worker(name, slot, self.backend.folder / "logs" / f"{name}.log", self.events, pin)
+            worker = Worker(name, slot, self.backend.folder / "logs" / f"{name}.log", self.events.queue, pin)
             self.workers.append(worker)
         return worker
 
@@ -276,8 +269,9 @@ class Agent:
 
     def _lose(self, worker: Worker, trial: Trial) -> None:
         self.display.say(f"trial {trial.cell:03d} was taken over by another agent: this one was too long silent")
-        self.board.rows.pop(trial.cell, None)
         worker.held.pop(trial.run_id)
+        if not any(held.trial.cell == trial.cell for other in self._busy() for held in other.held.values()):
+            self.board.rows.pop(trial.cell, None)
         worker.spent = True
         worker.process.kill()
         worker.process.wait()
@@ -291,16 +285,15 @@ class Agent:
         if self.signals:  # nobody waits for space any more; the lease gives the cell back
             worker.held.clear()
             worker.process.kill()
-            return
-        time.sleep(0.25)  # the disk is full: the news has to wait
-        self.events.put((worker, event))
+        else:
+            self.events.refused = worker, event
 
     def _take(self, worker: Worker, event: dict[str, Any]) -> None:
         if event["event"] == "gone":
-            if worker in self.workers:
-                self.workers.remove(worker)
             if worker.held:
                 self._died(worker, event["code"])
+            if worker in self.workers:
+                self.workers.remove(worker)
             return
         held = worker.held.get(event["run_id"])
         if held is None:
@@ -341,27 +334,32 @@ class Agent:
         self._close(worker, event)
 
     def _close(self, worker: Worker, event: Mapping[str, Any]) -> None:
-        """The process is gone: its runs end as `event` says, in their records and in the sweep."""
+        """The process is gone: its runs end as `event` says, in their records and in the sweep. One that had come to its own
+        end before, so that only the word of it is missing, keeps that."""
         for held in list(worker.held.values()):
+            told = dict(event)
             if held.folder:
                 record = Record(held.folder)
                 status = record.read("status")
-                with contextlib.suppress(OSError):
-                    told = {key: status.get(key, 0) for key in ("epoch", "epochs")}
-                    record.set_status(event["state"], reason=event["reason"], **told)
+                if status.get("state") in DONE_STATES:
+                    told = record.outcome(self.sweep.metric.name, [metric.name for metric in self.sweep.metrics])
+                else:
+                    with contextlib.suppress(OSError):
+                        known = {key: status.get(key, 0) for key in ("epoch", "epochs")}
+                        record.set_status(event["state"], reason=event["reason"], **known)
                 if self.follower:
                     self.follower.close(held.folder)
-            self._ended(worker, held, dict(event))
+            self._ended(worker, held, told)
 
     def _ended(self, worker: Worker, held: Held, event: dict[str, Any]) -> None:
         trial = held.trial
         value, reason, asked = event.get("value"), event.get("reason", ""), event["state"]
         bad = asked in ("failed", "killed")
-        worker.spent = bad or event.get("full", False) or event.get("halt", False)  # it ends itself
-        if bad and "retry" not in event:  # heard again where the disk was full
-            event["retry"] = self.failures.retries(trial.cell, worker.slot, event.get("cause", ""))
+        worker.spent |= bad or event.get("full", False) or event.get("halt", False)  # it ends itself
+        if bad and held.retry is None:
+            held.retry = self.failures.retries(trial.cell, worker.slot, event.get("cause", ""))
         objectives = event.get("objectives", [])
-        state = self.backend.finish(trial, asked, value, reason, objectives=objectives, retry=event.get("retry"))
+        state = self.backend.finish(trial, asked, value, reason, objectives=objectives, retry=held.retry)
         row = self.board.rows[trial.cell]
         worker.held.pop(trial.run_id)
         row.seconds, row.fraction, row.state = time.monotonic() - held.begun, 1.0, state

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cifar import sweep as sweeps
+from cifar.claims import Backend
 from cifar.objectives import Metric, front, whole
 from cifar.record import OPEN_STATES
+from cifar.report.runs import STAND_IN
 
 OPEN = ("waiting", *OPEN_STATES)
 
@@ -97,3 +100,25 @@ def shown(value: float | None, metric: str) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.2f} %" if metric.endswith("/acc") else f"{value:.4g}"
+
+
+def greeting(backend: Backend, counts: Mapping[str, int], workers: int, threads: int) -> Iterator[str]:
+    """What an agent says at its start."""
+    info, waiting = backend.info, sum(counts.get(state, 0) for state in OPEN)
+    yield (
+        f"sweep {backend.id} ({backend.sweep.name}): {info['cells']} trials, {waiting} open; dataset {info['dataset']}; "
+        f"{workers} worker{'s' * (workers > 1)}, {threads} CPU thread{'s' * (threads > 1)} a trial"
+    )
+    if backend.afar:
+        yield (
+            "a trial that another agent left goes on from its checkpoint where both share the runs folder "
+            f"({backend.runs}), else from the start"
+        )
+    if info["dataset"] == "stand-in":
+        yield STAND_IN
+    if early := backend.sweep.early:
+        # a search has no cells yet: what it may suggest first stands for all of them
+        planned = [cell["values"] for cell in backend.cells()] or [sweeps.suggest(backend.sweep, 0, info["sweep_seed"])]
+        rungs = early.rungs(max(sweeps.bind(values, info["fixed"]).epochs for values in planned))
+        shown = ", ".join(map(str, rungs)) or "none: its runs are too short"
+        yield f"early termination (hyperband, eta {early.eta:g}): after epochs {shown}"

@@ -58,13 +58,3 @@ class Backend(Protocol):
     def counts(self) -> dict[str, int]: ...
     def news(self) -> list[str]: ...
     def close(self) -> None: ...
-
-
-def left(backend: Backend) -> str:
-    """What becomes of a trial that an agent on another machine left, as a line for the start; empty where there is none."""
-    if not backend.afar:
-        return ""
-    return (
-        f"\na trial that another agent left goes on from its checkpoint where both share the runs folder ({backend.runs}), "
-        "else from the start"
-    )

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Held:
     trial: Trial
     begun: float
     folder: Path | None = None  # its record, once it is there
+    retry: bool | None = None  # whether another try can help; asked once, however often its end has to be written down
 
 
 class Worker:
@@ -137,6 +139,27 @@ def death(code: int) -> dict[str, Any]:
         hint = ", as the kernel does where memory runs out" if name == "SIGKILL" else ""
         return {"state": "killed", "cause": name, "reason": f"its process was killed by {name}{hint}"}
     return {"state": "failed", "cause": f"exit code {code}", "reason": f"its process ended with code {code}"}
+
+
+class Events:
+    """What workers tell, in order. What a full disk has refused is kept, and those behind it wait: a worker's last word
+    comes before the news that it is gone."""
+
+    def __init__(self) -> None:
+        self.queue = queue.SimpleQueue[tuple[Worker, dict[str, Any]]]()
+        self.refused: tuple[Worker, dict[str, Any]] | None = None
+
+    def next(self, seconds: float, *, full: bool) -> tuple[Worker, dict[str, Any]] | None:
+        """The next one, waited for; what was refused only when the disk is not `full` any more."""
+        if self.refused and full:
+            time.sleep(seconds)
+        elif self.refused:
+            found, self.refused = self.refused, None
+            return found
+        else:
+            with contextlib.suppress(queue.Empty):
+                return self.queue.get(timeout=seconds)
+        return None
 
 
 class Failures:

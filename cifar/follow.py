@@ -117,6 +117,7 @@ class Companion:
     def __init__(self, mode: Mode, say: Callable[[str], None]) -> None:
         self._mode, self._say = mode, say
         self._followed: dict[str, _Followed] = {}
+        self._hearing = threading.Lock()
         self._ending = threading.Event()
         self._silent: bool | None = None  # not asked yet
         self._drawer = threading.Thread(target=self._keep_drawing, daemon=True)
@@ -129,8 +130,9 @@ class Companion:
 
     def hear(self, message: dict[str, str]) -> None:
         if folder := message.get("run"):
-            each = self._followed.setdefault(folder, _Followed(folder))
-            each.closed, each.settled = False, -1.0
+            with self._hearing:
+                each = self._followed.setdefault(folder, _Followed(folder))
+                each.closed, each.settled = False, -1.0
         elif (folder := message.get("close")) and folder in self._followed:
             self._followed[folder].closed = True
 
@@ -244,8 +246,9 @@ class Companion:
                     each.settled, each.lost = end, each.mirror.mode != self._mode  # written to a file in its stead
             elif each.closed or last:
                 each.mirror.leave()
-                if not end:
-                    self._followed.pop(str(each.record.path), None)
+                with self._hearing:  # while that took its time, the run may have gone on
+                    if not end and (last or each.closed):
+                        self._followed.pop(str(each.record.path), None)
         except Exception as error:
             self._say(f"{each.record.id}: not mirrored to W&B ({type(error).__name__}: {error}); its record is whole")
             each.settled, each.lost = end, True

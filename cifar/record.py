@@ -26,7 +26,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from cifar.errors import DiskFull, UserError
 SCHEMA = 1
 OPEN_STATES = ("running", "interrupted", "preempted")  # a run that may go on
 END_STATES = ("finished", "failed", "killed", "diverged", "stopped", "pruned", "skipped")
+DONE_STATES = ("finished", "diverged", "pruned", "skipped")  # its own ends: no other try would come to another
 _SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can only be read by setting it
@@ -134,6 +135,13 @@ class Record:
                         yield json.loads(line)
                     except ValueError:
                         raise UserError(f"{file.name} is damaged; restore it, or delete {self.path}") from None
+
+    def outcome(self, metric: str, objectives: Sequence[str]) -> dict[str, Any]:
+        """How the run ended: state, reason, value (of `metric`) and objectives, None for each that it does not have."""
+        rows, status = list(self.rows()), self.read("status")
+        known = {**self.read("run")["cost"], **(rows[-1] if rows else {}), **self.read("summary")}
+        told = {"state": status["state"], "value": known.get(metric), "reason": status.get("reason", "")}
+        return {**told, "objectives": [known.get(name) for name in objectives]}
 
     @property
     def state(self) -> str:

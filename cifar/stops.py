@@ -8,12 +8,13 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cifar.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM warns by SIGUSR1 (--signal=B:USR1@60)
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 MARGIN = 0.1  # of the time limit, for checkpoints and uploads
 MARGIN_SECONDS = 30.0  # at most
 
@@ -35,7 +36,7 @@ def wish_of(signals: list[int], halted: bool, late: bool) -> Wish | None:
     """Ctrl-C: after the epoch; again: now. SIGTERM and SIGUSR1: a checkpoint at once, and what they repeat changes nothing."""
     if signal.SIGINT in signals[1:]:
         return Wish(3, "interrupted", "")
-    if {signal.SIGTERM, signal.SIGUSR1} & set(signals):
+    if set(PREEMPTIONS) & set(signals):
         return Wish(2, "preempted", "writing checkpoints and giving the trials back ... (Ctrl-C: at once)")
     if halted or late:
         return Wish(2, "interrupted", "writing checkpoints and giving the trials back ... (Ctrl-C: at once)")
@@ -45,12 +46,12 @@ def wish_of(signals: list[int], halted: bool, late: bool) -> Wish | None:
 
 
 @contextlib.contextmanager
-def heard(signals: list[int]) -> Iterator[None]:
+def heard(signals: list[int], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Signals go into the list while this is open. Only a main thread can hear them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in SIGNALS}
+    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in numbers}
     try:
         yield
     finally:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 PROGRESS_SECONDS = 0.5
 MACHINE = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE)  # not the trial's
-DONE = ("finished", "diverged", "pruned", "skipped")  # only the news of it did not get through
 
 
 class Worker:
@@ -103,12 +102,7 @@ class Worker:
 
         trial = self.trials.pop(run_id)
         self.stops.pop(run_id, None)
-        record = Record(Path(trial["runs"]) / run_id)
-        rows, status = list(record.rows()), record.read("status")
-        known = {**record.read("run")["cost"], **(rows[-1] if rows else {}), **record.read("summary")}
-        objectives = [known.get(name) for name in trial["objectives"]]
-        told = {"state": status["state"], "value": known.get(trial["metric"]), "reason": status.get("reason", "")}
-        self.say("ended", run_id, **told, objectives=objectives)
+        self.say("ended", run_id, **Record(Path(trial["runs"]) / run_id).outcome(trial["metric"], trial["objectives"]))
 
     def _failure(self, trial: dict[str, Any], error: Exception, together: int) -> dict[str, Any]:
         from cifar.errors import UserError
@@ -134,12 +128,12 @@ class Worker:
 
     def _train(self) -> None:
         from cifar import run
-        from cifar.record import Record
+        from cifar.record import DONE_STATES, Record
 
         trials = list(self.trials.values())
         live = []
         for trial in trials:
-            if Record(Path(trial["runs"]) / trial["run_id"]).read("status").get("state", "") in DONE:
+            if Record(Path(trial["runs"]) / trial["run_id"]).read("status").get("state", "") in DONE_STATES:
                 self._started(Record(Path(trial["runs"]) / trial["run_id"]), trial)
                 self.ended(trial["run_id"])
             else:

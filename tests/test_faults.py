@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,32 @@ def test_killed_and_out_of_memory_are_tried_once_more_in_another_process(runs: P
     assert "can't allocate memory" in (record.path / "traceback.txt").read_text()
 
 
+DIES_AT_ITS_END = """
+import os, pathlib, signal
+from cifar.record import Record
+
+set_status = Record.set_status
+
+def deadly(self, state, **told):
+    set_status(self, state, **told)
+    if state == "finished":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if "cifar.worker" in pathlib.Path("/proc/self/cmdline").read_text():
+    Record.set_status = deadly
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_between_its_runs_end_and_the_word_of_it_has_finished(runs: Path, broken: None) -> None:
+    (Path(os.environ["CIFAR_PLUGINS"]) / "models" / "deadly.py").write_text(DIES_AT_ITS_END)
+    backend = made(runs, "parameters: {model: {value: conv4}}")
+    code, output = ended(launched(backend, "workers=1"))
+    (cell,), record = backend.cells(), Record(runs / backend.run_id(0))
+    assert (code, cell["state"], cell["attempt"], record.state) == (0, "finished", 1, "finished"), output
+    assert cell["value"] == record.read("summary")["val/acc"]
+
+
 @pytest.mark.slow
 def test_three_failures_in_a_row_stop_the_agent_with_the_last_traceback(runs: Path, broken: None) -> None:
     backend = made(runs, "parameters: {model: {value: broken}, seed: {values: [0, 1, 2, 3]}}")
@@ -87,9 +115,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, left: int) -> Path:
-    """A file that takes all of the disk but `left` bytes."""
+    """A file that takes all of the disk but `left` bytes. What has been freed since the last call goes too."""
     ballast = disk / "ballast"
-    with open(ballast, "wb", buffering=0) as file:
+    with open(ballast, "ab", buffering=0) as file:
         with contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
@@ -112,19 +140,19 @@ def test_a_full_disk_pauses_the_agent(disk: Path, left: int) -> None:
         return words in lines[-1]
 
     until(lambda: len(rows(backend, 0)) > 2)
-    ballast = fill(disk, left)
-    until(lambda: says("no space left on the disk of"))
-    assert "Ctrl-C ends" in lines[-1] and process.poll() is None
-    ballast.unlink()
+    until(lambda: fill(disk, left) and says("no space left on the disk of"))
+    assert "Ctrl-C ends" in lines[-1]
+    time.sleep(3)  # the news of the trial's end is tried again and again
+    assert process.poll() is None
+    (disk / "ballast").unlink()
     until(lambda: says("going on"))
     until(lambda: len(rows(backend, 0)) > 5)
     before = len(rows(backend, 0))
-    fill(disk, left)
-    until(lambda: says("no space left on the disk of"))
+    until(lambda: fill(disk, left) and says("no space left on the disk of"))
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    ballast.unlink()
-    assert before <= len(rows(backend, 0)) < 40
+    (disk / "ballast").unlink()
+    assert before - 1 <= len(rows(backend, 0)) < 40  # the last one may have lacked its checkpoint
     code, output = ended(launched(backend, "workers=1"))
     assert code == 0, output
     assert rows(backend, 0) == list(range(1, 41)) and backend.counts() == {"finished": 1}

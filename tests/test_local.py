@@ -112,7 +112,9 @@ def test_a_lease_ends_only_without_beats_and_the_late_one_is_told(runs: Path, mo
         assert mine.beat(trial) == "go"
         time.sleep(0.2)
     assert theirs.claim("they") == "wait"
+    assert mine.claim("another of mine") == "wait"
     time.sleep(0.7)
+    assert mine.claim("another of mine") == "wait"  # an agent that was stopped for a while does not rob itself
     again = taken(theirs, "they")
     assert (again.cell, again.run_id, again.attempt) == (trial.cell, trial.run_id, 2)
     assert trial.run_id == f"{mine.id}-000"

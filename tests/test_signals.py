@@ -59,6 +59,8 @@ def test_a_second_ctrl_c_ends_at_once_and_a_signal_to_a_worker_gives_its_trial_b
     for pid in workers(process.pid):
         os.kill(pid, TERM)
     until(lambda: [cell["attempt"] for cell in backend.cells()] == [2, 2])  # pre-empted, and taken again
+    for pid in workers(process.pid):
+        os.kill(pid, signal.SIGSTOP)  # only the second signal ends them
     process.send_signal(TERM)
     said(process, "writing checkpoints")  # of two signals at one moment, Python hands over the lower number first
     process.send_signal(INT)
@@ -87,11 +89,24 @@ def test_ctrl_c_twice_does_not_wait_for_the_epoch(runs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_a_batch_system_repeats_does_not_cut_off_the_pictures(runs: Path) -> None:
+    backend = made(runs, "parameters: {model: {value: conv4}}")
+    process = launched(backend, "workers=1")
+    said(process, "finishing pictures")
+    for _ in range(3):
+        process.send_signal(TERM)
+        time.sleep(0.05)
+    code, output = ended(process)
+    assert code == 143 and backend.counts() == {"finished": 1}, output
+    assert list((runs / backend.run_id(0) / "pictures").glob("curves*.png"))
+
+
+@pytest.mark.slow
 def test_the_time_limit_gives_back_what_runs_and_takes_no_more(runs: Path) -> None:
     backend = made(runs, "parameters: {model: {value: conv4}, epochs: {values: [100000, 3]}}")
     begun = time.monotonic()
-    code, output = ended(launched(backend, "workers=1", "time_limit=20.0"))
-    assert code == 0 and "the time limit is near" in output and time.monotonic() - begun < 60
+    code, output = ended(launched(backend, "workers=1", "time_limit=30.0"))
+    assert code == 0 and "the time limit is near" in output and time.monotonic() - begun < 90
     assert backend.counts() == {"waiting": 1, "interrupted": 1} and len(rows(backend, 0)) > 0
 
 

@@ -321,6 +321,8 @@ class Local:
 
     def _lapsed(self, trial: FrozenTrial) -> bool:
         beat, now = _now(trial).get("beat"), time.monotonic()
+        if self._keys.get((_cell(trial), _now(trial).get("attempt", 0))) == trial._trial_id:
+            return False  # our own: however long we were stopped, nobody else has it
         if self._seen.get(_cell(trial), (None,))[0] != beat:
             self._seen[_cell(trial)] = (beat, now)  # clocks of two machines differ: only one's own is compared
         return now - self._seen[_cell(trial)][1] > lease()
