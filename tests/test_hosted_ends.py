@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from protocol import Server
-from test_agent import alive, family
+from protocol import Run, Server
+from test_agent import alive, family, workers
 from test_hosted import GRID, assert_as_trained, command, ended, until
 
 from cifar.record import Record
 
 pytestmark = pytest.mark.slow
-EPOCHS = 400  # of a run that is killed: there have to be some left when W&B has the first rows
+EPOCHS = 100
+
+
+def held_when_mirrored(agent: int, run: Run, runs: Path) -> int:
+    """The worker, stopped early in its run (SIGSTOP), once W&B has some of its rows."""
+    until(lambda: len(list(Record(runs / run.id).rows())) >= 3, 60)
+    (worker,) = workers(agent)
+    os.kill(worker, signal.SIGSTOP)
+    until(lambda: len(run.rows) >= 2, 60)
+    return worker
 
 
 def trained(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -32,10 +41,12 @@ def test_a_killed_worker_or_mirror_costs_its_run_nothing(
     (tmp_path / "tiny.yaml").write_text(text)
     process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
     run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
-    until(lambda: len(run.rows) >= 2, 60)
+    worker = held_when_mirrored(process.pid, run, runs)
     (killed,) = [pid for pid in family(process.pid) if victim.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
     mine = family(killed) | {killed}  # a mirror's wandb-core too
     os.kill(killed, signal.SIGKILL)
+    if worker != killed:
+        os.kill(worker, signal.SIGCONT)
     until(lambda: not alive(mine), 5)
     code, output = ended(process)
     assert code == 0 and list(wandb_server.runs) == [run.id], output
@@ -78,10 +89,11 @@ def test_a_killed_agent_leaves_nothing_behind_and_its_run_can_be_finished(
     (tmp_path / "tiny.yaml").write_text(text)
     process = command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
     run = until(lambda: next(iter(wandb_server.runs.values()), None), 60)
-    until(lambda: len(run.rows) >= 2, 60)
+    worker = held_when_mirrored(process.pid, run, runs)
     mine = family(process.pid)
     assert len(mine) >= 3, "worker, mirror and wandb-core"
     process.kill()
+    os.kill(worker, signal.SIGCONT)
     process.wait()
     until(lambda: not alive(mine), 5)
     assert Record(runs / run.id).state == "running"

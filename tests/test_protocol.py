@@ -148,8 +148,10 @@ def test_faults(server: Server) -> None:
     server.fault = Fault("hang")
     with pytest.raises(TimeoutError):
         viewer(0.3)
+    began = time.monotonic()
     threading.Timer(0.5, server.heal).start()
-    assert 0.3 < viewer() < 3
+    viewer()
+    assert time.monotonic() - began >= 0.5
     url = server.url
     heir = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     heir.start()  # a process that another thread starts has the server's sockets for a moment too

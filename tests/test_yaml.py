@@ -24,18 +24,9 @@ def two_steps(settings: config.Settings, runs: Path) -> None:
     assert row["step"] == 2 and 0 <= row["val/acc"] <= 1 and any(key.startswith("gradient_norm/") for key in row)
 
 
-LARGE = "airbench96", "densenet", "preact_resnet18", "vgg"  # seconds each
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(path.stem, marks=pytest.mark.slow if path.stem in LARGE else ())
-        for path in sorted((ROOT / "experiments").glob("*.yaml"))
-    ],
-)
-def test_experiments_train(name: str, runs: Path) -> None:
-    two_steps(config.resolve({"experiment": name}, TWO_STEPS), runs)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_experiments_train(path: Path, runs: Path) -> None:
+    two_steps(config.resolve({"experiment": path.stem}, TWO_STEPS), runs)
 
 
 def sweep_files() -> list[Path]:
