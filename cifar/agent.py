@@ -133,7 +133,7 @@ class Agent:
             self.news.extend(self.backend.news())
             self._say_news()
             self.display.show(self.board)
-            if event := self.events.next(0.25, full=self.pause.on and not self.signals):
+            if event := self.events.next(0.25):
                 self._hear(*event)
 
     def _end(self) -> None:
@@ -150,7 +150,7 @@ class Agent:
                 self.display.say(f"W&B has not got everything; send the rest with: python -m cifar push {self.backend.id}")
 
     def _say_news(self) -> None:
-        if self.pause.over():
+        if not self.events.waiting and self.pause.over():  # all that ended for want of space belongs to one pause
             self.news.append("there is space on the disk again: going on")
         while self.news:
             self.display.say(self.news.pop(0))
@@ -212,9 +212,8 @@ class Agent:
                 return
             try:
                 self._start(trials)
-            except OSError:
-                for trial in trials:
-                    self.backend.finish(trial, "interrupted", reason="its worker could not be started")
+            except Exception:
+                self.packer.aside += trials  # claimed, and nobody has them
                 raise
 
     def _values(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,6 +335,7 @@ class Agent:
     def _close(self, worker: Worker, event: Mapping[str, Any]) -> None:
         """The process is gone: its runs end as `event` says, in their records and in the sweep. One that had come to its own
         end before, so that only the word of it is missing, keeps that."""
+        worker.fate = event = worker.fate or event  # also where a full disk lets it be written down only later, one by one
         for held in list(worker.held.values()):
             told = dict(event)
             if held.folder:

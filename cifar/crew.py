@@ -47,6 +47,7 @@ class Worker:
         self.name, self.slot, self.log = name, slot, log
         self.held: dict[str, Held] = {}
         self.spent = False  # it ends, or is dead, and takes no trial any more
+        self.fate: Mapping[str, Any] | None = None  # how what it had in hand ended with it
         with open(log, "ab") as errors:
             waiting = _ready()
             self.process = waiting or _start({**_environment(), **(pin or {})}, errors)
@@ -56,9 +57,10 @@ class Worker:
 
     def _listen(self, events: queue.SimpleQueue[tuple[Worker, dict[str, Any]]]) -> None:
         assert self.process.stdout
-        for line in self.process.stdout:
-            with contextlib.suppress(ValueError):  # killed in the middle of a line
-                events.put((self, json.loads(line)))
+        with self.process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):  # killed in the middle of a line
+                    events.put((self, json.loads(line)))
         events.put((self, {"event": "gone", "code": self.process.wait()}))
 
     def tell(self, **message: Any) -> None:
@@ -142,23 +144,25 @@ def death(code: int) -> dict[str, Any]:
 
 
 class Events:
-    """What workers tell, in order. What a full disk has refused is kept, and those behind it wait: a worker's last word
+    """What workers tell, in order. What a full disk has refused is heard again before those behind it: a worker's last word
     comes before the news that it is gone."""
 
     def __init__(self) -> None:
         self.queue = queue.SimpleQueue[tuple[Worker, dict[str, Any]]]()
         self.refused: tuple[Worker, dict[str, Any]] | None = None
 
-    def next(self, seconds: float, *, full: bool) -> tuple[Worker, dict[str, Any]] | None:
-        """The next one, waited for; what was refused only when the disk is not `full` any more."""
-        if self.refused and full:
+    @property
+    def waiting(self) -> bool:
+        return self.refused is not None or not self.queue.empty()
+
+    def next(self, seconds: float) -> tuple[Worker, dict[str, Any]] | None:
+        """The next one, waited for; what was refused comes after that time."""
+        if self.refused:
             time.sleep(seconds)
-        elif self.refused:
             found, self.refused = self.refused, None
             return found
-        else:
-            with contextlib.suppress(queue.Empty):
-                return self.queue.get(timeout=seconds)
+        with contextlib.suppress(queue.Empty):
+            return self.queue.get(timeout=seconds)
         return None
 
 

@@ -139,7 +139,7 @@ class Record:
     def outcome(self, metric: str, objectives: Sequence[str]) -> dict[str, Any]:
         """How the run ended: state, reason, value (of `metric`) and objectives, None for each that it does not have."""
         rows, status = list(self.rows()), self.read("status")
-        known = {**self.read("run")["cost"], **(rows[-1] if rows else {}), **self.read("summary")}
+        known = {**self.read("run").get("cost", {}), **(rows[-1] if rows else {}), **self.read("summary")}
         told = {"state": status["state"], "value": known.get(metric), "reason": status.get("reason", "")}
         return {**told, "objectives": [known.get(name) for name in objectives]}
 

@@ -15,7 +15,8 @@ import pytest
 from test_agent import BROKEN, ended, launched, made, rows, until
 
 from cifar import config as configuration
-from cifar import registry, run
+from cifar import crew, registry, run
+from cifar.agent import agent
 from cifar.backends import amend
 from cifar.backends.local import Local
 from cifar.crew import Failures, death
@@ -142,10 +143,11 @@ def test_a_full_disk_pauses_the_agent(disk: Path, left: int) -> None:
     until(lambda: len(rows(backend, 0)) > 2)
     until(lambda: fill(disk, left) and says("no space left on the disk of"))
     assert "Ctrl-C ends" in lines[-1]
-    time.sleep(3)  # the news of the trial's end is tried again and again
+    time.sleep(3)  # what is to be written down is tried again and again
     assert process.poll() is None
     (disk / "ballast").unlink()
     until(lambda: says("going on"))
+    assert sum("no space left on the disk of" in line for line in lines) == 1
     until(lambda: len(rows(backend, 0)) > 5)
     before = len(rows(backend, 0))
     until(lambda: fill(disk, left) and says("no space left on the disk of"))
@@ -156,6 +158,21 @@ def test_a_full_disk_pauses_the_agent(disk: Path, left: int) -> None:
     code, output = ended(launched(backend, "workers=1"))
     assert code == 0, output
     assert rows(backend, 0) == list(range(1, 41)) and backend.counts() == {"finished": 1}
+
+
+@pytest.mark.slow
+def test_a_trial_whose_worker_found_no_space_at_its_start_is_kept(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, start, full = made(runs, "parameters: {model: {value: conv4}}"), crew._start, [True]
+
+    def once(*given: Any) -> Any:
+        if full:
+            full.clear()
+            raise OSError(28, "No space left on device")
+        return start(*given)
+
+    monkeypatch.setattr(crew, "_start", once)
+    assert agent(backend.id, runs, wandb="disabled", workers=1) == 0 and not full
+    assert backend.counts() == {"finished": 1} and backend.cells()[0]["attempt"] == 1
 
 
 def test_a_pause_asks_for_more_room_each_time_until_a_trial_gets_through(tmp_path: Path, monkeypatch: Any) -> None:
