@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from cifar.errors import UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM warns by SIGUSR1 (--signal=B:USR1@60)
-PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM warns by SIGUSR1 (--signal=B:USR1@60)
+SIGNALS = (signal.SIGINT, *PREEMPTIONS)
 MARGIN = 0.1  # of the time limit, for checkpoints and uploads
 MARGIN_SECONDS = 30.0  # at most
 

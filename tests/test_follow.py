@@ -230,15 +230,14 @@ def test_a_server_that_hangs_costs_its_grace_at_most(tmp_path: Path, silent_serv
     follower.follow(record.path)
     grow(record, range(1, 4))
     end_record(record)
-    assert time.monotonic() - started < 8.0  # of the 10 s and more that a silent server would hold it
+    assert time.monotonic() - started < 3.0  # of the 10 s and more that a silent server would hold it
     wait_for(lambda: cores_of(follower.pid))
     (core,) = cores_of(follower.pid)
     started = time.monotonic()
     assert follower.end() is False
-    assert time.monotonic() - started < 60.0  # wandb itself would wait for two minutes
+    assert time.monotonic() - started < 10.0  # wandb itself would wait for two minutes
     assert not alive(follower.pid) and not alive(core)
-    said = ("does not answer", "cannot be used") if silent_server == "never answers" else ("took too long",)
-    assert any(words in log.read_text() for words in said)  # the second where the pictures take longer than W&B is given
+    assert ("does not answer" if silent_server == "never answers" else "took too long") in log.read_text()
     for file in [log, *record.path.rglob("*")]:
         assert not file.is_file() or FAKE_KEY.encode() not in file.read_bytes(), file
 

@@ -200,7 +200,7 @@ def test_a_server_that_dies_holds_up_nobody(make: Make, wandb_server: Server) ->
         began = time.monotonic()
         assert backend.claim("me") == "wait" and backend.beat(trial) == "go" and backend.counts()
         longest = max(longest, time.monotonic() - began)
-    assert longest < 10  # a call that waits for the server waits for a minute
+    assert longest < 1
     wandb_server.die()
     assert backend.finish(trial, "finished", 0.1) == "finished"
     wandb_server.revive()
@@ -208,7 +208,7 @@ def test_a_server_that_dies_holds_up_nobody(make: Make, wandb_server: Server) ->
     assert claimed(backend).run_id != trial.run_id
     began = time.monotonic()
     backend.close()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 3
 
 
 def test_nobody_waits_for_a_server_that_has_nothing_more(

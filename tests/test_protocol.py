@@ -151,7 +151,7 @@ def test_faults(server: Server) -> None:
     began = time.monotonic()
     threading.Timer(0.5, server.heal).start()
     viewer()
-    assert time.monotonic() - began >= 0.5
+    assert 0.5 <= time.monotonic() - began < 3
     url = server.url
     heir = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     heir.start()  # a process that another thread starts has the server's sockets for a moment too
