@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.common import Missing, Peer, Result, command, parser_of
 from benchmarks.ours import cifar, pairs, settings
 from cifar import data
-from cifar.record import Record, all_records
+from cifar.tracking.run_dir import Record, all_records
 
 
 def caches(place: Path) -> dict[str, str]:

@@ -129,8 +129,8 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from cifar import environment
-    from cifar.parts import device_of
+    from cifar.system import environment
+    from cifar.training.trainer import device_of
 
     device = device_of(options.device)
     found: dict[str, Any] = {

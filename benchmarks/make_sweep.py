@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import ROOT, SMOKE, Missing, Result, child_environment, command, parser_of
-from cifar.record import all_records
+from cifar.tracking.run_dir import all_records
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.common import ROOT, SMOKE, Missing, Result, child_environment, installed, synchronize
-from cifar import config as configuration
-from cifar import follow, run
-from cifar.parts import Training, device_of
-from cifar.record import Record
+from cifar import sidecar as follow
+from cifar.config import resolve as configuration
+from cifar.tracking.run_dir import Record
+from cifar.training import run
+from cifar.training.trainer import Training, device_of
 
 SETTLE_SECONDS = 60.0
 

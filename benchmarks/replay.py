@@ -26,13 +26,13 @@ PLAIN_EPOCHS = 4  # the first one left out
 
 @contextlib.contextmanager
 def held() -> Iterator[list[Any]]:
-    """The trainer's steps, as `cifar.warm` hands them out while it lasts: the one place that knows where they are.
+    """The trainer's steps, as `cifar.training.trainer_cache` hands them out while it lasts.
 
     Of each are used `graphs` ((watched, rest) -> a captured step with `replay()`) and `trials`, whose `at` is the number of
     the epoch's next step on the device and `steps` how many an epoch has. Raises Missing where nothing is captured.
     """
     try:
-        from cifar import warm
+        from cifar.training import trainer_cache as warm
     except ImportError:
         raise Missing("no step is captured as a CUDA graph here") from None
     found: list[Any] = []

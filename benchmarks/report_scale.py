@@ -30,7 +30,7 @@ from fake_runs import NETWORKS, write  # noqa: E402
 from on_server import put  # noqa: E402
 from protocol import Server  # noqa: E402
 
-from cifar.environment import device_name  # noqa: E402
+from cifar.system.environment import device_name  # noqa: E402
 
 
 def fill(server: Server, runs: Path, count: int, epochs: int, layers: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.common import SMOKE, Missing, Result, child_environment, command, installed, parser_of
 from benchmarks.ours import cifar, settings, takes
-from cifar.record import all_records
+from cifar.tracking.run_dir import all_records
 
 RATES, DECAYS, SEEDS = [3e-4, 1e-3, 2e-3, 4e-3], [1e-4, 1e-3, 1e-2, 1e-1], [0, 1, 2, 3]
 WAYS = ("packed", "side by side", "one after the other")

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import Missing, Result, command, parser_of
 from benchmarks.trials import run_sweep
-from cifar.packs import MOST
+from cifar.agent.packing import MOST
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:

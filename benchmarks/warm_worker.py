@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WITNESS = """
 import os, time
-from cifar import parts
+from cifar.training import trainer as parts
 from cifar.registry import probes
 
 def tell(what):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # imported when they are used: `import cifar` costs nothing
     from torch import nn
 
-    from cifar.report.notebook import Table
+    from cifar.report.table import Table
 
 __version__ = "0.1.0"
 
@@ -26,8 +26,10 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
     """
     import torch
 
-    from cifar import config, record, registry
+    from cifar import registry
+    from cifar.config import resolve as config
     from cifar.errors import UserError
+    from cifar.tracking import run_dir as record
 
     found = record.find(str(run), record.runs_dir(Path(runs_dir) if runs_dir else None))
     weights = found.path / "weights.pt"
@@ -43,8 +45,8 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
 
 def runs(*names: str, runs_dir: str | Path | None = None) -> Table:
     """A row for each run of the named sweeps and runs; without a name, of the newest sweep."""
-    from cifar import record
-    from cifar.report.notebook import table
-    from cifar.report.runs import collect
+    from cifar.report.load import collect
+    from cifar.report.table import table
+    from cifar.tracking import run_dir as record
 
     return table(collect(names, record.runs_dir(Path(runs_dir) if runs_dir else None)).runs)

@@ -1,5 +1,5 @@
 """`python -m cifar`."""
 
-from cifar.cli import run
+from cifar.cli.app import run
 
 run()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar.record import Record
+from cifar.tracking.run_dir import Record
 
 NETWORKS: dict[str, tuple[float, int, int]] = {  # macs, params, layers
     "worksheet1": (6_654_464, 1_070_794, 4),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cifar.record import Record
+from cifar.tracking.run_dir import Record
 
 COSTS = {"macs": 6654464, "params": 1070794}
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cifar.data import files
+from cifar.data import cifar10 as files
 
 
 def batch_bytes(count: int = 3, **changes: object) -> bytes:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from protocol import Server
 
-from cifar.record import Record
-from cifar.wb.mirror import Mirror, stop_core
+from cifar.integrations.wandb.mirror import Mirror, stop_core
+from cifar.tracking.run_dir import Record
 
 
 @pytest.fixture

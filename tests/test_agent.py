@@ -18,13 +18,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cifar import agent as agents
-from cifar import board, crew, live
-from cifar import sweep as sweeps
-from cifar.backends import local
-from cifar.backends.local import Local
-from cifar.config import parse_yaml
-from cifar.record import Record
+from cifar.agent import agent as agents
+from cifar.agent import dashboard as board
+from cifar.agent import rich_dashboard as live
+from cifar.agent import worker_process as crew
+from cifar.config.resolve import parse_yaml
+from cifar.sweeps import local
+from cifar.sweeps import spec as sweeps
+from cifar.sweeps.local import Local
+from cifar.tracking.run_dir import Record
 
 ROOT = Path(__file__).parent.parent
 METRIC = "method: grid\nmetric: {name: val/acc, goal: maximize}\n"
@@ -65,7 +67,7 @@ def made(runs: Path, text: str, **fixed: Any) -> Local:
 
 def launched(backend: Local, *options: str, **environment: str) -> subprocess.Popen[str]:
     code = (
-        "import sys; from pathlib import Path; from cifar.agent import agent;"
+        "import sys; from pathlib import Path; from cifar.agent.agent import agent;"
         f"sys.exit(agent({backend.id!r}, Path({str(backend.runs)!r}), wandb='disabled', {', '.join(options)}))"
     )
     environment = {**os.environ, "CIFAR_LEASE": "4", **environment}
@@ -105,7 +107,7 @@ def family(parent: int) -> set[int]:
 
 
 def workers(parent: int) -> list[int]:
-    return [pid for pid in family(parent) if b"cifar.worker" in _of(pid, "cmdline")]
+    return [pid for pid in family(parent) if b"cifar.agent.worker" in _of(pid, "cmdline")]
 
 
 def alive(pids: set[int]) -> set[int]:

@@ -11,7 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cifar.data import MEAN, STD, Augment, crop, cutout, draw_mixing, files, flip, mix, normalize
+from cifar.data import MEAN, STD, Augment, crop, cutout, draw_mixing, flip, mix, normalize
+from cifar.data import cifar10 as files
 from cifar.data.augment import augmented, first_side, pad
 from cifar.errors import UserError
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import cifar
-from cifar import tidy
-from cifar.cli import main
-from cifar.record import Record
+from cifar.cli.app import main
+from cifar.tracking import cleanup as tidy
+from cifar.tracking.run_dir import Record
 
 TINY = ["--dataset", "stand-in", "--wandb", "disabled", "model=conv", "width=4", "epochs=1", "batch_size=32", "train_size=64"]
 TINY += ["val_size=100", "threads=1"]
@@ -196,12 +196,12 @@ def test_no_space_for_the_run_folder(here: Path, runs: Path) -> None:
     """A file-size limit stands for a full disk: the run's first file cannot be written."""
     script = f"""
         import resource, signal, sys
-        import cifar.cli, cifar.run, cifar.parts
+        import cifar.cli.app, cifar.training.run, cifar.training.trainer
         from cifar import data
         data.load("stand-in", None)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
-        sys.exit(cifar.cli.main({["train", *TINY]!r}))
+        sys.exit(cifar.cli.app.main({["train", *TINY]!r}))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=here)

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar import config, registry
+from cifar import registry
+from cifar.config import resolve as config
 from cifar.errors import UserError
 
 EXPERIMENTS = sorted(config.EXPERIMENTS.glob("*.yaml"))

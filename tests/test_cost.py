@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar import cost
+from cifar import flops as cost
 from cifar.registry import models
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from loopback import BATCH_NAMES, SMALL, archive_bytes, batch_bytes, md5
 
-from cifar.data import files
+from cifar.data import cifar10 as files
 from cifar.data.download import md5_of
 from cifar.errors import UserError
 

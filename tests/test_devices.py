@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from test_agent import ended, launched, made
 
-from cifar import devices, registry
+from cifar import registry
 from cifar.errors import UserError
-from cifar.record import Record
+from cifar.system import devices
+from cifar.tracking.run_dir import Record
 
 GPUS = "0, GPU-aaaa-1, NVIDIA H200\n1, GPU-bbbb-2, NVIDIA H200\n2, GPU-cccc-3, NVIDIA A100-SXM4-80GB\n"
 APPS = "GPU-aaaa-1, 4711, python3, 1024\nGPU-aaaa-1, 4712, /opt/a, b/train, [N/A]\nGPU-cccc-3, 99, [Not Found], 5\n"

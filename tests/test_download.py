@@ -14,7 +14,7 @@ import pytest
 import requests  # noqa: F401  # before it is measured how fast a server is
 from loopback import SMALL, Server, md5
 
-from cifar.data import files
+from cifar.data import cifar10 as files
 from cifar.data.download import BLOCK, download, probe
 from cifar.errors import UserError
 

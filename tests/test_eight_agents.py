@@ -21,8 +21,8 @@ import pytest
 from test_fleet import SWEEP, TOGETHER, World, ended, epochs, until, weights
 from test_postgres import url
 
-from cifar.backends.local import Local
-from cifar.record import Record
+from cifar.sweeps.local import Local
+from cifar.tracking.run_dir import Record
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 __all__ = ["url"]  # a fixture

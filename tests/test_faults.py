@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 from test_agent import BROKEN, ended, launched, made, rows, until
 
-from cifar import config as configuration
-from cifar import crew, registry, run
-from cifar.agent import agent
-from cifar.backends import amend
-from cifar.backends.local import Local
-from cifar.crew import Failures, death
+from cifar import registry
+from cifar.agent import worker_process as crew
+from cifar.agent.agent import agent
+from cifar.agent.worker_process import Failures, death
+from cifar.config import resolve as configuration
 from cifar.errors import DiskFull
-from cifar.record import Record
-from cifar.space import LEAST, Pause, is_full
+from cifar.sweeps import amend
+from cifar.sweeps.local import Local
+from cifar.system.disk import LEAST, Pause, is_full
+from cifar.tracking.run_dir import Record
+from cifar.training import run
 
 HOGS = """
 import resource
@@ -70,7 +72,7 @@ def test_killed_and_out_of_memory_are_tried_once_more_in_another_process(runs: P
 
 DIES_AT_ITS_END = """
 import os, pathlib, signal
-from cifar.record import Record
+from cifar.tracking.run_dir import Record
 
 set_status = Record.set_status
 
@@ -79,7 +81,7 @@ def deadly(self, state, **told):
     if state == "finished":
         os.kill(os.getpid(), signal.SIGKILL)
 
-if "cifar.worker" in pathlib.Path("/proc/self/cmdline").read_text():
+if "cifar.agent.worker" in pathlib.Path("/proc/self/cmdline").read_text():
     Record.set_status = deadly
 """
 
@@ -177,8 +179,8 @@ def test_a_trial_whose_worker_found_no_space_at_its_start_is_kept(runs: Path, mo
 
 def test_a_pause_asks_for_more_room_each_time_until_a_trial_gets_through(tmp_path: Path, monkeypatch: Any) -> None:
     free = [0]
-    monkeypatch.setattr("cifar.space.room", lambda folder: free[0])
-    monkeypatch.setattr("cifar.space.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("cifar.system.disk.room", lambda folder: free[0])
+    monkeypatch.setattr("cifar.system.disk.LOOK_SECONDS", 0.0)
     pause, said = Pause(tmp_path), list[str]()
     with pause.catching(said):
         raise RuntimeError("a database says") from OSError(28, "No space left on device")

@@ -16,8 +16,8 @@ from fake_runs import NETWORKS, quickstart, write
 
 from cifar import registry
 from cifar.report import style
-from cifar.report.points import Comparison, compare
-from cifar.report.runs import STAND_IN, Run, collect, load
+from cifar.report.aggregate import Comparison, compare
+from cifar.report.load import STAND_IN, Run, collect, load
 from cifar.report.style import Nothing
 
 ENTRIES = sorted(registry.figures, key=style.order)

@@ -24,9 +24,9 @@ import pytest
 import torch
 from leet import inspect_only
 
-from cifar.backends.local import Local
-from cifar.config import parse_yaml
-from cifar.record import Record
+from cifar.config.resolve import parse_yaml
+from cifar.sweeps.local import Local
+from cifar.tracking.run_dir import Record
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")]
 
@@ -64,7 +64,8 @@ class Witness:
 TOGETHER = """
 import sys, time
 from pathlib import Path
-from cifar import agent, cli
+from cifar.agent import agent
+from cifar.cli import app as cli
 Path(sys.argv[1]).touch()
 while not Path(sys.argv[2]).exists():
     time.sleep(0.001)
@@ -142,7 +143,7 @@ class World:
 
     def kinds(self, name: str) -> set[str]:
         commands = " ".join(self.marked(name).values())
-        return {kind for kind in ("cifar.worker", "cifar.follow", "wandb-core") if kind in commands}
+        return {kind for kind in ("cifar.agent.worker", "cifar.sidecar", "wandb-core") if kind in commands}
 
     def kill(self, process: subprocess.Popen[str], name: str) -> None:
         """kill -9, and nothing of it is left five seconds later."""
@@ -224,7 +225,7 @@ def test_a_killed_worker_and_a_killed_agent_cost_nothing_and_leave_nothing(world
         begun = {pid: key for pid, _, key in world.said("begins")}
         assert sorted(begun.values()) == [0, 1]
         (holder,) = begun.keys() & world.marked("a").keys()
-        assert world.kinds("a") == world.kinds("b") == {"cifar.worker", "cifar.follow", "wandb-core"}
+        assert world.kinds("a") == world.kinds("b") == {"cifar.agent.worker", "cifar.sidecar", "wandb-core"}
         assert [cell["state"] for cell in backend.cells()] == ["running"] * 2
         before = [list(record.rows()) for record in runs]
         os.kill(holder, signal.SIGKILL)
@@ -281,7 +282,7 @@ def test_cut_off_what_was_killed_goes_on(cut_off: World, victim: str) -> None:
     known = [record.id for record in cut_off.records()]
     if victim == "agent":
         backend = cut_off.sweep(KILLED, "--dataset", "stand-in")
-        first, again, workers = ["agent", backend.id], ["agent", backend.id], {"cifar.worker"}
+        first, again, workers = ["agent", backend.id], ["agent", backend.id], {"cifar.agent.worker"}
     else:
         pairs = [f"{key}={given['value']}" for key, given in parse_yaml(SWEEP + KILLED, "sweep")["parameters"].items()]
         first, again, workers = ["train", *pairs, "--dataset", "stand-in"], ["train", "--resume"], set()
@@ -289,7 +290,7 @@ def test_cut_off_what_was_killed_goes_on(cut_off: World, victim: str) -> None:
         process = cut_off.start(*first, name=victim)
         (record,) = until(lambda: [record for record in cut_off.records() if record.id not in known])
         until(lambda: len(epochs(record)) > 4 and mirrored(record))
-        assert cut_off.kinds(victim) == {"cifar.follow", "wandb-core", *workers}
+        assert cut_off.kinds(victim) == {"cifar.sidecar", "wandb-core", *workers}
         cut_off.kill(process, victim)
     before = list(record.rows())
     assert len(before) < EPOCHS and record.state == "running"

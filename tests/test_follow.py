@@ -20,10 +20,10 @@ from leet import Inspected, draw_png, end_record, inspect_only, make_record, row
 from protocol import Fault, Server
 from wandb_server import WandbServer
 
-from cifar import follow
-from cifar.follow import Follower
-from cifar.record import Record
-from cifar.wb import mirror
+from cifar import sidecar as follow
+from cifar.integrations.wandb import mirror
+from cifar.sidecar import Follower
+from cifar.tracking.run_dir import Record
 
 ROOT = Path(__file__).parent.parent
 FAKE_KEY = "0123456789abcdef" * 3
@@ -180,8 +180,8 @@ def test_a_killed_parent_leaves_no_process(tmp_path: Path, held_open: bool) -> N
     code = f"""
 import os, time
 from pathlib import Path
-from cifar import follow
-from cifar.follow import Follower
+from cifar import sidecar as follow
+from cifar.sidecar import Follower
 follower = Follower("offline")
 follower.follow(Path({str(record.path)!r}))
 if {held_open} and os.fork() == 0:  # as a data loader's worker would: it inherits the pipe
@@ -212,8 +212,8 @@ def test_without_network_input_or_account(tmp_path: Path) -> None:
     end_record(record)
     code = f"""
 from pathlib import Path
-from cifar import follow
-from cifar.follow import Follower
+from cifar import sidecar as follow
+from cifar.sidecar import Follower
 follower = Follower("auto")
 follower.follow(Path({str(record.path)!r}))
 assert follower.end()
@@ -364,7 +364,7 @@ def test_no_room_for_the_wandb_files(tmp_path: Path) -> None:
 def test_ctrl_c_does_not_end_it(tmp_path: Path) -> None:
     follower = Follower("disabled")
     process = Path(f"/proc/{follower.pid}")
-    wait_for(lambda: b"cifar.follow" in (process / "cmdline").read_bytes())
+    wait_for(lambda: b"cifar.sidecar" in (process / "cmdline").read_bytes())
     assert os.getpgid(follower.pid) != os.getpgid(0)  # the terminal's Ctrl-C goes to the parent's group
     assert follower.end()
 

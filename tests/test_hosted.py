@@ -18,16 +18,17 @@ import pytest
 import yaml
 from protocol import Fault, Server
 
-from cifar import sweep as sweeps
-from cifar.claims import Trial
-from cifar.config import parse_yaml
+from cifar.config.resolve import parse_yaml
 from cifar.errors import UserError
-from cifar.record import Record
+from cifar.integrations.wandb import api as service
+from cifar.integrations.wandb import backend as hosted
+from cifar.integrations.wandb import final_states as ends
+from cifar.integrations.wandb.backend import Hosted
+from cifar.integrations.wandb.mirror import stop_core
 from cifar.report import report
-from cifar.wb import ends, service
-from cifar.wb import sweeps as hosted
-from cifar.wb.mirror import stop_core
-from cifar.wb.sweeps import Hosted
+from cifar.sweeps import spec as sweeps
+from cifar.sweeps.backend import Trial
+from cifar.tracking.run_dir import Record
 
 ROOT = Path(__file__).parent.parent
 HEAD = "# Question: which?\nname: tiny\nmethod: grid\nmetric: {name: val/acc, goal: maximize}\n"

@@ -13,7 +13,7 @@ from protocol import Run, Server
 from test_agent import alive, family, workers
 from test_hosted import GRID, assert_as_trained, command, ended, until
 
-from cifar.record import Record
+from cifar.tracking.run_dir import Record
 
 pytestmark = pytest.mark.slow
 EPOCHS = 100
@@ -32,7 +32,7 @@ def trained(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith("system/")} for row in rows]
 
 
-@pytest.mark.parametrize("victim", ["cifar.worker", "cifar.follow"])
+@pytest.mark.parametrize("victim", ["cifar.agent.worker", "cifar.sidecar"])
 def test_a_killed_worker_or_mirror_costs_its_run_nothing(
     wandb_server: Server, runs: Path, tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,7 +50,7 @@ def test_a_killed_worker_or_mirror_costs_its_run_nothing(
     until(lambda: not alive(mine), 5)
     code, output = ended(process)
     assert code == 0 and list(wandb_server.runs) == [run.id], output
-    if victim == "cifar.follow":
+    if victim == "cifar.sidecar":
         sweep = wandb_server.only_sweep()
         assert run.state == "finished" and len(run.rows) < EPOCHS, "its agent told the end; the rest nobody could tell"
         assert f"python -m cifar push {sweep.id}" in output

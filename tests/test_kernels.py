@@ -29,8 +29,11 @@ with pytest.MonkeyPatch.context() as patch:
     import triton.language as tl
 
     from cifar import registry
-    from cifar.kernels import lines, network, norms, sums
-    from cifar.kernels import plain as kernels
+    from cifar.kernels import fuse as network
+    from cifar.kernels.triton import batch_norm as norms
+    from cifar.kernels.triton import batch_norm_kernels as sums
+    from cifar.kernels.triton import conv3x3 as kernels
+    from cifar.kernels.triton import conv3x3_kernels as lines
 
 
 ADDED = kernels.SUMMED, kernels.SUMMED_MANY, kernels.MANY

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from cifar import many
-from cifar import sweep as sweeps
-from cifar.backends import amend, local, storage
-from cifar.backends.local import Local, Trial
-from cifar.config import parse_yaml
+from cifar.cli import sweep as many
+from cifar.config.resolve import parse_yaml
 from cifar.errors import UserError
-from cifar.record import Record
+from cifar.sweeps import amend, local, storage
+from cifar.sweeps import spec as sweeps
+from cifar.sweeps.local import Local, Trial
+from cifar.tracking.run_dir import Record
 
 FORK = multiprocessing.get_context("fork")  # no second import of everything
 METRIC = "metric: {name: val/acc, goal: maximize}\n"

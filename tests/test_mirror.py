@@ -16,9 +16,9 @@ from protocol import Fault, Server
 from wandb_server import WandbServer
 
 from cifar.errors import UserError
-from cifar.record import Record
-from cifar.wb.mirror import Mirror, answers, stop_core
-from cifar.wb.mode import credentials, mode_from_environment
+from cifar.integrations.wandb.mirror import Mirror, answers, stop_core
+from cifar.integrations.wandb.settings import credentials, mode_from_environment
+from cifar.tracking.run_dir import Record
 
 KEY = "0123456789abcdef" * 3
 
@@ -145,8 +145,8 @@ def test_killed_in_the_middle_then_run_again(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from cifar.record import Record
-from cifar.wb.mirror import Mirror
+from cifar.tracking.run_dir import Record
+from cifar.integrations.wandb.mirror import Mirror
 mirror = Mirror(Record(Path({str(record.path)!r})), "offline")
 print(mirror.sync(), flush=True)
 time.sleep(60)
@@ -247,8 +247,8 @@ def _ended(record: Record, then: str, state: str) -> str:
 import os, signal, threading
 from pathlib import Path
 from wandb.sdk.lib.service.service_connection import ServiceConnection
-from cifar.record import Record
-from cifar.wb import mirror
+from cifar.tracking.run_dir import Record
+from cifar.integrations.wandb import mirror
 tell = ServiceConnection.inform_finish
 def slowly(self, run_id):
     (core,) = mirror._core_pids()
@@ -303,8 +303,8 @@ def test_environment_of_another_run_is_not_taken(tmp_path: Path) -> None:
     end_record(record)
     code = f"""
 from pathlib import Path
-from cifar.record import Record
-from cifar.wb.mirror import Mirror, kill_core
+from cifar.tracking.run_dir import Record
+from cifar.integrations.wandb.mirror import Mirror, kill_core
 Mirror(Record(Path({str(record.path)!r})), "offline").finish(); kill_core()
 """
     alien = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cifar import cost
+from cifar import flops as cost
 from cifar.errors import UserError
 from cifar.models import airbench, resnet, shufflenet_v2, vit
 from cifar.registry import models

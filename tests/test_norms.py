@@ -19,7 +19,9 @@ pytest.importorskip("triton")
 from tests.test_kernels import DEVICE, DTYPES, GPU, TOLERANCE, _interpreted, error, images, proofs, slow_here  # noqa: F401
 
 if True:  # after test_kernels has chosen the interpreter where there is no GPU
-    from cifar.kernels import network, norms, plain
+    from cifar.kernels import fuse as network
+    from cifar.kernels.triton import batch_norm as norms
+    from cifar.kernels.triton import conv3x3 as plain
 
 SHAPES = [(3, 16, 8, 8), (2, 64, 5, 7), (1, 5, 3, 3), (2, 24, 12, 4)]
 CONVOLUTIONS = [(3, 16, 8, 8), (16, 5, 4, 6), (32, 32, 4, 4), (64, 64, 8, 8), (40, 48, 3, 5)]
@@ -363,7 +365,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from torch import nn
 from cifar import kernels
-from cifar.kernels import network
+from cifar.kernels import fuse as network
 network.Quick.precision = torch.float32
 torch.compiler.config.cache_key_tag = kernels.version()
 torch.manual_seed(0)

@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState
 from protocol.world import SCHEMA, violations
 
-from cifar import board, hyperband
-from cifar import sweep as sweeps
-from cifar.backends import local, search
-from cifar.backends.local import Local, Trial
-from cifar.config import parse_yaml
+from cifar.agent import dashboard as board
+from cifar.config.resolve import parse_yaml
 from cifar.errors import UserError
-from cifar.objectives import Metric, front
-from cifar.record import Record
+from cifar.sweeps import early_stopping as hyperband
+from cifar.sweeps import local
+from cifar.sweeps import sampler as search
+from cifar.sweeps import spec as sweeps
+from cifar.sweeps.local import Local, Trial
+from cifar.sweeps.objectives import Metric, front
+from cifar.tracking.run_dir import Record
 
 ROOT = Path(__file__).parent.parent
 VALID = """

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar import config
+from cifar.config import resolve as config
 from cifar.errors import UserError
 from cifar.optim import Group, Optimizer, Parameters, roles
 from cifar.optim.muon import orthogonalize, orthogonalize_all

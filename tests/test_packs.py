@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from test_agent import ended, launched, made, until, workers
 
-from cifar import packs
-from cifar.claims import Trial
+from cifar.agent import packing as packs
 from cifar.errors import UserError
-from cifar.record import Record
+from cifar.sweeps.backend import Trial
+from cifar.tracking.run_dir import Record
 
 CELLS = "parameters: {lr: {values: [0.05, 0.02]}, seed: {values: [0, 1, 2]}, model: {values: [conv4, conv8]}}"
 RAISING = """

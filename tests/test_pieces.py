@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cifar import registry
-from cifar.config import resolve
-from cifar.kernels import pieces
-from cifar.kernels.pieces import InPieces, in_pieces
-from cifar.parts import Training
+from cifar.config.resolve import resolve
+from cifar.kernels import cpu_conv_pool as pieces
+from cifar.kernels.cpu_conv_pool import InPieces, in_pieces
+from cifar.training.trainer import Training
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,9 @@ from tests.test_kernels import BY_DTYPE, DEVICE, DTYPES, GPU, TOLERANCE, _interp
 
 if True:  # after test_kernels has chosen the interpreter where there is no GPU
     from cifar import registry
-    from cifar.kernels import network, plain, pooled
+    from cifar.kernels import fuse as network
+    from cifar.kernels.triton import conv3x3 as plain
+    from cifar.kernels.triton import conv_relu_pool as pooled
 
 SHAPES = [(3, 16, 8, 8), (16, 16, 8, 8), (3, 5, 12, 10), (8, 16, 8, 6), (16, 32, 4, 6), (32, 64, 4, 8), (1, 64, 8, 4)]
 

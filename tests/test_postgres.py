@@ -11,10 +11,10 @@ import postgres
 import pytest
 from test_local import GRID, taken
 
-from cifar import sweep as sweeps
-from cifar.backends import amend, local
-from cifar.backends.local import Local, Trial
-from cifar.config import parse_yaml
+from cifar.config.resolve import parse_yaml
+from cifar.sweeps import amend, local
+from cifar.sweeps import spec as sweeps
+from cifar.sweeps.local import Local, Trial
 
 pytestmark = pytest.mark.slow
 

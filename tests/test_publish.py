@@ -12,7 +12,7 @@ from on_server import put, server
 from protocol import Server
 from test_push import make
 
-from cifar.cli import main
+from cifar.cli.app import main
 from cifar.errors import UserError
 
 pytest.importorskip("wandb_workspaces")
@@ -100,8 +100,8 @@ def test_a_project_and_a_pushed_sweep(
 
 
 def test_without_the_library_it_says_what_to_install(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cifar.wb.publish import Content, publish
-    from cifar.wb.read import Place
+    from cifar.integrations.wandb.download import Place
+    from cifar.integrations.wandb.report import Content, publish
 
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     with pytest.raises(UserError, match=r"pip install .*\[publish\]"):

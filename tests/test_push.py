@@ -16,10 +16,10 @@ from leet import draw_png
 from on_server import send, server
 from protocol import Fault, Server
 
-from cifar.cli import main
-from cifar.record import Record
-from cifar.report.runs import collect
-from cifar.wb.mirror import Mirror, stop_core
+from cifar.cli.app import main
+from cifar.integrations.wandb.mirror import Mirror, stop_core
+from cifar.report.load import collect
+from cifar.tracking.run_dir import Record
 
 __all__ = ["server"]  # a fixture
 ID = "abcd1234"
@@ -139,14 +139,14 @@ def test_one_that_was_killed_goes_on(runs: Path, server: Server, where: str) -> 
     if where != "runs":  # it dies between the server's work and the writing down of it
         code = f"""
 import os, signal
-from cifar.wb import push
+from cifar.integrations.wandb import upload as push
 def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
 if {where!r} == "before the sweep":
     push._create = die
 else:
     made = push._create
     push._create = lambda *a: (made(*a), die())
-from cifar.cli import main
+from cifar.cli.app import main
 main(["push", {ID!r}])
 """
         root = Path(__file__).parent.parent

@@ -19,11 +19,11 @@ import torch
 from test_agent import ROOT, alive, family, until
 from test_run import digest
 
-from cifar import config as configuration
-from cifar import run
+from cifar.config import resolve as configuration
 from cifar.errors import UserError
-from cifar.ranks import ALONE, Team, joined
-from cifar.record import Record
+from cifar.tracking.run_dir import Record
+from cifar.training import run
+from cifar.training.distributed import ALONE, Team, joined
 
 TINY: dict[str, Any] = {
     "dataset": "stand-in", "epochs": 2, "batch_size": 64, "train_size": 256, "val_size": 200, "probe_every": 2,
@@ -35,7 +35,9 @@ PAIRS = [f"{key}={value}" for key, value in NORMED.items()]
 TOGETHER = """
 import json, sys
 from pathlib import Path
-from cifar import config, ranks, run
+from cifar.config import resolve as config
+from cifar.training import distributed as ranks
+from cifar.training import run
 with ranks.joined() as team:
     for name, values in json.loads(sys.argv[1]).items():
         settings = config.resolve(values)
@@ -45,7 +47,7 @@ with ranks.joined() as team:
 CODES = """
 import os, sys
 from pathlib import Path
-from cifar.cli import main
+from cifar.cli.app import main
 code = main([word.replace("RANK", os.environ["RANK"]) for word in sys.argv[2:]])
 Path(sys.argv[1] + os.environ["RANK"]).write_text(str(code))
 sys.exit(code)

@@ -21,12 +21,12 @@ from on_server import put, send, server
 from protocol import Fault, Server
 
 from cifar.errors import UserError
-from cifar.record import Record
+from cifar.integrations.wandb.download import Place, place_of, pull
+from cifar.integrations.wandb.mirror import Mirror
 from cifar.report import report
-from cifar.report.points import compare
-from cifar.report.runs import Run, collect, load
-from cifar.wb.mirror import Mirror
-from cifar.wb.read import Place, place_of, pull
+from cifar.report.aggregate import compare
+from cifar.report.load import Run, collect, load
+from cifar.tracking.run_dir import Record
 
 __all__ = ["server"]  # a fixture
 TEXT = "name: which\ndescription: Which network?\nmethod: grid\nparameters:\n  model: {values: [a, b]}\n"
@@ -256,7 +256,7 @@ def test_a_server_in_trouble_costs_its_run_only(tmp_path: Path, server: Server) 
 
 
 def test_a_server_that_hangs_is_given_up(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cifar.wb import read
+    from cifar.integrations.wandb import download as read
 
     monkeypatch.setattr(read, "STALL_SECONDS", 1.0)
     monkeypatch.setattr(read, "WHOLE", 2)
@@ -301,7 +301,7 @@ def test_what_is_not_there_is_one_sentence(
 
 
 def test_the_command(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    from cifar.cli import main
+    from cifar.cli.app import main
 
     sweep_folder(tmp_path / "runs", "abcd1234")
     for n in range(2):

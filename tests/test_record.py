@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar import record
 from cifar.errors import UserError
-from cifar.record import Record
+from cifar.tracking import run_dir as record
+from cifar.tracking.run_dir import Record
 
 FLAT = st.dictionaries(
     st.from_regex(r"[a-z_/]{1,12}", fullmatch=True).filter(lambda name: not record._SECRET.search(name)),

@@ -16,13 +16,13 @@ import pytest
 from fake_runs import NETWORKS, quickstart, sweep_folder, write
 
 from cifar import registry
+from cifar.cli.inspect import families
 from cifar.errors import UserError
-from cifar.inspection import families
 from cifar.report import pictures, report
-from cifar.report.notebook import table
-from cifar.report.page import sentences
-from cifar.report.points import compare, settings
-from cifar.report.runs import STAND_IN, amount, collect, cuts, load, macs_text, seconds_text
+from cifar.report.aggregate import compare, settings
+from cifar.report.html import sentences
+from cifar.report.load import STAND_IN, amount, collect, cuts, load, macs_text, seconds_text
+from cifar.report.table import table
 
 HOSTILE = "</title></script><script>alert(1)</script><img src=x onerror=alert(2)>-->&\"'"
 

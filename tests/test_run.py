@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from cifar import config as configuration
-from cifar import run
+from cifar.config import resolve as configuration
 from cifar.errors import UserError
-from cifar.record import Record
+from cifar.tracking.run_dir import Record
+from cifar.training import run
 
 TINY: dict[str, Any] = {
     "dataset": "stand-in", "model": "conv", "width": 8, "epochs": 2, "batch_size": 64, "train_size": 512, "val_size": 200,
@@ -103,7 +103,7 @@ def test_what_has_stopped_learning_is_left_out_of_steps_that_nobody_watches(runs
 
 
 def test_a_run_that_compiles_nothing_does_not_import_the_compiler(runs: Path) -> None:
-    code = "import sys; from cifar.cli import main; print(main(sys.argv[1:]), 'torch._dynamo' in sys.modules)"
+    code = "import sys; from cifar.cli.app import main; print(main(sys.argv[1:]), 'torch._dynamo' in sys.modules)"
     pairs = [f"{key}={value}" for key, value in TINY.items()]
     command = [sys.executable, "-c", code, "train", *pairs, "max_steps=1", "--wandb", "disabled"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

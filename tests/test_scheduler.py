@@ -16,15 +16,15 @@ import pytest
 import yaml
 from protocol import Server
 
-from cifar import sweep as sweeps
-from cifar.config import parse_yaml
+from cifar.config.resolve import parse_yaml
 from cifar.errors import UserError
-from cifar.record import Record
-from cifar.wb import scheduler
-from cifar.wb import sweeps as hosted
-from cifar.wb.mirror import stop_core
-from cifar.wb.scheduler import Adviser, Beside
-from cifar.wb.sweeps import Hosted
+from cifar.integrations.wandb import backend as hosted
+from cifar.integrations.wandb import scheduler
+from cifar.integrations.wandb.backend import Hosted
+from cifar.integrations.wandb.mirror import stop_core
+from cifar.integrations.wandb.scheduler import Adviser, Beside
+from cifar.sweeps import spec as sweeps
+from cifar.tracking.run_dir import Record
 
 ROOT = Path(__file__).parent.parent
 TEXT = """
@@ -205,7 +205,7 @@ def test_it_does_not_outlive_a_killed_agent(wandb_server: Server, runs: Path) ->
     sweep = wandb_server.world.add_sweep("me", "cifar", TEXT)
     (runs / "logs").mkdir(parents=True)
     code = (
-        "import time; from pathlib import Path; from cifar.wb.scheduler import Beside;"
+        "import time; from pathlib import Path; from cifar.integrations.wandb.scheduler import Beside;"
         f"b = Beside({PLACE!r}, {sweep.id!r}, Path({str(runs)!r}), ahead=1, run_cap=None);"
         "print(b._process.pid, flush=True); time.sleep(100)"
     )

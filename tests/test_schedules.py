@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from cifar import config
+from cifar.config import resolve as config
 from cifar.errors import UserError
 from cifar.optim import schedules as S
 from cifar.registry import schedules

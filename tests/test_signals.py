@@ -15,8 +15,8 @@ import pytest
 from test_agent import ROOT, TINY, alive, ended, family, launched, made, rows, until, workers
 
 from cifar.errors import UserError
-from cifar.record import Record
-from cifar.stops import TimeLimit, seconds_of, wish_of
+from cifar.system.signals import TimeLimit, seconds_of, wish_of
+from cifar.tracking.run_dir import Record
 
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
@@ -153,7 +153,7 @@ def test_times_are_read_as_people_write_them() -> None:
 
 def test_a_trial_is_taken_only_if_the_longest_so_far_would_end(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("cifar.stops.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cifar.system.signals.time.monotonic", lambda: now[0])
     limit = TimeLimit(200)  # 20 s of it are kept for the end
     assert limit.takes() and limit.left == 180
     limit.seen(50), limit.seen(30)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from cifar.data import files, stand_in
-from cifar.data.stand_in import Arrays
+from cifar.data import cifar10 as files
+from cifar.data import synthetic as stand_in
+from cifar.data.synthetic import Arrays
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cifar import distributions, hyperband, sweep
-from cifar.config import parse_yaml
+from cifar.config.resolve import parse_yaml
 from cifar.errors import UserError
+from cifar.sweeps import distributions
+from cifar.sweeps import early_stopping as hyperband
+from cifar.sweeps import spec as sweep
 
 SWEEPS = sorted((Path(__file__).parent.parent / "sweeps").glob("*.yaml"))
 VALID = (

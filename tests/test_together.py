@@ -11,13 +11,15 @@ import pytest
 import torch
 from test_run import FULL, TINY, digest
 
-from cifar import config as configuration
-from cifar import registry, run, warm
-from cifar.capture import Steps
+from cifar import registry
+from cifar.config import resolve as configuration
 from cifar.errors import DiskFull
-from cifar.parts import Training
-from cifar.record import Record
-from cifar.running import Running
+from cifar.tracking.run_dir import Record
+from cifar.training import run
+from cifar.training import trainer_cache as warm
+from cifar.training.cudagraph import Steps
+from cifar.training.loop import Running
+from cifar.training.trainer import Training
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: captured steps are NOT checked")
 DROPOUT: dict[str, Any] = {"model": "wrn", "depth": 10, "width": 1, "dropout": 0.2, "precision": "fp32"}
@@ -152,7 +154,7 @@ def test_a_compiled_step_is_another_one_when_something_rests(runs: Path) -> None
     """torch 2.11 has to be told; 2.15 sees it by itself."""
     from torch._dynamo.utils import counters
 
-    from cifar.train import forward
+    from cifar.training.step import forward
 
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten(), torch.nn.Linear(2 * 30 * 30, 10))
     compiled = torch.compile(forward, backend="aot_eager", dynamic=False)

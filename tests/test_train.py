@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.train import VIEWS, Average, Meter, evaluate, forward, score
+from cifar.training.step import VIEWS, Average, Meter, evaluate, forward, score
 
 
 def small_net() -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cifar import track, ui
+from cifar.cli import console as ui
+from cifar.training import callbacks as track
 
 NAME = "[/red] a [bold]b[/bold] <script>"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_agent import ended, launched, made
 
-from cifar.record import Record
+from cifar.tracking.run_dir import Record
 
 TEN = "{model: {values: [conv4, conv8]}, optimizer: {values: [adam, sgd]}, seed: {values: [0, 1, 2]}, mixup: {value: 0.2}}"
 ONE = "{model: {value: conv8}, seed: {values: [2, 3]}, mixup: {value: 0.2}}"  # its first is the ninth

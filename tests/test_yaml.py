@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from cifar import config, run
-from cifar import sweep as sweeps
+from cifar.config import resolve as config
+from cifar.sweeps import spec as sweeps
+from cifar.training import run
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO_STEPS: dict[str, Any] = {

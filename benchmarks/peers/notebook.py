@@ -21,7 +21,7 @@ from torchvision import transforms
 
 from benchmarks.common import serve, synchronize
 from cifar import data, registry
-from cifar.parts import device_of
+from cifar.training.trainer import device_of
 
 PLAIN = [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
 AUGMENTED = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=4), *PLAIN]

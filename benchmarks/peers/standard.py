@@ -24,7 +24,7 @@ from benchmarks.common import serve, synchronize
 from benchmarks.peers.notebook import Pictures
 from cifar import data, registry
 from cifar.data import MEAN, STD
-from cifar.parts import device_of
+from cifar.training.trainer import device_of
 
 AUGMENTED = [
     transforms.RandomCrop(32, padding=4),

@@ -18,7 +18,7 @@ import wandb
 from benchmarks.common import serve, synchronize
 from benchmarks.peers.standard import FromDevice
 from cifar import data, registry
-from cifar.parts import device_of
+from cifar.training.trainer import device_of
 
 
 class Watched:

@@ -1,7 +1,7 @@
 """CIFAR-10: found or downloaded, verified, split once, augmented and served in batches."""
 
 from cifar.data.augment import MEAN, STD, Augment, crop, cutout, draw_mixing, flip, mix, normalize
-from cifar.data.files import CLASSES, Dataset10, cache_folder, load, locate, obtain, resolve_auto, split
+from cifar.data.cifar10 import CLASSES, Dataset10, cache_folder, load, locate, obtain, resolve_auto, split
 from cifar.data.loader import CIFAR10Custom, Loader, dataloader
 
 __all__ = [

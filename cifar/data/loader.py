@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cifar.data.augment import MEAN, STD, AtOnce, Augment, Draws, draw_mixing, first_side, normalize
-from cifar.devices import cores
 from cifar.errors import UserError
+from cifar.system.devices import cores
 
 PIECE = 10_000  # images that a GPU augments at once, a compromise between launches and memory; compiled, it takes all of them
 

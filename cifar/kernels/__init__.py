@@ -20,6 +20,6 @@ from pathlib import Path
 def version() -> str:
     """A digest of these files: what was compiled with others must not be used."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]

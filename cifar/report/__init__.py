@@ -14,12 +14,12 @@ from typing import Any
 
 from cifar import registry
 from cifar.errors import UserError
-from cifar.record import write_atomic
-from cifar.report import page as pages
+from cifar.report import html as pages
 from cifar.report import style
-from cifar.report.notebook import Table
-from cifar.report.points import Comparison, compare
-from cifar.report.runs import Collection, collect, count, load, seconds_text, show
+from cifar.report.aggregate import Comparison, compare
+from cifar.report.load import Collection, collect, count, load, seconds_text, show
+from cifar.report.table import Table
+from cifar.tracking.run_dir import write_atomic
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cifar.registry import figures
-from cifar.report.points import Comparison, Point
-from cifar.report.runs import macs_text, seconds_text
+from cifar.report.aggregate import Comparison, Point
+from cifar.report.load import macs_text, seconds_text
 from cifar.report.style import BLUE, DIM, GREEN, INK, MUTED, ORANGE, PAPER, Mark, Nothing, label_points, log_axis
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cifar.registry import figures
-from cifar.report.points import Comparison
-from cifar.report.runs import Run
+from cifar.report.aggregate import Comparison
+from cifar.report.load import Run
 from cifar.report.style import BLUE, MUTED, ORANGE, Nothing, colours, end_labels, epoch_axis, power
 
 if TYPE_CHECKING:

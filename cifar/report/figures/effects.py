@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cifar.registry import figures
-from cifar.report.points import Comparison
-from cifar.report.runs import show
+from cifar.report.aggregate import Comparison
+from cifar.report.load import show
 from cifar.report.style import BLUE, INK, MUTED, Nothing, log_axis, power
 
 if TYPE_CHECKING:

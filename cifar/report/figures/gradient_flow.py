@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cifar.registry import figures
-from cifar.report.points import Comparison
-from cifar.report.runs import Run
+from cifar.report.aggregate import Comparison
+from cifar.report.load import Run
 from cifar.report.style import BLUE, MUTED, RED, Nothing, colours, layer_ticks, log_axis, power, short
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cifar.registry import figures
-from cifar.report.runs import Run
+from cifar.report.load import Run
 from cifar.report.style import Nothing, epoch_axis, layer_ticks, power
 
 if TYPE_CHECKING:

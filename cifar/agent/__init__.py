@@ -1,0 +1,1 @@
+"""cifar.agent.agent."""

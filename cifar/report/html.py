@@ -1,0 +1,273 @@
+"""One page that holds everything: no file beside it, nothing from the network, and nothing of a record unescaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from cifar.report.aggregate import Comparison, Point, settings
+from cifar.report.load import Apart, Run, count, macs_text, seconds_text, show
+
+
+@dataclass(frozen=True)
+class Section:
+    """A figure on the page: its title, how to read it, and an <svg> element, which is trusted."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+UNTESTED = "No run has a test accuracy; `python -m cifar train ... test=final` makes one."
+MOST_BIASED = 5  # points named in the sentences; the table marks all
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --page: #f6f7f9; --ink: #1f2a37; --muted: #6b7785; --line: #e3e7ec;
+  --accent: #2f6fde; --soft: #eef3fc; --warn: #ffe9b8; --warn-ink: #5c3c00; }
+@media (prefers-color-scheme: dark) { :root { --paper: #171b21; --page: #101318; --ink: #e4e8ee; --muted: #98a3b1;
+  --line: #2b323c; --accent: #7aa5f5; --soft: #1b2638; --warn: #4a3708; --warn-ink: #ffe2a0; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5; -webkit-text-size-adjust: 100%;
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif; }
+main { max-width: 1060px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 0 0 .75rem; }
+p { margin: 0 0 .75rem; }
+.lead, .question { color: var(--muted); max-width: 46rem; }
+.question { white-space: pre-line; }
+.banner { position: sticky; top: 0; z-index: 5; background: var(--warn); color: var(--warn-ink); font-weight: 700;
+  text-align: center; padding: .55rem 1rem; }
+.answer { border-left: 3px solid var(--accent); background: var(--soft); padding: .8rem 1.1rem; margin: 1.4rem 0;
+  border-radius: 0 8px 8px 0; }
+.answer p:last-child { margin: 0; }
+.answer strong { font-size: 1.08rem; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+  padding: 1.3rem 1.4rem; margin: 1.2rem 0; }
+section svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.caption { color: var(--muted); font-size: .87rem; margin: .8rem 0 0; max-width: 52rem; }
+.tip { cursor: default; }
+.tip:hover { filter: brightness(1.15) drop-shadow(0 0 2px var(--accent)); }
+#tip { position: fixed; z-index: 9; display: none; pointer-events: none; white-space: pre-line;
+  max-width: 22rem; padding: .45rem .65rem;
+  background: var(--ink); color: var(--paper); border-radius: 6px; font-size: .82rem; line-height: 1.4; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .89rem; }
+th, td { text-align: left; padding: .42rem .8rem .42rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--muted); font-weight: 600; white-space: nowrap; }
+th button { all: unset; cursor: pointer; }
+th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tr.front td:first-child { font-weight: 600; }
+tr.dominated td { color: var(--muted); }
+code { font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.4rem; margin: 0; font-size: .89rem; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
+@media print { body { background: none; } section { break-inside: avoid; } .banner { position: static; } }
+"""
+
+SCRIPT = """
+const box = document.body.appendChild(Object.assign(document.createElement('div'), {id: 'tip'}));
+for (const mark of document.querySelectorAll('.tip')) {
+  const title = mark.querySelector('title'); const text = title.textContent; title.remove();
+  mark.setAttribute('aria-label', text);
+  mark.addEventListener('mousemove', at => { box.textContent = text; box.style.display = 'block';
+    box.style.left = Math.min(at.clientX + 14, innerWidth - box.offsetWidth - 8) + 'px';
+    box.style.top = Math.min(at.clientY + 14, innerHeight - box.offsetHeight - 8) + 'px'; });
+  mark.addEventListener('mouseleave', () => { box.style.display = 'none'; });
+}
+for (const button of document.querySelectorAll('th button')) button.addEventListener('click', () => {
+  const head = button.parentElement, table = head.closest('table'), column = head.cellIndex, body = table.tBodies[0];
+  const up = head.getAttribute('aria-sort') !== 'ascending';
+  for (const other of table.querySelectorAll('th')) other.removeAttribute('aria-sort');
+  head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+  const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
+  const order = (a, b) => { const x = key(a), y = key(b), both = x !== '' && y !== '' && !isNaN(x) && !isNaN(y);
+    return both ? x - y : x.localeCompare(y); };
+  body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
+});
+"""
+
+
+def page(
+    comparison: Comparison, sections: Sequence[Section], *, question: str, notes: Sequence[str], made: Mapping[str, str]
+) -> str:
+    """The HTML. `notes` are the report's sentences, the first of them the answer; `made` says how it came about."""
+    banner = f'<div class="banner" role="alert">{escape(comparison.banner)}</div>' if comparison.banner else ""
+    title = " – ".join(part for part in (comparison.banner, comparison.title) if part)
+    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    # the policy is a second wall behind the escaping: no script but ours runs, and nothing is fetched
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
+    first, rest = sections[:1], sections[1:]
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{banner}<main>",
+        f"<h1>{escape(comparison.title)}</h1>",
+        f'<p class="lead">{escape(comparison.subtitle.removeprefix(comparison.title + " · "))}</p>',
+        f'<p class="question">{escape(question)}</p>' if question else "",
+        _answer(notes),
+        *map(_figure, first),
+        _points(comparison) if comparison.points else "",
+        *map(_figure, rest),
+        _apart(comparison.apart) if comparison.apart else "",
+        f"<section><h2>How it was made</h2><dl>{''.join(_pair(k, v) for k, v in made.items())}</dl></section>",
+        f"</main><script>{SCRIPT}</script></body></html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _answer(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    rest = "".join(f"<p>{escape(note)}</p>" for note in notes[1:])
+    return f'<div class="answer"><p><strong>{escape(notes[0])}</strong></p>{rest}</div>'
+
+
+def _figure(section: Section) -> str:
+    caption = f'<p class="caption">{escape(section.caption)}</p>' if section.caption else ""
+    return f"<section><h2>{escape(section.title)}</h2>{section.svg}{caption}</section>"
+
+
+def _points(comparison: Comparison) -> str:
+    keys = [key for key in comparison.keys if key != "model"]
+    numbers = ["MMACs", "params, M", f"{comparison.split} accuracy, %", "± 95 %", "n", "seconds a run"]
+    head = _head([("network", False), *((key, False) for key in keys), *((name, True) for name in numbers), ("", False)])
+    body = []
+    for point in comparison.points:
+        cells = [_cell(_shown_model(point)), *(_cell(show(point.values.get(k)), _number(point.values.get(k))) for k in keys)]
+        cells += [
+            _cell(f"{point.macs / 1e6:,.4g}", point.macs),
+            _cell(f"{point.params / 1e6:.3g}", point.params),
+            _cell(f"{100 * point.mean:.1f}", point.mean),
+            _cell("–" if point.half is None else f"{100 * point.half:.1f}", -1 if point.half is None else point.half),
+            _cell(point.n_text, point.n),
+            _cell(seconds_text(point.seconds), -1 if point.seconds is None else point.seconds),
+            _cell("front" if point.on_front else ""),
+        ]
+        body.append(f'<tr class="{"front" if point.on_front else "dominated"}">{"".join(cells)}</tr>')
+    title = " – ".join(part for part in (comparison.banner, "All points") if part)
+    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    note = (
+        "Accuracy of the last epoch, mean over n seeds. A click on a heading sorts. "
+        "Grey: another point has at least this accuracy for at most these multiply-adds."
+    )
+    if any(point.lost for point in comparison.points):
+        note += " n = 1 of 3: two more seeds came to an end without a result, and are not in the mean."
+    return f'<section><h2>{escape(title)}</h2>{table}<p class="caption">{note}</p></section>'
+
+
+def _shown_model(point: Point) -> str:
+    return point.model + (f" ({point.views} views)" if point.views > 1 else "")
+
+
+def _apart(apart: Iterable[Apart]) -> str:
+    rows = "".join(
+        f"<tr>{_cell(run.name)}{_cell(run.id if run.id != run.name else '')}{_cell(run.kind)}{_cell(run.reason)}</tr>"
+        for run in apart
+    )
+    head = _head([("run", False), ("id", False), ("state", False), ("why", False)])
+    return (
+        "<section><h2>What stands apart</h2><p class='caption'>Not in the figures and never the best.</p>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>'
+    )
+
+
+def _head(columns: Iterable[tuple[str, bool]]) -> str:
+    return "".join(
+        f"<th{' class=number' if number else ''}>{f'<button>{escape(name)}</button>' if name else ''}</th>"
+        for name, number in columns
+    )
+
+
+def _cell(text: str, value: float | None = None) -> str:
+    return f"<td>{escape(text)}</td>" if value is None else f'<td class="number" data-value="{value!r}">{escape(text)}</td>'
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _pair(name: str, value: str) -> str:
+    return f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(value)}</code>' if name == 'command' else escape(value)}</dd>"
+
+
+def provenance(comparison: Comparison, runs: Iterable[Run], command: str) -> dict[str, str]:
+    """How the report was made, from the configurations and the environments that the runs recorded."""
+    runs = list(comparison.runs or runs)
+
+    def distinct(*keys: str) -> str:
+        found: dict[str, int] = {}
+        for run in runs:
+            value: Any = run.environment
+            for key in keys:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value not in (None, "", {}):
+                found[show(value)] = found.get(show(value), 0) + 1
+        texts = [text if len(found) == 1 else f"{text} ({count(n, 'run')})" for text, n in found.items()]
+        return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+
+    torch, python, commit, data = (
+        distinct("versions", "torch"),
+        distinct("versions", "python"),
+        distinct("git", "commit"),
+        distinct("data_fingerprint"),
+    )
+    seconds = sum(run.seconds or 0 for run in runs)
+    timed = count(sum(1 for run in runs if run.seconds), "run")
+    days = sorted({time.strftime("%Y-%m-%d", time.gmtime(run.created)) for run in runs if run.created})
+    facts = {
+        "command": command,
+        "held fixed" if len(comparison.points) > 1 else "settings": settings(comparison),
+        "differs as well": ", ".join(comparison.differing),
+        "drawn": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "runs of": " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",
+        "dataset": ", ".join(dict.fromkeys(run.banner or "CIFAR-10, the official files" for run in runs)),
+        "data fingerprint": re.sub(r"\b([0-9a-f]{16})[0-9a-f]+", r"\1…", data),
+        "device": distinct("device"),
+        "threads": distinct("threads"),
+        "versions": "; ".join(f"{name} {text}" for name, text in (("Python", python), ("torch", torch)) if text),
+        "code": re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit)
+        + (", with local changes" if "true" in distinct("git", "dirty") else ""),
+        "training time": f"{seconds_text(seconds)} s over {timed}" if seconds else "",
+    }
+    return {name: text for name, text in facts.items() if text}
+
+
+def sentences(comparison: Comparison) -> list[str]:
+    """What the report says in words; the first sentence answers its question."""
+    best, budget = comparison.best, comparison.budget
+    limit = f" under {macs_text(budget)}" if budget else ""
+    if best:
+        notes = [f"Best{limit}: {best.label}, {comparison.split} accuracy {best.accuracy_text} at {macs_text(best.macs)}."]
+    elif comparison.front and budget:
+        cheapest = comparison.front[0]
+        notes = [
+            f"No point needs at most {macs_text(budget)}; the cheapest is {cheapest.label} with {macs_text(cheapest.macs)}."
+        ]
+    elif comparison.points:
+        notes = ["No point has a single view of an image, and several views do not compare with one: nothing is the best."]
+    else:
+        notes = ["No finished run to compare yet." if comparison.tested else UNTESTED]
+    xs = [point.macs for point in comparison.points if point.views == 1]
+    if len(xs) > 2 and (rho := comparison.correlation) is not None:
+        spread = f"over a factor {xs[-1] / xs[0]:.3g} in MACs" if xs[0] else ""
+        notes.append(f"Rank correlation of MACs and accuracy: {rho:.2f} (Spearman, {len(xs)} points {spread}).")
+    if comparison.points and all(point.n == 1 for point in comparison.points):
+        notes.append("One seed a point: differences of a point or so may be luck; repeat with seed: {values: [0, 1, 2]}.")
+    biased = [point for point in comparison.configurations if point.lost]
+    for point in biased[:MOST_BIASED]:
+        gone = f"{point.lost} of {count(point.n + point.lost, 'seed')} of {point.label} did not finish"
+        notes.append(f"{gone}: its mean is over the rest and may be biased.")
+    if len(biased) > MOST_BIASED:
+        more = count(len(biased) - MOST_BIASED, "more point")
+        notes.append(f"{more} also lost seeds: column n of the table says how many.")
+    return notes
