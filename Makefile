@@ -5,6 +5,8 @@
 # make check        what CI runs: lint, types, tests
 # make lint, types  ruff; mypy --strict
 # make bench        what is timed, as far as this machine can; benchmarks/results   [ARGS="--only 4 5", "--list"]
+# make docs         the documentation as HTML pages in docs/_build/html; warnings are errors
+# make wheel        a wheel in dist/ that works from any folder
 # make clean        remove .venv and caches; runs stay
 #
 # Options: PYTHON=/path/to/python uses an environment that has the packages already (no .venv is made);
@@ -22,7 +24,7 @@ else
   READY :=
 endif
 
-.PHONY: help setup sweep report data test test-slow check lint types bench clean
+.PHONY: help setup sweep report data test test-slow check lint types bench docs wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -67,5 +69,11 @@ check: lint types test
 bench: $(READY)
 	@$(PY) -m benchmarks $(ARGS)
 
+docs: $(READY)
+	@$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html && echo "docs/_build/html/index.html"
+
+wheel: $(READY)
+	@$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist . && ls dist/*.whl
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf docs/_build .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.common import Missing, Peer, Result, command, parser_of
 from benchmarks.ours import cifar, pairs, settings
 from cifar import data
-from cifar.tracking.run_dir import Record, all_records
+from cifar.tracking.run_dir import RunDir, list_run_dirs
 
 
 def caches(place: Path) -> dict[str, str]:
@@ -31,19 +31,19 @@ def caches(place: Path) -> dict[str, str]:
         if not (images / file.name).exists():
             os.link(file, images / file.name) if file.stat().st_dev == place.stat().st_dev else shutil.copy(file, images)
     named = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda"}
-    found = data.locate(None)
+    found = data.find_cifar10(None)
     here = {"CIFAR_DATA": str(found)} if found else {}
     return {**here, "XDG_CACHE_HOME": str(place / "xdg"), **{name: str(place / folder) for name, folder in named.items()}}
 
 
-def once(options: argparse.Namespace, place: Path, seed: int) -> tuple[float, float, Record]:
+def once(options: argparse.Namespace, place: Path, seed: int) -> tuple[float, float, RunDir]:
     """One `cifar train` -> seconds to its accuracy, to its end, and its record."""
     runs = place / f"runs{seed}"
     values = settings(options, {"seed": seed})
     arguments = ["train", "--experiment", "airbench94", *pairs(values), "--runs-dir", str(runs), "--wandb", "offline"]
     begun, seconds = cifar(*arguments, cwd=place, **caches(place))
-    (record,) = all_records(runs)
-    return record.read("status")["time"] - begun, seconds, record
+    (record,) = list_run_dirs(runs)
+    return record.read_json("status")["time"] - begun, seconds, record
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:
@@ -53,12 +53,12 @@ def measure(result: Result, options: argparse.Namespace) -> None:
             place = Path(folder)
             seconds, _, record = once(options, place, seed)
             cold.append(seconds)
-            accuracy.append(100 * record.read("summary")["test/acc"])
+            accuracy.append(100 * record.read_json("summary")["test/acc"])
             for again in range(options.n if seed == options.n - 1 else 1):
                 seconds, end, record = once(options, place, 100 + 10 * seed + again)
                 warm.append(seconds)
                 ends.append(end)
-                accuracy.append(100 * record.read("summary")["test/acc"])
+                accuracy.append(100 * record.read_json("summary")["test/acc"])
     ours = [
         result.add("ours", f"command to accuracy, {caches_are} caches", "s", values)
         for caches_are, values in (("empty", cold), ("warm", warm))

@@ -130,9 +130,9 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from cifar.system import environment
-    from cifar.training.trainer import device_of
+    from cifar.training.trainer import resolve_device
 
-    device = device_of(options.device)
+    device = resolve_device(options.device)
     found: dict[str, Any] = {
         "device": environment.device_name(device),
         "device_type": device.type,
@@ -141,7 +141,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1),  # others on the same cores make it slower
         "platform": platform.platform(),
-        "versions": dict(environment.versions()),
+        "versions": dict(environment.installed_versions()),
         "git": environment.git_state(),
         "date": time.strftime("%Y-%m-%d"),
         "dataset": options.dataset,
@@ -221,7 +221,7 @@ def command(
 def _data_at_hand(dataset: str) -> None:
     from cifar import data
 
-    if dataset == "cifar10" and data.locate(None) is None:
+    if dataset == "cifar10" and data.find_cifar10(None) is None:
         raise UserError("the official images are not here; get them with `python -m cifar data`, or name them with CIFAR_DATA")
 
 

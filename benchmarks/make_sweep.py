@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import ROOT, SMOKE, Missing, Result, child_environment, command, parser_of
-from cifar.tracking.run_dir import all_records
+from cifar.tracking.run_dir import list_run_dirs
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:
@@ -38,8 +38,8 @@ def measure(result: Result, options: argparse.Namespace) -> None:
             seconds.append(time.perf_counter() - begun)
             if done.returncode:
                 raise Missing(f"`make sweep` ended with {done.returncode}: {done.stdout.strip()[-300:]}")
-            records = list(all_records(Path(folder) / "runs"))
-            training.append(sum(row["system/seconds"] for record in records for row in record.rows()))
+            records = list(list_run_dirs(Path(folder) / "runs"))
+            training.append(sum(row["system/seconds"] for record in records for row in record.read_rows()))
     whole = result.add("ours", "make sweep, wall clock", "s", seconds, trials=len(records))
     result.add("ours", "of it training, all workers together", "s", training)
     result.claim("make sweep (seven networks, two epochs, report)", whole, at_most=300.0)

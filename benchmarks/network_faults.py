@@ -2,7 +2,7 @@
 
     python benchmarks/network_faults.py [--pairs 5] [--faults slow,429,500,hanging,dying] [--json FILE]
 
-The server is the tests' (tests/protocol), in a process of its own; the client is the real wandb with its wandb-core. The
+The server is the tests' (tests/helpers/protocol), in a process of its own; the client is the real wandb with wandb-core. The
 command is `python -m cifar train`, online; a plug-in probe writes down the time of every optimizer step. After each command
 with a fault the server gets well, `python -m cifar push RUN` sends what is missing, and every epoch has to be there once.
 """
@@ -62,7 +62,7 @@ class Clock:
 def serve() -> None:
     """JSON lines in, one JSON line out for each: the first says where the server is."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from protocol import Fault, Server
+    from helpers.protocol import Fault, Server
 
     with Server() as server:
         print(json.dumps(server.environment()), flush=True)

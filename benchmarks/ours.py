@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import json
 import subprocess
 import sys
@@ -18,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.common import ROOT, SMOKE, Missing, Result, child_environment, installed, synchronize
-from cifar import sidecar as follow
+from cifar import sidecar
 from cifar.config import resolve as configuration
-from cifar.tracking.run_dir import Record
+from cifar.tracking.run_dir import RunDir
 from cifar.training import run
-from cifar.training.trainer import Training, device_of
+from cifar.training.loop import RunHooks
+from cifar.training.trainer import Trainer, resolve_device
 
 SETTLE_SECONDS = 60.0
 
@@ -31,7 +31,7 @@ SETTLE_SECONDS = 60.0
 class Trained:
     """One finished training: its rows, its summary, and the seconds of what a row does not hold."""
 
-    record: Record
+    record: RunDir
     rows: list[dict[str, Any]]
     summary: dict[str, Any]
     test_seconds: float  # of the final evaluation with the run's own views
@@ -48,7 +48,7 @@ class Ours:
     """Trainings in a folder of their own, followed by one companion process that mirrors them to an offline W&B run."""
 
     def __init__(self, options: argparse.Namespace, result: Result, *, mirror: bool = True) -> None:
-        self.options, self.device = options, device_of(options.device)
+        self.options, self.device = options, resolve_device(options.device)
         self.toy: dict[str, Any] | None = None  # of --smoke, where SMOKE does not fit
         self._folder = tempfile.TemporaryDirectory(prefix="cifar-bench-")
         self.runs = Path(self._folder.name) / "runs"
@@ -57,15 +57,15 @@ class Ours:
         if mirror and self._mode == "disabled":
             result.skip("the offline W&B mirror", "wandb is not installed")
         self._log = Path(self._folder.name) / "mirror.log"
-        self._follower: follow.Follower | None = None
+        self._follower: sidecar.SidecarHandle | None = None
 
     def __enter__(self) -> Ours:
-        self._follower = follow.Follower(self._mode, log=self._log)
+        self._follower = sidecar.SidecarHandle(self._mode, log=self._log)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._follower:
-            self._follower.end()
+            self._follower.shut_down()
         self._folder.cleanup()
 
     def train(
@@ -80,10 +80,10 @@ class Ours:
 
         `ahead`: trainings of this kind that will be made here, this one included; what compiling pays for.
         """
-        config = configuration.resolve(settings(self.options, values, self.toy))
-        record = run.create(config, self.runs)
+        config = configuration.resolve_config(settings(self.options, values, self.toy))
+        record = run.create_run(config, self.runs)
         if mirrored and self._follower:
-            self._follower.follow(record.path)
+            self._follower.follow_run(record.path)
 
         def seen(row: dict[str, Any]) -> bool:
             on_epoch(row)
@@ -92,25 +92,25 @@ class Ours:
         evaluations, prepared, begun = Log(), Log(), Log()
         from cifar.models.airbench import AirBench
 
-        more = {"ahead": ahead} if "ahead" in inspect.signature(run.train).parameters else {}
         with contextlib.ExitStack() as clocks:
-            clocks.enter_context(timed(Training, "evaluate", self.device, evaluations))
+            clocks.enter_context(timed(Trainer, "evaluate", self.device, evaluations))
             clocks.enter_context(timed(AirBench, "init_from_data", self.device, prepared))
-            if hasattr(Training, "begin_epoch"):
-                clocks.enter_context(timed(Training, "begin_epoch", self.device, begun, first_only=True))
-            state = run.train(config, record, on_epoch=seen, **more)
+            if hasattr(Trainer, "begin_epoch"):
+                clocks.enter_context(timed(Trainer, "begin_epoch", self.device, begun, first_only=True))
+            hooks = RunHooks(should_continue=seen)
+            state = run.train_run(config, record, hooks=hooks, num_planned_runs=ahead)
         if state != "finished":
-            raise Missing(f"the run ended {state}: {record.read('status').get('reason', '')}")
+            raise Missing(f"the run ended {state}: {record.read_json('status').get('reason', '')}")
         if mirrored and self._follower:
             self._settle(record)
-        rows = list(record.rows())
+        rows = list(record.read_rows())
         final = next((call for call in evaluations if call.arguments[:2] == ("test", config.tta)), None)
         training = sum(row["system/seconds"] for row in rows)
         test = final.seconds if final else 0.0
         stretch = final.end - begun[0].begin if final and begun else training + test
-        return Trained(record, rows, record.read("summary"), test, sum(call.seconds for call in prepared), stretch)
+        return Trained(record, rows, record.read_json("summary"), test, sum(call.seconds for call in prepared), stretch)
 
-    def _settle(self, record: Record) -> None:
+    def _settle(self, record: RunDir) -> None:
         """Wait until the run is drawn and mirrored: until its wandb/mirror.json holds a digest."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < deadline:

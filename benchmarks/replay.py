@@ -26,27 +26,27 @@ PLAIN_EPOCHS = 4  # the first one left out
 
 @contextlib.contextmanager
 def held() -> Iterator[list[Any]]:
-    """The trainer's steps, as `cifar.training.trainer_cache` hands them out while it lasts.
+    """The trainer's step runners, as `cifar.training.run` takes them while it lasts.
 
-    Of each are used `graphs` ((watched, rest) -> a captured step with `replay()`) and `trials`, whose `at` is the number of
-    the epoch's next step on the device and `steps` how many an epoch has. Raises Missing where nothing is captured.
+    Each has `graphs` ((with_probes, skip_frozen) -> a captured step with `replay()`) and `trials`. A trial's `step_index` is
+    the epoch's next step, on the device, and `steps_per_epoch` the steps of an epoch. Raises Missing where nothing is captured.
     """
     try:
-        from cifar.training import trainer_cache as warm
+        from cifar.training import run
     except ImportError:
         raise Missing("no step is captured as a CUDA graph here") from None
     found: list[Any] = []
-    original = warm.steps
+    original = run.get_step_runner
 
-    def steps(*arguments: Any, **more: Any) -> Any:
+    def keep_step_runner(*arguments: Any, **more: Any) -> Any:
         found.append(original(*arguments, **more))
         return found[-1]
 
-    warm.steps = steps
+    run.get_step_runner = keep_step_runner
     try:
         yield found
     finally:
-        warm.steps = original
+        run.get_step_runner = original
 
 
 class Recorded:
@@ -77,10 +77,10 @@ def back_to_back(steps: Any, count: int) -> list[float]:
     import torch
 
     training = steps.trials[0]
-    block = min(training.steps, -(-count // BLOCKS))  # an epoch has batches for so many
+    block = min(training.steps_per_epoch, -(-count // BLOCKS))  # an epoch has batches for so many
     micros = []
     for _ in range(-(-count // block)):
-        training.at.zero_()
+        training.step_index.zero_()
         torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -105,7 +105,7 @@ def measure(result: Result, options: argparse.Namespace) -> None:
         def after(row: dict[str, Any]) -> None:
             steps = found[-1]
             if not steps.graphs:
-                raise Missing(f"no step was captured: {getattr(steps, 'refused', '')}")
+                raise Missing(f"no step was captured: {steps.capture_error}")
             if 1 < row["epoch"] <= PLAIN_EPOCHS:
                 wall.append(1e6 * row["system/seconds"] / per_epoch)
             if row["epoch"] == PLAIN_EPOCHS:

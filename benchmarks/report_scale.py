@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from fake_runs import NETWORKS, write  # noqa: E402
-from on_server import put  # noqa: E402
-from protocol import Server  # noqa: E402
 
 from cifar.system.environment import device_name  # noqa: E402
+from helpers.fake_runs import NETWORKS, write  # noqa: E402
+from helpers.on_server import put  # noqa: E402
+from helpers.protocol import Server  # noqa: E402
 
 
 def fill(server: Server, runs: Path, count: int, epochs: int, layers: int) -> None:

@@ -74,7 +74,7 @@ def trials(options: argparse.Namespace, ours: Any, sizes: list[int]) -> Points:
 
 def runs(options: argparse.Namespace, ours: Any, sizes: list[int]) -> Points:
     """Reports of copies of one run that differ in their seeds and networks' widths."""
-    from cifar.report import report
+    from cifar.report import write_report
 
     done = ours.train(_worksheet(options, epochs=2, val_size=1000))
     with tempfile.TemporaryDirectory(prefix="cifar-scaling-") as folder:
@@ -89,7 +89,7 @@ def runs(options: argparse.Namespace, ours: Any, sizes: list[int]) -> Points:
                     (copy / f"{file}.json").write_text(json.dumps({**content, **changed}))
                 made += 1
             begun = time.perf_counter()
-            report([], runs=place / "runs", out=place / f"report{number}")
+            write_report([], runs=place / "runs", out=place / f"report{number}")
             if number:
                 yield size, time.perf_counter() - begun
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.common import SMOKE, Missing, Result, child_environment, command, installed, parser_of
 from benchmarks.ours import cifar, settings, takes
-from cifar.tracking.run_dir import all_records
+from cifar.tracking.run_dir import list_run_dirs
 
 RATES, DECAYS, SEEDS = [3e-4, 1e-3, 2e-3, 4e-3], [1e-4, 1e-3, 1e-2, 1e-1], [0, 1, 2, 3]
 WAYS = ("packed", "side by side", "one after the other")
@@ -50,7 +50,7 @@ def run_sweep(options: argparse.Namespace, trials: int, *arguments: str, paralle
         begun, wall = cifar(
             "sweep", str(file), "--no-report", "--wandb", "offline", "--runs-dir", str(place / "runs"), *arguments, cwd=place
         )
-        statuses = [record.read("status") for record in all_records(place / "runs")]
+        statuses = [record.read_json("status") for record in list_run_dirs(place / "runs")]
     ends = sorted(status["time"] for status in statuses if status.get("state") == "finished")
     if len(ends) < len(statuses) or not ends:
         raise Missing(f"{len(ends)} of {len(statuses)} trials finished")

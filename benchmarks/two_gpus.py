@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import Missing, Result, command, parser_of
 from benchmarks.trials import run_sweep
-from cifar.agent.packing import MOST
+from cifar.agent.packing import MAX_PACK_SIZE
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:
@@ -24,12 +24,12 @@ def measure(result: Result, options: argparse.Namespace) -> None:
     found = torch.cuda.device_count()
     if options.device == "cpu" or found < 2:
         raise Missing(f"needs two GPUs, there {'is' if found == 1 else 'are'} {found}")
-    if options.trials < 4 * MOST:
-        raise Missing(f"needs {4 * MOST} trials: two packs for each GPU")
+    if options.trials < 4 * MAX_PACK_SIZE:
+        raise Missing(f"needs {4 * MAX_PACK_SIZE} trials: two packs for each GPU")
     runs: dict[str, list[dict[str, Any]]] = {"0": [], "0,1": []}
     for pair in range(options.n):
         for gpus in list(runs) if pair % 2 else reversed(list(runs)):
-            first = min(MOST * len(gpus.split(",")), options.trials // 2)  # trials of the first packs
+            first = min(MAX_PACK_SIZE * len(gpus.split(",")), options.trials // 2)  # trials of the first packs
             arguments = ["--gpus", gpus, "--per-gpu", str(options.per_gpu)]
             runs[gpus].append(run_sweep(options, options.trials, *arguments, parallel=first))
     hourly, wall = (

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WITNESS = """
 import os, time
-from cifar.training import trainer as parts
+from cifar.training import trainer
 from cifar.registry import probes
 
 def tell(what):
@@ -29,15 +29,15 @@ def tell(what):
     os.write(file, f"{what} {os.getpid()} {time.monotonic()}\\n".encode())
     os.close(file)
 
-if not hasattr(parts, "evaluate_unwatched"):
-    parts.evaluate_unwatched = parts.evaluate
+if not hasattr(trainer, "evaluate_unwatched"):
+    trainer.evaluate_unwatched = trainer.evaluate
 
     def evaluate(*arguments, **options):
-        found = parts.evaluate_unwatched(*arguments, **options)
+        found = trainer.evaluate_unwatched(*arguments, **options)
         tell("evaluated")
         return found
 
-    parts.evaluate = evaluate
+    trainer.evaluate = evaluate
 
 @probes.register("warm")
 class Warm:

@@ -16,7 +16,25 @@ if TYPE_CHECKING:  # imported when they are used: `import cifar` costs nothing
 
     from cifar.report.table import Table
 
-__version__ = "0.1.0"
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":  # reading it takes some milliseconds, and few ask for it
+            return _find_version()
+        raise AttributeError(f"module 'cifar' has no attribute '{name}'")
+
+
+def _find_version() -> str:
+    """The version of the installed package; of a checkout that is not installed, the one of its pyproject.toml."""
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cifar")
+    except PackageNotFoundError:
+        text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+        return str(tomllib.loads(text)["project"]["version"])
 
 
 def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
@@ -27,26 +45,26 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
     import torch
 
     from cifar import registry
-    from cifar.config import resolve as config
+    from cifar.config.resolve import resolve_config
     from cifar.errors import UserError
-    from cifar.tracking import run_dir as record
+    from cifar.tracking import run_dir
 
-    found = record.find(str(run), record.runs_dir(Path(runs_dir) if runs_dir else None))
+    found = run_dir.find_run_dir(str(run), run_dir.resolve_runs_dir(Path(runs_dir) if runs_dir else None))
     weights = found.path / "weights.pt"
     if not weights.exists():
         raise UserError(
             f"run {found.id} has no weights, it is {found.state}; go on with `python -m cifar train --resume {found.id}`"
         )
-    settings = config.resolve(found.read("config"))
-    model: nn.Module = registry.models[settings.model].build(**settings.part("model"))
+    settings = resolve_config(found.read_json("config"))
+    model: nn.Module = registry.models[settings.model].build(**settings.kwargs_for("model"))
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
 
 
 def runs(*names: str, runs_dir: str | Path | None = None) -> Table:
     """A row for each run of the named sweeps and runs; without a name, of the newest sweep."""
-    from cifar.report.load import collect
-    from cifar.report.table import table
-    from cifar.tracking import run_dir as record
+    from cifar.report.load import collect_runs
+    from cifar.report.table import runs_table
+    from cifar.tracking.run_dir import resolve_runs_dir
 
-    return table(collect(names, record.runs_dir(Path(runs_dir) if runs_dir else None)).runs)
+    return runs_table(collect_runs(names, resolve_runs_dir(Path(runs_dir) if runs_dir else None)).runs)

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
     """Bad input. Its text is one clear sentence that says what to do; the command line prints it and exits with 2."""
 
 
-class DiskFull(UserError):
+class DiskFullError(UserError):
     """No space is left; what was begun can go on once there is some."""
 
 
-def choices(wrong: str, known: Iterable[str]) -> str:
-    """The tail of a message about an unknown name: the nearest known one, then all of them."""
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the most similar known names, up to three, then all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
+    similar = [f"'{name}'" for name in difflib.get_close_matches(wrong, known, n=3, cutoff=0.6)]
     listed = f"known: {', '.join(known)}"
-    return f"did you mean '{near[0]}'? ({listed})" if near else listed
+    if not similar:
+        return listed
+    return f"did you mean {' or '.join([', '.join(similar[:-1])] * (len(similar) > 1) + similar[-1:])}? ({listed})"
+
+
+def program_name() -> str:
+    """How this program was started: `cifar`, the installed command, or `python -m cifar`."""
+    return "cifar" if Path(sys.argv[0] if sys.argv else "").name in ("cifar", "cifar.exe") else "python -m cifar"
+
+
+def name_program(text: str) -> str:
+    """A message that names commands, with the program named as it was started.
+
+    Messages are written with `python -m cifar`, which works everywhere. What is kept in files stays so.
+    """
+    return text.replace("python -m cifar", program_name())

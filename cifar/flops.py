@@ -1,8 +1,8 @@
-"""What a model costs: multiply-adds, parameters, activations, layer by layer. The one door to thop.
+"""What a model costs: multiply-adds, parameters, activations, layer by layer. The only file that imports thop.
 
 The convention: `macs` are the multiply-adds of convolutions, linear layers and attention matrix products in one forward pass
 of one 3x32x32 image; `flops` = 2 macs. `activations` are the elements that convolutions and linear layers put out (pycls:
-Radosavovic et al. 2020, arXiv:2003.13678). thop's operations of normalisation layers are kept apart as `norm_ops`;
+Radosavovic et al. 2020, arXiv:2003.13678). thop's operations of normalisation layers are counted separately, as `norm_ops`;
 pooling, softmax and element-wise functions are left out.
 
 thop counts by modules, torch's FlopCounterMode checks by the operators that really ran. Where they disagree by more than 0.1 %,
@@ -37,7 +37,7 @@ Rule = Callable[[Any, Any, Any], None]  # thop's: (module, inputs, output), adds
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One module, or all products that are computed outside of counted modules."""
+    """The cost of one module, or of all products that are computed outside of counted modules."""
 
     name: str
     kind: str  # conv, linear, attention, product, norm
@@ -65,24 +65,24 @@ class Cost:
         return 2 * self.macs
 
     def as_dict(self, *, layers: bool = False) -> dict[str, Any]:
-        """For JSON; the layers only where asked for."""
+        """For JSON; with the layers only if `layers`."""
         values = asdict(self) | {"flops": self.flops}
         if not layers:
             del values["layers"]
         return values
 
 
-def _kind(module: nn.Module) -> str:
+def _layer_kind(module: nn.Module) -> str:
     kinds = ((_ConvNd, "conv"), (nn.Linear, "linear"), (nn.MultiheadAttention, "attention"), (NORMS, "norm"))
     return next((kind for types, kind in kinds if isinstance(module, types)), "")
 
 
-def measure(
+def measure_cost(
     model: nn.Module, input_shape: tuple[int, ...] = (1, 3, 32, 32), rules: Mapping[type[nn.Module], Rule] | None = None
 ) -> Cost:
-    """Count on a copy in evaluation mode on the CPU: `model` and the random state stay as they are.
+    """Count on a copy in evaluation mode on the CPU: `model` and the random state do not change.
 
-    `rules` replace thop's for the given module types; what they count is checked all the same.
+    `rules` replace thop's for the given module types. What they count is checked like the rest.
     """
     model = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(True)
     images = torch.zeros(input_shape)
@@ -90,21 +90,21 @@ def measure(
     ops: dict[nn.Module, int] = {}
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
-    def recorded(rule: Rule) -> Rule:
-        def count(module: Any, inputs: Any, output: Any) -> None:
+    def record_ops(rule: Rule) -> Rule:
+        def count_ops(module: Any, inputs: Any, output: Any) -> None:
             before = module.total_ops
             rule(module, inputs, output)
             ops[module] = ops.get(module, 0) + round(float(module.total_ops - before))
             shapes[module] = tuple((output[0] if isinstance(output, tuple) else output).shape)
 
-        return count
+        return count_ops
 
-    custom = {kind: recorded(rule) for kind, rule in {**register_hooks, **(rules or {})}.items() if rule is not zero_ops}
+    custom = {kind: record_ops(rule) for kind, rule in {**register_hooks, **(rules or {})}.items() if rule is not zero_ops}
     total, _ = profile(model, inputs=(images,), custom_ops=custom, verbose=False)
 
     layers = []
     for module, name in names.items():
-        kind = _kind(module)
+        kind = _layer_kind(module)
         if kind and module in ops:
             out = shapes[module]
             macs = 0 if kind == "norm" else ops[module]
@@ -116,26 +116,26 @@ def measure(
         layers.append(LayerCost("(functional products)", "product", functional, 0, 0, ()))
 
     macs = sum(layer.macs for layer in layers)
-    note = _check(model, images, macs, {layer.name: layer.macs for layer in layers}, names)
+    note = _compare_counters(model, images, macs, {layer.name: layer.macs for layer in layers}, names)
     return Cost(
         macs=macs,
         params=sum(p.numel() for p in model.parameters()),
         activations=sum(layer.activations for layer in layers),
-        norm_ops=sum(count for module, count in ops.items() if _kind(module) == "norm"),
+        norm_ops=sum(count for module, count in ops.items() if _layer_kind(module) == "norm"),
         layers=tuple(layers),
         verified=not note,
         note=note,
     )
 
 
-def _check(model: nn.Module, images: Tensor, macs: int, by_name: dict[str, int], names: dict[nn.Module, str]) -> str:
-    """Empty, or why `macs` is not to be trusted."""
-    _spare_the_compiler()
-    # The counter cannot look into every fused attention kernel (torch 2.11's for CPUs, say); the plain one is two products.
+def _compare_counters(model: nn.Module, images: Tensor, macs: int, by_name: dict[str, int], names: dict[nn.Module, str]) -> str:
+    """Why `macs` cannot be trusted, because the two counters differ; empty if it can."""
+    _skip_dynamo_import()
+    # The counter does not see into every fused attention kernel (torch 2.11's for CPUs, say); the plain one is two products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
-    seen = counter.get_flop_counts()
-    checked = counter.get_total_flops() // 2
+    flops_by_module = counter.get_flop_counts()
+    reference_macs = counter.get_total_flops() // 2
     notes = []
     for module, name in names.items():
         if isinstance(module, nn.MultiheadAttention):
@@ -144,42 +144,46 @@ def _check(model: nn.Module, images: Tensor, macs: int, by_name: dict[str, int],
                 "use nn.Linear and F.scaled_dot_product_attention"
             )
             break
-    if not notes and abs(macs - checked) > TOLERANCE * max(macs, checked):
+    if not notes and abs(macs - reference_macs) > TOLERANCE * max(macs, reference_macs):
         # The mode keys modules by the root's class and the dotted name; a parent includes its children.
         root = type(model).__name__
-        of = {name: _macs(seen.get(f"{root}.{name}" if name else root, {})) for name in names.values()}
-        own = {
-            name: of[name] - sum(of[names[child]] for child in set(module.children()) if child in names)
+        reference_of = {name: _sum_macs(flops_by_module.get(f"{root}.{name}" if name else root, {})) for name in names.values()}
+        reference_by_name = {
+            name: reference_of[name] - sum(reference_of[names[child]] for child in set(module.children()) if child in names)
             for module, name in names.items()
         }
-        apart = {name: abs(count - by_name.get(name, 0)) for name, count in own.items() if count != by_name.get(name, 0)}
-        worst = sorted(apart, key=lambda name: -apart[name])[:3]
-        where = "".join(f", in {name or 'the model itself'} {by_name.get(name, 0):,} and {own[name]:,}" for name in worst)
+        differences = {name: abs(count - by_name.get(name, 0)) for name, count in reference_by_name.items()}
+        different = [name for name, difference in differences.items() if difference]
+        worst = sorted(different, key=lambda name: -differences[name])[:3]
+        where = "".join(
+            f", in {name or 'the model itself'} {by_name.get(name, 0):,} and {reference_by_name[name]:,}" for name in worst
+        )
         notes.append(
-            f"thop counts {macs:,} MACs and FlopCounterMode {checked:,}{where}; "
+            f"thop counts {macs:,} MACs and FlopCounterMode {reference_macs:,}{where}; "
             "compute in modules that thop knows, or give a rule"
         )
     return "; ".join(notes)
 
 
-def _spare_the_compiler() -> None:
-    """Keep the counter from importing torch.compile, as it does to hide from it: that takes each process 1 to 3 s.
+def _skip_dynamo_import() -> None:
+    """Keep the counter from importing torch.compile, which takes each process 1 to 3 s.
 
-    Nothing is compiled under the counter. Where torch has no such door any more, it is imported.
+    It imports that only to hide from the compiler, and nothing is compiled under the counter. If another version of torch has
+    no such attributes, torch.compile is imported.
     """
     mode = getattr(flop_counter, "_FlopCounterMode", None)
     hidden = getattr(getattr(mode, "__torch_dispatch__", None), "__wrapped__", None)
     if hidden is not None and "torch._dynamo" not in sys.modules:
-        hidden.__dynamo_disable = hidden  # where `torch._disable_dynamo` keeps what it has made
+        hidden.__dynamo_disable = hidden  # where `torch._disable_dynamo` caches the wrapped function
 
 
-def _macs(flops_by_operator: Mapping[Any, int]) -> int:
-    """MACs of one module by FlopCounterMode, attention's products apart: thop sees them as a function, not in a module."""
+def _sum_macs(flops_by_operator: Mapping[Any, int]) -> int:
+    """MACs of one module by FlopCounterMode, without the products of attention: thop counts those outside of modules."""
     return sum(count for operator, count in flops_by_operator.items() if "bmm" not in str(operator)) // 2
 
 
-def microseconds_per_image(model: nn.Module, device: torch.device | str = "cpu", batch: int = 64) -> float:
-    """Median time of a forward pass in evaluation mode, over its images. Moves a copy; the model stays as it is."""
+def measure_microseconds_per_image(model: nn.Module, device: torch.device | str = "cpu", batch: int = 64) -> float:
+    """Median microseconds of a forward pass in evaluation mode, per image. Uses a copy; the model does not change."""
     device = torch.device(device)
     model = copy.deepcopy(model).to(device).eval()
     dtype = next(model.parameters()).dtype
@@ -187,7 +191,7 @@ def microseconds_per_image(model: nn.Module, device: torch.device | str = "cpu",
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
     seconds: list[float] = []
     with torch.inference_mode():
-        model(images)  # allocates, and chooses kernels
+        model(images)  # allocates memory and chooses kernels
         while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 0.1):
             synchronize()
             start = time.perf_counter()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cifar.errors import UserError, choices
+from cifar.errors import UserError, did_you_mean
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 
@@ -59,7 +59,7 @@ class Entry:
 
 
 class Registry:
-    """The names of one kind of part, found in `cifar.<folder>` and in `<plug-in directory>/<folder>`."""
+    """The names of one kind of part. They are found in `cifar.<folder>` and in `<plug-in directory>/<folder>`."""
 
     def __init__(self, kind: str, folder: str, package: str | None = None) -> None:
         self.kind, self.folder, self.package = kind, folder, package or f"cifar.{folder}"
@@ -75,7 +75,7 @@ class Registry:
             known = self._entries.get(name)
             if known and known.file != file:
                 raise UserError(f"{self.kind} '{name}' is registered twice: in {known.file} and in {file}; rename one")
-            self._entries[name] = Entry(self.kind, name, builder, _keys(builder, bound, file), bound, file)
+            self._entries[name] = Entry(self.kind, name, builder, _read_keys(builder, bound, file), bound, file)
             return builder
 
         return decorate
@@ -104,8 +104,13 @@ class Registry:
     def __getitem__(self, name: str) -> Entry:
         self.load()
         if name not in self._entries:
-            raise UserError(f"unknown {self.kind} '{name}': {choices(name, self._entries)}")
+            raise UserError(f"unknown {self.kind} '{name}': {did_you_mean(name, self._entries)}; {self._hint_at_plugins()}")
         return self._entries[name]
+
+    def _hint_at_plugins(self) -> str:
+        if folders := [str(directory / self.folder) for directory in plugin_directories()]:
+            return f"no file that CIFAR_PLUGINS names in {' or '.join(folders)} registers it"
+        return f"for one of your own, set CIFAR_PLUGINS to the folder that has {self.folder}/FILE.py"
 
 
 def plugin_directories() -> list[Path]:
@@ -127,10 +132,10 @@ def _import_file(path: Path, name: str) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the plug-in {path} cannot be imported ({type(error).__name__}: {error}); mend the file") from error
+        raise UserError(f"the plug-in {path} cannot be imported ({type(error).__name__}: {error}); correct the file") from error
 
 
-def _keys(builder: Callable[..., Any], bound: dict[str, Any], file: str) -> dict[str, Key]:
+def _read_keys(builder: Callable[..., Any], bound: dict[str, Any], file: str) -> dict[str, Key]:
     hints = typing.get_type_hints(builder.__init__ if inspect.isclass(builder) else builder, include_extras=True)
     parameters = inspect.signature(builder).parameters.values()
     free = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in bound]

@@ -1,10 +1,11 @@
-"""The companion process of a worker: mirrors its records to W&B, and draws a run's pictures when it has ended.
+"""The sidecar: a process beside the trainer that mirrors run folders to W&B, and draws a run's pictures when it has ended.
 
     python -m cifar.sidecar --wandb auto
 
-It reads JSON lines from its parent: {"run": FOLDER} follow this one, {"close": FOLDER} its trial is gone, {"end": true}
-finish what has ended. Slow, full or dead, W&B holds up this process only. It is never left behind: where the input ends
-without {"end": true}, the parent was killed, and this process and its wandb-core are gone within three seconds.
+It reads JSON lines from its parent: {"run": FOLDER} follow this run, {"close": FOLDER} the process that wrote it is gone,
+{"end": true} finish what has ended, then exit. When W&B is slow or does not answer, only this process waits. It never outlives
+its parent: if the input ends without {"end": true}, the parent was killed, and this process and its wandb-core end within three
+seconds.
 """
 
 from __future__ import annotations
@@ -24,33 +25,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar.errors import UserError
-from cifar.system.devices import cores
-from cifar.tracking.run_dir import END_STATES, Record, redact
+from cifar.states import ENDED_STATES
+from cifar.system.devices import num_cores
+from cifar.tracking.run_dir import RunDir, redact_text
 
 if TYPE_CHECKING:
     from cifar.integrations.wandb.mirror import Mirror
     from cifar.integrations.wandb.settings import Mode
 
 POLL_SECONDS = 0.5
-ORPHAN_SECONDS = 1.5  # for tidying up after the parent was killed
-KNOCK_SECONDS, SILENT_SECONDS = 1.0, 3.0  # at the end: for a server to say anything; in all, name service included
-DRAWERS = 8  # processes at most, and one for two cores
-MARGIN_SECONDS = 3.0  # that the parent waits beyond the companion's own graces
+ORPHAN_GRACE_SECONDS = 1.5  # to clean up after the parent was killed
+PING_TIMEOUT_SECONDS = 1.0  # at the end, for the server to answer a ping
+SERVER_TIMEOUT_SECONDS = 3.0  # the same for all pings together, including the name service
+MAX_DRAWING_PROCESSES = 8  # at most, and at most one for two cores
+WAIT_MARGIN_SECONDS = 3.0  # that the parent waits beyond the sidecar's own limits
+
+_drawing_processes: list[subprocess.Popen[bytes]] = []  # children of this process
 
 
-_drawers: list[subprocess.Popen[bytes]] = []  # of this process
-
-
-class Follower:
-    """The parent's end of the companion process. No call but `end` waits, and nothing it does can fail the caller."""
+class SidecarHandle:
+    """The sidecar as its parent sees it. No method but `shut_down` waits, and none raises."""
 
     def __init__(self, mode: str = "auto", *, log: Path | None = None, grace: float = 20.0) -> None:
         self._grace = grace
-        self._known: set[Path] = set()
+        self._folders: set[Path] = set()
         command = [sys.executable, "-m", "cifar.sidecar", "--wandb", mode, "--grace", str(grace)]
         with contextlib.ExitStack() as files:
             output = files.enter_context(open(log, "ab")) if log else subprocess.DEVNULL
-            # A session of its own: Ctrl-C is the parent's to answer, the companion follows it to its end.
+            # A session of its own: the parent answers Ctrl-C, and the sidecar ends after it.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=output, stderr=output, bufsize=0, start_new_session=True
             )
@@ -61,24 +63,27 @@ class Follower:
     def pid(self) -> int:
         return self._process.pid
 
-    def follow(self, folder: Path) -> None:
-        """Mirror this record from now on. Also says that a known one goes on."""
-        self._known.add(Path(folder))
-        self._tell(run=str(Path(folder).resolve()))
+    def follow_run(self, folder: Path) -> None:
+        """Mirror this run from now on. Called again when a run goes on after an end."""
+        self._folders.add(Path(folder))
+        self._send_message(run=str(Path(folder).resolve()))
 
-    def close(self, folder: Path) -> None:
-        """The process that wrote this record is gone, whatever its status says."""
-        self._tell(close=str(Path(folder).resolve()))
+    def mark_writer_gone(self, folder: Path) -> None:
+        """The process that wrote this run is gone, whatever the run's status says."""
+        self._send_message(close=str(Path(folder).resolve()))
 
-    def end(self, timeout: float | None = None) -> bool:
-        """Let it finish, within `timeout` seconds (default: a grace for each run that makes progress; with a server that
-        does not answer, hardly longer than the pictures take). True if W&B has all that has ended; else `push` sends it."""
-        self._tell(end=True)
+    def shut_down(self, timeout: float | None = None) -> bool:
+        """Let it finish within `timeout` seconds. True if W&B has all runs that have ended; else `push` sends the rest.
+
+        The default is `grace` seconds from one progress to the next, for each run. If the server does not answer, it takes
+        hardly longer than the pictures.
+        """
+        self._send_message(end=True)
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
         try:
-            most = self._grace * (1 + 2 * len(self._known)) + MARGIN_SECONDS  # it ends itself as soon as nothing goes on
-            return self._process.wait(most if timeout is None else timeout) == 0
+            default_timeout = self._grace * (1 + 2 * len(self._folders)) + WAIT_MARGIN_SECONDS
+            return self._process.wait(default_timeout if timeout is None else timeout) == 0
         except subprocess.TimeoutExpired:
             self._process.terminate()  # it ends its wandb-core, then itself
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -87,242 +92,245 @@ class Follower:
             self._process.wait()
             return False
 
-    def _tell(self, **message: object) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the companion may be gone, or stuck with a full pipe
+    def _send_message(self, **message: object) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the sidecar may be gone, or its pipe may be full
             os.write(self._process.stdin.fileno(), json.dumps(message).encode() + b"\n")  # type: ignore[union-attr]
 
 
-class _Followed:
-    """One record in the companion process. A record may end more than once (a failed run is resumed): ends have stamps."""
+class _FollowedRun:
+    """A run in the sidecar process. A run may end more than once (a failed one is resumed), so ends are told apart by time."""
 
     def __init__(self, folder: str) -> None:
-        self.record = Record(Path(folder))
+        self.run_dir = RunDir(Path(folder))
         self.mirror: Mirror | None = None
-        self.closed = False  # its writer is gone
-        self.drawn = 0.0  # the end that has its pictures
-        self.settled = -1.0  # the end that W&B has, or would not take; 0.0: it failed on the open record
-        self.lost = False  # W&B did not take it
+        self.is_writer_gone = False
+        self.drawn_end = 0.0  # time of the end whose pictures are drawn
+        self.mirrored_end = -1.0  # time of the end that W&B has, or has refused; 0.0: it failed while the run was open
+        self.is_incomplete = False  # W&B does not have all of it
 
-    def end(self) -> float:
-        """When the record came to an end; 0.0 while it is open, or its status cannot be read."""
+    def end_time(self) -> float:
+        """When the run ended; 0.0 while it is open, or if its status cannot be read."""
         status: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, UserError):
-            status = self.record.read("status")
-        return float(status["time"]) if status.get("state") in END_STATES else 0.0
+            status = self.run_dir.read_json("status")
+        return float(status["time"]) if status.get("state") in ENDED_STATES else 0.0
 
 
-class Companion:
-    """Two threads, so that pictures are drawn while W&B hangs: one draws, one mirrors."""
+class Sidecar:
+    """Two threads, one that draws and one that mirrors, so that pictures are drawn while W&B does not answer."""
 
-    def __init__(self, mode: Mode, say: Callable[[str], None]) -> None:
-        self._mode, self._say = mode, say
-        self._followed: dict[str, _Followed] = {}
-        self._hearing = threading.Lock()
-        self._ending = threading.Event()
-        self._silent: bool | None = None  # not asked yet
-        self._drawer = threading.Thread(target=self._keep_drawing, daemon=True)
-        self._threads = [self._drawer]
+    def __init__(self, mode: Mode, log: Callable[[str], None]) -> None:
+        self._mode, self._log = mode, log
+        self._followed: dict[str, _FollowedRun] = {}
+        self._lock = threading.Lock()
+        self._end_requested = threading.Event()
+        self._server_is_silent: bool | None = None  # not asked yet
+        self._drawing_thread = threading.Thread(target=self._keep_drawing, daemon=True)
+        self._threads = [self._drawing_thread]
         if mode != "disabled":
-            all_drawn = lambda: not self._drawer.is_alive()  # noqa: E731
-            self._threads.append(threading.Thread(target=self._keep_mirroring, args=(all_drawn,), daemon=True))
+            has_drawn = lambda: not self._drawing_thread.is_alive()  # noqa: E731
+            self._threads.append(threading.Thread(target=self._keep_mirroring, args=(has_drawn,), daemon=True))
         for thread in self._threads:
             thread.start()
 
-    def hear(self, message: dict[str, str]) -> None:
+    def receive_message(self, message: dict[str, str]) -> None:
         if folder := message.get("run"):
-            with self._hearing:
-                each = self._followed.setdefault(folder, _Followed(folder))
-                each.closed, each.settled = False, -1.0
+            with self._lock:
+                run = self._followed.setdefault(folder, _FollowedRun(folder))
+                run.is_writer_gone, run.mirrored_end = False, -1.0
         elif (folder := message.get("close")) and folder in self._followed:
-            self._followed[folder].closed = True
+            self._followed[folder].is_writer_gone = True
 
-    def end(self, seconds: float, orphaned: Callable[[], bool]) -> bool:
-        """Finish what has ended, `seconds` from one progress to the next. True if W&B has all that has ended."""
-        deadline, patience = time.monotonic() + seconds, time.monotonic() + SILENT_SECONDS
-        self._ending.set()
+    def finish_runs(self, seconds: float, is_orphaned: Callable[[], bool]) -> bool:
+        """Finish the ended runs, with `seconds` at most from one progress to the next. True if W&B has all of them."""
+        deadline, server_deadline = time.monotonic() + seconds, time.monotonic() + SERVER_TIMEOUT_SECONDS
+        self._end_requested.set()
         if self._mode == "online":
-            threading.Thread(target=self._knock, daemon=True).start()  # a name server can be silent for long
-        before: list[tuple[float, float]] = []
+            threading.Thread(target=self._ping_server, daemon=True).start()  # a thread, since the name service can take long
+        progress_before: list[tuple[float, float]] = []
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             time.sleep(0.05)
-            done = [(each.drawn, each.settled) for each in list(self._followed.values())]
-            if orphaned():
-                deadline = min(deadline, time.monotonic() + ORPHAN_SECONDS)
-            elif done != before:
-                before, deadline = done, time.monotonic() + seconds
-            silent = self._silent or (self._silent is None and time.monotonic() > patience)
-            if silent and not self._drawer.is_alive() and self._needs_server():
-                self._say("W&B does not answer; the records have everything, and `python -m cifar push` sends it")
+            progress = [(run.drawn_end, run.mirrored_end) for run in list(self._followed.values())]
+            if is_orphaned():
+                deadline = min(deadline, time.monotonic() + ORPHAN_GRACE_SECONDS)
+            elif progress != progress_before:
+                progress_before, deadline = progress, time.monotonic() + seconds
+            is_silent = self._server_is_silent or (self._server_is_silent is None and time.monotonic() > server_deadline)
+            if is_silent and not self._drawing_thread.is_alive() and self._needs_server():
+                self._log("W&B does not answer; the records have everything, and `python -m cifar push` sends it")
                 return False
-        late = any(thread.is_alive() for thread in self._threads)
-        if late:
-            self._say("the pictures or W&B took too long; the records have everything, and `python -m cifar push` sends it")
-        return not late and not any(each.lost for each in self._followed.values())
+        is_late = any(thread.is_alive() for thread in self._threads)
+        if is_late:
+            self._log("the pictures or W&B took too long; the records have everything, and `python -m cifar push` sends it")
+        return not is_late and not any(run.is_incomplete for run in self._followed.values())
 
-    def _knock(self) -> None:
-        """Does the server say anything? wandb's own calls do not tell: they try again for minutes."""
-        from cifar.integrations.wandb.mirror import answers
+    def _ping_server(self) -> None:
+        """Find out whether the server answers. wandb's own calls do not tell: they try again for minutes."""
+        from cifar.integrations.wandb.api import is_server_reachable
 
-        self._silent = not (answers(KNOCK_SECONDS) or answers(KNOCK_SECONDS))
+        self._server_is_silent = not (is_server_reachable(PING_TIMEOUT_SECONDS) or is_server_reachable(PING_TIMEOUT_SECONDS))
 
     def _needs_server(self) -> bool:
-        """Whether a run that is not with W&B yet still goes there, and not into a file."""
+        """Whether a run is still to be sent to W&B, and not just written to a file."""
         if self._mode != "online":
             return False
-        return any(each.mirror is None or each.mirror.mode == "online" for each in list(self._followed.values()))
+        return any(run.mirror is None or run.mirror.mode == "online" for run in list(self._followed.values()))
 
     def _keep_drawing(self) -> None:
-        last = False
-        while not last:
-            last = self._ending.is_set()
-            while waiting := [(each, end) for each in list(self._followed.values()) if (end := each.end()) != each.drawn]:
-                if not self._draw_many(waiting):
-                    self._draw(*waiting[0])  # and look again: more may have ended meanwhile
-            self._rest()
+        is_last = False
+        while not is_last:
+            is_last = self._end_requested.is_set()
+            while ended_runs := [
+                (run, end) for run in list(self._followed.values()) if (end := run.end_time()) != run.drawn_end
+            ]:
+                if not self._draw_in_parallel(ended_runs):
+                    self._draw_pictures(*ended_runs[0])  # one only: more runs may have ended meanwhile
+            self._sleep()
 
-    def _keep_mirroring(self, is_last: Callable[[], bool]) -> None:
-        last = False
-        while not last:
-            last = is_last()
-            for each in list(self._followed.values()):
-                self._mirror(each, last)
-            self._rest()
+    def _keep_mirroring(self, has_drawn: Callable[[], bool]) -> None:
+        is_last = False
+        while not is_last:
+            is_last = has_drawn()
+            for run in list(self._followed.values()):
+                self._mirror_run(run, is_last)
+            self._sleep()
 
-    def _rest(self) -> None:
-        self._ending.wait(POLL_SECONDS)
-        if self._ending.is_set():
+    def _sleep(self) -> None:
+        self._end_requested.wait(POLL_SECONDS)
+        if self._end_requested.is_set():
             time.sleep(0.02)
 
-    def _draw(self, each: _Followed, end: float) -> None:
+    def _draw_pictures(self, run: _FollowedRun, end: float) -> None:
         try:
             if end:
-                from cifar.report import pictures
+                from cifar.report import draw_pictures
 
-                pictures(each.record.path)
+                draw_pictures(run.run_dir.path)
         except Exception as error:
-            self._say(f"{each.record.id}: no pictures ({type(error).__name__}: {error})")
-        each.drawn = end
+            self._log(f"{run.run_dir.id}: no pictures ({type(error).__name__}: {error})")
+        run.drawn_end = end
 
-    def _draw_many(self, waiting: list[tuple[_Followed, float]]) -> bool:
-        """Where many runs have ended at once, and cores are left beside the training's, draw in processes of their own.
+    def _draw_in_parallel(self, ended_runs: list[tuple[_FollowedRun, float]]) -> bool:
+        """Draw in several processes, if many runs have ended at once and there are cores to spare beside the training.
 
-        False where that does not pay, or none of them could be drawn.
+        False if there are too few runs or cores, or if none of the runs could be drawn.
         """
-        ended = [(each, end) for each, end in waiting if end]
-        count = min(len(ended) // 2, DRAWERS, cores() // 2 - 1)
+        ended = [(run, end) for run, end in ended_runs if end]
+        count = min(len(ended) // 2, MAX_DRAWING_PROCESSES, num_cores() // 2 - 1)
         if count < 2:
             return False
-        ended = ended[: 3 * count]  # each is done in seconds: `end` waits from one progress to the next
+        ended = ended[: 3 * count]  # a few seconds of work for each: `finish_runs` has to see progress
         try:
             for first in range(count):
-                folders = [str(each.record.path) for each, _ in ended[first::count]]
+                folders = [str(run.run_dir.path) for run, _ in ended[first::count]]
                 command = [sys.executable, "-m", "cifar.sidecar", "--draw", str(os.getpid()), *folders]
-                quiet = subprocess.DEVNULL  # what goes wrong is tried again here, and said
-                _drawers.append(subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet))
-            done = [drawer.wait() == 0 for drawer in _drawers]
-        except OSError:  # no more processes
-            for drawer in _drawers:
-                drawer.kill()
-                drawer.wait()
+                no_output = subprocess.DEVNULL  # a run that fails is drawn again in this process, which reports the error
+                _drawing_processes.append(subprocess.Popen(command, stdin=no_output, stdout=no_output, stderr=no_output))
+            succeeded = [process.wait() == 0 for process in _drawing_processes]
+        except OSError:  # no more processes can be started
+            for process in _drawing_processes:
+                process.kill()
+                process.wait()
             return False
         finally:
-            _drawers.clear()
-        for number, (each, end) in enumerate(ended):
-            if done[number % count]:
-                each.drawn = end
-        return any(done)
+            _drawing_processes.clear()
+        for number, (run, end) in enumerate(ended):
+            if succeeded[number % count]:
+                run.drawn_end = end
+        return any(succeeded)
 
-    def _mirror(self, each: _Followed, last: bool) -> None:
-        end = each.end()
-        if end == each.settled:
+    def _mirror_run(self, run: _FollowedRun, is_last: bool) -> None:
+        end = run.end_time()
+        if end == run.mirrored_end:
             return
         try:
             from cifar.integrations.wandb.mirror import Mirror
 
-            each.mirror = each.mirror or Mirror(each.record, self._mode, self._say)
-            each.mirror.sync()
-            if end and end == each.drawn:
-                if each.mirror.finish(sorted((each.record.path / "pictures").glob("*.png"))):
-                    each.settled, each.lost = end, each.mirror.mode != self._mode  # written to a file in its stead
-            elif each.closed or last:
-                each.mirror.leave()
-                with self._hearing:  # while that took its time, the run may have gone on
-                    if not end and (last or each.closed):
-                        self._followed.pop(str(each.record.path), None)
+            run.mirror = run.mirror or Mirror(run.run_dir, self._mode, self._log)
+            run.mirror.sync()
+            if end and end == run.drawn_end:
+                if run.mirror.finish(sorted((run.run_dir.path / "pictures").glob("*.png"))):
+                    run.mirrored_end = end
+                    run.is_incomplete = run.mirror.mode != self._mode  # it has turned to offline: written to a file instead
+            elif run.is_writer_gone or is_last:
+                run.mirror.suspend()
+                with self._lock:  # the run may have gone on meanwhile
+                    if not end and (is_last or run.is_writer_gone):
+                        self._followed.pop(str(run.run_dir.path), None)
         except Exception as error:
-            self._say(f"{each.record.id}: not mirrored to W&B ({type(error).__name__}: {error}); its record is whole")
-            each.settled, each.lost = end, True
+            self._log(f"{run.run_dir.id}: not mirrored to W&B ({type(error).__name__}: {error}); its record is whole")
+            run.mirrored_end, run.is_incomplete = end, True
             with contextlib.suppress(Exception):
-                each.mirror, broken = None, each.mirror
+                run.mirror, broken = None, run.mirror
                 if broken:
-                    broken.leave()
+                    broken.suspend()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Follow until told to end, or until the parent is gone. Exits by itself, with 0 if W&B has all that has ended."""
+    """Follow runs until {"end": true}, or until the parent is gone. Exits by itself, with 0 if W&B has all ended runs."""
     parser = argparse.ArgumentParser(prog="python -m cifar.sidecar", description=__doc__)
     parser.add_argument("--wandb", default="auto", help="auto, online, offline or disabled")
     parser.add_argument("--grace", type=float, default=20.0, help="seconds for each thing that is left to do at the end")
-    parser.add_argument("--draw", nargs="+", default=[], help=argparse.SUPPRESS)  # the companion's pid, and folders
+    parser.add_argument("--draw", nargs="+", default=[], help=argparse.SUPPRESS)  # the sidecar's pid, and folders
     options = parser.parse_args(arguments)
     if options.draw:
-        return _draw_all(int(options.draw[0]), options.draw[1:])
+        return _draw_folders(int(options.draw[0]), options.draw[1:])
     from cifar.integrations.wandb.settings import mode_from_environment
 
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a batch system may warn every process
-    signal.signal(signal.SIGTERM, lambda *_: _leave(143))
+    signal.signal(signal.SIGTERM, lambda *_: _exit_process(143))
     os.nice(5)  # training comes first
-    companion = Companion(mode_from_environment(options.wandb), lambda line: print(redact(line), flush=True))
+    sidecar = Sidecar(mode_from_environment(options.wandb), lambda line: print(redact_text(line), flush=True))
 
-    def orphaned() -> bool:
+    def is_orphaned() -> bool:
         return os.getppid() != parent
 
-    told = _listen(companion, orphaned)
-    whole = companion.end(options.grace if told else ORPHAN_SECONDS, orphaned)
-    _leave(0 if whole else 3)
+    end_requested = _read_messages(sidecar, is_orphaned)
+    is_complete = sidecar.finish_runs(options.grace if end_requested else ORPHAN_GRACE_SECONDS, is_orphaned)
+    _exit_process(0 if is_complete else 3)
     return 0
 
 
-def _draw_all(companion: int, folders: list[str]) -> int:
-    """The pictures of these runs, as long as the companion lives that asked for them."""
-    from cifar.report import pictures
+def _draw_folders(sidecar_pid: int, folders: list[str]) -> int:
+    """Draw the pictures of these runs while the sidecar that asked for them lives."""
+    from cifar.report import draw_pictures
 
     for folder in folders:
-        if os.getppid() != companion:
+        if os.getppid() != sidecar_pid:
             return 1
-        pictures(Path(folder))
+        draw_pictures(Path(folder))
     return 0
 
 
-def _listen(companion: Companion, orphaned: Callable[[], bool]) -> bool:
-    """Hand on what the parent says. True at its {"end": true}, False when it is gone.
+def _read_messages(sidecar: Sidecar, is_orphaned: Callable[[], bool]) -> bool:
+    """Pass on the parent's messages. True at its {"end": true}, False when the parent is gone.
 
-    The end of the input says so too, but a process that the parent forked may hold the pipe open.
+    The end of the input is not enough to see that: a process that the parent forked may hold the pipe open.
     """
-    heard = b""
-    while not orphaned():
+    buffer = b""
+    while not is_orphaned():
         if not select.select([0], [], [], POLL_SECONDS)[0]:
             continue
         piece = os.read(0, 65536)
         if not piece:
             break
-        *lines, heard = (heard + piece).split(b"\n")
+        *lines, buffer = (buffer + piece).split(b"\n")
         for line in lines:
             message = json.loads(line)
             if message.get("end"):
                 return True
-            companion.hear(message)
+            sidecar.receive_message(message)
     return False
 
 
-def _leave(code: int) -> None:
-    """End this process now, wandb-core and what draws first; no exit hook may wait for a server."""
-    for drawer in list(_drawers):
-        drawer.kill()
-    if mirror := sys.modules.get("cifar.integrations.wandb.mirror"):
-        mirror.kill_core()
+def _exit_process(code: int) -> None:
+    """End this process at once, after wandb-core and the drawing processes. No exit hook may wait for a server."""
+    for process in list(_drawing_processes):
+        process.kill()
+    if mirror_process := sys.modules.get("cifar.integrations.wandb.mirror_process"):
+        mirror_process.kill_core()
     sys.stdout.flush()
     os._exit(code)
 

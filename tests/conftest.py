@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from protocol import Server
+    from helpers.protocol import Server
+
+pytest.register_assert_rewrite("helpers")  # before the first import of any
 
 _WORLD = Path(tempfile.gettempdir()) / f"cifar-tests-{os.getuid()}"  # the stand-in data is generated once for many sessions
 _WORLD.mkdir(exist_ok=True)
@@ -37,7 +39,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def wandb_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A W&B server that this process and its children talk to. The test fails where they ask what it was not taught."""
-    from protocol import Server
+    from helpers.protocol import Server
 
     with Server() as server:
         for name, value in server.environment().items():

@@ -42,7 +42,7 @@ def write_images(folder: Path, dataset: str) -> None:
 
     from cifar import data
 
-    arrays = data.load(dataset, None)
+    arrays = data.load_dataset(dataset, None)
     folder.mkdir(parents=True, exist_ok=True)
     sets = {"train": (arrays.train_images, arrays.train_labels), "test": (arrays.test_images, arrays.test_labels)}
     for name, (images, labels) in sets.items():

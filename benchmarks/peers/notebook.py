@@ -21,7 +21,7 @@ from torchvision import transforms
 
 from benchmarks.common import serve, synchronize
 from cifar import data, registry
-from cifar.training.trainer import device_of
+from cifar.training.trainer import resolve_device
 
 PLAIN = [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
 AUGMENTED = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=4), *PLAIN]
@@ -45,9 +45,9 @@ class Notebook:
     """Worksheet 1 as its notebook trains it. Batches that are short are trained on, too, as a plain DataLoader has it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.device = device_of(options.device)
-        arrays = data.load(options.dataset, None)
-        train, _ = data.split(arrays.train_labels, options.val_size)
+        self.device = resolve_device(options.device)
+        arrays = data.load_dataset(options.dataset, None)
+        train, _ = data.split_indices(arrays.train_labels, options.val_size)
         train = train[: options.train_size] if options.train_size else train
         torch.manual_seed(options.seed)
         self.loader = DataLoader(

@@ -24,7 +24,7 @@ from benchmarks.common import serve, synchronize
 from benchmarks.peers.notebook import Pictures
 from cifar import data, registry
 from cifar.data import MEAN, STD
-from cifar.training.trainer import device_of
+from cifar.training.trainer import resolve_device
 
 AUGMENTED = [
     transforms.RandomCrop(32, padding=4),
@@ -60,10 +60,10 @@ class FromDevice:
 
 class Standard:
     def __init__(self, options: argparse.Namespace) -> None:
-        self.device = device = device_of(options.device)
+        self.device = device = resolve_device(options.device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-        arrays = data.load(options.dataset, None)
+        arrays = data.load_dataset(options.dataset, None)
         images, labels = arrays.train_images, arrays.train_labels
         if options.train_size:
             images, labels = images[: options.train_size], labels[: options.train_size]

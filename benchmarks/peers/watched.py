@@ -18,13 +18,13 @@ import wandb
 from benchmarks.common import serve, synchronize
 from benchmarks.peers.standard import FromDevice
 from cifar import data, registry
-from cifar.training.trainer import device_of
+from cifar.training.trainer import resolve_device
 
 
 class Watched:
     def __init__(self, options: argparse.Namespace, folder: str) -> None:
-        self.options, self.device = options, device_of(options.device)
-        arrays = data.load(options.dataset, None)
+        self.options, self.device = options, resolve_device(options.device)
+        arrays = data.load_dataset(options.dataset, None)
         put = [torch.from_numpy(a.copy()).to(self.device) for a in (arrays.train_images, arrays.train_labels)]
         self.batches = FromDevice(put[0], put[1], options.batch_size)
         self.endless = iter(())

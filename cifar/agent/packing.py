@@ -1,4 +1,4 @@
-"""Which trials a worker trains side by side: those that differ in seed and scalars only, as many as a GPU has room for."""
+"""Packs: trials that one worker trains side by side. They differ in seed and scalars only, and fit on a GPU together."""
 
 from __future__ import annotations
 
@@ -6,103 +6,112 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from cifar.config import resolve as configuration
+from cifar.config.resolve import graph_signature, resolve_config
 from cifar.errors import UserError
-from cifar.sweeps.backend import Backend, Like, Trial
-from cifar.system.devices import any_gpu
+from cifar.states import CLAIMABLE_STATES
+from cifar.sweeps.backend import Backend, Trial, TrialFilter
+from cifar.system.devices import has_gpu
 
-MOST = 16
-FULL = 16e9  # multiply-adds of a forward pass over a batch from which on one trial fills a GPU by itself (LOG.md)
-
-
-def checked(asked: str) -> str:
-    """`auto`, `off` or a number of trials. Raises UserError for anything else."""
-    if asked in ("auto", "off") or (asked.isdigit() and 1 <= int(asked) <= 256):
-        return asked
-    raise UserError(f"--pack {asked}: write auto, off, or how many trials at most a worker trains side by side (1 to 256)")
+MAX_PACK_SIZE = 16
+FULL_GPU_MACS = 16e9  # MACs of a forward pass over a batch, from which on one trial fills a GPU by itself (LOG.md)
 
 
-def limit(asked: str) -> int:
-    """The most that any pack may hold. On CPUs `auto` packs nothing: trials take turns there, and nothing is won."""
-    return int(asked) if asked.isdigit() else MOST if asked == "auto" and any_gpu() else 1
+def check_pack_option(option: str) -> str:
+    """Return the option if it is `auto`, `off` or a number of trials. Raises UserError for anything else."""
+    if option in ("auto", "off") or (option.isdigit() and 1 <= int(option) <= 256):
+        return option
+    raise UserError(f"--pack {option}: write auto, off, or how many trials at most a worker trains side by side (1 to 256)")
 
 
-def most(asked: str, values: Mapping[str, Any]) -> int:
+def max_pack_size(option: str) -> int:
+    """The most trials that any pack may hold. On CPUs `auto` packs nothing: trials would take turns, which gains nothing."""
+    return int(option) if option.isdigit() else MAX_PACK_SIZE if option == "auto" and has_gpu() else 1
+
+
+def best_pack_size(option: str, values: Mapping[str, Any]) -> int:
     """How many trials like this one to train side by side."""
-    if asked != "auto" or limit(asked) == 1:
-        return limit(asked)
-    config = configuration.resolve(values)
-    if config.device == "cpu" or config.part("model").get("dropout"):
+    if option != "auto" or max_pack_size(option) == 1:
+        return max_pack_size(option)
+    config = resolve_config(values)
+    if config.device == "cpu" or config.kwargs_for("model").get("dropout"):
         return 1
-    from cifar.training import run  # PyTorch, to count
+    from cifar.training import run  # needs PyTorch, to count MACs
 
-    return max(1, min(MOST, int(FULL / (run.cost_of(config).macs * config.batch_size))))
+    return max(1, min(MAX_PACK_SIZE, int(FULL_GPU_MACS / (run.measure_cost(config).macs * config.batch_size))))
 
 
-def fit(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def can_pack(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two trials' values can be trained together."""
-    return configuration.form(configuration.resolve(one)) == configuration.form(configuration.resolve(other))
+    return graph_signature(resolve_config(one)) == graph_signature(resolve_config(other))
 
 
 class Packer:
-    """Claims trials for an agent's workers, and puts together those that can be trained side by side."""
+    """Claims trials for an agent's workers, and groups those that can be trained side by side."""
 
-    def __init__(self, backend: Backend, worker: str, asked: str, count: float) -> None:
-        self.backend, self.worker, self.asked = backend, worker, asked
-        self.left = count  # trials that may still be claimed
-        self.aside: list[Trial] = []  # claimed, but of another kind than those that were handed out
-        self._apart: set[int] = set()  # cells that failed side by side: each alone from now on
-        self._room = MOST  # how many have room side by side, as far as we know
+    def __init__(self, backend: Backend, worker: str, option: str, count: float) -> None:
+        self.backend, self.worker, self.option = backend, worker, option
+        self.num_left = count  # trials that may still be claimed; inf: any number
+        self.set_aside: list[Trial] = []  # claimed, but not packable with those that were handed out
+        self._single_cells: set[int] = set()  # cells that failed in a pack: each is trained alone from now on
+        self._max_size = MAX_PACK_SIZE  # of a pack, as far as failures have shown
 
-    def more(self) -> bool:
-        return self.left > 0 or bool(self.aside)
+    def has_more(self) -> bool:
+        return self.num_left > 0 or bool(self.set_aside)
 
-    def take(self, free: int, values: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> list[Trial] | Literal["wait"] | None:
-        """Trials for one of `free` workers, with `values` as they are trained; "wait" or None as a backend's claim says."""
-        first = self._next(free)
+    def claim_group(
+        self, num_free: int, training_values: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    ) -> list[Trial] | Literal["wait"] | None:
+        """Trials for one of `num_free` workers, or what `Backend.claim_trial` returned instead of a trial.
+
+        training_values: a trial's values -> its values as a worker trains them.
+        """
+        first = self._next_trial(num_free)
         if not isinstance(first, Trial):
             return first
         trials = [first]
         try:
-            self._join(trials, free, values)
+            self._add_matching(trials, num_free, training_values)
         except BaseException:
-            self.aside += trials  # claimed, and nobody else knows of them
+            self.set_aside += trials  # claimed, but no worker has them
             raise
         return trials
 
-    def _join(self, trials: list[Trial], free: int, values: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-        first, its = trials[0], values(trials[0].values)
-        share = 1 if first.cell in self._apart else min(most(self.asked, its), self._room)
-        if share > 1:  # what is open is shared out evenly
-            counts = self.backend.counts()
-            open_ = 1 + len(self.aside) + sum(counts.get(state, 0) for state in ("waiting", "interrupted", "preempted"))
-            share = min(share, math.ceil(open_ / free))
-        while len(trials) < share:
-            other = self._next(share - len(trials), lambda raw: fit(its, values(raw)))
+    def _add_matching(
+        self, trials: list[Trial], num_free: int, training_values: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    ) -> None:
+        first, first_values = trials[0], training_values(trials[0].values)
+        is_single = first.cell in self._single_cells
+        pack_size = 1 if is_single else min(best_pack_size(self.option, first_values), self._max_size)
+        if pack_size > 1:  # divide the open trials evenly among the free workers
+            counts = self.backend.count_states()
+            num_open = 1 + len(self.set_aside) + sum(counts.get(state, 0) for state in CLAIMABLE_STATES)
+            pack_size = min(pack_size, math.ceil(num_open / num_free))
+        while len(trials) < pack_size:
+            other = self._next_trial(pack_size - len(trials), lambda values: can_pack(first_values, training_values(values)))
             if not isinstance(other, Trial):
                 break
-            if other.cell in self._apart or not fit(its, values(other.values)):
-                self.aside.append(other)
+            if other.cell in self._single_cells or not can_pack(first_values, training_values(other.values)):
+                self.set_aside.append(other)
                 break
             trials.append(other)
 
-    def beat(self) -> None:
-        """Hold on to what was set aside; what others have taken over meanwhile is theirs."""
-        self.aside = [trial for trial in self.aside if self.backend.beat(trial) != "lost"]
+    def send_heartbeats(self) -> None:
+        """Keep the claims on what was set aside. A trial that another agent has claimed meanwhile is dropped."""
+        self.set_aside = [trial for trial in self.set_aside if self.backend.heartbeat(trial) != "lost"]
 
-    def failed_together(self, trial: Trial, together: int) -> None:
-        """A pack of so many failed: this one of them is alone from now on, and others are fewer."""
-        self._apart.add(trial.cell)
-        self._room = max(1, min(self._room, together // 2))
+    def record_pack_failure(self, trial: Trial, pack_size: int) -> None:
+        """A pack of that size failed: this trial of it is trained alone from now on, and packs are at most half as large."""
+        self._single_cells.add(trial.cell)
+        self._max_size = max(1, min(self._max_size, pack_size // 2))
 
-    def _next(self, ahead: int, like: Like | None = None) -> Trial | Literal["wait"] | None:
-        """A trial that was set aside, else a claimed one. `ahead`: how many will be wanted."""
-        for trial in self.aside:
-            if like is None or (trial.cell not in self._apart and like(trial.values)):
-                self.aside.remove(trial)
+    def _next_trial(self, num_wanted: int, trial_filter: TrialFilter | None = None) -> Trial | Literal["wait"] | None:
+        """A trial that was set aside, else a newly claimed one. num_wanted: how many will be claimed one after the other."""
+        for trial in self.set_aside:
+            if trial_filter is None or (trial.cell not in self._single_cells and trial_filter(trial.values)):
+                self.set_aside.remove(trial)
                 return trial
-        if self.left <= 0:
+        if self.num_left <= 0:
             return None
-        claimed = self.backend.claim(self.worker, int(min(self.left, ahead)), like)
-        self.left -= isinstance(claimed, Trial)
+        claimed = self.backend.claim_trial(self.worker, int(min(self.num_left, num_wanted)), trial_filter)
+        self.num_left -= isinstance(claimed, Trial)
         return claimed

@@ -1,11 +1,11 @@
-"""A worker process: trains the trials that its supervisor sends, one after the other or side by side, and says how they go.
+"""A worker process: trains the trials that the agent sends, one after the other or side by side, and reports their progress.
 
-    python -m cifar.agent.worker        # started by cifar/agent.py
+    python -m cifar.agent.worker        # started by cifar/agent/worker_process.py
 
 JSON lines in:  {"environment": {...}, "log": FILE}, first, if it was started early   {"trials": [{...}]}
                 {"run_id", "stop": "interrupted", "when": "epoch" | "step"}   {"run_id", "go": true}
 JSON lines out: {"event": "started" | "progress" | "epoch" | "ended", "run_id", ...}
-The end of standard input means that the supervisor is gone: the worker ends at once, wherever it is.
+The end of standard input means that the agent is gone: the worker ends at once, whatever it is doing.
 """
 
 from __future__ import annotations
@@ -25,205 +25,221 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cifar.config.resolve import Settings
-    from cifar.tracking.run_dir import Record
-    from cifar.training.callbacks import Sink
-    from cifar.training.loop import Running
+    from cifar.config.schema import Settings
+    from cifar.tracking.run_dir import RunDir
+    from cifar.training.callbacks import RunCallback
+    from cifar.training.loop import RunLoop
 
-PROGRESS_SECONDS = 0.5
-MACHINE = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE)  # not the trial's
+PROGRESS_SECONDS = 0.5  # between two progress events
+# Errors of the machine and not of the trial: the agent starts no more trials.
+MACHINE_ERRNOS = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 
 
 class Worker:
-    """The two pipes to the supervisor, and the trials in hand."""
+    """The two pipes to the agent, and the trials that are being trained."""
 
     def __init__(self) -> None:
-        self.out = os.fdopen(os.dup(1), "w", buffering=1)
+        self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # what a plug-in prints goes to the log, not between our lines
         self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.trials: dict[str, dict[str, Any]] = {}  # by run, until they have ended
+        self.trials: dict[str, dict[str, Any]] = {}  # by run id, until they have ended
         self.settings: Settings | None = None
-        self.stops: dict[str, tuple[str, str]] = {}  # run -> (state it is asked to end in, "step" | "epoch"); may come early
-        self.step = self.steps = 0  # of the epoch; no step taken yet
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch system may tell every process
-            signal.signal(number, lambda *_: self.stops.update(dict.fromkeys([*self.trials], ("preempted", "step"))))
-        threading.Thread(target=self._listen, daemon=True).start()
+        # run id -> (state to end in, "step" | "epoch"); a request may come before its run is started
+        self.stop_requests: dict[str, tuple[str, str]] = {}
+        self.step_index = self.steps_per_epoch = 0  # in the epoch; 0: no step is done yet
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent handles Ctrl-C
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch system may send these to every process
+            signal.signal(number, lambda *_: self.stop_requests.update(dict.fromkeys([*self.trials], ("preempted", "step"))))
+        threading.Thread(target=self._read_messages, daemon=True).start()
 
-    def _listen(self) -> None:
+    def _read_messages(self) -> None:
         for line in sys.stdin:
             message = json.loads(line)
             if "log" in message:
-                self._taken(message)
+                self._adopt_environment(message)
             elif "stop" in message:
-                begun = self.step and message["run_id"] in self.trials  # else there is no epoch to finish
-                self.stops[message["run_id"]] = message["stop"], message.get("when", "step") if begun else "step"
+                has_begun = self.step_index and message["run_id"] in self.trials  # else there is no epoch to finish
+                when = message.get("when", "step") if has_begun else "step"
+                self.stop_requests[message["run_id"]] = message["stop"], when
             else:
                 self.inbox.put(message)
         os._exit(3)
 
-    def _taken(self, message: dict[str, Any]) -> None:
-        """A process that was started early has got its place. PyTorch asks for its GPUs at the first use of one."""
+    def _adopt_environment(self, message: dict[str, Any]) -> None:
+        """Take over environment and log, if this process was started early. PyTorch reads the GPU variables at first use."""
         os.environ.update(message["environment"])
         try:
             log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError:
-            os._exit(1)  # the supervisor sees to it
+            os._exit(1)  # the agent starts another worker
         for stream in (1, 2):
             os.dup2(log, stream)
         os.close(log)
 
-    def say(self, event: str, run_id: str, **content: Any) -> None:
-        self.out.write(json.dumps({"event": event, "run_id": run_id, **content}) + "\n")
+    def send_event(self, event: str, run_id: str, **content: Any) -> None:
+        self._out.write(json.dumps({"event": event, "run_id": run_id, **content}) + "\n")
 
-    def work(self) -> None:
-        """Trials until the supervisor goes away, or one fails: after that a fresh process is the safe one."""
-        import cifar.training.run  # noqa: F401 (seconds of imports, while the first trial is being claimed)
-        from cifar.system.devices import any_gpu
+    def train_until_closed(self) -> None:
+        """Train trials until the agent goes away or a trial fails. After a failure only a new process is safe."""
+        import cifar.training.run  # noqa: F401 (takes seconds, while the agent claims the first trial)
+        from cifar.system.devices import has_gpu
 
-        if any_gpu():
-            import torch._dynamo  # noqa: F401 (a compiler is for GPUs; 1.3 s)
+        if has_gpu():
+            import torch._dynamo  # noqa: F401 (1.3 s; compiled code is for GPUs)
 
         while True:
-            self.trials, self.step = {trial["run_id"]: trial for trial in self.inbox.get()["trials"]}, 0
-            together = len(self.trials)
+            self.trials, self.step_index = {trial["run_id"]: trial for trial in self.inbox.get()["trials"]}, 0
+            pack_size = len(self.trials)
             try:
-                self._train()
+                self._train_trials()
             except Exception as error:
                 with contextlib.suppress(OSError):  # the log may be on the full disk
                     traceback.print_exc()
                 for run_id, trial in self.trials.items():
-                    self.say("ended", run_id, **self._failure(trial, error, together))
+                    self.send_event("ended", run_id, **self._describe_failure(trial, error, pack_size))
                 return
 
-    def ended(self, run_id: str) -> None:
-        """A run's record says how it ended."""
-        from cifar.tracking.run_dir import Record
+    def send_ended(self, run_id: str) -> None:
+        """Report the end of a run as it stands in its folder."""
+        from cifar.tracking.run_dir import RunDir
 
         trial = self.trials.pop(run_id)
-        self.stops.pop(run_id, None)
-        self.say("ended", run_id, **Record(Path(trial["runs"]) / run_id).outcome(trial["metric"], trial["objectives"]))
+        self.stop_requests.pop(run_id, None)
+        outcome = RunDir(Path(trial["runs"]) / run_id).read_outcome(trial["metric"], trial["objectives"])
+        self.send_event("ended", run_id, **outcome)
 
-    def _failure(self, trial: dict[str, Any], error: Exception, together: int) -> dict[str, Any]:
+    def _describe_failure(self, trial: dict[str, Any], error: Exception, pack_size: int) -> dict[str, Any]:
+        """The content of the event "ended" of a trial whose training has raised an error."""
+        from cifar.agent.failures import pack_failure_reason
         from cifar.errors import UserError
-        from cifar.system.disk import is_full
-        from cifar.training.run import out_of_memory
+        from cifar.system.disk import is_caused_by_full_disk
+        from cifar.training.run import describe_out_of_memory
 
-        if is_full(error):
+        if is_caused_by_full_disk(error):
             return {"state": "interrupted", "reason": "no space left on the disk", "full": True}
-        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MACHINE):
-            return {"state": "interrupted", "reason": str(error), "halt": True}  # every value was checked before
-        whole = Path(trial["runs"]) / trial["run_id"] / "traceback.txt"
-        memory = out_of_memory(error, self.settings) if self.settings else ""
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+            return {
+                "state": "interrupted",
+                "reason": str(error),
+                "halt": True,
+            }  # halt: no value can be wrong, since they were all checked before
+        traceback_path = Path(trial["runs"]) / trial["run_id"] / "traceback.txt"
+        memory = describe_out_of_memory(error, self.settings) if self.settings else ""
         cause = "memory" if memory else "device" if str(error).startswith("CUDA error") else ""
-        if together > 1:  # which of them is at fault shows when each is alone
-            why = memory or f"{type(error).__name__}: {error}"
-            return {"state": "interrupted", "reason": f"side by side with {together - 1} others: {why}", "apart": together}
+        reason = memory or f"{type(error).__name__}: {error}"
+        if pack_size > 1:  # which of them is at fault shows when each is trained alone
+            return {"state": "interrupted", "reason": pack_failure_reason(reason, pack_size), "apart": pack_size}
         return {
             "state": "killed" if memory else "failed",
-            "reason": memory or f"{type(error).__name__}: {error}",
+            "reason": reason,
             "cause": cause,
-            "whole": str(whole) if whole.exists() else "",
+            "whole": str(traceback_path) if traceback_path.exists() else "",
         }
 
-    def _train(self) -> None:
-        from cifar.tracking.run_dir import DONE_STATES, Record
+    def _train_trials(self) -> None:
+        from cifar.states import CONCLUSIVE_STATES
+        from cifar.tracking.run_dir import RunDir
         from cifar.training import run
 
         trials = list(self.trials.values())
-        live = []
+        to_train = []
         for trial in trials:
-            if Record(Path(trial["runs"]) / trial["run_id"]).read("status").get("state", "") in DONE_STATES:
-                self._started(Record(Path(trial["runs"]) / trial["run_id"]), trial)
-                self.ended(trial["run_id"])
+            run_dir = RunDir(Path(trial["runs"]) / trial["run_id"])
+            if run_dir.read_json("status").get("state", "") in CONCLUSIVE_STATES:
+                self._send_started(run_dir, trial)
+                self.send_ended(trial["run_id"])
             else:
-                live.append(self._running(trial))
+                to_train.append(self._prepare_run(trial))
         data_dir = Path(trials[0]["data_dir"]) if trials[0]["data_dir"] else None
-        begun = [one for one in live if (one.record.path / "checkpoint.pt").exists()]  # each somewhere else in its epochs
-        fresh = [one for one in live if one not in begun]
-        for together in ([fresh] if fresh else []) + [[one] for one in begun]:
-            if asked := self.stops.get(together[0].record.id):  # before it was begun here: it stays as it is
-                for one in together:
-                    self.trials.pop(one.record.id)
-                    self.say("ended", one.record.id, state=asked[0], reason="asked to end before it went on")
+        resumed = [loop for loop in to_train if (loop.run_dir.path / "checkpoint.pt").exists()]
+        fresh = [loop for loop in to_train if loop not in resumed]
+        # resumed runs are trained alone, since each is at another epoch
+        for group in ([fresh] if fresh else []) + [[loop] for loop in resumed]:
+            if request := self.stop_requests.get(group[0].run_dir.id):  # before it was started here: nothing changes on disk
+                for loop in group:
+                    self.trials.pop(loop.run_dir.id)
+                    self.send_event("ended", loop.run_dir.id, state=request[0], reason="asked to end before it went on")
                 continue
-            run.train_together(together, data_dir=data_dir, ahead=trials[0]["ahead"])
+            run.train_runs(group, data_dir=data_dir, num_planned_runs=trials[0]["ahead"])
 
-    def _running(self, trial: dict[str, Any]) -> Running:
-        """A run that is about to be trained, with what it tells and asks."""
-        from cifar.config import resolve as config
+    def _prepare_run(self, trial: dict[str, Any]) -> RunLoop:
+        """Make the run's folder if it is not there, and the run with its callbacks."""
+        from cifar.config.resolve import flatten_values, resolve_config
         from cifar.sweeps.early_stopping import Hyperband
         from cifar.training import run
-        from cifar.training.loop import Running
+        from cifar.training.loop import RunHooks, RunLoop
 
-        settings = self.settings = config.resolve(trial["values"])
-        swept = [key for key in trial["swept"] if key in config.flatten(trial["values"])]
-        place = {"sweep": trial["sweep"], "cell": trial["cell"], **trial["place"]}
-        record = run.create(settings, Path(trial["runs"]), run_id=trial["run_id"], swept=swept, **place)
-        self._started(record, trial)
-        rungs = Hyperband(**trial["early"]).rungs(settings.epochs) if trial["early"] else []
-        return Running(
-            settings,
-            record,
-            sinks=[_progress(self, trial["run_id"])],
-            on_epoch=self._judge(record, trial["metric"], rungs),
-            stop=lambda: self._stop(trial["run_id"]),
+        settings = self.settings = resolve_config(trial["values"])
+        swept = [key for key in trial["swept"] if key in flatten_values(trial["values"])]
+        metadata = run.RunMetadata(
+            run_id=trial["run_id"], swept=swept, sweep=trial["sweep"], cell=trial["cell"], **trial["place"]
         )
+        run_dir = run.create_run(settings, Path(trial["runs"]), metadata)
+        self._send_started(run_dir, trial)
+        rungs = Hyperband(**trial["early"]).rung_epochs(settings.epochs) if trial["early"] else []
+        hooks = RunHooks(
+            callbacks=[_make_progress_callback(self, trial["run_id"])],
+            should_continue=self._make_epoch_callback(run_dir, trial["metric"], rungs),
+            poll_stop=lambda: self._requested_state(trial["run_id"]),
+        )
+        return RunLoop(settings, run_dir, hooks)
 
-    def _started(self, record: Record, trial: dict[str, Any]) -> None:
-        macs, epochs = record.read("run")["cost"]["macs"], record.read("config")["epochs"]
-        self.say("started", record.id, folder=str(record.path), epochs=epochs, macs=macs, pid=os.getpid())
+    def _send_started(self, run_dir: RunDir, trial: dict[str, Any]) -> None:
+        macs, epochs = run_dir.read_json("run")["cost"]["macs"], run_dir.read_json("config")["epochs"]
+        self.send_event("started", run_dir.id, folder=str(run_dir.path), epochs=epochs, macs=macs, pid=os.getpid())
 
-    def _stop(self, run_id: str) -> str | None:
-        """The state to end in, asked after each step."""
-        if not self.stops:
+    def _requested_state(self, run_id: str) -> str | None:
+        """The state that a run is asked to end in, or None. Called after each step."""
+        if not self.stop_requests:
             return None
-        state, when = self.stops.get(run_id, (None, "step"))
-        return state if when == "step" or self.step == self.steps else None
+        state, when = self.stop_requests.get(run_id, (None, "step"))
+        return state if when == "step" or self.step_index == self.steps_per_epoch else None
 
-    def _judge(self, record: Record, metric: str, rungs: list[int]) -> Callable[[dict[str, Any]], bool]:
-        """Tells of each epoch; at a rung, or where a run goes on behind one, the supervisor decides whether it goes on."""
+    def _make_epoch_callback(self, run_dir: RunDir, metric: str, rung_epochs: list[int]) -> Callable[[dict[str, Any]], bool]:
+        """A callback that reports each epoch -> whether the run goes on.
+
+        The agent decides that at a rung, and at the first epoch here of a run that was resumed after one.
+        """
         judged: list[int] = []
 
         def on_epoch(row: dict[str, Any]) -> bool:
-            values = {r["epoch"]: r[metric] for r in record.rows() if metric in r} if rungs else {}
-            passed = [rung for rung in rungs if rung in values]
+            values = {r["epoch"]: r[metric] for r in run_dir.read_rows() if metric in r} if rung_epochs else {}
+            passed = [rung for rung in rung_epochs if rung in values]
             ask = {"history": {rung: values[rung] for rung in passed}, "values": list(values.values())}
             speed = row["system/images_per_second"]
-            new, judged[:] = passed != judged, passed
-            self.say(
-                "epoch", record.id, epoch=row["epoch"], value=row.get(metric), images_per_second=speed, ask=ask if new else None
-            )
-            return self._answer(record.id) if new else True
+            is_new, judged[:] = passed != judged, passed
+            content = {"epoch": row["epoch"], "value": row.get(metric), "images_per_second": speed}
+            self.send_event("epoch", run_dir.id, **content, ask=ask if is_new else None)
+            return self._wait_for_decision(run_dir.id) if is_new else True
 
         return on_epoch
 
-    def _answer(self, run_id: str) -> bool:
-        """The supervisor's word on a run at its rung. Nothing else comes while trials are in hand."""
+    def _wait_for_decision(self, run_id: str) -> bool:
+        """The agent's answer for a run at a rung. Nothing else is in the inbox while trials are being trained."""
         answer = self.inbox.get()
         assert answer["run_id"] == run_id, answer
         return bool(answer["go"])
 
 
-def _progress(worker: Worker, run_id: str) -> Sink:
-    from cifar.training import callbacks as track
+def _make_progress_callback(worker: Worker, run_id: str) -> RunCallback:
+    from cifar.training.callbacks import RunCallback
 
-    class Progress(track.Sink):
-        def start(self, run: Any, *, epochs: int, steps: int) -> None:
-            self.steps, self.told = epochs * steps, 0.0
-            worker.steps = steps
+    class ProgressCallback(RunCallback):
+        def on_run_start(self, run: Any, *, epochs: int, steps: int) -> None:
+            self.num_steps, self.last_sent = epochs * steps, 0.0
+            worker.steps_per_epoch = steps
 
-        def step(self, epoch: int, step: int) -> None:
-            worker.step = step
-            if time.monotonic() - self.told > PROGRESS_SECONDS:
-                self.told = time.monotonic()
-                worker.say("progress", run_id, fraction=((epoch - 1) * worker.steps + step) / self.steps)
+        def on_step_end(self, epoch: int, step: int) -> None:
+            worker.step_index = step
+            if time.monotonic() - self.last_sent > PROGRESS_SECONDS:
+                self.last_sent = time.monotonic()
+                worker.send_event("progress", run_id, fraction=((epoch - 1) * worker.steps_per_epoch + step) / self.num_steps)
 
-        def end(self, state: str, reason: str, summary: Any) -> None:
-            worker.ended(run_id)
+        def on_run_end(self, state: str, reason: str, summary: Any) -> None:
+            worker.send_ended(run_id)
 
-    return Progress()
+    return ProgressCallback()
 
 
 if __name__ == "__main__":
-    Worker().work()
+    Worker().train_until_closed()

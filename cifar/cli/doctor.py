@@ -1,4 +1,4 @@
-"""What is found on this machine, and what to do about what is not. Looks only; prints nothing."""
+"""What is found on this machine, and what to do about what is not. It changes nothing and prints nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. state: ok, note (works, could be better), bad (has to be mended)."""
+    """One finding. state: ok, note (works, could be better), bad (has to be repaired)."""
 
     name: str
     state: str
@@ -26,26 +26,26 @@ class Check:
     advice: str = ""
 
 
-def examine(runs: Path, data_dir: Path | None) -> Iterator[Check]:
+def examine_machine(runs: Path, data_dir: Path | None) -> Iterator[Check]:
     """All findings, one by one; importing PyTorch is part of it."""
-    yield _python()
-    yield from _versions()
-    yield _accelerator()
-    yield _data(data_dir)
-    yield _writable("runs folder", runs, "name another place with --runs-dir or CIFAR_RUNS")
-    yield _cache()
-    yield _wandb()
+    yield _check_python()
+    yield from _check_packages()
+    yield _check_gpu()
+    yield _check_dataset(data_dir)
+    yield _check_writable("runs folder", runs, "name another place with --runs-dir or CIFAR_RUNS")
+    yield _check_cache()
+    yield _check_wandb()
 
 
-def _python() -> Check:
+def _check_python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
     return Check("python", "ok", f"{version} at {sys.executable}, {os.cpu_count()} cores")
 
 
-def _versions() -> Iterator[Check]:
+def _check_packages() -> Iterator[Check]:
     from cifar.system import environment
 
-    found = environment.versions()
+    found = environment.installed_versions()
     missing = [package for package in environment.PACKAGES if package not in found]
     text = ", ".join(f"{name} {version}" for name, version in found.items() if name != "python")
     if missing:
@@ -57,7 +57,7 @@ def _versions() -> Iterator[Check]:
     yield Check("packages", "ok", text)
 
 
-def _accelerator() -> Check:
+def _check_gpu() -> Check:
     import torch
 
     if torch.cuda.is_available():
@@ -70,15 +70,15 @@ def _accelerator() -> Check:
     return Check("GPU", "note", f"none; the CPU with {torch.get_num_threads()} threads", advice)
 
 
-def _data(data_dir: Path | None) -> Check:
+def _check_dataset(data_dir: Path | None) -> Check:
     from cifar import data
 
     try:
-        place = data.locate(data_dir)
+        place = data.find_cifar10(data_dir)
         if place is None:
             advice = "`python -m cifar data` downloads it (162 MiB); or set CIFAR_DATA; or use --dataset stand-in"
             return Check("CIFAR-10", "note", "not here", advice)
-        images = data.load("cifar10", data_dir)
+        images = data.load_dataset("cifar10", data_dir)
     except UserError as error:
         return Check("CIFAR-10", "bad", str(error), "mend or remove what is named")
     return Check(
@@ -86,7 +86,7 @@ def _data(data_dir: Path | None) -> Check:
     )
 
 
-def _writable(name: str, folder: Path, advice: str) -> Check:
+def _check_writable(name: str, folder: Path, advice: str) -> Check:
     """Whether a file can be written there, and how much space is left. Leaves no folder behind."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -99,29 +99,29 @@ def _writable(name: str, folder: Path, advice: str) -> Check:
     return Check(name, "ok", f"{folder}, {free:.0f} GiB free")
 
 
-def _cache() -> Check:
+def _check_cache() -> Check:
     from cifar import data
 
     folder = data.cache_folder()
     size = 0
     with contextlib.suppress(OSError):
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    check = _writable("cache", folder, "set XDG_CACHE_HOME to a folder that can be written")
+    check = _check_writable("cache", folder, "set XDG_CACHE_HOME to a folder that can be written")
     return Check(check.name, check.state, f"{check.found}, {size / 2**20:.0f} MiB in use", check.advice)
 
 
-def _wandb() -> Check:
-    from cifar.integrations.wandb import settings as mode
+def _check_wandb() -> Check:
+    from cifar.integrations.wandb.settings import find_credentials, mode_from_environment
 
     try:
-        chosen = mode.mode_from_environment("auto")
+        chosen = mode_from_environment("auto")
     except UserError as error:
         return Check("W&B", "note", str(error))
     if chosen == "online":
-        return Check("W&B", "ok", f"online, with the key of {mode.credentials()}")
+        return Check("W&B", "ok", f"online, with the key of {find_credentials()}")
     if chosen == "disabled":
         return Check("W&B", "note", "disabled by WANDB_MODE", "unset it to mirror runs")
-    why = "no key is configured" if not mode.credentials() else "WANDB_MODE or `wandb offline` says so"
+    why = "no key is configured" if not find_credentials() else "WANDB_MODE or `wandb offline` says so"
     return Check(
         "W&B", "note", f"offline: {why}; runs are mirrored to files", "`wandb login` if you have an account; none is needed"
     )

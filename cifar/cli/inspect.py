@@ -1,243 +1,389 @@
-"""What the commands about networks, images and this machine do. Each returns an exit code."""
+"""Commands about networks and images: `models`, `profile`, `data`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cifar import registry
-from cifar.cli.console import obtain, say, table, waiting, warn_of_stand_in
-from cifar.cli.train import cost_line, layers
-from cifar.config import resolve as configuration
+import typer
+
+from cifar.cli.completion import complete_model
+from cifar.cli.console import (
+    echo,
+    ensure_dataset,
+    print_json,
+    print_sentence,
+    print_table,
+    redirect_messages,
+    spinner,
+    warn_of_stand_in,
+)
+from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs
+from cifar.cli.train import format_cost, gather_layers
 from cifar.errors import UserError
-from cifar.registry import Entry
-from cifar.tracking import cleanup as tidy
-from cifar.tracking import run_dir as records
+from cifar.system.durations import format_duration
+from cifar.system.terminal import Column, Short
 
-KERNELS = 15  # that `profile --time` names
+if TYPE_CHECKING:
+    import torch
+
+    from cifar.config.schema import Settings
+    from cifar.flops import Cost
+    from cifar.registry import Entry
+    from cifar.training.step_profiler import StepTimes
+
+MAX_KERNELS = 15  # named by `profile --time`
+MAX_KERNEL_NAME = 90  # characters
 
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
-def models(time: bool, device: str) -> int:
-    """The table of all networks, by MACs."""
-    with waiting("importing PyTorch ..."):
-        from cifar import flops as cost
-        from cifar.training import trainer as parts
-    where = parts.device_of(device)
-    rows = []
-    with waiting("counting ...") as status:
-        for entry, aliases, keys in families(registry.models):
-            status.update(f"counting {entry.name} ...")
-            model = entry.build()
-            measured = cost.measure(model)
-            batch = max(1, min(256 if where.type == "cuda" else 32, int(2e9 // max(measured.macs, 1))))
-            micros = cost.microseconds_per_image(model, where, batch) if time else None
-            rows.append((entry.name + aliases, ", ".join(keys), measured, micros))
-    rows.sort(key=lambda row: (row[2].macs, row[0]))
-    columns = ("model", "parameters", "MACs", "FLOPs", "µs an image", "MACs verified", "keys")
-    table(
+def models(
+    time: Annotated[bool, typer.Option("--time/--no-time", help="measure a forward pass of each")] = True,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps")] = "auto",
+    as_json: Json = False,
+) -> int:
+    """All networks: parameters, MACs, time an image, and whether two counters agree."""
+    with redirect_messages(as_json):
+        with spinner("importing PyTorch ..."):
+            from cifar import flops, registry
+            from cifar.training import trainer
+        torch_device = trainer.resolve_device(device)
+        rows = []
+        with spinner("counting ...") as status:
+            for entry, aliases, keys in group_equal_networks(registry.models):
+                status.update(f"counting {entry.name} ...")
+                model = entry.build()
+                cost = flops.measure_cost(model)
+                batch_size = max(1, min(256 if torch_device.type == "cuda" else 32, int(2e9 // max(cost.macs, 1))))
+                microseconds = flops.measure_microseconds_per_image(model, torch_device, batch_size) if time else None
+                rows.append((entry.name, aliases, keys, cost, microseconds))
+        rows.sort(key=lambda row: (row[3].macs, row[0]))
+    if as_json:
+        networks = [
+            {"name": name, "aliases": aliases, "keys": keys, **_describe_cost(cost), "microseconds_per_image": microseconds}
+            for name, aliases, keys, cost, microseconds in rows
+        ]
+        print_json({"device": str(torch_device), "models": networks})
+        return 0
+    columns = (
+        Column("model", min_width=12),
+        Column("parameters", is_number=True),
+        Column("MACs", is_number=True),
+        Column("FLOPs", is_number=True, drop_order=1),
+        Column("µs an image", is_number=True),
+        Column("MACs verified", drop_order=2, can_be_shared=True),
+        Column("keys", min_width=20, wraps=True),
+    )
+    print_table(
         "",
         columns,
         [
             (
-                name,
-                f"{c.params:,}",
-                f"{c.macs:,}",
-                f"{c.flops:,}",
-                f"{micros:,.0f}" if micros else "-",
-                _yes(c),
-                keys,
+                _join_names(name, aliases),
+                _format_count(cost.params),
+                _format_count(cost.macs),
+                _format_count(cost.flops),
+                f"{microseconds:,.0f}" if microseconds else "-",
+                "yes" if cost.verified else "NO",
+                ", ".join(keys),
             )
-            for name, keys, c, micros in rows
+            for name, aliases, keys, cost, microseconds in rows
         ],
-        right=columns[1:5],
     )
-    say("\nMACs: multiply-adds of convolutions, linear layers and attention, one 3×32×32 image; FLOPs = 2 × MACs.")
+    print_sentence("\nMACs: multiply-adds of convolutions, linear layers and attention, one 3×32×32 image; FLOPs = 2 × MACs.")
     if time:
-        say(f"Time of a forward pass on {where}.")
-    for name, _, measured, _ in rows:
-        if not measured.verified:
-            say(f"{name}: {measured.note}")
+        print_sentence(f"Time of a forward pass on {torch_device}.")
+    for name, aliases, _, cost, _ in rows:
+        if not cost.verified:
+            print_sentence(f"{_join_names(name, aliases)}: {cost.note}")
     return 0
 
 
-def families(entries: Iterable[Entry]) -> list[tuple[Entry, str, list[str]]]:
-    """Entries that build the same network by default as one: the most specific name, " (= family)", the family's keys."""
-    same: dict[Any, list[Entry]] = {}
+def group_equal_networks(entries: Iterable[Entry]) -> list[tuple[Entry, list[str], list[str]]]:
+    """Entries that build the same network by default, as one: the one with the fewest keys, other names, the family's keys."""
+    groups: dict[Any, list[Entry]] = {}
     for entry in entries:
         values = {**{key.name: key.default for key in entry.keys.values()}, **entry.bound}
-        same.setdefault((entry.builder, repr(sorted(values.items()))), []).append(entry)
+        groups.setdefault((entry.builder, repr(sorted(values.items()))), []).append(entry)
     found = []
-    for group in same.values():
+    for group in groups.values():
         first, *others = sorted(group, key=lambda entry: (len(entry.keys), entry.name))
-        aliases = f" (= {', '.join(entry.name for entry in others)})" if others else ""
-        found.append((first, aliases, list([first, *others][-1].keys)))
+        found.append((first, [entry.name for entry in others], list([first, *others][-1].keys)))
     return found
 
 
-def _yes(cost: Any) -> str:
-    return "yes" if cost.verified else "NO"
+def _join_names(name: str, aliases: Sequence[str]) -> str:
+    return f"{name} (= {', '.join(aliases)})" if aliases else name
 
 
-def profile(experiment: str, pairs: Sequence[str]) -> int:
-    """The layers of one network."""
-    config = _profiled(experiment, pairs)
-    with waiting("counting ..."):
+def _format_count(count: float) -> Short:
+    """11,173,962; where there is little room, 11.2 M."""
+    size, prefix = next(((s, p) for s, p in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if count >= 0.9995 * s), (1.0, ""))
+    return Short(f"{count:,}", f"{count / size:.3g}{prefix}")
+
+
+def _describe_cost(cost: Cost) -> dict[str, Any]:
+    """The cost of one image, for JSON."""
+    return {
+        "params": cost.params,
+        "macs": cost.macs,
+        "flops": cost.flops,
+        "activations": cost.activations,
+        "macs_verified": cost.verified,
+        "note": cost.note,
+    }
+
+
+def profile(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="[MODEL]", help="a network's name [default: the experiment's]", autocompletion=complete_model),
+    ] = "",
+    pairs: Pairs = None,
+    experiment: Experiment = "",
+    time: Annotated[bool, typer.Option("--time", help="where the time of a training step goes, kernel by kernel")] = False,
+    steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="steps to time")] = 50,
+    together: Annotated[int, typer.Option("--together", min=1, metavar="K", help="trials side by side, as in a pack")] = 1,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> int:
+    """The layers of a network and what each costs; with --time, what a training step spends its time on.
+
+    Examples:
+
+    `python -m cifar profile resnet width=32`
+
+    `python -m cifar profile --time --experiment worksheet1 batch_size=256`
+    """
+    words = [word for word in (model, *(pairs or [])) if word]
+    names = [] if "=" in model else words[:1]  # KEY=VALUE comes first where the experiment names the network
+    config = _resolve_profiled(experiment, [*(f"model={name}" for name in names), *words[len(names) :]])
+    if time:
+        return _profile_time(config, steps, together, data_dir, as_json=as_json)
+    return _profile_layers(config, as_json=as_json)
+
+
+def _resolve_profiled(experiment: str, pairs: Sequence[str]) -> Settings:
+    from cifar.config.resolve import resolve_config
+
+    layers = gather_layers(pairs, experiment=experiment)
+    if not experiment and not any(pair.startswith("model=") for pair in pairs):
+        raise UserError("name a network, as in: python -m cifar profile resnet20; or an experiment: --experiment worksheet1")
+    return resolve_config(*(values for _, values in layers))
+
+
+def _profile_layers(config: Settings, *, as_json: bool) -> int:
+    with redirect_messages(as_json), spinner("counting ..."):
         from cifar.training import run
 
-        cost = run.cost_of(config)
-    columns = ("layer", "kind", "output", "parameters", "MACs", "share", "activations")
-    table(
+        cost = run.measure_cost(config)
+    if as_json:
+        layers = [
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "output_shape": list(layer.output_shape[1:]),
+                "params": layer.params,
+                "macs": layer.macs,
+                "activations": layer.activations,
+            }
+            for layer in cost.layers
+        ]
+        print_json({"model": config.model, **_describe_cost(cost), "layers": layers})
+        return 0
+    columns = (
+        Column("layer", min_width=16),
+        Column("kind"),
+        Column("output"),
+        Column("parameters", is_number=True),
+        Column("MACs", is_number=True),
+        Column("share", is_number=True),
+        Column("activations", is_number=True, drop_order=1),
+    )
+    print_table(
         "",
         columns,
         [
             (
-                row.name,
-                row.kind,
-                "×".join(map(str, row.output_shape[1:])),
-                f"{row.params:,}",
-                f"{row.macs:,}",
-                f"{100 * row.macs / max(cost.macs, 1):.1f} %",
-                f"{row.activations:,}",
+                layer.name,
+                layer.kind,
+                "×".join(map(str, layer.output_shape[1:])),
+                _format_count(layer.params),
+                _format_count(layer.macs),
+                f"{100 * layer.macs / max(cost.macs, 1):.1f} %",
+                _format_count(layer.activations),
             )
-            for row in cost.layers
+            for layer in cost.layers
         ],
-        right=columns[3:],
     )
-    say(f"\n{config.model}: {cost_line(cost)}, {cost.flops / 1e6:.2f} MFLOPs, {cost.activations:,} activations")
+    print_sentence(f"\n{config.model}: {format_cost(cost)}, {cost.flops / 1e6:.2f} MFLOPs, {cost.activations:,} activations")
     return 0
 
 
-def profile_time(experiment: str, pairs: Sequence[str], steps: int, together: int, data_dir: Path | None) -> int:
+def _profile_time(config: Settings, steps: int, together: int, data_dir: Path | None, *, as_json: bool) -> int:
     """Where the time of a training step goes. Any images will do: times do not depend on what they show."""
-    config = _profiled(experiment, pairs)
-    with waiting("importing PyTorch ..."):
-        from cifar import data
-        from cifar.training import step_profiler as timing
-    found = config.dataset != "stand-in" and data.locate(data_dir) is not None
-    config = config.model_copy(update={"dataset": "cifar10" if found else "stand-in"})
-    with waiting("timing ..."):
-        configs = [config.model_copy(update={"seed": config.seed + index}) for index in range(together)]
-        times = timing.measure(configs, data_dir, steps=steps)
-
-    images, share = together * times.batch_size, 1 / config.probe_every if config.probe_every else 0.0
-    bare, watched = times.steps * times.step, times.steps * share * (times.watched - times.step)
-    how = ", ".join(word for word in ("captured", "compiled") if times.how[word]) or "step by step"
-    beside, images_of = f", {together} trials side by side" if together > 1 else "", "" if found else ", stand-in images"
-    say(f"{config.model}, batch size {times.batch_size}{images_of}, {where_of(times.device)}, {how}{beside}")
-    rows = [
-        ("a step", _ms(times.step), f"{images / times.step:,.0f} images a second"),
-        ("replay of its graph", _ms(times.replay), f"the host adds {100 * (times.step / times.replay - 1):.1f} %")
-        if times.replay
-        else ("", "", ""),
-        ("a step the probes see", _ms(times.watched), f"1 of {config.probe_every}" if share else "none is"),
-        ("an epoch's beginning", _ms(times.epoch), "order, draws and, on a GPU, all augmented images"),
-        ("evaluation", _ms(times.evaluation), "of the validation images" if config.val_size else "none: val_size is 0"),
-        ("an epoch in all", _ms(times.epoch + bare + watched + times.evaluation), f"{times.steps} steps"),
-    ]
-    table("", ("what", "ms", ""), [row for row in rows if row[0]], right=("ms",))
-
-    said = "kernel" if times.device.type == "cuda" else "operation"
-    total, shown = sum(kernel[2] for kernel in times.kernels), times.kernels[:KERNELS]
-    rest = times.kernels[KERNELS:]
-    listed = [(_short(name), f"{calls}", _ms(seconds), f"{100 * seconds / total:.1f} %") for name, calls, seconds in shown]
-    if rest:
-        others = sum(kernel[2] for kernel in rest)
-        listed.append((f"{len(rest)} others", str(sum(k[1] for k in rest)), _ms(others), f"{100 * others / total:.1f} %"))
-    listed.append(("in all", str(sum(kernel[1] for kernel in times.kernels)), _ms(total), "100 %"))
-    say()
-    table("", (said, "calls", "ms a step", "share"), listed, right=("calls", "ms a step", "share"))
+    with redirect_messages(as_json):
+        with spinner("importing PyTorch ..."):
+            from cifar import data
+            from cifar.training import step_profiler
+        has_cifar10 = config.dataset != "stand-in" and data.find_cifar10(data_dir) is not None
+        config = config.model_copy(update={"dataset": "cifar10" if has_cifar10 else "stand-in"})
+        with spinner("timing ..."):
+            configs = [config.model_copy(update={"seed": config.seed + index}) for index in range(together)]
+            times = step_profiler.profile_steps(configs, data_dir, steps=steps)
+    epoch_seconds = _estimate_epoch(times, config.probe_every)
+    if as_json:
+        print_json(_describe_times(config, times, together, epoch_seconds))
+    else:
+        _print_times(config, times, together, epoch_seconds)
+        _print_kernels(times)
     return 0
 
 
-def where_of(device: Any) -> str:
+def _estimate_epoch(times: StepTimes, probe_every: int) -> float:
+    """Seconds of an epoch: its beginning, its steps, of which 1 of `probe_every` is seen by the probes, and the evaluation."""
+    probed_share = 1 / probe_every if probe_every else 0.0
+    steps = times.steps_per_epoch * times.step + times.steps_per_epoch * probed_share * (times.probed_step - times.step)
+    return times.epoch + steps + times.evaluation
+
+
+def _describe_times(config: Settings, times: StepTimes, together: int, epoch_seconds: float) -> dict[str, Any]:
+    """For JSON. All times are in seconds; `kernels` are sums of one step."""
+    return {
+        "model": config.model,
+        "dataset": config.dataset,
+        "batch_size": times.batch_size,
+        "trials": together,
+        "device": str(times.device),
+        "device_name": describe_device(times.device),
+        "captured": bool(times.step_description["captured"]),
+        "compiled": bool(times.step_description["compiled"]),
+        "steps_per_epoch": times.steps_per_epoch,
+        "probe_every": config.probe_every,
+        "images_per_second": together * times.batch_size / times.step,
+        "seconds": {
+            "step": times.step,
+            "graph_replay": times.replay or None,
+            "step_with_probes": times.probed_step,
+            "epoch_start": times.epoch,
+            "evaluation": times.evaluation,
+            "epoch": epoch_seconds,
+        },
+        "kernels": [{"name": name, "calls": calls, "seconds": seconds} for name, calls, seconds in times.kernels],
+    }
+
+
+def _print_times(config: Settings, times: StepTimes, together: int, epoch_seconds: float) -> None:
+    how = ", ".join(word for word in ("captured", "compiled") if times.step_description[word]) or "step by step"
+    stand_in = ", stand-in images" if config.dataset == "stand-in" else ""
+    side_by_side = f", {together} trials side by side" if together > 1 else ""
+    print_sentence(
+        f"{config.model}, batch size {times.batch_size}{stand_in}, {describe_device(times.device)}, {how}{side_by_side}"
+    )
+    num_images = together * times.batch_size
+    rows = [("a step", _format_ms(times.step), f"{num_images / times.step:,.0f} images a second")]
+    if times.replay:
+        overhead = f"the host adds {100 * (times.step / times.replay - 1):.1f} %"
+        rows.append(("replay of its graph", _format_ms(times.replay), overhead))
+    rows += [
+        (
+            "a step the probes see",
+            _format_ms(times.probed_step),
+            f"1 of {config.probe_every}" if config.probe_every else "none is",
+        ),
+        ("an epoch's beginning", _format_ms(times.epoch), "order, draws and, on a GPU, all augmented images"),
+        (
+            "evaluation",
+            _format_ms(times.evaluation),
+            "of the validation images" if config.val_size else "none: val_size is 0",
+        ),
+        ("an epoch in all", _format_ms(epoch_seconds), f"{times.steps_per_epoch} steps, {format_duration(epoch_seconds)}"),
+    ]
+    print_table("", (Column("what"), Column("ms", is_number=True), Column("", min_width=20, wraps=True)), rows)
+
+
+def _print_kernels(times: StepTimes) -> None:
+    """The kernels of a step that cost most, and the sum of all others."""
+    total = sum(seconds for _, _, seconds in times.kernels)
+    shown, others = times.kernels[:MAX_KERNELS], times.kernels[MAX_KERNELS:]
+    rows = [
+        (_truncate_text(name, MAX_KERNEL_NAME), str(calls), _format_ms(seconds), f"{100 * seconds / total:.1f} %")
+        for name, calls, seconds in shown
+    ]
+    if others:
+        seconds = sum(kernel[2] for kernel in others)
+        calls = str(sum(kernel[1] for kernel in others))
+        rows.append((f"{len(others)} others", calls, _format_ms(seconds), f"{100 * seconds / total:.1f} %"))
+    rows.append(("in all", str(sum(kernel[1] for kernel in times.kernels)), _format_ms(total), "100 %"))
+    echo()
+    kind = "kernel" if times.device.type == "cuda" else "operation"
+    numbers = [Column(name, is_number=True) for name in ("calls", "ms a step", "share")]
+    print_table("", (Column(kind, min_width=20), *numbers), rows)
+
+
+def describe_device(device: torch.device) -> str:
     """A device in words."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
 
 
-def _profiled(experiment: str, pairs: Sequence[str]) -> Any:
-    found = layers("", experiment, None, None, pairs, None)
-    if not experiment and not any(pair.startswith("model=") for pair in pairs):
-        raise UserError("name a network, as in: python -m cifar profile resnet20; or an experiment: --experiment worksheet1")
-    return configuration.resolve(*(values for _, values in found))
-
-
-def _ms(seconds: float) -> str:
+def _format_ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.3f}"
 
 
-def _short(name: str, most: int = 90) -> str:
-    return name if len(name) <= most else f"{name[: most - 3]}..."
+def _truncate_text(text: str, max_length: int) -> str:
+    return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
-# -- data and the machine ----------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------------------------------
 
 
 def data(
-    pairs: Sequence[str],
-    show: bool,
-    out: Path,
-    verify: bool,
-    mirrors: Sequence[str],
-    experiment: str,
-    dataset: str | None,
-    data_dir: Path | None,
+    pairs: Pairs = None,
+    show: Annotated[bool, typer.Option("--show", help="write a picture of augmented training images")] = False,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="where --show writes")] = Path("augmented.png"),
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare mean, std and class counts with what they have to be")
+    ] = False,
+    mirror: Annotated[
+        list[str] | None, typer.Option("--mirror", metavar="URL", help="try this address first; repeatable")
+    ] = None,
+    experiment: Experiment = "",
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
 ) -> int:
-    """Find or fetch the images, check them, show them."""
-    config = configuration.resolve(*(values for _, values in layers("", experiment, None, dataset, pairs, None)))
-    with waiting("importing PyTorch ..."):
+    """Find CIFAR-10, or download it, and check its bytes.
+
+    Example: `python -m cifar data --show flip=alternating cutout=8`
+    """
+    from cifar.config.resolve import resolve_config
+
+    layers = gather_layers(pairs or [], experiment=experiment, dataset=dataset)
+    config = resolve_config(*(values for _, values in layers))
+    with spinner("importing PyTorch ..."):
         from cifar import data
-        from cifar.cli import preview as look
+        from cifar.cli import preview
         from cifar.training import run
     config, reason = run.resolve_dataset(config, data_dir)
     if reason:
-        say(f"dataset: {reason}")
+        echo(f"dataset: {reason}")
     if config.dataset == "cifar10":
-        say(f"found at    {obtain(data_dir, mirrors)}")
+        echo(f"found at    {ensure_dataset(data_dir, mirror or [])}")
     else:
         warn_of_stand_in()
-    with waiting(f"reading {config.dataset} ..."):
-        images = data.load(config.dataset, data_dir)
+    with spinner(f"reading {config.dataset} ..."):
+        images = data.load_dataset(config.dataset, data_dir)
     checked = ", every file's MD5 is the published one" if images.official else ""
-    say(f"{images.name}: {len(images.train_labels):,} training and {len(images.test_labels):,} test images{checked}")
-    say(f"fingerprint {images.fingerprint}")
-    wrong = look.problems(images) if verify else []
-    for problem in wrong:
-        say(f"WRONG: {problem}")
-    if verify and not wrong:
-        say("mean, std and class counts are as they have to be")
+    echo(f"{images.name}: {len(images.train_labels):,} training and {len(images.test_labels):,} test images{checked}")
+    echo(f"fingerprint {images.fingerprint}")
+    problems = preview.find_problems(images) if verify else []
+    for problem in problems:
+        echo(f"WRONG: {problem}")
+    if verify and not problems:
+        echo("mean, std and class counts are as they have to be")
     if show:
-        say(f"picture     {look.draw(images, config, out)}")
-    return 1 if wrong else 0
-
-
-def gc(dry_run: bool, days: float, finished: bool, runs_dir: Path | None) -> int:
-    """Delete, or only name, what nothing needs any more."""
-    runs = records.runs_dir(runs_dir)
-    found = tidy.leftovers(runs, days=days, finished=finished)
-    for leftover in found:
-        say(
-            f"{'would remove' if dry_run else 'removed'}  {leftover.path}  ({leftover.reason}, {leftover.size / 2**20:.1f} MiB)"
-        )
-        if not dry_run:
-            tidy.remove(leftover)
-    total = sum(leftover.size for leftover in found) / 2**20
-    things = "1 thing" if len(found) == 1 else f"{len(found)} things"
-    say(f"{things}, {total:.1f} MiB {'could be freed' if dry_run else 'freed'} in {runs}")
-    return 0
-
-
-def doctor(data_dir: Path | None, runs_dir: Path | None) -> int:
-    """What is here, and what to do about what is not."""
-    from cifar.cli.doctor import examine
-
-    rows = []
-    with waiting("looking ..."):
-        for check in examine(records.runs_dir(runs_dir), data_dir):
-            rows.append((check.name, {"ok": "ok", "note": "-", "bad": "BAD"}[check.state], check.found, check.advice))
-    table("", ("what", "", "found", "what to do"), rows)
-    return 1 if any(row[1] == "BAD" for row in rows) else 0
+        echo(f"picture     {preview.draw_preview(images, config, out)}")
+    return 1 if problems else 0

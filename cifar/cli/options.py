@@ -1,17 +1,28 @@
-"""The options that several commands share: their types, names and help."""
+"""The options that several commands share: their types, names and help. And the options that travel together."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from cifar.cli.completion import complete_experiment, complete_pair, complete_sweep
 from cifar.errors import UserError
 
-Pairs = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="values, as in `lr=3e-4 epochs=3`")]
-Experiment = Annotated[str, typer.Option("--experiment", "-e", metavar="NAME", help="a file in experiments/, or a path")]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="values, as in `lr=3e-4 epochs=3`", autocompletion=complete_pair),
+]
+Experiment = Annotated[
+    str,
+    typer.Option(
+        "--experiment", "-e", metavar="NAME", help="a file in experiments/, or a path", autocompletion=complete_experiment
+    ),
+]
 Dataset = Annotated[
     Literal["cifar10", "stand-in", "auto"] | None,
     typer.Option("--dataset", help="auto: CIFAR-10 where it can be had within 10 s, else generated stand-in images"),
@@ -27,12 +38,15 @@ Wandb = Annotated[
     Literal["auto", "online", "offline", "disabled"],
     typer.Option("--wandb", help="auto: online where a key is configured, else offline"),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a fixed value for every trial; repeatable")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="a fixed value for every trial; repeatable", autocompletion=complete_pair),
+]
 Count = Annotated[int | None, typer.Option("--count", min=1, metavar="N", help="end after N trials of this agent")]
 Workers = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="trials at a time [default: what fits]")]
 
 
-def _without_password(url: str | None) -> str | None:
+def _refuse_password(url: str | None) -> str | None:
     if url and re.search(r"://[^/@:]*:[^@]+@|[?&][^=&]*pass[^=&]*=", url):
         raise UserError(
             "--storage holds a password, which others can read in the list of processes; export CIFAR_STORAGE=URL instead"
@@ -46,7 +60,7 @@ Storage = Annotated[
         "--storage",
         metavar="URL",
         help="Optuna storage; else $CIFAR_STORAGE, which alone takes a password; else a SQLite file",
-        callback=_without_password,
+        callback=_refuse_password,
     ),
 ]
 Gpus = Annotated[
@@ -61,3 +75,16 @@ TimeLimit = Annotated[
     str, typer.Option("--time-limit", metavar="TIME", help="wall time, as in 50m or 2h: what runs at its end is given back")
 ]
 Split = Annotated[Literal["val", "test"], typer.Option("--split", help="test: only runs that scored it, apart")]
+SweepId = Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=complete_sweep)]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document, and messages to stderr")]
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep is made from its file."""
+
+    dataset: str | None = None  # wins over the file's
+    overrides: Sequence[str] = ()  # KEY=VALUE of --set: fixed values, which win over the file's
+    seed: int = 0  # of random suggestions
+    dry_run: bool = False  # print the trials, make nothing
+    draw: bool = True  # draw the report at the end

@@ -1,4 +1,4 @@
-"""Looking at the images: a picture of what augmentation does, and what in a dataset is not as it has to be."""
+"""A picture of what augmentation does to images, and a check of a dataset's counts, mean and std."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cifar.config.resolve import Settings
+from cifar.config.schema import Settings
 from cifar.data import MEAN, STD, Augment, Dataset10
 from cifar.errors import UserError
 
 ROWS, COLUMNS, GAP, ZOOM = 8, 12, 2, 3
 
 
-def problems(images: Dataset10) -> list[str]:
+def find_problems(images: Dataset10) -> list[str]:
     """Sentences about counts, and for CIFAR-10 about mean and std; none where all is well."""
     found = []
     for split, labels, each in (("training", images.train_labels, 5000), ("test", images.test_labels, 1000)):
@@ -29,7 +29,7 @@ def problems(images: Dataset10) -> list[str]:
     return found
 
 
-def draw(images: Dataset10, config: Settings, out: Path) -> Path:
+def draw_preview(images: Dataset10, config: Settings, out: Path) -> Path:
     """Write a PNG: a training image a row, first as it is, then as COLUMNS - 1 epochs would show it."""
     import matplotlib.image
 
@@ -38,7 +38,7 @@ def draw(images: Dataset10, config: Settings, out: Path) -> Path:
     )
     generator = torch.Generator().manual_seed(config.seed)
     originals = torch.from_numpy(images.train_images[:ROWS])
-    shown = [augment.geometry(originals, torch.arange(ROWS), epoch, generator) for epoch in range(1, COLUMNS)]
+    shown = [augment.augment_uint8(originals, torch.arange(ROWS), epoch, generator) for epoch in range(1, COLUMNS)]
     tiles = torch.stack([originals, *shown], 1).permute(0, 1, 3, 4, 2).numpy()  # (rows, columns, 32, 32, 3)
     side = 32 + GAP
     sheet = np.full((ROWS * side + GAP, COLUMNS * side + GAP, 3), 255, np.uint8)

@@ -1,144 +1,162 @@
-"""What the commands about many runs do: sweeps, their agents, reports. Each returns an exit code."""
+"""Commands about sweeps and their agents: `sweep`, `agent`, and the group `sweeps`."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cifar.cli.console import console, counting, obtain, say, table, waiting, warn_of_stand_in
-from cifar.config import resolve as configuration
-from cifar.errors import UserError
-from cifar.integrations.wandb.settings import mode_from_environment
-from cifar.tracking import run_dir as records
-from cifar.tracking.run_dir import runs_dir as runs_folder
+import typer
+
+from cifar.agent.options import AgentOptions, PathOptions
+from cifar.cli.completion import complete_sweep, complete_sweep_file
+from cifar.cli.console import (
+    console,
+    echo,
+    ensure_dataset,
+    print_json,
+    print_table,
+    redirect_messages,
+    spinner,
+    warn_of_stand_in,
+)
+from cifar.cli.options import (
+    Count,
+    DataDir,
+    Dataset,
+    Gpus,
+    Json,
+    Pack,
+    PerGpu,
+    RunsDir,
+    Set,
+    Storage,
+    SweepId,
+    SweepOptions,
+    TimeLimit,
+    Wandb,
+    Workers,
+)
+from cifar.errors import UserError, did_you_mean
+from cifar.system.durations import format_duration, parse_duration
+from cifar.system.terminal import Column, Short
+from cifar.tracking import run_dir
 
 if TYPE_CHECKING:
-    from cifar.sweeps.local import Local
+    from cifar.sweeps.local import LocalBackend
+    from cifar.sweeps.spec import Sweep
+
+sweeps_app = typer.Typer(help="List, look into, stop, repeat and extend sweeps.")
 
 
 def sweep(
-    file: Path,
-    pairs: Sequence[str],
-    dataset: str | None,
-    count: int | None,
-    workers: int | None,
-    sweep_seed: int,
-    storage: str | None,
-    data_dir: Path | None,
-    runs_dir: Path | None,
-    wandb: str,
-    no_agent: bool,
-    dry_run: bool,
-    draw: bool,
-    fleet: dict[str, Any],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="a sweep YAML as W&B takes it: a path, or a name of sweeps/",
+            autocompletion=complete_sweep_file,
+        ),
+    ],
+    set_: Set = None,
+    dataset: Dataset = None,
+    count: Count = None,
+    workers: Workers = None,
+    sweep_seed: Annotated[int, typer.Option("--sweep-seed", min=0, help="of random suggestions")] = 0,
+    storage: Storage = None,
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = None,
+    wandb: Wandb = "auto",
+    no_agent: Annotated[bool, typer.Option("--no-agent", help="create it, print its id, run nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials, their MACs and an estimate of time")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="draw the report at the end")] = True,
+    gpus: Gpus = "",
+    per_gpu: PerGpu = 1,
+    pack: Pack = "auto",
+    time_limit: TimeLimit = "",
 ) -> int:
-    """Read and check a sweep file, create the sweep, run it, draw it."""
-    from cifar.agent import worker_process as crew
-    from cifar.sweeps import spec as sweeps
+    """Create a sweep, run its trials, draw the report. Logged in to W&B, the sweep is made there, unless --storage is given.
 
+    Examples:
+
+    `python -m cifar sweep quickstart`
+
+    `python -m cifar sweep architectures --workers 2 --set epochs=10`
+
+    `python -m cifar sweep worksheet1_tuning --no-agent`, then `python -m cifar agent ID` in any terminal
+    """
+    options = SweepOptions(dataset, set_ or (), sweep_seed, dry_run, draw=report)
+    agent_options = AgentOptions(count, workers, gpus, per_gpu, pack, _parse_time_limit(time_limit), storage or "", wandb)
+    _check_agent_options(agent_options)
+    paths = PathOptions(data_dir, runs_dir)
     with contextlib.ExitStack() as early:
         if not (no_agent or dry_run):
-            _alone()
-            early.enter_context(crew.early())
-        runs = runs_folder(runs_dir)
-        hosted = mode_from_environment(wandb) == "online" and not (storage or os.environ.get("CIFAR_STORAGE"))
-        read = sweeps.read(file)
-        fixed = {**configuration.parse_pairs(pairs), **({"dataset": dataset} if dataset else {})}
-        asked = dict(fixed)
-        with waiting("checking every trial ..."):
-            try:
-                fixed["dataset"] = sweeps.check(read, fixed, sweep_seed, count or (read.run_cap or 20 if hosted else None))
-            except UserError as error:
-                raise UserError(f"{file}: {error}") from None
-        if dry_run:
-            return _plan(sweeps.dry_run, read, fixed, sweep_seed, count)
-        with waiting("importing PyTorch ..."):
-            from cifar.sweeps import local
-        fixed["dataset"] = _prepared(fixed["dataset"], data_dir)
-        if hosted:
-            from cifar.integrations.wandb import backend as on_wandb
+            _refuse_torchrun()
+            from cifar.agent.worker_process import prestart_worker
 
-            with waiting("creating the sweep on W&B ..."):
-                url = on_wandb.create(read, runs, fixed=asked)
-            sweep_id = on_wandb.parts_of(url)[2]
-            say(f"sweep {sweep_id}: {read.name}, {read.method}, on W&B: {url}")
-            return _run_and_draw(url, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb, fleet)
-        sweep_id = local.create(
-            read, runs, fixed=fixed, data_dir=data_dir, url=storage or "", sweep_seed=sweep_seed, count=count
-        )
-        say(f"sweep {sweep_id}: {read.name}, {read.method}, in {runs / 'sweeps' / sweep_id}")
-        return _run_and_draw(sweep_id, sweep_id, no_agent, draw, count, workers, storage, data_dir, runs_dir, wandb, fleet)
-
-
-def _prepared(dataset: str, data_dir: Path | None) -> str:
-    """Settle `auto`, and have the images at hand, before anything is made. Damaged files are named."""
-    from cifar import data
-
-    if dataset == "auto":
-        with waiting("looking for CIFAR-10 ..."):
-            dataset, reason = data.resolve_auto(data_dir)
-        say(f"dataset: {reason}")
-    if dataset == "cifar10":
-        obtain(data_dir, [])
-    else:
-        warn_of_stand_in()
-    with waiting(f"reading {dataset} ..."):
-        data.load(dataset, data_dir)  # the stand-in is made once
-    return dataset
-
-
-def _run_and_draw(name: str, sweep_id: str, no_agent: bool, draw: bool, count: int | None, *options: Any) -> int:
-    if no_agent:
-        say(f"run it with: python -m cifar agent {name}")
-        return 0
-    code = agent(name, count, *options)
-    if draw and code < 128:
-        code = max(code, report([sweep_id], "val", "", None, options[3], False))
-    return code
-
-
-def _plan(look: Any, read: Any, fixed: dict[str, Any], sweep_seed: int, count: int | None) -> int:
-    from cifar.sweeps import spec as sweeps
-
-    with waiting("timing a step of each network ..."):
-        plan = look(read, fixed, sweep_seed=sweep_seed, count=count)
-    columns = ("cell", "model", "values", "MMACs", "parameters", "epochs", "seconds")
-    rows = []
-    for p in plan:
-        seconds = "skipped: max_macs" if p.skipped else f"{p.seconds:.0f}"
-        rows.append((p.cell, p.model, sweeps.name_of(p.values, list(p.values)), p.macs / 1e6, p.params, p.epochs, seconds))
-    table("", columns, [(*r[:3], f"{r[3]:.2f}", f"{r[4]:,}", *r[5:]) for r in rows], right=("cell", *columns[3:]))
-    total = sum(p.seconds for p in plan)
-    say(f"\n{len(plan)} trials, very roughly {total / 60:.1f} minutes of training if one runs after the other")
-    return 0
+            early.enter_context(prestart_worker())
+        name = _create_sweep(file, options, agent_options, paths)
+        if not name:  # --dry-run
+            return 0
+        if no_agent:
+            echo(f"run it with: python -m cifar agent {name}")
+            return 0
+        return _run_and_draw(name, options, agent_options, paths)
 
 
 def agent(
-    sweep_id: str,
-    count: int | None,
-    workers: int | None,
-    storage: str | None,
-    data_dir: Path | None,
-    runs_dir: Path | None,
-    wandb: str,
-    fleet: dict[str, Any],
+    sweep_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="SWEEP",
+            help="its id; on W&B also project/id, entity/project/id or the URL of its page",
+            autocompletion=complete_sweep,
+        ),
+    ],
+    count: Count = None,
+    workers: Workers = None,
+    storage: Storage = None,
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = None,
+    wandb: Wandb = "auto",
+    gpus: Gpus = "",
+    per_gpu: PerGpu = 1,
+    pack: Pack = "auto",
+    time_limit: TimeLimit = "",
 ) -> int:
-    """Run trials of a sweep until none is open."""
-    from cifar.agent import worker_process as crew
+    """Join a sweep from another terminal; ends when no trial is open.
 
-    _alone()
-    options: dict[str, Any] = {"count": count, "workers": workers, "data_dir": data_dir, "url": storage or "", **fleet}
-    with crew.early():
-        from cifar.agent import agent as agents
+    Examples:
 
-        return agents.agent(sweep_id, runs_folder(runs_dir), wandb=wandb, console=console, **options)
+    `python -m cifar agent 3k9x2m1p --workers 2`
+
+    `python -m cifar agent https://wandb.ai/me/cifar/sweeps/3k9x2m1p`
+
+    `python -m cifar agent 3k9x2m1p --gpus all --per-gpu 2 --time-limit 50m`
+    """
+    options = AgentOptions(count, workers, gpus, per_gpu, pack, _parse_time_limit(time_limit), storage or "", wandb)
+    _check_agent_options(options)
+    _refuse_torchrun()
+    return _run_agent(sweep_id, options, PathOptions(data_dir, runs_dir))
 
 
-def _alone() -> None:
+def _parse_time_limit(text: str) -> float:
+    return parse_duration(text) if text else math.inf
+
+
+def _check_agent_options(options: AgentOptions) -> None:
+    """Refuse what is wrong before PyTorch is imported. Raises UserError."""
+    from cifar.agent.packing import check_pack_option
+
+    if options.gpus and options.workers:
+        raise UserError("--workers and --gpus both say how many workers there are; on GPUs give --gpus and --per-gpu")
+    check_pack_option(options.pack)
+
+
+def _refuse_torchrun() -> None:
     """An agent starts its own processes. Those of torchrun would each be one, and each of their trials wait for the others."""
     if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
         raise UserError(
@@ -147,191 +165,288 @@ def _alone() -> None:
         )
 
 
-def _local(name: str, storage: str | None, runs_dir: Path | None) -> Local:
-    """A sweep of this machine, by its id, its name or the start of its id."""
-    from cifar.sweeps import local
-
-    runs = runs_folder(runs_dir)
-    sweep_id = local.resolve(name, runs)
-    folder = runs / "sweeps" / sweep_id
-    if (folder / "wandb.json").exists() and not (folder / "sweep.json").exists():
-        place = _place(folder)
-        raise UserError(f"sweep {sweep_id} is W&B's: look at it and stop it there; `python -m cifar report {place}` reads it")
-    return local.Local(sweep_id, runs, storage or "")
+# -- creating and running ----------------------------------------------------------------------------------------------
 
 
-def _place(folder: Path) -> str:
-    """Where on W&B the sweep of this folder is."""
-    known = records.read_json(folder / "wandb.json")
-    return "/".join(str(known.get(part, "")) for part in ("entity", "project", "id"))
+def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions, paths: PathOptions) -> str:
+    """Read and check a sweep file, and make the sweep, here or on W&B.
+
+    Returns what `agent` takes: a local sweep's id, or the URL of one on W&B. Empty after a dry run, which makes nothing.
+    """
+    from cifar.config.resolve import parse_pairs
+    from cifar.integrations.wandb.settings import mode_from_environment
+    from cifar.sweeps import spec
+
+    runs = paths.resolve_runs_dir()
+    has_storage = bool(agent_options.storage or os.environ.get("CIFAR_STORAGE"))
+    is_hosted = mode_from_environment(agent_options.wandb) == "online" and not has_storage
+    file = find_sweep_file(file)
+    parsed = spec.read_sweep(file)
+    fixed = {**parse_pairs(options.overrides), **({"dataset": options.dataset} if options.dataset else {})}
+    overrides = dict(fixed)  # without the dataset that is found out now
+    with spinner("checking every trial ..."):
+        try:
+            count = agent_options.count or (parsed.run_cap or 20 if is_hosted else None)
+            fixed["dataset"] = spec.check_sweep(parsed, fixed, options.seed, count)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    if options.dry_run:
+        _print_plan(parsed, fixed, options.seed, agent_options.count)
+        return ""
+    with spinner("importing PyTorch ..."):
+        import cifar.data  # noqa: F401 (PyTorch takes seconds)
+        from cifar.sweeps import local
+    fixed["dataset"] = _prepare_dataset(fixed["dataset"], paths.data_dir)
+    if is_hosted:
+        from cifar.integrations.wandb.backend import create_sweep
+        from cifar.integrations.wandb.paths import parse_sweep_path
+
+        with spinner("creating the sweep on W&B ..."):
+            url = create_sweep(parsed, runs, fixed=overrides)
+        echo(f"sweep {parse_sweep_path(url)[2]}: {parsed.name}, {parsed.method}, on W&B: {url}")
+        return url
+    sweep_id = local.create_sweep(
+        parsed,
+        runs,
+        fixed=fixed,
+        storage_url=agent_options.storage,
+        sweep_seed=options.seed,
+        count=agent_options.count,
+    )
+    echo(f"sweep {sweep_id}: {parsed.name}, {parsed.method}, in {runs / 'sweeps' / sweep_id}")
+    return sweep_id
+
+
+def find_sweep_file(file: Path) -> Path:
+    """A path stays a path; `quickstart`, and `sweeps/quickstart.yaml` in any folder, is the shipped file of that name."""
+    from cifar.config.shipped import find_shipped, shipped_names, strip_to_name
+
+    if file.exists() and not file.is_dir():
+        return file
+    if found := find_shipped("sweeps", str(file)):
+        return found
+    known = did_you_mean(strip_to_name("sweeps", str(file)), shipped_names("sweeps"))
+    raise UserError(f"no sweep file '{file}'; give a path, or a name of sweeps/: {known}")
+
+
+def _prepare_dataset(dataset: str, data_dir: Path | None) -> str:
+    """Resolve `auto`, and have the images at hand before anything is made -> the dataset. Raises UserError."""
+    from cifar import data
+
+    if dataset == "auto":
+        with spinner("looking for CIFAR-10 ..."):
+            dataset, reason = data.resolve_auto(data_dir)
+        echo(f"dataset: {reason}")
+    if dataset == "cifar10":
+        ensure_dataset(data_dir, [])
+    else:
+        warn_of_stand_in()
+    with spinner(f"reading {dataset} ..."):
+        data.load_dataset(dataset, data_dir)  # the stand-in is generated once
+    return dataset
+
+
+def _print_plan(parsed: Sweep, fixed: Mapping[str, Any], seed: int, count: int | None) -> None:
+    from cifar.sweeps.plan import plan_sweep
+    from cifar.sweeps.spec import format_values
+
+    with spinner("timing a step of each network ..."):
+        plan = plan_sweep(parsed, fixed, sweep_seed=seed, count=count)
+    keys = [key for key in parsed.swept_keys if key not in ("model", "epochs")]  # they have columns of their own
+    columns = (
+        Column("cell", is_number=True),
+        Column("model", min_width=8, can_be_shared=True),
+        *(Column(key, min_width=6, can_be_shared=True, drop_order=1) for key in keys),
+        Column("MMACs", is_number=True),
+        Column("parameters", is_number=True, drop_order=3),
+        Column("epochs", is_number=True, can_be_shared=True, drop_order=2),
+        Column("time", is_number=True),
+    )
+    rows = []
+    for trial in plan:
+        values = format_values(trial.values, keys)
+        seconds = Short("skipped: max_macs", "skipped") if trial.is_skipped else format_duration(trial.seconds)
+        cost = f"{trial.macs / 1e6:.2f}", f"{trial.params:,}"
+        rows.append((trial.cell, trial.model, *(values.get(key) for key in keys), *cost, trial.epochs, seconds))
+    print_table("", columns, rows)
+    total = format_duration(sum(trial.seconds for trial in plan))
+    echo(f"\n{len(plan)} trials, very roughly {total} of training if one runs after the other")
+
+
+def _run_agent(name: str, options: AgentOptions, paths: PathOptions) -> int:
+    from cifar.agent.worker_process import prestart_worker
+
+    with prestart_worker():
+        from cifar.agent.agent import run_agent
+
+        return run_agent(name, options, paths, console)
+
+
+def _run_and_draw(name: str, options: SweepOptions, agent_options: AgentOptions, paths: PathOptions) -> int:
+    """Run the trials, then draw the report, unless a signal ended the agent."""
+    from cifar.cli.report import draw_report, print_report
+    from cifar.integrations.wandb.paths import parse_sweep_path
+
+    code = _run_agent(name, agent_options, paths)
+    if options.draw and code < 128:
+        sweep_id = parse_sweep_path(name)[2] if "/" in name else name
+        runs = paths.resolve_runs_dir()
+        print_report(draw_report([sweep_id], runs=runs), runs)
+    return code
 
 
 # -- sweeps ------------------------------------------------------------------------------------------------------------
 
 
-def list_sweeps(runs_dir: Path | None) -> int:
-    """One line a sweep."""
+@sweeps_app.command("list")
+def list_sweeps(runs_dir: RunsDir = None, as_json: Json = False) -> int:
+    """All sweeps of a runs folder, oldest first."""
     from cifar.sweeps import local
 
-    runs = runs_folder(runs_dir)
-    rows = []
-    for info in local.listing(runs):
-        try:
-            counts = ", ".join(f"{n} {state}" for state, n in local.Local(info["id"], runs).counts().items())
-        except UserError as error:
-            counts = str(error)
-        rows.append((info["id"], info["name"], info["method"], info["dataset"], counts))
-    for folder in sorted((runs / "sweeps").glob("*/wandb.json")):
-        if not (folder.parent / "sweep.json").exists():
-            rows.append((folder.parent.name, "", "on W&B", "", _place(folder.parent)))
-    table("", ("sweep", "name", "method", "dataset", "trials"), rows)
-    if not rows:
-        say(f"no sweeps in {runs}; `python -m cifar sweep sweeps/quickstart.yaml` makes one")
-    return 0
-
-
-def sweep_status(name: str, storage: str | None, runs_dir: Path | None) -> int:
-    """One line a trial."""
-    from cifar.agent.dashboard import shown
-    from cifar.sweeps import spec as sweeps
-
-    runs, found = runs_folder(runs_dir), _local(name, storage, runs_dir)
-    names, rows = [metric.name for metric in found.sweep.metrics], []
-    for cell in found.cells():
-        values = sweeps.name_of(cell["values"], found.sweep.swept)
-        epoch = records.Record(runs / cell["run_id"]).read("status").get("epoch", "")
-        known = dict(zip(names, cell["objectives"], strict=False)) or {found.sweep.metric.name: cell["value"]}
-        scores = ["" if known.get(name) is None else shown(known[name], name) for name in names]
-        rows.append((cell["cell"], cell["run_id"], values, cell["state"], epoch, *scores, cell["reason"]))
-    columns = ("cell", "run", "values", "state", "epoch", *names, "reason")
-    table("", columns, rows, right=("cell", "epoch", *names))
-    say(f"\n{found.id}: {', '.join(f'{n} {state}' for state, n in found.counts().items())}")
-    return 0
-
-
-def stop_sweep(name: str, storage: str | None, runs_dir: Path | None) -> int:
-    """No more trials are handed out."""
-    found = _local(name, storage, runs_dir)
-    found.stop()
-    running = found.counts().get("running", 0)
-    say(f"sweep {found.id} hands out no more trials" + (f"; the {running} that run are let finish" if running else ""))
-    return 0
-
-
-def push(name: str, project: str, entity: str, runs_dir: Path | None) -> int:
-    """A local sweep becomes one on W&B; of a run, or of a sweep that W&B has, what is missing there is sent."""
-    from cifar.integrations.wandb import upload as pushing
-    from cifar.sweeps import local
-
-    runs = runs_folder(runs_dir)
-    sweep_id = local.resolve(name, runs)
-    folder = runs / "sweeps" / sweep_id
-    mine = [record for record in records.all_records(runs) if record.read("run").get("sweep") == sweep_id]
-    if not (folder / "sweep.json").exists():
-        mine = mine or [records.find(name, runs)]
-        ended = [record for record in mine if record.state in records.END_STATES]
-        with counting(f"sending {name} to W&B", "runs") as progress:
-            sent = pushing.push_runs(ended, entity=entity, project=project, progress=progress, say=say)
-        say(f"{len(ended)} run{'s' * (len(ended) != 1)} of {name} on W&B ({sent} sent now)")
-        _say_open([record.id for record in mine if record not in ended])
+    runs = run_dir.resolve_runs_dir(runs_dir)
+    # JSON: {"sweeps": [one of these dictionaries, ...]}; `trials` counts trials by state
+    sweeps: list[dict[str, Any]] = []
+    with redirect_messages(as_json):
+        for info in local.list_sweeps(runs):
+            about = {key: info[key] for key in ("id", "name", "method", "dataset")} | {"engine": "local", "place": None}
+            try:
+                counts = local.LocalBackend(info["id"], runs).count_states()
+                sweeps.append({**about, "trials": counts, "error": ""})
+            except UserError as error:
+                sweeps.append({**about, "trials": {}, "error": str(error)})
+        for folder in sorted(path.parent for path in (runs / "sweeps").glob("*/wandb.json")):
+            if not (folder / "sweep.json").exists():
+                about = {"id": folder.name, "name": "", "method": "", "dataset": "", "engine": "wandb"}
+                sweeps.append({**about, "place": _find_wandb_place(folder), "trials": {}, "error": ""})
+    if as_json:
+        print_json({"sweeps": sweeps})
         return 0
-    with counting(f"sending {sweep_id} to W&B", "runs") as progress:
-        pushed = pushing.push(folder, mine, entity=entity, project=project, progress=progress, say=say)
-    say(f"{len(mine) - len(pushed.open)} runs of {sweep_id} are on W&B ({pushed.sent} sent now): {pushed.url}")
-    _say_open(pushed.open)
-    return 0
-
-
-def _say_open(ids: Sequence[str]) -> None:
-    if ids:
-        say(f"not ended yet, push again later: {', '.join(ids)}")
-
-
-def retry_cells(name: str, storage: str | None, runs_dir: Path | None) -> int:
-    """Failed, killed and diverged cells wait again."""
-    from cifar.sweeps import amend
-
-    found = _local(name, storage, runs_dir)
-    count = amend.retry(found)
-    return _amended(found.id, count, "to be tried again")
-
-
-def extend_sweep(name: str, file: Path, storage: str | None, runs_dir: Path | None) -> int:
-    """The cells of another grid join those of a sweep."""
-    from cifar.sweeps import amend
-
-    found = _local(name, storage, runs_dir)
-    with waiting("checking every trial ..."):
-        count = amend.extend(found, file)
-    return _amended(found.id, count, "added")
-
-
-def _amended(sweep_id: str, count: int, what: str) -> int:
-    say(f"sweep {sweep_id}: {count} cell{'s' * (count != 1)} {what}")
-    if count:
-        say(f"run {'it' if count == 1 else 'them'} with: python -m cifar agent {sweep_id}")
-    return 0
-
-
-# -- reports -----------------------------------------------------------------------------------------------------------
-
-
-def report(
-    names: Sequence[str],
-    split: str,
-    budget: str,
-    out: Path | None,
-    runs_dir: Path | None,
-    show: bool,
-    publish: bool = False,
-) -> int:
-    """Read runs, draw, and say where the drawings are."""
-    with counting("reading from W&B", "runs") as progress:
-        from cifar import report as reports
-        from cifar.report.load import amount
-
-        limit = amount(budget) if budget else None
-        result = reports.report(names, runs=runs_folder(runs_dir), out=out, split=split, budget=limit, progress=progress)
-    if result.banner:
-        warn_of_stand_in(f"{result.banner}: these accuracies compare with nothing else.")
-    numbers = [column for column in result.columns if column not in ("network", "front")]
-    if result.rows:
-        table(result.title, result.columns, [[row.get(c) for c in result.columns] for row in result.rows], right=numbers)
-        say()
-    for note in result.notes:
-        say(note)
-    for path in result.paths:
-        if path.suffix != ".svg":  # beside each PNG
-            say(f"{path.suffix[1:]:<5} {path}")
-    if publish:
-        with waiting("publishing on W&B ..."):
-            published = _publish(names, result, runs_folder(runs_dir), split)
-        say(f"on W&B: report {published.report}")
-        say(f"     workspace {published.workspace}")
-    if show:
-        webbrowser.open(result.page.as_uri())
-    return 0
-
-
-def _publish(names: Sequence[str], result: Any, runs: Path, split: str) -> Any:
-    from cifar.integrations.wandb import report as publishing
-    from cifar.integrations.wandb.download import place_of
-    from cifar.integrations.wandb.upload import place_of_sweep
-
-    place = place_of(names[0]) if len(names) == 1 and "/" in names[0] else None
-    place = place or (place_of_sweep(runs / "sweeps" / result.sweep) if result.sweep else None)
-    if place is None:
-        raise UserError("--publish needs one place on W&B: name ENTITY/PROJECT[/SWEEP], or `push` the sweep first")
-    best = result.comparison.best
-    run = best.runs[0] if best else None
-    metric = next((m for m in ("gradient_norm", "gradient_mean") if run and run.layers(m)), "")
-    content = publishing.Content(
-        title=" – ".join(part for part in (result.banner, result.comparison.title) if part),
-        sentences=result.notes,
-        columns=result.columns,
-        rows=result.rows,
-        runs=[run.id for point in result.comparison.points for run in point.runs],
-        split=split,
-        layers=[f"{metric}/{layer}" for layer in run.layers(metric)] if run and metric else [],
+    rows = []
+    for each in sweeps:
+        counts_text = ", ".join(f"{n} {state}" for state, n in each["trials"].items())
+        is_hosted = each["engine"] == "wandb"
+        last = each["place"] if is_hosted else each["error"] or counts_text
+        rows.append((each["id"], each["name"], "on W&B" if is_hosted else each["method"], each["dataset"], last))
+    columns = (
+        Column("sweep"),
+        Column("name", min_width=10),
+        Column("method", can_be_shared=True),
+        Column("dataset", can_be_shared=True),
+        Column("trials", min_width=20, wraps=True),
     )
-    return publishing.publish(place, content, result.page.parent / "published.json")
+    print_table("", columns, rows)
+    if not rows:
+        echo(f"no sweeps in {runs}; `python -m cifar sweep quickstart` makes one")
+    return 0
+
+
+@sweeps_app.command("status")
+def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = None, as_json: Json = False) -> int:
+    """The trials of a sweep and what became of them."""
+    from cifar.agent.dashboard import format_metric
+    from cifar.sweeps.spec import format_values
+
+    runs = run_dir.resolve_runs_dir(runs_dir)
+    # JSON: {"id", "name", "method", "counts": {state: trials}, "metrics": [names], "trials": [one of these, ...]}
+    trials: list[dict[str, Any]] = []
+    with redirect_messages(as_json):
+        backend = _open_local(sweep_id, storage, runs)
+        names = [metric.name for metric in backend.sweep.metrics]
+        for cell in backend.list_cells():
+            values = dict(zip(names, cell["objectives"], strict=False)) or {backend.sweep.metric.name: cell["value"]}
+            trials.append(
+                {
+                    "cell": cell["cell"],
+                    "run": cell["run_id"],
+                    "values": {key: cell["values"][key] for key in backend.sweep.swept_keys if key in cell["values"]},
+                    "state": cell["state"],
+                    "epoch": run_dir.RunDir(runs / cell["run_id"]).read_json("status").get("epoch"),
+                    "metrics": {name: values.get(name) for name in names},
+                    "reason": cell["reason"],
+                }
+            )
+        counts = backend.count_states()
+    if as_json:
+        about = {"id": backend.id, "name": backend.sweep.name, "method": backend.sweep.method}
+        print_json({**about, "counts": counts, "metrics": names, "trials": trials})
+        return 0
+    keys = backend.sweep.swept_keys
+    columns = (
+        Column("cell", is_number=True, drop_order=2),  # a run's id ends in it
+        Column("run"),
+        *(Column(key, min_width=6, can_be_shared=True, drop_order=1) for key in keys),
+        Column("state"),
+        Column("epoch", is_number=True, drop_order=3),
+        *(Column(name, is_number=True) for name in names),
+        Column("reason", min_width=16, wraps=True),
+    )
+    rows = []
+    for trial in trials:
+        scores = ["" if value is None else format_metric(value, name) for name, value in trial["metrics"].items()]
+        values = format_values(trial["values"], keys)
+        row = (trial["cell"], trial["run"], *(values.get(key) for key in keys), trial["state"], trial["epoch"], *scores)
+        rows.append((*row, trial["reason"]))
+    print_table("", columns, rows)
+    echo(f"\n{backend.id}: {', '.join(f'{n} {state}' for state, n in counts.items())}")
+    return 0
+
+
+@sweeps_app.command("stop")
+def stop_sweep(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = None) -> int:
+    """Hand out no more trials; agents end after what they are doing."""
+    backend = _open_local(sweep_id, storage, run_dir.resolve_runs_dir(runs_dir))
+    backend.stop_sweep()
+    running = backend.count_states().get("running", 0)
+    echo(f"sweep {backend.id} hands out no more trials" + (f"; the {running} that run are let finish" if running else ""))
+    return 0
+
+
+@sweeps_app.command("retry")
+def retry_trials(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = None) -> int:
+    """Offer its failed, killed and diverged trials once more."""
+    backend = _open_local(sweep_id, storage, run_dir.resolve_runs_dir(runs_dir))
+    return _print_change(backend.id, backend.retry_cells(), "to be tried again")
+
+
+@sweeps_app.command("extend")
+def extend_sweep(
+    sweep_id: SweepId,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="a grid; its cells that are there already are kept", autocompletion=complete_sweep_file
+        ),
+    ],
+    storage: Storage = None,
+    runs_dir: RunsDir = None,
+) -> int:
+    """Add the cells of a larger grid; what is done stays done."""
+    backend = _open_local(sweep_id, storage, run_dir.resolve_runs_dir(runs_dir))
+    with spinner("checking every trial ..."):
+        num_added = backend.extend_sweep(find_sweep_file(file))
+    return _print_change(backend.id, num_added, "added")
+
+
+def _print_change(sweep_id: str, num_cells: int, what: str) -> int:
+    echo(f"sweep {sweep_id}: {num_cells} cell{'s' * (num_cells != 1)} {what}")
+    if num_cells:
+        echo(f"run {'it' if num_cells == 1 else 'them'} with: python -m cifar agent {sweep_id}")
+    return 0
+
+
+def _open_local(name: str, storage: str | None, runs: Path) -> LocalBackend:
+    """A sweep of this machine, by its id, its name or the start of its id."""
+    from cifar.sweeps import local
+
+    sweep_id = local.find_sweep_id(name, runs)
+    folder = runs / "sweeps" / sweep_id
+    if (folder / "wandb.json").exists() and not (folder / "sweep.json").exists():
+        place = _find_wandb_place(folder)
+        raise UserError(f"sweep {sweep_id} is W&B's: look at it and stop it there; `python -m cifar report {place}` reads it")
+    return local.LocalBackend(sweep_id, runs, storage or "")
+
+
+def _find_wandb_place(folder: Path) -> str:
+    """ENTITY/PROJECT/ID of the sweep on W&B that this folder belongs to."""
+    place = run_dir.read_json(folder / "wandb.json")
+    return "/".join(str(place.get(part, "")) for part in ("entity", "project", "id"))

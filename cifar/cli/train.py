@@ -1,66 +1,181 @@
-"""What the commands about one run do. Each returns an exit code."""
+"""Commands about one run: `train`, `evaluate`, `config`."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cifar.cli.console import hush, obtain, say, table, waiting, warn_of_stand_in
-from cifar.config import resolve as configuration
-from cifar.config.resolve import Settings
-from cifar.errors import UserError
-from cifar.integrations.wandb.settings import mode_from_environment
-from cifar.tracking import cleanup as tidy
-from cifar.tracking import run_dir as records
-from cifar.tracking.run_dir import Record
+import typer
+
+from cifar.agent.options import PathOptions
+from cifar.cli.completion import complete_run
+from cifar.cli.console import (
+    echo,
+    ensure_dataset,
+    print_json,
+    print_table,
+    set_quiet,
+    spinner,
+    warn_of_stand_in,
+)
+from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs, RunsDir, Split, Wandb
+from cifar.errors import UserError, name_program
+from cifar.states import CONCLUSIVE_STATES, ENDED_STATES, OPEN_RUN_STATES
+from cifar.system.durations import format_duration
+from cifar.system.terminal import Column
+from cifar.tracking import run_dir
 
 if TYPE_CHECKING:
-    from cifar.training.distributed import Team
+    from cifar.config.schema import Settings
+    from cifar.tracking.run_dir import RunDir
+    from cifar.training.distributed import DistributedContext
 
 Layers = list[tuple[str, Mapping[str, Any]]]  # (where they came from, values); later ones win
+
+
+def train(
+    pairs: Pairs = None,
+    experiment: Experiment = "",
+    from_run: Annotated[
+        str,
+        typer.Option("--from", metavar="RUN", help="start from the values of a run: repeats it", autocompletion=complete_run),
+    ] = "",
+    resume: Annotated[
+        str, typer.Option("--resume", metavar="RUN", help="go on with an interrupted run", autocompletion=complete_run)
+    ] = "",
+    trial: Annotated[Path | None, typer.Option("--trial", metavar="FILE.json", help="values of a W&B trial, typed")] = None,
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = None,
+    wandb: Wandb = "auto",
+    name: Annotated[str, typer.Option("--name", help="what the run is called [default: made of its keys]")] = "",
+    tags: Annotated[str, typer.Option("--tags", metavar="A,B", help="words to find it by")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the configuration and its cost, train nothing")] = False,
+) -> int:
+    """Train one network and write down everything about it.
+
+    Examples:
+
+    `python -m cifar train --experiment worksheet1`
+
+    `python -m cifar train model=resnet20 optimizer=sgd lr=0.1 schedule=cosine epochs=5`
+
+    `python -m cifar train --from a1b2c3d4 seed=1`
+    """
+    from cifar.config.resolve import flatten_values
+
+    layers = gather_layers(
+        pairs or [], experiment=experiment, from_run=from_run, trial=trial, dataset=dataset, runs_dir=runs_dir
+    )
+    if dry_run and not resume:
+        return _print_config(layers, with_cost=True)
+    paths = PathOptions(data_dir, runs_dir)
+    if resume:
+        if dry_run:
+            raise UserError(f"--dry-run is for new runs; `python -m cifar config --from {resume}` shows what a run is made of")
+        return resume_run(resume, paths, wandb, has_changes=bool(pairs or experiment or from_run or trial))
+    swept = [key for origin, values in layers if origin == "--trial" for key in flatten_values(values)]
+    return start_run(layers, swept, paths, wandb, name, [tag.strip() for tag in tags.split(",") if tag.strip()])
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", autocompletion=complete_run)],
+    split: Split = "val",
+    tta: Annotated[Literal["none", "flip", "flip+shift"], typer.Option("--tta", help="views averaged: 1, 2 or 6")] = "none",
+    data_dir: DataDir = None,
+    runs_dir: RunsDir = None,
+) -> int:
+    """Score a finished run's weights again; its record stays as it is."""
+    import cifar
+    from cifar.config.resolve import resolve_config
+
+    record = run_dir.find_run_dir(run, run_dir.resolve_runs_dir(runs_dir))
+    settings = resolve_config(record.read_json("config"))
+    if split == "val" and not settings.val_size:
+        raise UserError(
+            f"run {record.id} was trained on all images (val_size 0), so it has no validation split; add --split test"
+        )
+    with spinner("importing PyTorch ..."):
+        model = cifar.load(record.path)
+        from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
+        from cifar.training.trainer import Trainer
+    prepare_data(settings, data_dir)
+    with spinner(f"scoring {split} ..."):
+        trainer = Trainer(settings, data_dir)
+        trainer.eval_model.load_state_dict(model.state_dict())
+        logits, labels = trainer.evaluate(split, tta)
+    loss, accuracy = compute_loss_and_accuracy(logits, labels)
+    echo(f"{record.id} {record.read_json('run')['name']}")
+    echo(f"{split}: accuracy {100 * accuracy:.2f} %, loss {loss:.4f}, {len(labels):,} images, {VIEWS[tta][0]} view(s)")
+    if settings.dataset == "stand-in":
+        warn_of_stand_in()
+    return 0
+
+
+def config(
+    pairs: Pairs = None,
+    experiment: Experiment = "",
+    from_run: Annotated[
+        str, typer.Option("--from", metavar="RUN", help="start from the values of a run", autocompletion=complete_run)
+    ] = "",
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> int:
+    """Every key, its value, and where that came from.
+
+    Example: `python -m cifar config --experiment worksheet1 optimizer=sgd`
+    """
+    layers = gather_layers(pairs or [], experiment=experiment, from_run=from_run, runs_dir=runs_dir)
+    return _print_config(layers, with_cost=False, as_json=as_json)
+
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-def layers(
-    from_run: str, experiment: str, trial: Path | None, dataset: str | None, pairs: Sequence[str], runs_dir: Path | None
+def gather_layers(
+    pairs: Sequence[str],
+    *,
+    experiment: str = "",
+    from_run: str = "",
+    trial: Path | None = None,
+    dataset: str | None = None,
+    runs_dir: Path | None = None,
 ) -> Layers:
     """What the options say, first to last, each with its name. Values are checked when they are resolved."""
-    found: Layers = []
+    from cifar.config.resolve import merge_layers, parse_pairs
+
+    layers: Layers = []
     if experiment:
-        found.append(("--experiment", {"experiment": experiment}))
+        layers.append(("--experiment", {"experiment": experiment}))
     if trial:
-        found.append(("--trial", _trial(trial)))
+        layers.append(("--trial", _read_trial(trial)))
     if dataset:
-        found.append(("--dataset", {"dataset": dataset}))
-    found.append(("command line", configuration.parse_pairs(pairs)))
+        layers.append(("--dataset", {"dataset": dataset}))
+    layers.append(("command line", parse_pairs(pairs)))
     if from_run:
         if experiment:
             raise UserError("--from and --experiment both say where to start from; give one of them")
-        run = records.find(from_run, records.runs_dir(runs_dir))
-        found.insert(0, (f"run {run.id}", _still_taken(run.read("config"), configuration.merge(*(v for _, v in found)))))
-    return found
+        run = run_dir.find_run_dir(from_run, run_dir.resolve_runs_dir(runs_dir))
+        changes = merge_layers(*(values for _, values in layers))
+        layers.insert(0, (f"run {run.id}", _keep_valid_keys(run.read_json("config"), changes)))
+    return layers
 
 
-def layer_named(found: Layers, name: str) -> Mapping[str, Any]:
-    return next((configuration.flatten(values) for origin, values in found if origin == name), {})
-
-
-def _still_taken(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _keep_valid_keys(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The old run's values without the keys of parts that `changes` replace: `--from RUN optimizer=sgd` drops Adam's."""
+    from cifar.config.resolve import resolve_config
+
     values = {**old, **changes}
-    chosen: dict[str, Any] = {kind: values[kind] for kind in ("model", "optimizer", "schedule", "probes") if kind in values}
-    taken = type(configuration.resolve(chosen)).model_fields
-    return {key: value for key, value in old.items() if key in taken}
+    parts: dict[str, Any] = {kind: values[kind] for kind in ("model", "optimizer", "schedule", "probes") if kind in values}
+    valid = type(resolve_config(parts)).model_fields
+    return {key: value for key, value in old.items() if key in valid}
 
 
-def _trial(path: Path) -> dict[str, Any]:
+def _read_trial(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -70,215 +185,204 @@ def _trial(path: Path) -> dict[str, Any]:
     return values
 
 
-def show_config(found: Layers, *, with_cost: bool) -> int:
-    """Every key, its value, where that came from and what it means."""
-    rows = configuration.explain(found)
-    table(
+def _print_config(layers: Layers, *, with_cost: bool, as_json: bool = False) -> int:
+    """Print every key, its value, where that came from and what it means.
+
+    JSON: {"config": {key: value}, "origins": {key: text}, "meanings": {key: text}}. `config` alone is what --trial reads.
+    """
+    from cifar.config.resolve import explain_config, resolve_config
+
+    rows = [(key, value, _shorten_path(origin), name_program(text)) for key, value, origin, text in explain_config(layers)]
+    if as_json:
+        print_json(
+            {
+                "config": {key: value for key, value, _, _ in rows},
+                "origins": {key: origin for key, _, origin, _ in rows},
+                "meanings": {key: meaning for key, _, _, meaning in rows},
+            }
+        )
+        return 0
+    print_table(
         "",
-        ("key", "value", "from", "meaning"),
-        [(k, "" if v is None else v, _short(origin), doc) for k, v, origin, doc in rows],
+        (
+            Column("key"),
+            Column("value", min_width=12),
+            Column("from", min_width=16),
+            Column("meaning", min_width=20, wraps=True),
+        ),
+        [(key, "" if value is None else value, origin, meaning) for key, value, origin, meaning in rows],
     )
     if with_cost:
-        with waiting("counting MACs ..."):
+        with spinner("counting MACs ..."):
             from cifar.training import run
 
-            config = configuration.resolve(*(values for _, values in found))
-            cost = run.cost_of(config)
-        images = config.images * config.epochs
-        pmacs = 3 * cost.macs * images / 1e15  # the backward pass costs twice the forward pass
-        say(f"\n{cost_line(cost)}; {pmacs:.3g} PMACs to train on {images:,} images")
+            settings = resolve_config(*(values for _, values in layers))
+            cost = run.measure_cost(settings)
+        num_images = settings.images_per_epoch * settings.epochs
+        pmacs = 3 * cost.macs * num_images / 1e15  # the backward pass costs twice the forward pass
+        echo(f"\n{format_cost(cost)}; {pmacs:.3g} PMACs to train on {num_images:,} images")
     return 0
 
 
-def _short(origin: str) -> str:
+def _shorten_path(origin: str) -> str:
     path = Path(origin)
     return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else origin
 
 
-def cost_line(cost: Any) -> str:
-    checked = "both counters agree" if cost.verified else f"UNVERIFIED: {cost.note}"
-    return f"{cost.macs / 1e6:.2f} MMACs an image, {cost.params:,} parameters ({checked})"
+def format_cost(cost: Any) -> str:
+    """The cost of a model in words. `cost`: a `flops.Cost`."""
+    verification = "both counters agree" if cost.verified else f"UNVERIFIED: {cost.note}"
+    return f"{cost.macs / 1e6:.2f} MMACs an image, {cost.params:,} parameters ({verification})"
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
 
 
-class Stop:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask the run to end after its step; a second Ctrl-C does not wait.
+def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, name: str, tags: list[str]) -> int:
+    """A new run, from its values to its pictures. `swept`: the keys that a W&B trial gave."""
+    from cifar.config.resolve import resolve_config
+    from cifar.integrations.wandb.settings import mode_from_environment
 
-    `foreign`: W&B's plain agent started us. It tells by SIGTERM that a person stopped the run, which is then not to be run
-    again, unless CIFAR_PREEMPTIBLE=1 says that here a SIGTERM is the machine's.
-    """
-
-    def __init__(self, foreign: bool = False) -> None:
-        self.wish: str | None = None
-        self.number = 0
-        stopped = foreign and os.environ.get("CIFAR_PREEMPTIBLE", "") in ("", "0")
-        self.states = {signal.SIGINT: "interrupted", signal.SIGUSR1: "preempted"}
-        self.states[signal.SIGTERM] = "stopped" if stopped else "preempted"
-
-    def __call__(self) -> str | None:
-        return self.wish
-
-    def __enter__(self) -> Stop:
-        self.before = {number: signal.signal(number, self._heard) for number in self.states}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self.wish and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.wish:
-            self.wish, self.number = self.states[signal.Signals(number)], number
-
-    def code(self, state: str) -> int:
-        """Of the process: 130, 143 or 138 after a signal that gave the run back; 0 where a person stopped it."""
-        return {"diverged": 1, "failed": 1, "killed": 1, "interrupted": 130, "preempted": 128 + self.number}.get(state, 0)
-
-
-def train(
-    found: Layers, swept: list[str], data_dir: Path | None, runs_dir: Path | None, wandb: str, name: str, tags: list[str]
-) -> int:
-    """A new run, from its values to its pictures."""
-    mode_from_environment(wandb)  # says now what is wrong with it
-    config = configuration.resolve(*(values for _, values in found))
-    runs = records.runs_dir(runs_dir)
-    with waiting("importing PyTorch ..."):
-        from cifar.training import distributed as ranks
+    mode_from_environment(wandb)  # raises UserError now, before anything is made
+    settings = resolve_config(*(values for _, values in layers))
+    runs = paths.resolve_runs_dir()
+    with spinner("importing PyTorch ..."):
         from cifar.training import run
-    with ranks.joined() as team:
-        hush(team.rank > 0)
-        config, reason = run.resolve_dataset(config, data_dir)
+        from cifar.training.distributed import init_distributed
+    with init_distributed() as context:
+        set_quiet(context.rank > 0)
+        settings, reason = run.resolve_dataset(settings, paths.data_dir)
         if reason:
-            say(f"dataset: {reason}")
-        team.check(config.flat())
-        prepare(config, data_dir)
-        record = team.first(lambda: _created(config, runs, swept, name, tags))
-        return _train(config, record, data_dir, wandb, team)
+            echo(f"dataset: {reason}")
+        context.validate_config(settings.to_dict())
+        prepare_data(settings, paths.data_dir)
+        record = context.rank_zero_call(lambda: _create_run_dir(settings, runs, swept, name, tags))
+        return _train_run(settings, record, paths.data_dir, wandb, context)
 
 
-def _created(config: Settings, runs: Path, swept: list[str], name: str, tags: list[str]) -> Record:
+def _create_run_dir(settings: Settings, runs: Path, swept: list[str], name: str, tags: list[str]) -> RunDir:
     from cifar.training import run
 
     sweep, run_id = (os.environ.get(f"WANDB_{kind}_ID", "") if swept else "" for kind in ("SWEEP", "RUN"))
-    engine = "wandb" if sweep else ""  # the plain `wandb agent` started us
-    return run.create(config, runs, run_id=run_id, name=name, swept=swept, sweep=sweep, engine=engine, tags=tags)
+    engine = "wandb" if sweep else ""  # the plain `wandb agent` started this process
+    metadata = run.RunMetadata(run_id=run_id, name=name, swept=swept, sweep=sweep, engine=engine, tags=tags)
+    return run.create_run(settings, runs, metadata)
 
 
-def resume(name: str, changed: bool, data_dir: Path | None, runs_dir: Path | None, wandb: str) -> int:
-    """Go on with a run where its checkpoint is."""
-    with waiting("importing PyTorch ..."):
-        from cifar.training import distributed as ranks
-    with ranks.joined() as team:
-        hush(team.rank > 0)
-        record, values = team.first(lambda: _resumable(name, changed, records.runs_dir(runs_dir)))
-        config = configuration.resolve(values)
-        team.check(config.flat())
-        prepare(config, data_dir)
-        return _train(config, record, data_dir, wandb, team)
+def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) -> int:
+    """Go on with a run from its checkpoint."""
+    from cifar.config.resolve import resolve_config
+
+    with spinner("importing PyTorch ..."):
+        from cifar.training.distributed import init_distributed
+    with init_distributed() as context:
+        set_quiet(context.rank > 0)
+        record, values = context.rank_zero_call(
+            lambda: _find_resumable(name, paths.resolve_runs_dir(), has_changes=has_changes)
+        )
+        settings = resolve_config(values)
+        context.validate_config(settings.to_dict())
+        prepare_data(settings, paths.data_dir)
+        return _train_run(settings, record, paths.data_dir, wandb, context)
 
 
-def _resumable(name: str, changed: bool, runs: Path) -> tuple[Record, dict[str, Any]]:
+def _find_resumable(name: str, runs: Path, *, has_changes: bool) -> tuple[RunDir, dict[str, Any]]:
     """The run to go on with, and its values. Raises UserError where it cannot."""
-    record = records.find(name, runs)
-    if changed:
+    from cifar.tracking.cleanup import is_being_written
+
+    record = run_dir.find_run_dir(name, runs)
+    if has_changes:
         raise UserError(f"a resumed run keeps its values; for other ones: python -m cifar train --from {record.id} KEY=VALUE")
-    if record.state in tidy.OVER:
+    if record.state in CONCLUSIVE_STATES:
         raise UserError(f"run {record.id} is {record.state}; to repeat it: python -m cifar train --from {record.id}")
-    if tidy.alive(record):
-        raise UserError(f"run {record.id} is being trained by process {record.read('status').get('pid')}; stop that one first")
-    return record, record.read("config")
+    if is_being_written(record):
+        raise UserError(
+            f"run {record.id} is being trained by process {record.read_json('status').get('pid')}; stop that one first"
+        )
+    return record, record.read_json("config")
 
 
-def prepare(config: Settings, data_dir: Path | None) -> None:
-    """Everything that can be wrong about device and data, before a folder is made; downloads with a bar."""
-    with waiting("importing PyTorch ..."):
+def prepare_data(settings: Settings, data_dir: Path | None) -> None:
+    """Find everything that can be wrong about device and data before a folder is made; download with a progress bar."""
+    with spinner("importing PyTorch ..."):
         from cifar import data
-        from cifar.training import trainer as parts
-    device = parts.device_of(config.device)
-    if config.dataset == "cifar10" and data.locate(data_dir) is None:
-        obtain(data_dir, [])
-    with waiting(f"reading {config.dataset} ..."):
-        parts.splits(config.dataset, data_dir, config.val_size, config.train_size, device)
+        from cifar.training import trainer
+    device = trainer.resolve_device(settings.device)
+    if settings.dataset == "cifar10" and data.find_cifar10(data_dir) is None:
+        ensure_dataset(data_dir, [])
+    with spinner(f"reading {settings.dataset} ..."):
+        trainer.load_splits(settings.dataset, data_dir, settings.val_size, settings.train_size, device)
 
 
-def _train(config: Settings, record: Record, data_dir: Path | None, wandb: str, team: Team) -> int:
-    from cifar import sidecar as follow
-    from cifar.training import callbacks as track
-    from cifar.training import run
+def _train_run(settings: Settings, record: RunDir, data_dir: Path | None, wandb: str, context: DistributedContext) -> int:
+    """Train, and mirror to W&B meanwhile -> the exit code. Of several ranks, rank 0 prints and mirrors."""
+    from cifar.integrations.wandb.settings import mode_from_environment
+    from cifar.sidecar import SidecarHandle
+    from cifar.system.signals import StopSignals
+    from cifar.training import callbacks, run
+    from cifar.training.loop import RunHooks
 
-    foreign = "WANDB_SWEEP_ID" in os.environ and team.first(lambda: record.read("run")["sweep"] != "")
-    if team.rank:
-        with team.own(record) as own, Stop(foreign) as stop:
-            return max(team.gather(stop.code(run.train(config, own, data_dir=data_dir, stop=stop, team=team))))
-    if config.dataset == "stand-in":
+    started_by_wandb = "WANDB_SWEEP_ID" in os.environ and context.rank_zero_call(lambda: record.read_json("run")["sweep"] != "")
+    if context.rank:
+        with context.rank_run_dir(record) as scratch, StopSignals(started_by_wandb) as stop:
+            hooks = RunHooks(poll_stop=stop)
+            state = run.train_run(settings, scratch, data_dir=data_dir, hooks=hooks, context=context)
+            return max(context.all_gather(stop.exit_code(state)))
+    if settings.dataset == "stand-in":
         warn_of_stand_in()
-    described = record.read("run")
-    cost = described["cost"]
-    say(f"run {record.id}: {described['name']}, {cost['macs'] / 1e6:.2f} MMACs, {cost['params']:,} parameters")
+    about = record.read_json("run")
+    cost = about["cost"]
+    echo(f"run {record.id}: {about['name']}, {cost['macs'] / 1e6:.2f} MMACs, {cost['params']:,} parameters")
     if not cost["verified"]:
-        say(f"MACs UNVERIFIED: {cost['note']}")
-    sink = track.Terminal() if sys.stdout.isatty() else track.Lines()
-    mode, whole = mode_from_environment(wandb), True
-    follower = follow.Follower(mode, log=record.path / "mirror.log")
+        echo(f"MACs UNVERIFIED: {cost['note']}")
+    callback = callbacks.ProgressBarCallback() if sys.stdout.isatty() else callbacks.LineCallback()
+    mode, is_complete = mode_from_environment(wandb), True
+    sidecar = SidecarHandle(mode, log=record.path / "mirror.log")
     try:
-        follower.follow(record.path)
-        with team.own(record), Stop(foreign) as stop:
-            state = run.train(config, record, data_dir=data_dir, sinks=[sink], stop=stop, team=team)
-            code = max(team.gather(stop.code(state)))  # a signal may have reached some ranks only
+        sidecar.follow_run(record.path)
+        with context.rank_run_dir(record), StopSignals(started_by_wandb) as stop:
+            hooks = RunHooks(callbacks=[callback], poll_stop=stop)
+            state = run.train_run(settings, record, data_dir=data_dir, hooks=hooks, context=context)
+            code = max(context.all_gather(stop.exit_code(state)))  # a signal may have reached some ranks only
     finally:
-        sink.close()
-        with waiting("drawing pictures, sending what is left to W&B ..."):
-            whole = follower.end()
-    _result(record, state)
-    if mode == "online" and not whole and state in records.END_STATES:
-        say(f"W&B has not got all of it; send the rest with: python -m cifar push {record.id}")
+        callback.close()
+        with spinner("drawing pictures, sending what is left to W&B ..."):
+            is_complete = sidecar.shut_down()
+    _print_result(record, state)
+    _print_wandb_place(record, mode, state, is_complete=is_complete)
     return code
 
 
-def _result(record: Record, state: str) -> None:
-    summary, status = record.read("summary"), record.read("status")
+def _print_result(record: RunDir, state: str) -> None:
+    summary, status = record.read_json("summary"), record.read_json("status")
     if state == "finished":
         scores = [f"{k.split('/')[0]} {100 * summary[k]:.2f} %" for k in ("train/acc", "val/acc", "test/acc") if k in summary]
         views = f" ({summary['test/views']} views)" if summary.get("test/views", 1) > 1 else ""
-        say(f"\n{', '.join(scores)}{views} after {summary['epochs']} epochs, {summary['seconds']:.1f} s of training")
+        time = format_duration(summary["seconds"])
+        echo(f"\n{', '.join(scores)}{views} after {summary['epochs']} epochs, {time} of training")
     else:
-        say(f"\n{state}: {status.get('reason', '')}")
-    say(f"folder    {record.path}")
+        echo(f"\n{state}: {status.get('reason', '')}")
+    echo(f"folder    {record.path}")
     for picture in sorted((record.path / "pictures").glob("*.png")):
-        say(f"picture   {picture}")
-    if state in records.OPEN_STATES:
-        say(f"go on     python -m cifar train --resume {record.id}")
-    say(f"repeat    {record.read('run')['command']}")
-    if record.read("run")["dataset"] == "stand-in":
+        echo(f"picture   {picture}")
+    if state in OPEN_RUN_STATES:
+        echo(f"go on     python -m cifar train --resume {record.id}")
+    echo(f"repeat    {record.read_json('run')['command']}")
+    if record.read_json("run")["dataset"] == "stand-in":
         warn_of_stand_in()
 
 
-def evaluate(name: str, split: str, tta: str, data_dir: Path | None, runs_dir: Path | None) -> int:
-    """Score a finished run's weights on a split, once more."""
-    import cifar
+def _print_wandb_place(record: RunDir, mode: str, state: str, *, is_complete: bool) -> None:
+    """Say where the run is on W&B, or how an offline run gets there."""
+    from cifar.integrations.wandb.mirror import read_run_url
 
-    record = records.find(name, records.runs_dir(runs_dir))
-    config = configuration.resolve(record.read("config"))
-    if split == "val" and not config.val_size:
-        raise UserError(
-            f"run {record.id} was trained on all images (val_size 0), so it has no validation split; add --split test"
-        )
-    with waiting("importing PyTorch ..."):
-        model = cifar.load(record.path)
-        from cifar.training import step as train
-        from cifar.training import trainer as parts
-    prepare(config, data_dir)
-    with waiting(f"scoring {split} ..."):
-        training = parts.Training(config, data_dir)
-        training.evaluated.load_state_dict(model.state_dict())
-        logits, labels = training.evaluate(split, tta)
-    loss, accuracy = train.score(logits, labels)
-    say(f"{record.id} {record.read('run')['name']}")
-    say(f"{split}: accuracy {100 * accuracy:.2f} %, loss {loss:.4f}, {len(labels):,} images, {train.VIEWS[tta][0]} view(s)")
-    if config.dataset == "stand-in":
-        warn_of_stand_in()
-    return 0
+    url = read_run_url(record)
+    if mode == "online" and url:
+        echo(f"W&B       {url}")
+    if state not in ENDED_STATES:
+        return  # what W&B lacks is sent when the run goes on
+    offline = sorted((record.path / "wandb").glob("offline-run-*"))
+    if mode == "online" and not is_complete:
+        echo(f"W&B has not got all of it; send the rest with: python -m cifar push {record.id}")
+    elif mode == "offline" and offline:
+        echo(f"W&B       offline; send it with: python -m cifar push {record.id}   (or wandb sync {offline[-1]})")

@@ -1,28 +1,42 @@
-"""CIFAR-10: found or downloaded, verified, split once, augmented and served in batches."""
+"""CIFAR-10: found or downloaded, verified, split, augmented, and made into batches."""
 
 from cifar.data.augment import MEAN, STD, Augment, crop, cutout, draw_mixing, flip, mix, normalize
-from cifar.data.cifar10 import CLASSES, Dataset10, cache_folder, load, locate, obtain, resolve_auto, split
-from cifar.data.loader import CIFAR10Custom, Loader, dataloader
+from cifar.data.cifar10 import (
+    CLASSES,
+    Dataset10,
+    find_cifar10,
+    find_or_download,
+    load_dataset,
+    resolve_auto,
+    split_indices,
+)
+from cifar.data.loader import BatchFormat, EpochOptions, Loader
+from cifar.data.torch_dataset import CIFAR10Custom, make_dataloader
+from cifar.system.disk import cache_folder
+
+dataloader, load, split = make_dataloader, load_dataset, split_indices  # old names, for notebooks
 
 __all__ = [
     "CLASSES",
     "MEAN",
     "STD",
     "Augment",
+    "BatchFormat",
     "CIFAR10Custom",
     "Dataset10",
+    "EpochOptions",
     "Loader",
     "cache_folder",
     "crop",
     "cutout",
-    "dataloader",
     "draw_mixing",
+    "find_cifar10",
+    "find_or_download",
     "flip",
-    "load",
-    "locate",
+    "load_dataset",
+    "make_dataloader",
     "mix",
     "normalize",
-    "obtain",
     "resolve_auto",
-    "split",
+    "split_indices",
 ]

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from cifar.errors import UserError, choices
+from cifar.errors import UserError, did_you_mean
 
 MEAN = (0.49139968, 0.48215841, 0.44653091)  # of the 50,000 training images, scaled to [0, 1], by channel
 STD = (0.24703223, 0.24348513, 0.26158784)
-FLIPS = ("none", "random", "alternating")
-PADDINGS = ("zero", "reflect")
-KINDS = ("half", "dataset")
-AtOnce = Callable[..., Tensor]  # `augmented`, or what a compiler made of it
+FLIP_MODES = ("none", "random", "alternating")
+PADDING_MODES = ("zero", "reflect")
+NORMALIZE_KINDS = ("half", "dataset")
+FusedAugment = Callable[..., Tensor]  # `augment_fused`, or its compiled form
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def crop(images: Tensor, offsets: Tensor, padding: int, mode: str = "zero") -> T
 
 
 def pad(images: Tensor, padding: int, mode: str = "zero") -> Tensor:
-    """Surround images (B, C, H, W) by black, or by their reflection without the edge pixel."""
+    """Add a border to images (B, C, H, W): black, or their reflection without the edge pixel."""
     if mode == "zero":
         return F.pad(images, (padding,) * 4)
     p = padding  # F.pad reflects no uint8 tensors on a GPU
@@ -55,31 +55,31 @@ def pad(images: Tensor, padding: int, mode: str = "zero") -> Tensor:
 
 
 def cutout(images: Tensor, centres: Tensor, size: int) -> Tensor:
-    """Blank a square of side `size` around `centres` (B, 2); what sticks out of the image is lost (DeVries & Taylor 2017).
+    """Blank a square of side `size` around `centres` (B, 2), as far as it lies in the image (DeVries & Taylor 2017).
 
-    Blank is the mean colour, which is near 0 once normalised.
+    Blank is the mean colour, which is near 0 after normalisation.
     """
-    inside = [_within(images.shape[2 + axis], centres[:, axis : axis + 1], size) for axis in (0, 1)]
+    inside = [_mask_window(images.shape[2 + axis], centres[:, axis : axis + 1], size) for axis in (0, 1)]
     blank = inside[0][:, None, :, None] & inside[1][:, None, None, :]  # (B, 1, H, W)
-    return torch.where(blank, _constants("blank", images.device)[0], images)
+    return torch.where(blank, _pixel_constants("blank", images.device)[0], images)
 
 
-def _within(length: int, centres: Tensor, size: int) -> Tensor:
+def _mask_window(length: int, centres: Tensor, size: int) -> Tensor:
     """(B, 1) centres -> (B, length): true for the `size` positions from centre - size // 2 on."""
     distance = torch.arange(length, device=centres.device) - centres + size // 2
     return (distance >= 0) & (distance < size)
 
 
 def normalize(images: Tensor, kind: str = "half", *, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
-    """uint8 0..255 -> float. half: x / 127.5 - 1, in [-1, 1]; dataset: less the mean, over the standard deviation."""
-    scale, shift = _constants(kind, images.device)
+    """uint8 0..255 -> float. half: x / 127.5 - 1, in [-1, 1]; dataset: (x - mean) / standard deviation."""
+    scale, shift = _pixel_constants(kind, images.device)
     result = images.float().mul_(scale).sub_(shift)
     return result.to(dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @functools.cache
-def _constants(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Made once for each device: making them again for every batch would wait for the device."""
+def _pixel_constants(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a kind of normalisation. Cached, because making them for every batch would wait for the device."""
     mean, std = torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1), torch.tensor(STD, dtype=torch.float64).view(3, 1, 1)
     if kind == "blank":
         colour = (mean * 255).round().to(torch.uint8).to(device)
@@ -90,23 +90,29 @@ def _constants(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     return (1 / (255 * std)).float().to(device), (mean / std).float().to(device)
 
 
-def augmented(
-    images: Tensor,
-    indices: Tensor,
-    draws: Draws,
-    *,
-    padding: int,
-    mode: str,
-    cutout_size: int,
-    scale: Tensor,
-    shift: Tensor,
-    blank: Tensor,
-    dtype: torch.dtype,
+class PixelConstants(NamedTuple):
+    """Normalised pixels are x * scale - shift; `blank` (3, 1, 1) uint8 is the colour of a cutout."""
+
+    scale: Tensor
+    shift: Tensor
+    blank: Tensor
+
+
+class CropOptions(NamedTuple):
+    """How an image is cropped, and the side of its cutout, in pixels."""
+
+    padding: int
+    padding_mode: str
+    cutout_size: int
+
+
+def augment_fused(
+    images: Tensor, indices: Tensor, draws: Draws, options: CropOptions, constants: PixelConstants, dtype: torch.dtype
 ) -> Tensor:
     """Flip, crop, cutout and normalisation of images[indices] at once -> (B, H, W, C), for a compiler.
 
-    One kernel that reads each byte once, where it is compiled; `Augment.apply` and `normalize` do the same step by step, which
-    is quicker where nothing is compiled.
+    Compiled, it is one kernel that reads each byte once. `Augment.apply` and `normalize` do the same step by step, which is
+    quicker where nothing is compiled.
     """
     _, channels, height, width = images.shape
     device = images.device
@@ -116,96 +122,97 @@ def augmented(
     row, column = y, x
     inside = torch.ones((), dtype=torch.bool, device=device)
     if draws.offsets is not None:
-        offsets = draws.offsets.long().view(-1, 2, 1, 1, 1) - padding
+        offsets = draws.offsets.long().view(-1, 2, 1, 1, 1) - options.padding
         row, column = y + offsets[:, 0], x + offsets[:, 1]
-        if mode == "zero":
+        if options.padding_mode == "zero":
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
             row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
         else:  # -1 -> 1, and height -> height - 2
             row, column = ((length - 1) - ((length - 1) - i.abs()).abs() for i, length in ((row, height), (column, width)))
     if draws.mirrored is not None:
         column = torch.where(draws.mirrored.view(-1, 1, 1, 1) == 1, width - 1 - column, column)
-    place = ((indices.view(-1, 1, 1, 1) * channels + channel) * height + row) * width + column
-    pixels = torch.where(inside, images.view(-1)[place], 0)  # (B, H, W, C) uint8
+    pixel_index = ((indices.view(-1, 1, 1, 1) * channels + channel) * height + row) * width + column
+    pixels = torch.where(inside, images.view(-1)[pixel_index], 0)  # (B, H, W, C) uint8
     if draws.centres is not None:
-        centres = draws.centres.long().view(-1, 2, 1, 1, 1) - cutout_size // 2
+        centres = draws.centres.long().view(-1, 2, 1, 1, 1) - options.cutout_size // 2
         away = y - centres[:, 0], x - centres[:, 1]
-        hidden = (away[0] >= 0) & (away[0] < cutout_size) & (away[1] >= 0) & (away[1] < cutout_size)
-        pixels = torch.where(hidden, blank.view(-1), pixels)
-    return (pixels.float() * scale.view(-1) - shift.view(-1)).to(dtype)
+        hidden = (away[0] >= 0) & (away[0] < options.cutout_size) & (away[1] >= 0) & (away[1] < options.cutout_size)
+        pixels = torch.where(hidden, constants.blank.view(-1), pixels)
+    return (pixels.float() * constants.scale.view(-1) - constants.shift.view(-1)).to(dtype)
 
 
 class Draws(NamedTuple):
-    """What chance decided for each of a number of images; None for what it has no part in."""
+    """The random numbers of an augmentation, for each of N images; None for those that it does not need."""
 
     mirrored: Tensor | None  # (N,) uint8: 1 for left-right mirrored
     offsets: Tensor | None  # (N, 2) uint8: row and column of the crop
     centres: Tensor | None  # (N, 2) uint8: row and column of the cutout's centre
 
-    def at(self, slots: slice | Tensor) -> Draws:
-        """Those of some of the images."""
+    def select(self, slots: slice | Tensor) -> Draws:
+        """The draws of some of the images."""
         return Draws(*(None if drawn is None else drawn[slots] for drawn in self))
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a training batch. Fields are the configuration keys of the same names; `crop` is its padding."""
+    """How training images are augmented. The fields are the configuration keys of the same names; `crop` is its padding."""
 
     flip: str = "random"
     crop: int = 4
     crop_padding: str = "zero"
     cutout: int = 0
     normalize: str = "half"
-    seed: int = 0  # of the sides that an alternating flip starts from
+    seed: int = 0  # decides which images an alternating flip mirrors first
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("flip", self.flip, FLIPS),
-            ("crop_padding", self.crop_padding, PADDINGS),
-            ("normalize", self.normalize, KINDS),
+            ("flip", self.flip, FLIP_MODES),
+            ("crop_padding", self.crop_padding, PADDING_MODES),
+            ("normalize", self.normalize, NORMALIZE_KINDS),
         ):
             if value not in known:
-                raise UserError(f"unknown {name} '{value}': {choices(value, known)}")
+                raise UserError(f"unknown {name} '{value}': {did_you_mean(value, known)}")
 
     def draw(self, count: int, generator: Generator, side: int = 32) -> Draws:
-        """What chance decides for `count` images of `side` pixels, on the generator's device."""
+        """The random numbers for `count` images of `side` pixels, on the generator's device."""
         device = generator.device
 
-        def below(limit: int, *shape: int) -> Tensor:
+        def draw_below(limit: int, *shape: int) -> Tensor:
             return torch.randint(limit, (count, *shape), generator=generator, device=device, dtype=torch.uint8)
 
         return Draws(
-            below(2) if self.flip == "random" else None,
-            below(2 * self.crop + 1, 2) if self.crop else None,
-            below(side, 2) if self.cutout else None,
+            draw_below(2) if self.flip == "random" else None,
+            draw_below(2 * self.crop + 1, 2) if self.crop else None,
+            draw_below(side, 2) if self.cutout else None,
         )
 
     def apply(self, images: Tensor, indices: Tensor, epoch: int | Tensor, draws: Draws) -> Tensor:
         """uint8 (B, 3, H, W) -> uint8 of the same shape, by the draws of these images.
 
-        `indices` (B,) are the images' places in the training set; draws lie on the images' device.
+        `indices` (B,) are those of the images in the training set. The draws lie on the images' device.
         """
         if draws.mirrored is not None:
             images = flip(images, draws.mirrored.long())
         elif self.flip == "alternating":
-            images = flip(images, (first_side(indices, self.seed) + epoch) & 1)
+            images = flip(images, (initial_flips(indices, self.seed) + epoch) & 1)
         if draws.offsets is not None:
             images = crop(images, draws.offsets.long(), self.crop, self.crop_padding)
         if draws.centres is not None:
             images = cutout(images, draws.centres.long(), self.cutout)
         return images
 
-    def at_once(self, images: Tensor, indices: Tensor, epoch: int, draws: Draws, dtype: torch.dtype, by: AtOnce) -> Tensor:
-        """`images` (N, C, H, W) at `indices`, augmented and normalised -> (B, H, W, C), by `augmented` or its compiled form."""
+    def apply_fused(
+        self, images: Tensor, indices: Tensor, epoch: int, draws: Draws, dtype: torch.dtype, fused: FusedAugment
+    ) -> Tensor:
+        """`images` (N, C, H, W) at `indices`, augmented and normalised by `fused` -> (B, H, W, C)."""
         if self.flip == "alternating":
-            draws = draws._replace(mirrored=(first_side(indices, self.seed) + epoch) & 1)
-        scale, shift = _constants(self.normalize, images.device)
-        blank = _constants("blank", images.device)[0]
-        constants = {"scale": scale, "shift": shift, "blank": blank, "dtype": dtype}
-        sizes = {"padding": self.crop, "mode": self.crop_padding, "cutout_size": self.cutout}
-        return by(images, indices, draws, **sizes, **constants)
+            draws = draws._replace(mirrored=(initial_flips(indices, self.seed) + epoch) & 1)
+        scale, shift = _pixel_constants(self.normalize, images.device)
+        constants = PixelConstants(scale, shift, _pixel_constants("blank", images.device)[0])
+        options = CropOptions(self.crop, self.crop_padding, self.cutout)
+        return fused(images, indices, draws, options, constants, dtype)
 
-    def geometry(self, images: Tensor, indices: Tensor, epoch: int, generator: Generator) -> Tensor:
+    def augment_uint8(self, images: Tensor, indices: Tensor, epoch: int, generator: Generator) -> Tensor:
         """`apply` with fresh draws from `generator`, which is on the images' device."""
         return self.apply(images, indices, epoch, self.draw(len(images), generator, images.shape[2]))
 
@@ -220,14 +227,14 @@ class Augment:
         channels_last: bool = False,
     ) -> Tensor:
         """uint8 (B, 3, H, W) -> augmented and normalised float."""
-        images = self.geometry(images, indices, epoch, generator)
+        images = self.augment_uint8(images, indices, epoch, generator)
         return normalize(images, self.normalize, dtype=dtype, channels_last=channels_last)
 
 
-def first_side(indices: Tensor, seed: int) -> Tensor:
-    """(B,) places in the training set -> 0 or 1, pseudo-random but fixed for a seed.
+def initial_flips(indices: Tensor, seed: int) -> Tensor:
+    """(B,) indices into the training set -> 0 or 1 for mirrored: pseudo-random but fixed for a seed.
 
-    From there the sides alternate, so two epochs show both (airbench: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds").
+    From there on the sides alternate, so two epochs show both (airbench: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds").
     """
     mixed = (indices + (seed % 2**31) * 1_000_003 + 1) * -7046029254386353131  # odd 64-bit constants: SplitMix64's finaliser
     mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
@@ -237,7 +244,7 @@ def first_side(indices: Tensor, seed: int) -> Tensor:
 
 def draw_mixing(steps: int, alpha: float, generator: Generator) -> Tensor:
     """(steps, 3) float32: for each batch a weight from Beta(alpha, alpha), and the row and column of a centre in [0, 1)."""
-    # float32 would underflow in both gammas at a small alpha
+    # with a small alpha both gammas would underflow in float32
     shape = torch.full((steps, 2), alpha, dtype=torch.float64, device=generator.device)
     gammas = torch._standard_gamma(shape, generator=generator)
     weight = gammas[:, :1] / gammas.sum(1, keepdim=True)  # Beta(a, a) = G / (G + G') of two Gamma(a) draws
@@ -248,8 +255,8 @@ def draw_mixing(steps: int, alpha: float, generator: Generator) -> Tensor:
 def mix(images: Tensor, targets: Tensor, kind: str, drawn: Tensor) -> tuple[Tensor, Tensor]:
     """Mix each image with its neighbour in the (shuffled) batch, and likewise its target row (B, classes).
 
-    mixup (Zhang et al. 2017) takes a weighted sum; cutmix (Yun et al. 2019) pastes a box. One weight and one box serve the
-    whole batch: `drawn` (3,) is its row of `draw_mixing`.
+    mixup (Zhang et al. 2017) takes a weighted sum; cutmix (Yun et al. 2019) pastes a box. The whole batch has one weight and
+    one box: `drawn` (3,) is its row of `draw_mixing`.
     """
     height, width = images.shape[2], images.shape[3]
     weight = drawn[0]
@@ -258,8 +265,8 @@ def mix(images: Tensor, targets: Tensor, kind: str, drawn: Tensor) -> tuple[Tens
     else:
         assert kind == "cutmix", kind
         half = (1 - weight).sqrt() / 2
-        rows = _span(height, drawn[1], half)
-        columns = _span(width, drawn[2], half)
+        rows = _mask_span(height, drawn[1], half)
+        columns = _mask_span(width, drawn[2], half)
         box = rows[:, None] & columns  # (H, W)
         mixed = torch.where(box, images.roll(1, 0), images)
         weight = 1 - box.float().mean()  # the box is clipped at the border: what counts is the area left
@@ -267,10 +274,10 @@ def mix(images: Tensor, targets: Tensor, kind: str, drawn: Tensor) -> tuple[Tens
     return mixed, torch.lerp(targets.roll(1, 0), targets, weight.to(targets.dtype))
 
 
-def _span(length: int, centre: Tensor, half: Tensor) -> Tensor:
+def _mask_span(length: int, centre: Tensor, half: Tensor) -> Tensor:
     """(length,): true for the pixels from (centre - half) * length to (centre + half) * length, rounded down."""
-    at = torch.arange(length, device=centre.device)
-    return (at >= ((centre - half) * length).floor()) & (at < ((centre + half) * length).floor())
+    pixel = torch.arange(length, device=centre.device)
+    return (pixel >= ((centre - half) * length).floor()) & (pixel < ((centre + half) * length).floor())
 
 
 def _is_channels_last(images: Tensor) -> bool:

@@ -1,6 +1,7 @@
-"""Batches. `Loader` keeps the images as one uint8 tensor on the device; `CIFAR10Custom` takes them one by one.
+"""`Loader`: shuffled, augmented batches of images that lie as one uint8 tensor on the device.
 
-Both draw from the same distribution. The fast path has no worker processes, and never waits for the device.
+There are no worker processes, and making a batch never waits for the device. torch_dataset.py is the ordinary way to batches;
+both draw from the same distribution.
 """
 
 from __future__ import annotations
@@ -9,42 +10,57 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from cifar.data.augment import MEAN, STD, AtOnce, Augment, Draws, draw_mixing, first_side, normalize
-from cifar.errors import UserError
-from cifar.system.devices import cores
+from cifar.data.augment import Augment, Draws, FusedAugment, draw_mixing, normalize
+from cifar.system.devices import num_cores
 
-PIECE = 10_000  # images that a GPU augments at once, a compromise between launches and memory; compiled, it takes all of them
+AUGMENT_CHUNK = 10_000  # images that a GPU augments at once: a compromise between launches and memory. Compiled, it takes all
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class BatchFormat:
+    """What images look like when a network gets them."""
+
+    normalize: str = "half"  # where there is no `Augment`, which has a key of that name
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+
+@dataclass(frozen=True)
+class EpochOptions:
+    """Which images an epoch shows, and in which order."""
+
+    shuffle: bool | None = None  # None: if images are augmented
+    drop_last: bool | None = None  # a last short batch; None: if images are augmented
+    mixing: float = 0.0  # alpha of mixup or cutmix; 0: neither
+    keep: float = 1.0  # the fraction of the images that an epoch shows
+
+
+class EpochPlan(NamedTuple):
     """What an epoch will show, on the CPU: a function of (seed, epoch) alone, the same for every device."""
 
-    order: Tensor  # (steps * B,) int64: places in the data set; (N,) where the epoch's images are picked from it
-    draws: Draws  # of each of them
+    order: Tensor  # (steps * B,) int64: indices into the data set; (N,) where the images of the epoch are selected from it
+    draws: Draws  # for each of them
     mixing: Tensor | None  # (steps, 3): see draw_mixing
 
 
 class Loader:
     """Shuffled, augmented batches of `images` (N, 3, H, W) uint8 and `labels` (N,) int64, both on one device.
 
-    `begin(epoch)`, then `take()` gives the batch that `at` says: a tensor on the device, so that a captured step finds its
-    own batch. On a GPU `begin` makes the whole epoch at once, in the place of the last one; elsewhere `take` makes the batch,
-    where a CPU has more cores than threads are asked for, while the network runs on the one before.
-    With `keep` < 1 an epoch takes, in its order, that share of the images whose loss was largest when last seen, as `note` was
-    told; those never seen count as largest. (Selective backpropagation with stale losses, Jiang et al. 2019, arXiv:1910.00762,
-    draws by the loss's percentile; here the largest are taken.)
-    To resume within an epoch, begin it at a later step. Training drops a last short batch; for evaluation (no augment, no
-    shuffle) every image comes once, the last batch being short.
+    After `begin_epoch(epoch)`, `next_batch()` gives the batch of `step_index`. That is a tensor on the device, so that a
+    captured step finds its own batch. On a GPU `begin_epoch` makes the whole epoch at once, in the memory of the last one.
+    Elsewhere `next_batch` makes the batch; if a CPU has more cores than torch uses threads, another thread makes it while the
+    network runs on the one before.
+    With `keep` < 1 an epoch takes, in its order, that fraction of the images: those whose loss was largest when last seen, as
+    `record_losses` was told. Images that were never seen count as largest. (Selective backpropagation with stale losses, Jiang
+    et al. 2019, arXiv:1910.00762, draws by the percentile of the loss; here the largest are taken.)
+    To resume within an epoch, begin it at a later step. Training drops a last short batch. For evaluation (no augmentation, no
+    shuffling) every image comes once, and the last batch may be short.
     """
 
     def __init__(
@@ -54,296 +70,218 @@ class Loader:
         *,
         batch_size: int,
         augment: Augment | None = None,
-        normalize: str = "half",
         seed: int = 0,
-        shuffle: bool | None = None,
-        drop_last: bool | None = None,
-        channels_last: bool = False,
-        dtype: torch.dtype = torch.float32,
-        mixing: float = 0.0,
-        keep: float = 1.0,
+        batch_format: BatchFormat = BatchFormat(),
+        epoch_options: EpochOptions = EpochOptions(),
     ) -> None:
         assert images.dtype == torch.uint8 and len(images) == len(labels) and images.device == labels.device
         self.images, self.labels, self.device = images.contiguous(), labels, images.device
-        self.batch_size, self.augment, self.normalize, self.seed = batch_size, augment, normalize, seed
+        self.batch_size, self.augment, self.seed = batch_size, augment, seed
+        self.normalize, self.dtype, self.channels_last = batch_format.normalize, batch_format.dtype, batch_format.channels_last
+        shuffle, drop_last = epoch_options.shuffle, epoch_options.drop_last
         self.shuffle = shuffle if shuffle is not None else augment is not None
         self.drop_last = drop_last if drop_last is not None else augment is not None
-        self.channels_last, self.dtype, self.alpha = channels_last, dtype, mixing
-        self.keep, self.picks = keep, keep < 1
-        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)  # the step of the epoch that comes next
-        self.number = 0  # of the epoch that has begun
-        self.drawn: Tensor | None = None  # (steps, 3): of the epoch, what `mix` wants
-        self._plans: dict[int, Plan] = {}
-        self.at_once: AtOnce | None = None  # how a GPU makes many batches, where that has been compiled
-        self.store: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
-        self._coming: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None  # a step, and its batch in the making
-        self._ahead: tuple[int, Future[Plan]] | None = None  # an epoch, and its plan in the making
-        if self.picks:
+        self.mixing_alpha = epoch_options.mixing
+        self.keep, self.selects_hard = epoch_options.keep, epoch_options.keep < 1
+        self.step_index = torch.zeros(1, dtype=torch.int64, device=self.device)  # the step of the epoch that comes next
+        self.current_epoch = 0
+        self.mixing_draws: Tensor | None = None  # (steps, 3) of the epoch: what `mix` takes
+        self.fused_augment: FusedAugment | None = None  # how a GPU makes many batches, if that has been compiled
+        self.epoch_buffer: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
+        self._plans: dict[int, EpochPlan] = {}
+        self._prefetched_batch: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None  # a step, and its batch being made
+        self._prefetched_plan: tuple[int, Future[EpochPlan]] | None = None  # an epoch, and its plan being made
+        if self.selects_hard:
             assert self.augment is not None and self.drop_last
-            count = self.steps * batch_size
+            num_selected = self.num_steps * batch_size
             self._losses = torch.full((len(images),), torch.inf, device=self.device)  # of each image, when it was last seen
-            self._slots = torch.zeros(count, dtype=torch.int64, device=self.device)  # what is picked: places in the order,
-            self._places = torch.zeros_like(self._slots)  # and in the data set
+            # the selected images: positions in the order of the epoch, and indices into the data set
+            self._selected_slots = torch.zeros(num_selected, dtype=torch.int64, device=self.device)
+            self._selected_indices = torch.zeros_like(self._selected_slots)
 
     @property
-    def steps(self) -> int:
-        """Batches in an epoch."""
+    def num_steps(self) -> int:
+        """Batches of an epoch."""
         count = round(self.keep * len(self.images))
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
-    def order(self, epoch: int) -> Tensor:
-        """(N,) int64 on the CPU: the places in the training set, in the order in which `epoch` visits them."""
+    def draw_order(self, epoch: int) -> Tensor:
+        """(N,) int64 on the CPU: indices into the training set, in the order in which `epoch` visits them."""
         if not self.shuffle:
             return torch.arange(len(self.images))
-        generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
         return torch.randperm(len(self.images), generator=generator)
 
     def reseed(self, seed: int) -> None:
-        """Start over as a loader of that seed."""
-        self._drop()
-        if self._ahead:
-            self._ahead[1].exception()  # waits
-            self._ahead = None
-        self.seed, self.number, self._plans = seed, 0, {}
-        if self.picks:
+        """Start over as a loader with that seed."""
+        self._discard_prefetched()
+        if self._prefetched_plan:
+            self._prefetched_plan[1].exception()  # waits
+            self._prefetched_plan = None
+        self.seed, self.current_epoch, self._plans = seed, 0, {}
+        if self.selects_hard:
             self._losses.fill_(torch.inf)
-            self._slots.zero_()
+            self._selected_slots.zero_()
         self.augment = replace(self.augment, seed=seed) if self.augment else None
 
-    def plan(self, epoch: int) -> Plan:
-        """Of an epoch; worked out once, also ahead of it."""
+    def plan_epoch(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch, drawn once; an epoch may be planned before it begins."""
         if epoch not in self._plans:
-            ahead, self._ahead = self._ahead, None
-            made = ahead[1].result() if ahead and ahead[0] == epoch else self._planned(epoch)
-            self._plans = {n: plan for n, plan in self._plans.items() if n == self.number}
-            self._plans[epoch] = made
+            prefetched, self._prefetched_plan = self._prefetched_plan, None
+            plan = prefetched[1].result() if prefetched and prefetched[0] == epoch else self._draw_plan(epoch)
+            self._plans = {number: known for number, known in self._plans.items() if number == self.current_epoch}
+            self._plans[epoch] = plan
         return self._plans[epoch]
 
-    def look_ahead(self, epoch: int) -> None:
-        """Work out the plan of an epoch in a thread, while this one has other things to do."""
-        if epoch not in self._plans and not self._ahead:
-            self._ahead = epoch, _beside().submit(self._planned, epoch)
+    def prefetch_plan(self, epoch: int) -> None:
+        """Draw the plan of an epoch in another thread."""
+        if epoch not in self._plans and not self._prefetched_plan:
+            self._prefetched_plan = epoch, _prefetch_pool().submit(self._draw_plan, epoch)
 
-    def _planned(self, epoch: int) -> Plan:
-        order = self.order(epoch)[: None if self.picks else self.steps * self.batch_size]
-        generator = torch.Generator().manual_seed(seed_of("augment", self.seed, epoch))
+    def _draw_plan(self, epoch: int) -> EpochPlan:
+        order = self.draw_order(epoch)[: None if self.selects_hard else self.num_steps * self.batch_size]
+        generator = torch.Generator().manual_seed(derive_seed("augment", self.seed, epoch))
         augment = self.augment or Augment(flip="none", crop=0)
         draws = augment.draw(len(order), generator, self.images.shape[2])
-        mixing = draw_mixing(self.steps, self.alpha, generator) if self.alpha else None
-        if self.device.type == "cuda":  # from pinned memory a copy waits for nothing
+        mixing = draw_mixing(self.num_steps, self.mixing_alpha, generator) if self.mixing_alpha else None
+        if self.device.type == "cuda":  # a copy from pinned memory does not wait
             order, draws = order.pin_memory(), Draws(*(None if drawn is None else drawn.pin_memory() for drawn in draws))
-        return Plan(order, draws, mixing)
+        return EpochPlan(order, draws, mixing)
 
-    def begin(self, epoch: int, start: int = 0) -> None:
-        """From here on batches are those of `epoch`, from step `start` on. Never waits for the device."""
-        self._drop()
-        self.number = epoch
-        plan = self.plan(epoch)
-        self.at.fill_(start)
-        if self.picks:
-            self._pick(plan, start)
+    def begin_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """From here on batches are those of `epoch`, from `start_step` on. Never waits for the device."""
+        self._discard_prefetched()
+        self.current_epoch = epoch
+        plan = self.plan_epoch(epoch)
+        self.step_index.fill_(start_step)
+        if self.selects_hard:
+            self._select_hard_examples(plan, start_step)
         if plan.mixing is not None:
-            self.drawn = torch.empty_like(plan.mixing, device=self.device) if self.drawn is None else self.drawn
-            copy_to_device(self.drawn, plan.mixing)
+            if self.mixing_draws is None:
+                self.mixing_draws = torch.empty_like(plan.mixing, device=self.device)
+            copy_to_device(self.mixing_draws, plan.mixing)
         if self.device.type == "cuda" and self.augment is not None:
-            self._fill(start)
+            self._fill_epoch_buffer(start_step)
 
-    def _pick(self, plan: Plan, start: int) -> None:
-        order = on_device(plan.order, self.device)
-        if not start:  # in the middle of an epoch they are what `load` has brought
+    def _select_hard_examples(self, plan: EpochPlan, start_step: int) -> None:
+        order = move_to_device(plan.order, self.device)
+        if not start_step:  # within an epoch the slots are those that `load_state_dict` has restored
             hardest = self._losses.index_select(0, order).argsort(descending=True, stable=True)
-            self._slots.copy_(hardest[: len(self._slots)].sort().values)
-        self._places.copy_(order.index_select(0, self._slots))
+            self._selected_slots.copy_(hardest[: len(self._selected_slots)].sort().values)
+        self._selected_indices.copy_(order.index_select(0, self._selected_slots))
 
-    def note(self, losses: Tensor) -> None:
-        """The losses (B,) of the images of step `at`."""
-        places = self._places.view(self.steps, self.batch_size).index_select(0, self.at)[0]
-        self._losses.index_copy_(0, places, losses.float())
+    def record_losses(self, losses: Tensor) -> None:
+        """Remember the losses (B,) of the images of the current step."""
+        indices = self._selected_indices.view(self.num_steps, self.batch_size).index_select(0, self.step_index)[0]
+        self._losses.index_copy_(0, indices, losses.float())
 
-    def state(self) -> dict[str, Tensor]:
-        """What batches depend on beside seed and epoch: live tensors, nothing without `keep`."""
-        return {"losses": self._losses, "slots": self._slots} if self.picks else {}
+    def state_dict(self) -> dict[str, Tensor]:
+        """What batches depend on besides seed and epoch, as live tensors: nothing unless `keep` < 1."""
+        return {"losses": self._losses, "slots": self._selected_slots} if self.selects_hard else {}
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Copies a `state()` in place; before `begin`."""
-        for name, tensor in self.state().items():
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy a `state_dict()` in place. To be called before `begin_epoch`."""
+        for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """(images (B, 3, H, W) float, labels (B,)) of step `at`. `at` is moved on by whoever takes the step."""
-        if self.store is not None:
-            return picked(*self.store, self.at, self.channels_last)
-        step, coming = int(self.at), self._coming
-        made = coming[1].result() if coming and coming[0] == step else self.batch(step)
-        self._coming = None
-        if self.device.type == "cpu" and step + 1 < self.steps and torch.get_num_threads() < cores():
-            # a function of what `begin` settled: the same wherever it is made
-            self._coming = step + 1, _beside().submit(self.batch, step + 1)
-        return made
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """(images (B, 3, H, W) float, labels (B,)) of the current step. The caller advances `step_index`."""
+        if self.epoch_buffer is not None:
+            return select_batch(*self.epoch_buffer, self.step_index, self.channels_last)
+        step, prefetched = int(self.step_index), self._prefetched_batch
+        batch = prefetched[1].result() if prefetched and prefetched[0] == step else self.make_batch(step)
+        self._prefetched_batch = None
+        if self.device.type == "cpu" and step + 1 < self.num_steps and torch.get_num_threads() < num_cores():
+            # a batch depends only on what `begin_epoch` has set, so it is the same in any thread
+            self._prefetched_batch = step + 1, _prefetch_pool().submit(self.make_batch, step + 1)
+        return batch
 
-    def _drop(self) -> None:
-        """Whatever is in the making belongs to an epoch that is over."""
-        if self._coming:
-            self._coming[1].exception()  # waits
-            self._coming = None
+    def _discard_prefetched(self) -> None:
+        """Wait for the batch that is being made, and forget it: it belongs to an epoch that is over."""
+        if self._prefetched_batch:
+            self._prefetched_batch[1].exception()
+            self._prefetched_batch = None
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images (B, 3, H, W) float, labels (B,)) from batch `start` on."""
-        assert not self.picks, "what has been picked is known by `begin`"
-        self.number = epoch
-        for step in range(start, self.steps):
-            yield self.batch(step)
+    def iter_batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images (B, 3, H, W) float, labels (B,)) from batch `start_step` on."""
+        assert not self.selects_hard, "images are selected by `begin_epoch`"
+        self.current_epoch = epoch
+        for step in range(start_step, self.num_steps):
+            yield self.make_batch(step)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step of the epoch that has begun, on the device; augmented if this loader augments."""
-        return self._made(slice(step * self.batch_size, (step + 1) * self.batch_size))
+    def make_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step of the current epoch, on the device; augmented if this loader augments."""
+        return self._make_batches(slice(step * self.batch_size, (step + 1) * self.batch_size))
 
-    def _made(self, slots: slice) -> tuple[Tensor, Tensor]:
+    def _make_batches(self, slots: slice) -> tuple[Tensor, Tensor]:
+        """The images in these positions of the epoch's order, and their labels."""
         if self.augment is None and not self.shuffle:
             images, labels = self.images[slots], self.labels[slots]
         else:
-            plan = self.plan(self.number)
-            indices = self._places[slots] if self.picks else on_device(plan.order[slots], self.device)
+            plan = self.plan_epoch(self.current_epoch)
+            indices = self._selected_indices[slots] if self.selects_hard else move_to_device(plan.order[slots], self.device)
             labels = self.labels.index_select(0, indices)
             if self.augment is not None:
-                drawn = plan.draws if self.picks else plan.draws.at(slots)
-                draws = Draws(*(None if each is None else on_device(each, self.device) for each in drawn))
-                draws = draws.at(self._slots[slots]) if self.picks else draws
-                if self.at_once is not None:
-                    made = self.augment.at_once(self.images, indices, self.number, draws, self.dtype, self.at_once)
-                    return made.permute(0, 3, 1, 2), labels
-                images = self.augment.apply(self.images.index_select(0, indices), indices, self.number, draws)
+                on_cpu = plan.draws if self.selects_hard else plan.draws.select(slots)
+                draws = Draws(*(None if drawn is None else move_to_device(drawn, self.device) for drawn in on_cpu))
+                draws = draws.select(self._selected_slots[slots]) if self.selects_hard else draws
+                if self.fused_augment is not None:
+                    epoch, fused = self.current_epoch, self.fused_augment
+                    images = self.augment.apply_fused(self.images, indices, epoch, draws, self.dtype, fused)
+                    return images.permute(0, 3, 1, 2), labels
+                images = self.augment.apply(self.images.index_select(0, indices), indices, self.current_epoch, draws)
             else:
                 images = self.images.index_select(0, indices)
         kind = self.augment.normalize if self.augment else self.normalize
         return normalize(images, kind, dtype=self.dtype, channels_last=self.channels_last), labels
 
-    def _fill(self, start: int) -> None:
-        """Make every batch of the epoch, in large pieces, where those of the last one were."""
-        if self.store is None:
+    def _fill_epoch_buffer(self, start_step: int) -> None:
+        """Make every batch of the epoch, in large chunks, in the memory of the last epoch."""
+        if self.epoch_buffer is None:
             _, channels, height, width = self.images.shape
             shape = (height, width, channels) if self.channels_last else (channels, height, width)
-            images = torch.zeros((self.steps, self.batch_size, *shape), dtype=self.dtype, device=self.device)
-            labels = torch.zeros((self.steps, self.batch_size), dtype=self.labels.dtype, device=self.device)
-            self.store = images, labels
-        images, labels = self.store
-        most = max(1, PIECE // self.batch_size)
-        if self.at_once is not None:  # compiled for one size
-            start, most = 0, self.steps
-        for step in range(start, self.steps, most):
-            end = min(step + most, self.steps)
-            made, classes = self._made(slice(step * self.batch_size, end * self.batch_size))
-            made = made.permute(0, 2, 3, 1) if self.channels_last else made
-            images[step:end].copy_(made.reshape(images[step:end].shape))
-            labels[step:end].copy_(classes.view(labels[step:end].shape))
+            images = torch.zeros((self.num_steps, self.batch_size, *shape), dtype=self.dtype, device=self.device)
+            labels = torch.zeros((self.num_steps, self.batch_size), dtype=self.labels.dtype, device=self.device)
+            self.epoch_buffer = images, labels
+        images, labels = self.epoch_buffer
+        chunk_steps = max(1, AUGMENT_CHUNK // self.batch_size)
+        if self.fused_augment is not None:  # compiled for one size
+            start_step, chunk_steps = 0, self.num_steps
+        for step in range(start_step, self.num_steps, chunk_steps):
+            end = min(step + chunk_steps, self.num_steps)
+            new_images, new_labels = self._make_batches(slice(step * self.batch_size, end * self.batch_size))
+            new_images = new_images.permute(0, 2, 3, 1) if self.channels_last else new_images
+            images[step:end].copy_(new_images.reshape(images[step:end].shape))
+            labels[step:end].copy_(new_labels.view(labels[step:end].shape))
 
 
 @functools.cache
-def _beside() -> ThreadPoolExecutor:
-    """A thread that makes batches while the others compute; one is enough for any network."""
+def _prefetch_pool() -> ThreadPoolExecutor:
+    """A thread that makes batches while others compute. One is enough for any network."""
     return ThreadPoolExecutor(1, "batches", initializer=lambda: torch.set_num_threads(1))
 
 
-def quiet() -> None:
-    """Wait until nothing is in the making: a capture does not bear another thread's calls to the GPU."""
-    _beside().submit(lambda: None).result()
+def wait_for_prefetch() -> None:
+    """Wait until the thread has nothing to do: a CUDA graph cannot be captured while another thread calls the GPU."""
+    _prefetch_pool().submit(lambda: None).result()
 
 
-def picked(images: Tensor, labels: Tensor, at: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
-    """Batch `at` (1,) of a stored epoch, as a network takes it."""
-    chosen = images.index_select(0, at)[0]
-    return chosen.permute(0, 3, 1, 2) if channels_last else chosen, labels.index_select(0, at)[0]
+def select_batch(images: Tensor, labels: Tensor, step_index: Tensor, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Batch `step_index` (1,) of a stored epoch, as a network takes it."""
+    batch = images.index_select(0, step_index)[0]
+    return batch.permute(0, 3, 1, 2) if channels_last else batch, labels.index_select(0, step_index)[0]
 
 
 def copy_to_device(target: Tensor, source: Tensor) -> None:
-    """Copy a CPU tensor in place. From pinned memory a copy to a GPU waits for nothing."""
+    """Copy a CPU tensor in place. A copy from pinned memory to a GPU does not wait."""
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=target.is_cuda)
 
 
-def on_device(source: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, without waiting for it."""
+def move_to_device(source: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device, without waiting for that."""
     return source.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else source.to(device)
 
 
-def seed_of(*parts: str | int) -> int:
-    """A 63-bit seed from names and numbers; near seeds give unrelated streams."""
+def derive_seed(*parts: str | int) -> int:
+    """A 63-bit seed from names and numbers. Neighbouring seeds give unrelated streams."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-class CIFAR10Custom(Dataset[tuple[Tensor, int]]):
-    """One image at a time, as the worksheets do it: flip, crop with padding, normalisation to [-1, 1].
-
-    Draws come from torch's global generator, which `DataLoader` seeds in each of its workers. With `train=False` images are
-    only normalised. `set_epoch` moves an alternating flip on.
-    """
-
-    def __init__(
-        self,
-        images: NDArray[np.uint8] | Tensor,
-        labels: NDArray[np.int64] | Tensor,
-        train: bool,
-        augment: Augment | None = None,
-    ) -> None:
-        self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels)
-        self.train, self.augment, self.current = train, augment or Augment(), 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.current = epoch
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, augment = self.images[index], self.augment
-        if self.train:
-            image = self._augmented(image, index)
-        scaled = image.float() / 255
-        if augment.normalize == "half":
-            scaled = (scaled - 0.5) / 0.5
-        else:
-            scaled = (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        return scaled, int(self.labels[index])
-
-    def _augmented(self, image: Tensor, index: int) -> Tensor:
-        augment, (_, height, width) = self.augment, image.shape
-        if augment.flip == "alternating":
-            mirrored = bool((first_side(torch.tensor(index), augment.seed) + self.current) & 1)
-        else:
-            mirrored = augment.flip == "random" and bool(torch.randint(2, ()))
-        if mirrored:
-            image = image.flip(2)
-        if augment.crop:
-            p = augment.crop
-            mode = "constant" if augment.crop_padding == "zero" else "reflect"
-            image = F.pad(image[None].float(), (p, p, p, p), mode=mode)[0]
-            top, left = torch.randint(2 * p + 1, (2,)).tolist()
-            image = image[:, top : top + height, left : left + width]
-        if augment.cutout:
-            row, column = (int(centre) - augment.cutout // 2 for centre in torch.randint(height, (2,)))
-            image = image.clone()
-            blank = (torch.tensor(MEAN) * 255).round().view(3, 1, 1)
-            image[:, max(row, 0) : max(row + augment.cutout, 0), max(column, 0) : max(column + augment.cutout, 0)] = blank
-        return image
-
-
-def dataloader(
-    images: NDArray[np.uint8] | Tensor,
-    labels: NDArray[np.int64] | Tensor,
-    *,
-    train: bool,
-    batch_size: int = 128,
-    augment: Augment | None = None,
-    seed: int = 0,
-    workers: int = 0,
-) -> DataLoader[tuple[Tensor, int]]:
-    """The worksheets' way to batches: torch's DataLoader over `CIFAR10Custom`. Training shuffles and drops a short batch."""
-    if workers < 0:
-        raise UserError(f"workers is {workers}; it is a number of processes, 0 for none")
-    return DataLoader(
-        CIFAR10Custom(images, labels, train, augment),
-        batch_size=batch_size,
-        shuffle=train,
-        drop_last=train,
-        num_workers=workers,
-        generator=torch.Generator().manual_seed(seed_of("dataloader", seed)),
-    )

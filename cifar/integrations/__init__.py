@@ -1,1 +1,1 @@
-"""cifar.integrations."""
+"""Connections to other services."""

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cifar.models.layers import Width
+from cifar.models.blocks import Width
 from cifar.registry import models
 
 WHITENED = 5000  # images the patches are taken from
@@ -35,14 +35,14 @@ class Scale(nn.Module):
         return x * self.factor
 
 
-def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
+def make_conv(inputs: int, outputs: int) -> nn.Conv2d:
     """As many filters as there are inputs start as the identity; the others as PyTorch's default."""
     conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     nn.init.dirac_(conv.weight.data[:inputs])
     return conv
 
 
-def norm(channels: int, momentum: float) -> nn.BatchNorm2d:
+def make_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
     layer = nn.BatchNorm2d(channels, eps=1e-12, momentum=momentum)
     layer.weight.requires_grad_(False)
     return layer
@@ -55,8 +55,8 @@ class Group(nn.Module):
         super().__init__()
         self.pool = nn.MaxPool2d(2)
         self.gelu = nn.GELU()
-        self.convs = nn.ModuleList(conv3x3(inputs if not i else outputs, outputs) for i in range(depth))
-        self.norms = nn.ModuleList(norm(outputs, momentum) for _ in range(depth))
+        self.convs = nn.ModuleList(make_conv(inputs if not i else outputs, outputs) for i in range(depth))
+        self.norms = nn.ModuleList(make_norm(outputs, momentum) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         last = len(self.convs) - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cifar.models.layers import Depth, Width, conv_norm, he_init_
+from cifar.models.blocks import Depth, Width, conv_norm, he_init_
 from cifar.registry import models
 
 
@@ -31,13 +31,13 @@ class ConvNet(nn.Module):
     def __init__(self, *, width: int, depth: int) -> None:
         super().__init__()
         self.stem = PooledConv(3, width)  # 32 -> 16
-        self.stage1 = self._stage(width, 2 * width, depth)  # 16 -> 8
-        self.stage2 = self._stage(2 * width, 4 * width, depth)  # 8 -> 4
+        self.stage1 = self._make_stage(width, 2 * width, depth)  # 16 -> 8
+        self.stage2 = self._make_stage(2 * width, 4 * width, depth)  # 8 -> 4
         self.head = nn.Linear(4 * width, 10)
         he_init_(self)
 
     @staticmethod
-    def _stage(inputs: int, outputs: int, depth: int) -> nn.Sequential:
+    def _make_stage(inputs: int, outputs: int, depth: int) -> nn.Sequential:
         return nn.Sequential(PooledConv(inputs, outputs), *(conv_norm(outputs, outputs) for _ in range(depth - 1)))
 
     def forward(self, x: Tensor) -> Tensor:

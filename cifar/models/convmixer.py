@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from cifar.errors import UserError
-from cifar.models.layers import Depth, Width
+from cifar.models.blocks import Depth, Width
 from cifar.registry import models
 
 

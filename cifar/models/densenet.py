@@ -13,10 +13,10 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from cifar.models.layers import Width, depth_rule, he_init_
+from cifar.models.blocks import Width, he_init_, make_depth_check
 from cifar.registry import models
 
-valid_depth = depth_rule("densenet_bc", 6, 4)
+valid_depth = make_depth_check("densenet_bc", 6, 4)
 
 
 def norm_conv(inputs: int, outputs: int, kernel: int) -> nn.Sequential:

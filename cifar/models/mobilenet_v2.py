@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cifar.models.layers import Dropout, Multiplier, conv_norm, he_init_
+from cifar.models.blocks import Dropout, Multiplier, conv_norm, he_init_
 from cifar.registry import models
 
 # expansion, channels, blocks, first stride: table 2 with CIFAR's strides
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
-def rounded(channels: float) -> int:
+def round_channels(channels: float) -> int:
     """The nearest multiple of 8, and never more than 10 % below."""
     near = max(8, int(channels + 4) // 8 * 8)
     return near + 8 if near < 0.9 * channels else near
@@ -39,12 +39,12 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     def __init__(self, *, width_multiplier: float, dropout: float) -> None:
         super().__init__()
-        channels = rounded(32 * width_multiplier)
-        last = rounded(1280 * max(1.0, width_multiplier))  # sec. 6.1: multipliers below one leave the last layer alone
+        channels = round_channels(32 * width_multiplier)
+        last = round_channels(1280 * max(1.0, width_multiplier))  # sec. 6.1: multipliers below one leave the last layer alone
         self.stem = conv_norm(3, channels, activation=nn.ReLU6)
         blocks: list[nn.Module] = []
         for expansion, base, count, first_stride in STAGES:
-            outputs = rounded(base * width_multiplier)
+            outputs = round_channels(base * width_multiplier)
             for block in range(count):
                 blocks.append(InvertedResidual(channels, outputs, 1 if block else first_stride, expansion))
                 channels = outputs

@@ -13,10 +13,10 @@ from typing import Annotated
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from cifar.models.layers import Width, depth_rule, he_init_
+from cifar.models.blocks import Width, he_init_, make_depth_check
 from cifar.registry import models
 
-valid_depth = depth_rule("preact_resnet", 8, 2)
+valid_depth = make_depth_check("preact_resnet", 8, 2)
 
 
 class PreActBlock(nn.Module):

@@ -15,11 +15,11 @@ from pydantic import AfterValidator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar.models.layers import Width, conv_norm, depth_rule, he_init_
+from cifar.models.blocks import Width, conv_norm, he_init_, make_depth_check
 from cifar.registry import models
 
 Shortcut = Literal["projection", "pad"]
-valid_depth = depth_rule("resnet", 6, 2)
+valid_depth = make_depth_check("resnet", 6, 2)
 
 
 class PadShortcut(nn.Module):

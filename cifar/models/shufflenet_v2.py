@@ -14,7 +14,7 @@ from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from cifar.errors import UserError
-from cifar.models.layers import conv_norm, he_init_
+from cifar.models.blocks import conv_norm, he_init_
 from cifar.registry import models
 
 BLOCKS = (4, 8, 4)

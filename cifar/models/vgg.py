@@ -13,7 +13,7 @@ from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from cifar.errors import UserError
-from cifar.models.layers import Dropout, Width, conv_norm, he_init_
+from cifar.models.blocks import Dropout, Width, conv_norm, he_init_
 from cifar.registry import models
 
 CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # per stage, table 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar.errors import UserError
-from cifar.models.layers import Depth
+from cifar.models.blocks import Depth
 from cifar.registry import models
 
 HEAD = 32  # channels of an attention head
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
-def positions(side: int, width: int) -> Tensor:
+def sincos_positions(side: int, width: int) -> Tensor:
     """Sine and cosine of both coordinates at width / 4 frequencies: (side * side, width)."""
     frequencies = 10000.0 ** -torch.linspace(0, 1, width // 4)
     angles = torch.arange(side)[:, None] * frequencies  # (side, width / 4)
@@ -80,7 +80,7 @@ class ViT(nn.Module):
     def __init__(self, *, width: int, depth: int, patch_size: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, valid_width(width), valid_patch(patch_size), patch_size)
-        self.register_buffer("positions", positions(32 // patch_size, width), persistent=False)
+        self.register_buffer("positions", sincos_positions(32 // patch_size, width), persistent=False)
         self.blocks = nn.Sequential(*(Encoder(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)

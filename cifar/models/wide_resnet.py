@@ -12,11 +12,11 @@ from typing import Annotated
 from pydantic import AfterValidator
 from torch import nn
 
-from cifar.models.layers import Dropout, Width, depth_rule
+from cifar.models.blocks import Dropout, Width, make_depth_check
 from cifar.models.preact_resnet import PreActResNet
 from cifar.registry import models
 
-valid_depth = depth_rule("wrn", 6, 4)
+valid_depth = make_depth_check("wrn", 6, 4)
 
 
 @models.register("wrn_16_4", depth=16, width=64)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from cifar.models.layers import Dropout, Width
+from cifar.models.blocks import Dropout, Width
 from cifar.registry import models
 
 
-def plain(blocks: Sequence[Sequence[int]], hidden: int, dropout: float = 0.0) -> nn.Sequential:
+def build_plain_network(blocks: Sequence[Sequence[int]], hidden: int, dropout: float = 0.0) -> nn.Sequential:
     """Blocks of 3x3 convolutions with ReLU, each block closed by 2x2 max-pooling, then two linear layers."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     channels, size, index = 3, 32, 0
@@ -38,10 +38,10 @@ def plain(blocks: Sequence[Sequence[int]], hidden: int, dropout: float = 0.0) ->
 @models.register("worksheet1")
 def worksheet1(*, width: Width = 32) -> nn.Module:
     """Worksheet 1: two convolutions (width, 2 width) and two linear layers (8 width, 10)."""
-    return plain([[width], [2 * width]], hidden=8 * width)
+    return build_plain_network([[width], [2 * width]], hidden=8 * width)
 
 
 @models.register("worksheet2")
 def worksheet2(*, width: Width = 64, dropout: Dropout = 0.0) -> nn.Module:
     """Worksheet 2: three blocks of two convolutions (width, 2 width, 4 width) and two linear layers (32 width, 10)."""
-    return plain([[width] * 2, [2 * width] * 2, [4 * width] * 2], hidden=32 * width, dropout=dropout)
+    return build_plain_network([[width] * 2, [2 * width] * 2, [4 * width] * 2], hidden=32 * width, dropout=dropout)

@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024): momentum, made orthogonal, for the hidden filters; SGD-Nesterov for everything else.
+"""Muon (Jordan et al. 2024): orthogonalized momentum for the hidden filters, SGD with Nesterov momentum for all else.
 
-A filter (out, in, k, k) is the matrix (out, in * k * k). Its update has singular values near 1, so `lr` is a step relative
-to weights whose norm `normalize_weights` keeps at sqrt(out).
+A filter (out, in, k, k) is treated as the matrix (out, in * k * k). Its update has singular values near 1. `lr` is therefore
+relative to the weights, whose norm `normalize_weights` keeps at sqrt(out).
 
 The settings of cifar10-airbench's 94 % network (github.com/KellerJordan/cifar10-airbench: batch 2000, 8 epochs, all lr linear
 to zero) assume a loss that is summed over the batch; here it is the mean, so its SGD rates are multiplied by 2000:
@@ -9,7 +9,7 @@ to zero) assume a loss that is summed over the batch; here it is the mean, so it
     lr: 0.24, momentum: 0.6, ns_steps: 3          # orthogonal updates do not depend on the loss's scale
     bias_lr: 106.0, head_lr: 1340.0               # 0.053 * 2000 and 0.67 * 2000
     aux_momentum: 0.85
-    aux_weight_decay: 0.004                       # 2e-6 * 2000: of a weight, a step, at full lr; the same for every lr
+    aux_weight_decay: 0.004                       # 2e-6 * 2000: the fraction of a weight that one step at full lr takes
     decay_norm_and_bias: true
     whiten_until: 0.375                           # the whitening bias learns for the first 3 of 8 epochs
     schedule: linear
@@ -28,13 +28,17 @@ from cifar.optim import Group, Momentum, Optimizer, Parameters, Rate, Share
 from cifar.optim.sgd import sgd_group
 from cifar.registry import optimizers
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steepest at 0, so that small singular values reach 1 soonest
+QUINTIC = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # coefficients of Jordan et al. 2024: steep at 0, so that small singular values reach 1 quickly
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """(..., rows, columns) -> the same shape, every singular value brought near 1 by Newton-Schulz steps.
+    """Bring every singular value of matrices (..., rows, columns) near 1, by `steps` Newton-Schulz iterations.
 
-    bfloat16 on CUDA, where the products are tensor-core work and their rounding is far below the method's own spread.
+    Computes in bfloat16 on CUDA, where tensor cores do the products. Its rounding errors are far below the method's own.
     """
     a, b, c = QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -49,12 +53,12 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 
 def orthogonalize_all(tensors: list[Tensor], steps: int) -> list[Tensor]:
-    """The same for filters (out, ...) of many shapes: one batched product for all that flatten to the same matrix."""
-    same: dict[tuple[int, int], list[int]] = {}
+    """`orthogonalize` for filters (out, ...) of several shapes, batched over those that flatten to the same matrix shape."""
+    indices_by_shape: dict[tuple[int, int], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        same.setdefault((len(tensor), tensor[0].numel()), []).append(index)
+        indices_by_shape.setdefault((len(tensor), tensor[0].numel()), []).append(index)
     results = list(tensors)
-    for indices in same.values():
+    for indices in indices_by_shape.values():
         batch = orthogonalize(torch.stack([tensors[index].flatten(1) for index in indices]), steps)  # (n, out, in * k * k)
         for index, matrix in zip(indices, batch.unbind(), strict=True):
             results[index] = matrix.view(tensors[index].shape)
@@ -71,7 +75,7 @@ def muon_rule(
     ns_steps: int,
     normalize_weights: bool,
 ) -> None:
-    """hyper: lr, momentum and, where there is any, weight_decay (decoupled). State: velocity."""
+    """Update `params` in place. hyper: lr, momentum and, if not zero, weight_decay (decoupled). state: velocity."""
     update = velocity = state["velocity"]
     torch._foreach_mul_(velocity, hyper["momentum"])
     torch._foreach_add_(velocity, grads)
@@ -107,23 +111,24 @@ def muon(
 ) -> Optimizer:
     """Muon for hidden filters; SGD-Nesterov with head_lr for stem and head, with bias_lr for norms and biases.
 
-    weight_decay is the filters', decoupled; aux_weight_decay is what one step at full lr takes from the others' weights.
+    weight_decay is decoupled, for the filters. aux_weight_decay is the fraction of the other weights that one step takes.
     """
-    filters = parameters.named(["hidden"])
-    ends, whiten = parameters.named(["stem", "head"]), parameters.named(["whiten_bias"])
-    rest = {name: p for name, p in parameters.tensors.items() if name not in filters | ends | whiten}
+    filters = parameters.with_roles(["hidden"])
+    ends, whiten = parameters.with_roles(["stem", "head"]), parameters.with_roles(["whiten_bias"])
+    remaining = {name: p for name, p in parameters.tensors.items() if name not in filters | ends | whiten}
     hyper = {"lr": lr, "momentum": momentum} | ({"weight_decay": weight_decay} if weight_decay else {})
     rule = functools.partial(muon_rule, nesterov=nesterov, ns_steps=ns_steps, normalize_weights=normalize_weights)
 
-    def aux(tensors: dict[str, Tensor], rate: float, decays: bool, until: float = 1.0) -> Group:
-        decay = aux_weight_decay / rate if decays and rate else 0.0
-        return sgd_group(tensors, lr=rate, momentum=aux_momentum, nesterov=True, weight_decay=decay, until=until)
+    def build_aux_group(tensors: dict[str, Tensor], lr: float, decays: bool, freeze_after: float = 1.0) -> Group:
+        decay = aux_weight_decay / lr if decays and lr else 0.0
+        momentum = aux_momentum
+        return sgd_group(tensors, lr=lr, momentum=momentum, nesterov=True, weight_decay=decay, freeze_after=freeze_after)
 
     return Optimizer(
         [
             Group(list(filters), list(filters.values()), rule, hyper, ("velocity",)),
-            aux(ends, head_lr, True),
-            aux(rest, bias_lr, decay_norm_and_bias),
-            aux(whiten, bias_lr, decay_norm_and_bias, whiten_until),
+            build_aux_group(ends, head_lr, True),
+            build_aux_group(remaining, bias_lr, decay_norm_and_bias),
+            build_aux_group(whiten, bias_lr, decay_norm_and_bias, whiten_until),
         ]
     )

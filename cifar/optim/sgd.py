@@ -11,19 +11,22 @@ from cifar.optim import Group, Momentum, Optimizer, Parameters, Rate
 from cifar.registry import optimizers
 
 
-def decayed_gradients(params: list[Tensor], grads: list[Tensor], weight_decay: Tensor) -> list[Tensor]:
-    """gradient + weight_decay * weight, in new tensors: probes and clipping may still want the gradients."""
+def add_weight_decay(params: list[Tensor], grads: list[Tensor], weight_decay: Tensor) -> list[Tensor]:
+    """gradient + weight_decay * weight, in new tensors: probes and clipping may still need the gradients."""
     decayed = list(torch._foreach_mul(params, weight_decay))
     torch._foreach_add_(decayed, grads)
     return decayed
 
 
+decayed_gradients = add_weight_decay  # old name, for plug-ins
+
+
 def sgd_rule(
     params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], hyper: dict[str, Tensor], *, nesterov: bool
 ) -> None:
-    """hyper: lr, momentum and, where the group decays, weight_decay. State: velocity."""
+    """Update `params` in place. hyper: lr, momentum and, where the group decays, weight_decay. state: velocity."""
     if "weight_decay" in hyper:
-        grads = decayed_gradients(params, grads, hyper["weight_decay"])
+        grads = add_weight_decay(params, grads, hyper["weight_decay"])
     velocity = state["velocity"]
     torch._foreach_mul_(velocity, hyper["momentum"])
     torch._foreach_add_(velocity, grads)
@@ -37,12 +40,19 @@ def sgd_rule(
 
 
 def sgd_group(
-    tensors: dict[str, Tensor], *, lr: float, momentum: float, nesterov: bool, weight_decay: float, until: float = 1.0
+    tensors: dict[str, Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    freeze_after: float = 1.0,
+    until: float | None = None,
 ) -> Group:
-    """One group of the rule; a decay of 0 costs nothing."""
+    """A group with `sgd_rule`. A weight decay of 0 costs nothing. `until` is the old name of `freeze_after`, for plug-ins."""
     hyper = {"lr": lr, "momentum": momentum} | ({"weight_decay": weight_decay} if weight_decay else {})
     rule = functools.partial(sgd_rule, nesterov=nesterov)
-    return Group(list(tensors), list(tensors.values()), rule, hyper, ("velocity",), until)
+    return Group(list(tensors), list(tensors.values()), rule, hyper, ("velocity",), freeze_after, until=until)
 
 
 @optimizers.register("sgd")
@@ -56,7 +66,7 @@ def sgd(
     decay_norm_and_bias: bool = False,
 ) -> Optimizer:
     """SGD with (Nesterov) momentum; coupled weight decay."""
-    decayed, others = parameters.halves(decay_norm_and_bias)
+    decayed, others = parameters.split_by_decay(decay_norm_and_bias)
     return Optimizer(
         sgd_group(tensors, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay)
         for tensors, decay in ((decayed, weight_decay), (others, 0.0))

@@ -1,4 +1,4 @@
-"""How much gradient reaches each layer: what a network that does not learn is asked first."""
+"""How much gradient reaches each layer: the first thing to look at when a network does not learn."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cifar.probes import gradients, weight_layers
+from cifar.probes import collect_gradients, weight_layers
 from cifar.registry import probes
 
 
-def flow(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, largest and root of the sum of squares of |gradient|, each (layers,)."""
-    mean = [grad.abs().mean() for grad in grads]  # not norm(1) / size, which sums a million floats one after the other
+def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of |gradient|, maximum of |gradient| and Euclidean norm, each (layers,)."""
+    mean = [grad.abs().mean() for grad in grads]  # norm(1) / size would add a million floats one after the other
     largest, norm = [grad.abs().amax() for grad in grads], [torch.linalg.vector_norm(grad) for grad in grads]
     return torch.stack(mean), torch.stack(largest), torch.stack(norm)
+
+
+flow = gradient_statistics  # old name, for plug-ins
 
 
 @probes.register("gradient_flow")
@@ -32,10 +35,10 @@ class GradientFlow:
 
     def start(self, parameters: Mapping[str, Tensor]) -> None:
         layers = weight_layers(parameters)
-        self.layers, self.names, self.by = list(layers), list(layers.values()), flow
+        self.layers, self.names, self.compute = list(layers), list(layers.values()), gradient_statistics
 
     def after_backward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.names:
             return {}
-        mean, largest, norm = self.by(gradients(parameters, self.names))
+        mean, largest, norm = self.compute(collect_gradients(parameters, self.names))
         return {"gradient_mean": mean, "gradient_max": largest, "gradient_norm": norm}

@@ -1,4 +1,4 @@
-"""How far a step moves each layer, relative to the layer: about 1e-3 in a network that learns well."""
+"""How large a step is relative to each layer's weight: about 1e-3 in a network that learns well."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from cifar.probes import weight_layers
 from cifar.registry import probes
 
 
-def moved(weights: list[Tensor], before: list[Tensor]) -> Tensor:
-    """Norm of the change over the norm before it, (layers,)."""
+def update_ratios(weights: list[Tensor], before: list[Tensor]) -> Tensor:
+    """Norm of each weight's change over the norm of the weight before the step, (layers,)."""
     change = [torch.linalg.vector_norm(weight - old) for weight, old in zip(weights, before, strict=True)]
     return torch.stack(change) / torch.stack([torch.linalg.vector_norm(old) for old in before]).clamp_min(1e-12)
+
+
+moved = update_ratios  # old name, for plug-ins
 
 
 @probes.register("weight_updates")
@@ -26,14 +29,14 @@ class WeightUpdates:
 
     def start(self, parameters: Mapping[str, Tensor]) -> None:
         layers = weight_layers(parameters)
-        self.layers, self.names, self.by = list(layers), list(layers.values()), moved
+        self.layers, self.names, self.compute = list(layers), list(layers.values()), update_ratios
         self.before: list[Tensor] = []
 
     def before_update(self, parameters: Mapping[str, Tensor]) -> None:
         self.before = [parameters[name].detach().clone() for name in self.names]
 
     def after_update(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        before, self.before = self.before, []  # freed at once: a second copy of the weights lives for one step only
+        before, self.before = self.before, []  # freed at once: the copy of the weights lives for one step only
         if not before:
             return {}
-        return {"update_ratio": self.by([parameters[name].detach() for name in self.names], before)}
+        return {"update_ratio": self.compute([parameters[name].detach() for name in self.names], before)}

@@ -1,4 +1,4 @@
-"""One page that holds everything: no file beside it, nothing from the network, and nothing of a record unescaped."""
+"""The report's HTML page. It needs no other file and no network, and every text of a run is escaped."""
 
 from __future__ import annotations
 
@@ -11,21 +11,30 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from cifar.report.aggregate import Comparison, Point, settings
-from cifar.report.load import Apart, Run, count, macs_text, seconds_text, show
+from cifar.report.aggregate import Comparison, describe_settings
+from cifar.report.formatting import (
+    format_macs,
+    format_mega_macs,
+    format_mega_params,
+    format_percent,
+    format_value,
+    pluralize,
+)
+from cifar.report.load import ExcludedRun, Run
+from cifar.system.durations import format_duration
 
 
 @dataclass(frozen=True)
 class Section:
-    """A figure on the page: its title, how to read it, and an <svg> element, which is trusted."""
+    """A figure on the page: its title, how to read it, and an <svg> element, which is inserted as it is."""
 
     title: str
     caption: str
     svg: str
 
 
-UNTESTED = "No run has a test accuracy; `python -m cifar train ... test=final` makes one."
-MOST_BIASED = 5  # points named in the sentences; the table marks all
+NO_TEST_SCORES = "No run has a test accuracy; `python -m cifar train ... test=final` makes one."
+MAX_BIASED_LISTED = 5  # points that the sentences name; the table marks all of them
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --page: #f6f7f9; --ink: #1f2a37; --muted: #6b7785; --line: #e3e7ec;
@@ -96,14 +105,14 @@ for (const button of document.querySelectorAll('th button')) button.addEventList
 """
 
 
-def page(
-    comparison: Comparison, sections: Sequence[Section], *, question: str, notes: Sequence[str], made: Mapping[str, str]
+def render_page(
+    comparison: Comparison, sections: Sequence[Section], *, question: str, notes: Sequence[str], provenance: Mapping[str, str]
 ) -> str:
-    """The HTML. `notes` are the report's sentences, the first of them the answer; `made` says how it came about."""
+    """The whole page. `notes`: the report's sentences, the answer first. `provenance`: how it was made, name -> text."""
     banner = f'<div class="banner" role="alert">{escape(comparison.banner)}</div>' if comparison.banner else ""
     title = " – ".join(part for part in (comparison.banner, comparison.title) if part)
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    # the policy is a second wall behind the escaping: no script but ours runs, and nothing is fetched
+    # The policy protects even if a text was not escaped: the browser runs no script but ours and fetches nothing.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
     first, rest = sections[:1], sections[1:]
     parts = [
@@ -114,44 +123,49 @@ def page(
         f"<h1>{escape(comparison.title)}</h1>",
         f'<p class="lead">{escape(comparison.subtitle.removeprefix(comparison.title + " · "))}</p>',
         f'<p class="question">{escape(question)}</p>' if question else "",
-        _answer(notes),
-        *map(_figure, first),
-        _points(comparison) if comparison.points else "",
-        *map(_figure, rest),
-        _apart(comparison.apart) if comparison.apart else "",
-        f"<section><h2>How it was made</h2><dl>{''.join(_pair(k, v) for k, v in made.items())}</dl></section>",
+        _render_answer(notes),
+        *map(_render_figure, first),
+        _render_points(comparison) if comparison.points else "",
+        *map(_render_figure, rest),
+        _render_excluded(comparison.excluded) if comparison.excluded else "",
+        f"<section><h2>How it was made</h2><dl>{''.join(_render_fact(k, v) for k, v in provenance.items())}</dl></section>",
         f"</main><script>{SCRIPT}</script></body></html>\n",
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _answer(notes: Sequence[str]) -> str:
+def _render_answer(notes: Sequence[str]) -> str:
     if not notes:
         return ""
     rest = "".join(f"<p>{escape(note)}</p>" for note in notes[1:])
     return f'<div class="answer"><p><strong>{escape(notes[0])}</strong></p>{rest}</div>'
 
 
-def _figure(section: Section) -> str:
+def _render_figure(section: Section) -> str:
     caption = f'<p class="caption">{escape(section.caption)}</p>' if section.caption else ""
     return f"<section><h2>{escape(section.title)}</h2>{section.svg}{caption}</section>"
 
 
-def _points(comparison: Comparison) -> str:
-    keys = [key for key in comparison.keys if key != "model"]
-    numbers = ["MMACs", "params, M", f"{comparison.split} accuracy, %", "± 95 %", "n", "seconds a run"]
-    head = _head([("network", False), *((key, False) for key in keys), *((name, True) for name in numbers), ("", False)])
+def _render_points(comparison: Comparison) -> str:
+    keys = [key for key in comparison.distinguishing_keys if key != "model"]
+    numbers = ["MMACs", "params, M", f"{comparison.split} accuracy, %", "± 95 %", "n", "time a run"]
+    head = _render_header_row(
+        [("network", False), *((key, False) for key in keys), *((name, True) for name in numbers), ("", False)]
+    )
     body = []
     for point in comparison.points:
-        cells = [_cell(_shown_model(point)), *(_cell(show(point.values.get(k)), _number(point.values.get(k))) for k in keys)]
+        cells = [
+            _render_cell(point.network_name),
+            *(_render_cell(format_value(point.values.get(k)), _number_or_none(point.values.get(k))) for k in keys),
+        ]
         cells += [
-            _cell(f"{point.macs / 1e6:,.4g}", point.macs),
-            _cell(f"{point.params / 1e6:.3g}", point.params),
-            _cell(f"{100 * point.mean:.1f}", point.mean),
-            _cell("–" if point.half is None else f"{100 * point.half:.1f}", -1 if point.half is None else point.half),
-            _cell(point.n_text, point.n),
-            _cell(seconds_text(point.seconds), -1 if point.seconds is None else point.seconds),
-            _cell("front" if point.on_front else ""),
+            _render_cell(format_mega_macs(point.macs), point.macs),
+            _render_cell(format_mega_params(point.params), point.params),
+            _render_cell(format_percent(point.mean), point.mean),
+            _render_cell(format_percent(point.ci_half_width), -1 if point.ci_half_width is None else point.ci_half_width),
+            _render_cell(point.num_seeds_text, point.num_seeds),
+            _render_cell(format_duration(point.seconds), -1 if point.seconds is None else point.seconds),
+            _render_cell("front" if point.on_front else ""),
         ]
         body.append(f'<tr class="{"front" if point.on_front else "dominated"}">{"".join(cells)}</tr>')
     title = " – ".join(part for part in (comparison.banner, "All points") if part)
@@ -160,114 +174,112 @@ def _points(comparison: Comparison) -> str:
         "Accuracy of the last epoch, mean over n seeds. A click on a heading sorts. "
         "Grey: another point has at least this accuracy for at most these multiply-adds."
     )
-    if any(point.lost for point in comparison.points):
+    if any(point.num_lost for point in comparison.points):
         note += " n = 1 of 3: two more seeds came to an end without a result, and are not in the mean."
     return f'<section><h2>{escape(title)}</h2>{table}<p class="caption">{note}</p></section>'
 
 
-def _shown_model(point: Point) -> str:
-    return point.model + (f" ({point.views} views)" if point.views > 1 else "")
-
-
-def _apart(apart: Iterable[Apart]) -> str:
+def _render_excluded(excluded: Iterable[ExcludedRun]) -> str:
     rows = "".join(
-        f"<tr>{_cell(run.name)}{_cell(run.id if run.id != run.name else '')}{_cell(run.kind)}{_cell(run.reason)}</tr>"
-        for run in apart
+        f"<tr>{''.join(map(_render_cell, (run.name, run.id if run.id != run.name else '', run.kind, run.reason)))}</tr>"
+        for run in excluded
     )
-    head = _head([("run", False), ("id", False), ("state", False), ("why", False)])
+    head = _render_header_row([("run", False), ("id", False), ("state", False), ("why", False)])
     return (
         "<section><h2>What stands apart</h2><p class='caption'>Not in the figures and never the best.</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>'
     )
 
 
-def _head(columns: Iterable[tuple[str, bool]]) -> str:
+def _render_header_row(columns: Iterable[tuple[str, bool]]) -> str:
     return "".join(
         f"<th{' class=number' if number else ''}>{f'<button>{escape(name)}</button>' if name else ''}</th>"
         for name, number in columns
     )
 
 
-def _cell(text: str, value: float | None = None) -> str:
+def _render_cell(text: str, value: float | None = None) -> str:
     return f"<td>{escape(text)}</td>" if value is None else f'<td class="number" data-value="{value!r}">{escape(text)}</td>'
 
 
-def _number(value: Any) -> float | None:
+def _number_or_none(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _pair(name: str, value: str) -> str:
+def _render_fact(name: str, value: str) -> str:
     return f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(value)}</code>' if name == 'command' else escape(value)}</dd>"
 
 
-def provenance(comparison: Comparison, runs: Iterable[Run], command: str) -> dict[str, str]:
-    """How the report was made, from the configurations and the environments that the runs recorded."""
+def describe_provenance(comparison: Comparison, runs: Iterable[Run], command: str) -> dict[str, str]:
+    """How the report was made: name -> text. The facts come from the configurations and environments of the runs."""
     runs = list(comparison.runs or runs)
 
-    def distinct(*keys: str) -> str:
+    def list_distinct(*keys: str) -> str:
         found: dict[str, int] = {}
         for run in runs:
             value: Any = run.environment
             for key in keys:
                 value = value.get(key) if isinstance(value, Mapping) else None
             if value not in (None, "", {}):
-                found[show(value)] = found.get(show(value), 0) + 1
-        texts = [text if len(found) == 1 else f"{text} ({count(n, 'run')})" for text, n in found.items()]
+                found[format_value(value)] = found.get(format_value(value), 0) + 1
+        texts = [text if len(found) == 1 else f"{text} ({pluralize(n, 'run')})" for text, n in found.items()]
         return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
 
     torch, python, commit, data = (
-        distinct("versions", "torch"),
-        distinct("versions", "python"),
-        distinct("git", "commit"),
-        distinct("data_fingerprint"),
+        list_distinct("versions", "torch"),
+        list_distinct("versions", "python"),
+        list_distinct("git", "commit"),
+        list_distinct("data_fingerprint"),
     )
     seconds = sum(run.seconds or 0 for run in runs)
-    timed = count(sum(1 for run in runs if run.seconds), "run")
+    timed = pluralize(sum(1 for run in runs if run.seconds), "run")
     days = sorted({time.strftime("%Y-%m-%d", time.gmtime(run.created)) for run in runs if run.created})
     facts = {
         "command": command,
-        "held fixed" if len(comparison.points) > 1 else "settings": settings(comparison),
-        "differs as well": ", ".join(comparison.differing),
+        "held fixed" if len(comparison.points) > 1 else "settings": describe_settings(comparison),
+        "differs as well": ", ".join(comparison.differing_keys),
         "drawn": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "runs of": " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",
         "dataset": ", ".join(dict.fromkeys(run.banner or "CIFAR-10, the official files" for run in runs)),
         "data fingerprint": re.sub(r"\b([0-9a-f]{16})[0-9a-f]+", r"\1…", data),
-        "device": distinct("device"),
-        "threads": distinct("threads"),
+        "device": list_distinct("device"),
+        "threads": list_distinct("threads"),
         "versions": "; ".join(f"{name} {text}" for name, text in (("Python", python), ("torch", torch)) if text),
         "code": re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit)
-        + (", with local changes" if "true" in distinct("git", "dirty") else ""),
-        "training time": f"{seconds_text(seconds)} s over {timed}" if seconds else "",
+        + (", with local changes" if "true" in list_distinct("git", "dirty") else ""),
+        "training time": f"{format_duration(seconds)} over {timed}" if seconds else "",
     }
     return {name: text for name, text in facts.items() if text}
 
 
-def sentences(comparison: Comparison) -> list[str]:
-    """What the report says in words; the first sentence answers its question."""
+def write_sentences(comparison: Comparison) -> list[str]:
+    """The report in sentences. The first one says which point is the best."""
     best, budget = comparison.best, comparison.budget
-    limit = f" under {macs_text(budget)}" if budget else ""
+    under_budget = f" under {format_macs(budget)}" if budget else ""
     if best:
-        notes = [f"Best{limit}: {best.label}, {comparison.split} accuracy {best.accuracy_text} at {macs_text(best.macs)}."]
+        notes = [
+            f"Best{under_budget}: {best.label}, {comparison.split} accuracy {best.accuracy_text} at {format_macs(best.macs)}."
+        ]
     elif comparison.front and budget:
         cheapest = comparison.front[0]
         notes = [
-            f"No point needs at most {macs_text(budget)}; the cheapest is {cheapest.label} with {macs_text(cheapest.macs)}."
+            f"No point needs at most {format_macs(budget)}; the cheapest is {cheapest.label} with {format_macs(cheapest.macs)}."
         ]
     elif comparison.points:
         notes = ["No point has a single view of an image, and several views do not compare with one: nothing is the best."]
     else:
-        notes = ["No finished run to compare yet." if comparison.tested else UNTESTED]
-    xs = [point.macs for point in comparison.points if point.views == 1]
-    if len(xs) > 2 and (rho := comparison.correlation) is not None:
+        notes = ["No finished run to compare yet." if comparison.has_scores else NO_TEST_SCORES]
+    xs = [point.macs for point in comparison.points if point.num_views == 1]
+    if len(xs) > 2 and (rho := comparison.macs_rank_correlation) is not None:
         spread = f"over a factor {xs[-1] / xs[0]:.3g} in MACs" if xs[0] else ""
         notes.append(f"Rank correlation of MACs and accuracy: {rho:.2f} (Spearman, {len(xs)} points {spread}).")
-    if comparison.points and all(point.n == 1 for point in comparison.points):
+    if comparison.points and all(point.num_seeds == 1 for point in comparison.points):
         notes.append("One seed a point: differences of a point or so may be luck; repeat with seed: {values: [0, 1, 2]}.")
-    biased = [point for point in comparison.configurations if point.lost]
-    for point in biased[:MOST_BIASED]:
-        gone = f"{point.lost} of {count(point.n + point.lost, 'seed')} of {point.label} did not finish"
+    biased = [point for point in comparison.configurations if point.num_lost]
+    for point in biased[:MAX_BIASED_LISTED]:
+        gone = f"{point.num_lost} of {pluralize(point.num_seeds + point.num_lost, 'seed')} of {point.label} did not finish"
         notes.append(f"{gone}: its mean is over the rest and may be biased.")
-    if len(biased) > MOST_BIASED:
-        more = count(len(biased) - MOST_BIASED, "more point")
+    if len(biased) > MAX_BIASED_LISTED:
+        more = pluralize(len(biased) - MAX_BIASED_LISTED, "more point")
         notes.append(f"{more} also lost seeds: column n of the table says how many.")
     return notes

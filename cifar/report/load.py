@@ -1,4 +1,4 @@
-"""Run folders -> runs: sweeps, runs and folders by name, and what W&B has, read whole; a damaged one is named and left out."""
+"""Reads runs: names of sweeps, runs, folders or W&B projects -> `Run` objects. A damaged run is reported and left out."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
 
 from cifar.errors import UserError
-from cifar.tracking.run_dir import Record, all_records, find, read_json
+from cifar.report.formatting import pluralize
+from cifar.tracking.run_dir import RunDir, find_run_dir, list_run_dirs, read_json
 
-STAND_IN = "STAND-IN DATA, not CIFAR-10"
-UNOFFICIAL = "NOT THE OFFICIAL CIFAR-10 FILES"
-SPLITS = {"val": "validation", "test": "test"}
-LATER = {"keep": 1.0}  # settings that runs of earlier versions do not have, at what those did
+STAND_IN_BANNER = "STAND-IN DATA, not CIFAR-10"
+UNOFFICIAL_BANNER = "NOT THE OFFICIAL CIFAR-10 FILES"
+SPLIT_NAMES = {"val": "validation", "test": "test"}
+LEGACY_DEFAULTS = {"keep": 1.0}  # settings that runs of earlier versions lack, with the value that those versions used
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as its folder tells it. Accuracies are fractions; `macs` is per 3x32x32 image and one view."""
+    """One run, read from its folder. Accuracies are fractions; `macs` is for one view of one 3x32x32 image."""
 
     id: str
     name: str
@@ -41,7 +43,7 @@ class Run:
     reason: str
     epoch: int
     epochs: int
-    swept: tuple[str, ...]
+    swept_keys: tuple[str, ...]
     sweep: str
     cell: int | None
     created: float
@@ -53,13 +55,13 @@ class Run:
 
     @property
     def banner(self) -> str:
-        """What has to be said wherever this run appears; empty on the official CIFAR-10."""
-        return "" if self.dataset == "cifar10" and self.official else UNOFFICIAL if self.dataset == "cifar10" else STAND_IN
+        """A warning about the data that must stand wherever this run appears; "" for the official CIFAR-10."""
+        return find_banner(self.dataset, self.official)
 
     @property
     def subtitle(self) -> str:
         name = f"{self.name} ({self.id})" if self.name != self.id else self.id
-        return " · ".join([name, *cuts([self.config])])
+        return " · ".join([name, *training_caveats([self.config])])
 
     @property
     def model(self) -> str:
@@ -69,8 +71,8 @@ class Run:
     def seconds(self) -> float | None:
         return self.summary.get("seconds")
 
-    def accuracies(self, split: str) -> dict[int, float]:
-        """Of the last epoch, by the number of views of an image that were averaged. Validation has one view."""
+    def accuracies_by_views(self, split: str) -> dict[int, float]:
+        """Number of views of an image that were averaged -> accuracy of the last epoch. Validation uses one view."""
         if split == "val":
             last = self.rows[-1] if self.rows else {}
             found = {1: last.get("val/acc", self.summary.get("val/acc"))}
@@ -80,26 +82,55 @@ class Run:
         return {n: float(acc) for n, acc in found.items() if isinstance(acc, int | float) and math.isfinite(acc)}
 
     def accuracy(self, split: str) -> float | None:
-        """Of the last epoch, as the run was scored: with all of its views."""
-        found = self.accuracies(split)
-        return found[max(found)] if found else None
+        """The accuracy of the last epoch with the largest number of views; None if the run was not scored."""
+        by_views = self.accuracies_by_views(split)
+        return by_views[max(by_views)] if by_views else None
 
     @cached_property
-    def columns(self) -> set[str]:
-        """The keys of all rows."""
+    def metric_keys(self) -> set[str]:
+        """The keys of all rows of metrics.jsonl."""
         return set[str]().union(*self.rows)
 
-    def layers(self, metric: str) -> list[str]:
-        """Layers that have `metric`, in the network's order."""
-        present = {key.removeprefix(f"{metric}/") for key in self.columns if key.startswith(f"{metric}/")}
+    def layers_with(self, metric: str) -> list[str]:
+        """The layers that have `metric` in some row, in the network's order."""
+        present = {key.removeprefix(f"{metric}/") for key in self.metric_keys if key.startswith(f"{metric}/")}
         order = {name: i for i, name in enumerate(self.labels.get("layers", []))}
         first_seen = {key.removeprefix(f"{metric}/"): i for i, key in enumerate(self.rows[-1])} if self.rows else {}
         return sorted(present, key=lambda name: (order.get(name, len(order)), first_seen.get(name, 0)))
 
+    # Old names, for plug-ins.
+    accuracies, layers = accuracies_by_views, layers_with
+    columns, swept = property(attrgetter("metric_keys")), property(attrgetter("swept_keys"))
+
+
+def find_banner(dataset: str, official: bool) -> str:
+    """The warning about data other than the official CIFAR-10 files, "" for those."""
+    if dataset != "cifar10":
+        return STAND_IN_BANNER
+    return "" if official else UNOFFICIAL_BANNER
+
+
+def training_caveats(configs: Iterable[dict[str, Any]]) -> list[str]:
+    """What must stand beside the accuracies if epochs were not the whole training set: "512 training images only", ..."""
+    configs = list(configs)
+    sizes, steps = ({int(config.get(key) or 0) for config in configs} for key in ("train_size", "max_steps"))
+    kept_fractions = {float(config.get("keep") or 1) for config in configs}
+    caveats = []
+    if sizes - {0}:
+        caveats.append(
+            f"{pluralize(max(sizes), 'training image')} only" if len(sizes) == 1 else "training sets of different size"
+        )
+    if steps - {0}:
+        caveats.append(f"at most {pluralize(max(steps), 'step')} an epoch" if len(steps) == 1 else "some epochs cut short")
+    if kept_fractions - {1.0}:
+        hard_only = f"the hardest {100 * max(kept_fractions):.3g} % of the images an epoch"
+        caveats.append(hard_only if len(kept_fractions) == 1 else "some epochs of hard images only")
+    return caveats
+
 
 @dataclass(frozen=True)
-class Apart:
-    """A run that is not compared, and why."""
+class ExcludedRun:
+    """A run that is not compared with the others. `kind` is the reason in a word or two, `reason` in a sentence."""
 
     id: str
     name: str
@@ -108,35 +139,32 @@ class Apart:
 
 
 @dataclass(frozen=True)
-class Collection:
-    """What was asked for: runs, those that could not be read, and the sweep if it is exactly one."""
+class RunCollection:
+    """The runs that were asked for, those that could not be read, and the sweep if exactly one was asked for."""
 
     runs: tuple[Run, ...]
-    damaged: tuple[Apart, ...] = ()
+    damaged: tuple[ExcludedRun, ...] = ()
     sweep: str = ""
     title: str = "runs"
     question: str = ""
-    cells: int = 0  # trials that the sweep will have; 0: not known
-    place: str = ""  # entity/project[/sweep], where that is all that was asked for
+    num_cells: int = 0  # trials that the sweep will have; 0 if that is not known
+    wandb_name: str = ""  # entity/project[/sweep], if that is all that was asked for
 
     @property
-    def alone(self) -> bool:
-        """A single run, which is shown with figures of its own."""
+    def is_single_run(self) -> bool:
+        """Whether there is one run only. It is shown with the figures of a run."""
         return len(self.runs) == 1 and not self.sweep and not self.damaged
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def load(path: Path) -> Run:
-    """One run folder. Raises UserError that says what is damaged."""
-    record = Record(path)
+def load_run(path: Path) -> Run:
+    """Read one run folder. Raises UserError that says what is damaged."""
+    run_dir = RunDir(path)
     try:
-        run, config, status = map(record.read, ("run", "config", "status"))
+        run, config, status = map(run_dir.read_json, ("run", "config", "status"))
         if not run or not config:
             raise ValueError(f"{'config' if run else 'run'}.json is missing")
         cost = run.get("cost") or {}
-        rows = _rows(path / "metrics.jsonl")
+        rows = _read_rows(path / "metrics.jsonl")
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("metrics.jsonl holds a line that is no row")
         dataset = str(run.get("dataset") or config.get("dataset"))
@@ -144,7 +172,7 @@ def load(path: Path) -> Run:
             id=path.name,
             name=str(run.get("name") or path.name),
             path=path,
-            config={**LATER, **config, "dataset": dataset},
+            config={**LEGACY_DEFAULTS, **config, "dataset": dataset},
             macs=float(cost.get("macs", 0)),
             params=int(cost.get("params", 0)),
             verified=bool(cost.get("verified", False)) and float(cost.get("macs", 0)) > 0,
@@ -155,151 +183,150 @@ def load(path: Path) -> Run:
             reason=str(status.get("reason") or ""),
             epoch=int(status.get("epoch") or 0),
             epochs=int(status.get("epochs") or config.get("epochs") or 0),
-            swept=tuple(map(str, run.get("swept") or ())),
+            swept_keys=tuple(map(str, run.get("swept") or ())),
             sweep=str(run.get("sweep") or ""),
             cell=run.get("cell"),
             created=float(run.get("created") or 0),
             command=str(run.get("command") or ""),
             rows=rows,
-            summary=record.read("summary"),
-            labels=record.read("labels"),
-            environment=record.read("environment"),
+            summary=run_dir.read_json("summary"),
+            labels=run_dir.read_json("labels"),
+            environment=run_dir.read_json("environment"),
         )
     except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the run {path.name} is damaged and left out ({what}); delete {path} or restore it") from None
+        damage = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the run {path.name} is damaged and left out ({damage}); delete {path} or restore it") from None
 
 
-def _rows(file: Path) -> tuple[Any, ...]:
-    """The whole lines, as record.rows() has them, read in one go."""
+def _read_rows(file: Path) -> tuple[Any, ...]:
+    """The complete lines, as `RunDir.read_rows` yields them, read at once."""
     if not file.exists():
         return ()
-    lines = file.read_bytes().split(b"\n")[:-1]  # what follows the last newline is still being written
+    lines = file.read_bytes().split(b"\n")[:-1]  # the part after the last newline is still being written
     try:
-        return tuple(map(from_json, lines))  # in a quarter of json's time
-    except ValueError:  # it takes less than json, which also says better where a file is damaged
+        return tuple(map(from_json, lines))  # in a quarter of the time of the json module
+    except ValueError:  # json accepts more (NaN, say), and its errors say better where a file is damaged
         return tuple(json.loads(b"[" + b",".join(lines) + b"]"))
 
 
-def collect(names: Sequence[str], runs: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Collection:
-    """Sweeps, runs and folders by name, and places on W&B -> their runs. No name: the newest sweep, or else every run.
+def collect_runs(names: Sequence[str], runs: Path, progress: Callable[[int, int], None] | None = None) -> RunCollection:
+    """Read the runs of the named sweeps, runs, folders and W&B projects. No name: the newest sweep, or else every run.
 
-    A run that is in several of them counts once, by its id; the record on disk wins over what W&B has of it.
-    `progress` hears of (runs read, runs in all) while W&B is read.
+    A run (an id) that several names include counts once, and its folder on this machine wins over its copy on W&B.
+    `progress` is called with (runs read, runs in all) while runs are read from W&B.
     """
-    newest = "" if names else newest_sweep(runs)
-    paths: dict[Path, None] = {} if names or newest else dict.fromkeys(_run_folders(runs))  # in order, each once
+    newest = "" if names else find_newest_sweep(runs)
+    paths: dict[Path, None] = {} if names or newest else dict.fromkeys(_list_run_folders(runs))  # an ordered set
     remote: dict[Path, None] = {}
-    sweeps, damaged, pulled = [], [], None
-    for asked in [newest] if newest else names:
-        name = sweep_of(asked, runs) or asked
+    sweeps, damaged, download = [], [], None
+    for given in [newest] if newest else names:
+        name = find_sweep_id(given, runs) or given
         folder = Path(name)
         if _is_sweep(name, runs):
             home = folder.resolve().parent.parent if folder.name != name else runs
             sweeps.append((folder.name, home))
-            paths.update(dict.fromkeys(_of_sweep(folder.name, home)))
-        elif not (folder / "run.json").exists() and (inside := _run_folders(folder)):
+            paths.update(dict.fromkeys(_list_sweep_folders(folder.name, home)))
+        elif not (folder / "run.json").exists() and (inside := _list_run_folders(folder)):
             paths.update(dict.fromkeys(inside))
-        elif wandb_files := _wandb_files(folder):
+        elif wandb_files := _find_wandb_files(folder):
             from cifar.integrations.wandb import offline
 
-            read, bad = offline.unpack(wandb_files)
-            remote.update(dict.fromkeys(read))
-            damaged += [Apart(run_id, called, "damaged", reason) for run_id, called, reason in bad]
-        elif not folder.exists() and (place := _place(name)):
-            from cifar.integrations.wandb import download as wandb_runs
+            folders, failed = offline.unpack_runs(wandb_files)
+            remote.update(dict.fromkeys(folders))
+            damaged += [ExcludedRun(run_id, run_name, "damaged", reason) for run_id, run_name, reason in failed]
+        elif not folder.exists() and (wandb_path := _parse_wandb_name(name)):
+            from cifar.integrations.wandb.download import download_runs
 
-            pulled = wandb_runs.pull(place, progress)
-            remote.update(dict.fromkeys(pulled.folders))
-            damaged += [Apart(run_id, called, "damaged", reason) for run_id, called, reason in pulled.damaged]
+            download = download_runs(wandb_path, progress)
+            remote.update(dict.fromkeys(download.folders))
+            damaged += [ExcludedRun(run_id, run_name, "damaged", reason) for run_id, run_name, reason in download.damaged]
         else:
-            paths[find(name, runs).path] = None
-    if not (paths or remote or sweeps or damaged or pulled):
-        raise UserError(
-            f"no runs in {runs}; `python -m cifar sweep sweeps/quickstart.yaml` makes some, --runs-dir names a place"
-        )
+            paths[find_run_dir(name, runs).path] = None
+    if not (paths or remote or sweeps or damaged or download):
+        raise UserError(f"no runs in {runs}; `python -m cifar sweep quickstart` makes some, --runs-dir names a place")
     found: dict[str, Run] = {}
     for path in [*paths, *remote]:
         if path.name in found:
             continue
         try:
-            found[path.name] = load(path)
+            found[path.name] = load_run(path)
         except UserError as error:
-            damaged.append(Apart(path.name, path.name, "damaged", str(error)))
+            damaged.append(ExcludedRun(path.name, path.name, "damaged", str(error)))
     loaded = tuple(found.values())
-    apart = tuple(run for run in damaged if run.id not in found)
+    excluded = tuple(run for run in damaged if run.id not in found)
     if len(sweeps) == 1 and len(names) < 2:
-        title, question, cells = _describe(*sweeps[0])
-        return Collection(loaded, apart, sweeps[0][0], title, question, cells)
-    if pulled and len(names) == 1:
-        return Collection(loaded, apart, "", pulled.title, pulled.question, pulled.cells, names[0])
-    if len(loaded) == 1 and not apart:
+        title, question, num_cells = _describe_sweep(*sweeps[0])
+        return RunCollection(loaded, excluded, sweeps[0][0], title, question, num_cells)
+    if download and len(names) == 1:
+        return RunCollection(loaded, excluded, "", download.title, download.question, download.num_cells, names[0])
+    if len(loaded) == 1 and not excluded:
         title = loaded[0].name
     else:
         title = ", ".join([*names[:3], "…"] if len(names) > 3 else names) or f"all runs in {runs.name}"
-    return Collection(loaded, apart, title=title)
+    return RunCollection(loaded, excluded, title=title)
 
 
-def _place(name: str) -> Any:
-    """The place on W&B that `name` names, or None."""
+def _parse_wandb_name(name: str) -> Any:
+    """The W&B project, sweep or run (`WandbPath`) that `name` may mean, or None."""
     if "/" not in name:
         return None
-    from cifar.integrations.wandb.download import place_of
+    from cifar.integrations.wandb.paths import parse_wandb_path
 
-    return place_of(name)
+    return parse_wandb_path(name)
 
 
-def _wandb_files(path: Path) -> list[Path]:
-    """The .wandb files that `path` is or holds: of an offline run's folder, or of a folder of such."""
+def _find_wandb_files(path: Path) -> list[Path]:
+    """The .wandb files at `path`: a file, an offline run's folder, or a folder of such folders."""
     if path.suffix == ".wandb" and path.is_file():
         return [path]
     patterns = ("*.wandb", "*run-*/*.wandb", "wandb/*run-*/*.wandb")
     return next((found for pattern in patterns if (found := sorted(path.glob(pattern)))), []) if path.is_dir() else []
 
 
-def _run_folders(folder: Path) -> list[Path]:
-    whole = [record.path for record in all_records(folder)]
-    known = set(whole)
-    return whole + sorted({p.parent for p in folder.glob("*/config.json")} - known)  # run.json lost: named as damaged
+def _list_run_folders(folder: Path) -> list[Path]:
+    intact = [run_dir.path for run_dir in list_run_dirs(folder)]
+    damaged = {path.parent for path in folder.glob("*/config.json")} - set(intact)  # without run.json; reported as damaged
+    return intact + sorted(damaged)
 
 
 def _is_sweep(name: str, runs: Path) -> bool:
     path = Path(name)
-    if path.name != name:  # a path: of a sweep's folder, or of anything else
+    if path.name != name:  # a path, perhaps of a sweep's folder
         return path.parent.name == "sweeps" and path.is_dir()
-    return bool(name) and ((runs / "sweeps" / name).is_dir() or any(_of_sweep(name, runs)))
+    return bool(name) and ((runs / "sweeps" / name).is_dir() or any(_list_sweep_folders(name, runs)))
 
 
-def _of_sweep(sweep: str, runs: Path) -> list[Path]:
-    chosen = []
-    for path in _run_folders(runs):
+def _list_sweep_folders(sweep: str, runs: Path) -> list[Path]:
+    """The folders of the runs of this sweep."""
+    folders = []
+    for path in _list_run_folders(runs):
         try:
-            of = str(json.loads((path / "run.json").read_text()).get("sweep") or "")
+            sweep_of_run = str(json.loads((path / "run.json").read_text()).get("sweep") or "")
         except (OSError, ValueError, AttributeError):
-            of = path.name.rpartition("-")[0]  # SWEEP-CELL: the folder's name still tells
-        if of == sweep:
-            chosen.append(path)
-    return sorted(chosen)
+            sweep_of_run = path.name.rpartition("-")[0]  # the folder's name is SWEEP-CELL
+        if sweep_of_run == sweep:
+            folders.append(path)
+    return sorted(folders)
 
 
-def sweep_of(name: str, runs: Path) -> str:
-    """The id of the sweep that `name` means, as `agent` reads it: its name, or the start of its id. "" if it means none."""
+def find_sweep_id(name: str, runs: Path) -> str:
+    """The id of the sweep with this name or this start of its id, by the same rules as `agent`. "" if there is none."""
     known = sorted(path.name for path in (runs / "sweeps").glob("*/"))
-    if not name or Path(name).name != name or name in known or (runs / name).exists() or _run_folders(Path(name)):
-        return ""  # an id, a run, or a folder: read as such
-    named = [sweep for sweep in known if _info(sweep, runs).get("name") == name]
-    fits = named or [sweep for sweep in known if sweep.startswith(name)]
-    if len(fits) > 1:
-        raise UserError(f"'{name}' fits {count(len(fits), 'sweep')} ({', '.join(fits[:6])}); give the id")
-    runs_too = [path.name for path in runs.glob("*/") if path.name.startswith(name)] if fits and not named else []
-    if others := [run for run in runs_too if run != "sweeps" and not run.startswith(f"{fits[0]}-")]:
-        raise UserError(f"'{name}' fits the sweep {fits[0]} and the run {others[0]}; give more of the id")
-    return fits[0] if fits else ""
+    if not name or Path(name).name != name or name in known or (runs / name).exists() or _list_run_folders(Path(name)):
+        return ""  # an id, a run or a folder
+    named = [sweep for sweep in known if _read_sweep_info(sweep, runs).get("name") == name]
+    matches = named or [sweep for sweep in known if sweep.startswith(name)]
+    if len(matches) > 1:
+        raise UserError(f"'{name}' fits {pluralize(len(matches), 'sweep')} ({', '.join(matches[:6])}); give the id")
+    run_ids = [path.name for path in runs.glob("*/") if path.name.startswith(name)] if matches and not named else []
+    if others := [run_id for run_id in run_ids if run_id != "sweeps" and not run_id.startswith(f"{matches[0]}-")]:
+        raise UserError(f"'{name}' fits the sweep {matches[0]} and the run {others[0]}; give more of the id")
+    return matches[0] if matches else ""
 
 
-def _info(sweep: str, runs: Path) -> dict[str, Any]:
-    """A sweep's sweep.json and, over it, the name that its file gives; what is damaged counts as not said."""
-    from cifar.config.resolve import parse_yaml
+def _read_sweep_info(sweep: str, runs: Path) -> dict[str, Any]:
+    """A sweep's sweep.json, with the text, name and description of its sweep.yaml. A damaged file counts as empty."""
+    from cifar.config.yaml_loader import parse_yaml
 
     info: dict[str, Any] = {}
     with contextlib.suppress(UserError):
@@ -311,73 +338,16 @@ def _info(sweep: str, runs: Path) -> dict[str, Any]:
     return info
 
 
-def newest_sweep(runs: Path) -> str:
+def find_newest_sweep(runs: Path) -> str:
     """The id of the sweep that was created last, or ""."""
     files = [*(runs / "sweeps").glob("*/sweep.yaml")]
     return max(files, key=lambda path: path.stat().st_mtime).parent.name if files else ""
 
 
-def _describe(sweep: str, runs: Path) -> tuple[str, str, int]:
-    """A sweep's title, the question that its file asks (its description, or the comment it opens with), and its cells."""
-    info = _info(sweep, runs)
-    text, name, cells = info.get("text", ""), info.get("name"), info.get("cells")
+def _describe_sweep(sweep: str, runs: Path) -> tuple[str, str, int]:
+    """A sweep's title, its question (the file's description, or the comment at its beginning), and its number of cells."""
+    info = _read_sweep_info(sweep, runs)
+    text, name, num_cells = info.get("text", ""), info.get("name"), info.get("cells")
     comment = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())]
     title = f"{name} ({sweep})" if name and name != sweep else sweep
-    return title, str(info.get("description") or "\n".join(comment)).strip(), cells if isinstance(cells, int) else 0
-
-
-# -- printing ----------------------------------------------------------------------------------------------------------
-
-
-def show(value: Any) -> str:
-    """A configuration value or a cell, as short as it can be read."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def count(n: int, word: str) -> str:
-    return f"{n} {word}{'' if n == 1 else 's'}"
-
-
-def seconds_text(seconds: float | None) -> str:
-    """Whole seconds, below ten with a decimal."""
-    if seconds is None:
-        return "–"
-    return f"{seconds:.1f}" if seconds < 9.95 else f"{seconds:,.0f}"
-
-
-def cuts(configs: Iterable[dict[str, Any]]) -> list[str]:
-    """What has to be said beside every accuracy of runs whose epochs were not all of the training set."""
-    configs = list(configs)
-    sizes, steps = ({int(config.get(key) or 0) for config in configs} for key in ("train_size", "max_steps"))
-    kept = {float(config.get("keep") or 1) for config in configs}
-    said = []
-    if sizes - {0}:
-        said.append(f"{count(max(sizes), 'training image')} only" if len(sizes) == 1 else "training sets of different size")
-    if steps - {0}:
-        said.append(f"at most {count(max(steps), 'step')} an epoch" if len(steps) == 1 else "some epochs cut short")
-    if kept - {1.0}:
-        hard = f"the hardest {100 * max(kept):.3g} % of the images an epoch"
-        said.append(hard if len(kept) == 1 else "some epochs of hard images only")
-    return said
-
-
-def macs_text(macs: float) -> str:
-    """4.08e7 -> "40.8 MMACs"."""
-    size, prefix = next(((s, p) for s, p in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if macs >= s), (1.0, ""))
-    return f"{macs / size:.3g} {prefix}MACs"
-
-
-def amount(text: str) -> float:
-    """ "50M" -> 5e7; k, M, G and plain numbers (`5e7`) are read."""
-    scale = {"k": 1e3, "m": 1e6, "g": 1e9}.get(text.strip()[-1:].lower())
-    try:
-        value = float(text.strip()[:-1]) * scale if scale else float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise UserError(f"'{text}' is not a number of multiply-adds; write 50M, 1.2G or 5e7")
-    return value
+    return title, str(info.get("description") or "\n".join(comment)).strip(), num_cells if isinstance(num_cells, int) else 0

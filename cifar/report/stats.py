@@ -1,4 +1,4 @@
-"""The few statistics of a report: an interval over seeds, a Pareto front, a rank correlation."""
+"""The statistics of a report: a confidence interval over seeds, the Pareto front, a rank correlation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from cifar.sweeps.objectives import find_non_dominated
 
-def t_within(t: float, df: int) -> float:
+
+def t_probability(t: float, df: int) -> float:
     """P(|T| <= t) for Student's T with `df` degrees of freedom. Abramowitz & Stegun 26.7.3 (odd df) and 26.7.4 (even df)."""
     angle = math.atan(t / math.sqrt(df))
     sine, cosine = math.sin(angle), math.cos(angle)
@@ -24,36 +26,36 @@ def t_quantile(confidence: float, df: int) -> float:
     """The t with P(|T| <= t) = confidence, by bisection."""
     assert 0 < confidence < 1 and df >= 1
     low, high = 0.0, 1.0
-    while t_within(high, df) < confidence:
+    while t_probability(high, df) < confidence:
         high *= 2
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, df) < confidence else (low, middle)
+        low, high = (middle, high) if t_probability(middle, df) < confidence else (low, middle)
     return high
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None]:
-    """Mean, and the half-width of Student's interval of the mean; None for a single value."""
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None]:
+    """The mean, and the half-width of Student's confidence interval of the mean; None for a single value."""
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return mean, None
     return mean, t_quantile(confidence, n - 1) * statistics.stdev(values) / math.sqrt(n)
 
 
-def front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
-    """Indices, cheapest first, of what nothing else beats: no other costs at most as much and gains at least as much.
+def pareto_front(costs: Sequence[float], gains: Sequence[float]) -> list[int]:
+    """Indices of the points that no other point dominates, cheapest first. Of equal points the first one stays.
 
-    Of equal pairs the first one stays.
+    A point dominates another one if it costs at most as much and gains at least as much.
     """
-    kept: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -gains[i], i)):
-        if not kept or gains[i] > gains[kept[-1]]:
-            kept.append(i)
-    return kept
+    points = [(cost, -gain) for cost, gain in zip(costs, gains, strict=True)]
+    first: dict[tuple[float, float], int] = {}
+    for i in find_non_dominated(points):
+        first.setdefault(points[i], i)
+    return sorted(first.values(), key=lambda i: costs[i])
 
 
-def ranks(values: Sequence[float]) -> list[float]:
-    """1 for the smallest; equal values share the mean of their ranks."""
+def compute_ranks(values: Sequence[float]) -> list[float]:
+    """Rank 1 for the smallest value; equal values get the mean of their ranks."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     result = [0.0] * len(values)
     start = 0
@@ -68,7 +70,7 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rho; None where it is not defined (fewer than two points, or one side constant)."""
+    """Spearman's rho; None if it is not defined (fewer than two points, or all values of one side are equal)."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    return statistics.correlation(ranks(x), ranks(y))
+    return statistics.correlation(compute_ranks(x), compute_ranks(y))

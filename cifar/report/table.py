@@ -1,4 +1,4 @@
-"""Runs as a table that a notebook shows."""
+"""Runs as a table for notebooks."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections.abc import Iterable
 from typing import Any
 
 from cifar.errors import UserError
-from cifar.report.load import Run, show
+from cifar.report.formatting import format_value
+from cifar.report.load import Run
 
 
 class Table(list[dict[str, Any]]):
-    """Rows for a notebook: a list of dicts that shows itself as a table."""
+    """A list of rows (dicts) that a notebook displays as a table."""
 
     banner = ""
 
     def _repr_html_(self) -> str:
         columns = list(dict.fromkeys(key for row in self for key in row))
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(show(row.get(c)))}</td>" for c in columns) + "</tr>" for row in self)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(format_value(row.get(c)))}</td>" for c in columns) + "</tr>" for row in self
+        )
         note = f"<p><strong>{html.escape(self.banner)}</strong></p>" if self.banner else ""
         return f"{note}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def to_pandas(self) -> Any:
-        """A pandas DataFrame. Raises UserError where pandas is not installed."""
+        """A pandas DataFrame. Raises UserError if pandas is not installed."""
         try:
             import pandas  # type: ignore[import-untyped, unused-ignore]
         except ImportError:
@@ -31,10 +34,10 @@ class Table(list[dict[str, Any]]):
         return pandas.DataFrame(list(self))
 
 
-def table(runs: Iterable[Run]) -> Table:
-    """One row a run, for notebooks. Accuracies are fractions, `macs` per image."""
+def runs_table(runs: Iterable[Run]) -> Table:
+    """One row for each run. Accuracies are fractions, `macs` are for one image."""
     runs = list(runs)
-    swept = dict.fromkeys(key for run in runs for key in run.swept if key != "model")
+    swept = dict.fromkeys(key for run in runs for key in run.swept_keys if key != "model")
     rows = Table(
         {
             "id": run.id,

@@ -1,1 +1,1 @@
-"""cifar.sweeps."""
+"""Sweeps: reading a W&B sweep file, and the local backend, which hands out its trials from an Optuna storage."""

@@ -1,4 +1,4 @@
-"""What an agent asks of whoever hands out trials: cifar/backends/local.py on this machine, cifar/wb/sweeps.py on W&B."""
+"""The backend protocol: where agents claim trials. Implemented by sweeps/local.py and integrations/wandb/backend.py."""
 
 from __future__ import annotations
 
@@ -9,42 +9,43 @@ from typing import Any, Literal, Protocol
 
 from cifar.sweeps.spec import Sweep
 
-STATES = (
-    "waiting", "running", "interrupted", "preempted",
-    "finished", "failed", "killed", "diverged", "stopped", "pruned", "skipped",
-)  # fmt: skip
-RETRIES = 2  # of a trial that failed where another try can help
+MAX_RETRIES = 2  # of a failed trial, where another try can help
 
 
-Like = Callable[[Mapping[str, Any]], bool]  # whether a trial of these values is wanted; a backend may offer others too
+TrialFilter = Callable[[Mapping[str, Any]], bool]  # whether a trial with these values is wanted; a backend may ignore it
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A claimed cell."""
+    """A claimed cell of a sweep."""
 
     cell: int
     values: dict[str, Any]
     run_id: str
-    attempt: int  # the claim's number, 1, 2, ...
+    attempt: int  # the number of this claim of the cell: 1, 2, ...
 
 
 class Backend(Protocol):
-    """A sweep, as its agents see it. No call waits for a network longer than a database takes to answer."""
+    """A sweep as its agents see it. No call waits longer than a database takes to answer.
+
+    The methods are described in `sweeps.local.LocalBackend`.
+    """
 
     id: str
     sweep: Sweep
-    runs: Path
+    runs_dir: Path
     folder: Path  # sweep.yaml and logs/
     info: dict[str, Any]  # cells, dataset, fixed
-    afar: bool  # agents on other machines may take part
-    place: dict[str, str]  # what its runs note down of where they belong: project, entity, engine
+    shared_storage: bool  # agents on other machines can join
+    wandb_target: dict[str, str]  # written to each run.json: project, entity and engine, as far as they are set
 
-    def settle_threads(self, threads: int) -> int: ...
-    def claim(self, worker: str, most: int = 1, like: Like | None = None) -> Trial | Literal["wait"] | None: ...
-    def beat(self, trial: Trial) -> Literal["go", "stop", "lost"]: ...
-    def report(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool: ...
-    def finish(
+    def agree_on_threads(self, threads: int) -> int: ...
+    def claim_trial(
+        self, worker: str, max_trials: int = 1, trial_filter: TrialFilter | None = None
+    ) -> Trial | Literal["wait"] | None: ...
+    def heartbeat(self, trial: Trial) -> Literal["go", "stop", "lost"]: ...
+    def report_metric(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool: ...
+    def finish_trial(
         self,
         trial: Trial,
         state: str,
@@ -54,7 +55,7 @@ class Backend(Protocol):
         objectives: Sequence[float | None] = (),
         retry: bool | None = None,
     ) -> str: ...
-    def cells(self) -> list[dict[str, Any]]: ...
-    def counts(self) -> dict[str, int]: ...
-    def news(self) -> list[str]: ...
+    def list_cells(self) -> list[dict[str, Any]]: ...
+    def count_states(self) -> dict[str, int]: ...
+    def pop_messages(self) -> list[str]: ...
     def close(self) -> None: ...

@@ -1,7 +1,7 @@
-"""The parameter forms of a W&B sweep, each as the inverse of its distribution function: u in [0, 1) -> value.
+"""The distributions of a W&B sweep's parameters, each as its inverse distribution function: u in [0, 1) -> value.
 
-One uniform number per parameter makes a suggestion, so random search, Bayesian search and the check of a range's ends
-share one formula. Names, defaults and the form that a bare {min, max} takes are those of W&B's sweep schema.
+One uniform number for each parameter makes a trial, so random search, Bayesian search and the check of a range's boundaries
+share one formula. Names, defaults and the distribution of a {min, max} without a name are those of W&B's sweep schema.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-from cifar.errors import UserError, choices
+from cifar.errors import UserError, did_you_mean
 
 _NEEDED, _MU_SIGMA, _BETA, _Q = {"min": None, "max": None}, {"mu": 0.0, "sigma": 1.0}, {"a": 1.0, "b": 1.0}, {"q": 1.0}
-# distribution -> its options and their defaults; None: has to be given
-FORMS: dict[str, dict[str, Any]] = {
+# distribution -> its options and their defaults; None: the option is required
+DISTRIBUTION_OPTIONS: dict[str, dict[str, Any]] = {
     "constant": {"value": None},
     "categorical": {"values": None},
     "categorical_w_probabilities": {"values": None, "probabilities": None},
@@ -38,12 +38,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "beta": _BETA,
     "q_beta": _BETA | _Q,
 }
-EDGE = 1e-3  # where the tails of an unbounded distribution are checked
+TAIL_PROBABILITY = 1e-3  # of each tail that is left out where an unbounded distribution is checked
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One swept or constant parameter, all its options filled in."""
+    """A swept or constant parameter, with all its options."""
 
     name: str
     distribution: str
@@ -51,15 +51,15 @@ class Parameter:
 
     @property
     def values(self) -> list[Any] | None:
-        """The finite list of values, without repeats, or None for a range."""
+        """The list of values without repeats, or None for a range."""
         if self.distribution == "constant":
             return [self.options["value"]]
         if self.distribution in ("categorical", "categorical_w_probabilities"):
-            return self._distinct()
+            return self._distinct_values()
         return None
 
     @property
-    def grid(self) -> list[Any] | None:
+    def grid_values(self) -> list[Any] | None:
         """The values that a grid visits, or None where W&B's grid search does not take the distribution."""
         low, high = self.options.get("min", 0), self.options.get("max", 0)
         if self.distribution == "int_uniform":
@@ -70,60 +70,63 @@ class Parameter:
         return None if self.distribution == "categorical_w_probabilities" else self.values
 
     @property
-    def ends(self) -> list[Any]:
-        """What has to be valid for all the rest to be: every listed value, or both ends of the range."""
-        edge = 0.0 if "min" in self.options else EDGE  # a beta never reaches its ends
-        return self.values or [self.at(edge), self.at(1.0 - edge)]
+    def boundary_values(self) -> list[Any]:
+        """The values to check, which stand for all others: every listed value, or both ends of the range."""
+        edge = (
+            0.0 if "min" in self.options else TAIL_PROBABILITY
+        )  # a beta distribution has no min and max, and never reaches 0 and 1
+        return self.values or [self.value_at(edge), self.value_at(1.0 - edge)]
 
-    def _distinct(self) -> list[Any]:
+    def _distinct_values(self) -> list[Any]:
         return [value for i, value in enumerate(self.options["values"]) if value not in self.options["values"][:i]]
 
-    def at(self, u: float) -> Any:
-        """The value below which a share `u` of the distribution lies."""
+    def value_at(self, u: float) -> Any:
+        """The value at which the cumulative distribution is `u`."""
         options, kind = self.options, self.distribution
         if kind == "constant":
             return options["value"]
         if kind == "categorical":
             return options["values"][min(int(u * len(options["values"])), len(options["values"]) - 1)]
         if kind == "categorical_w_probabilities":
-            heaps = list(itertools.accumulate(options["probabilities"]))
-            return options["values"][min(bisect.bisect_right(heaps, u * heaps[-1]), len(heaps) - 1)]
+            cumulative = list(itertools.accumulate(options["probabilities"]))
+            index = bisect.bisect_right(cumulative, u * cumulative[-1])
+            return options["values"][min(index, len(cumulative) - 1)]
         if kind == "int_uniform":
             return options["min"] + max(math.ceil(u * (options["max"] - options["min"] + 1)) - 1, 0)
-        value = _INVERSES[kind.removeprefix("q_")](u, options)
+        value = _ICDFS[kind.removeprefix("q_")](u, options)
         if kind.startswith("q_"):
             steps = round(value / options["q"])
             return steps * options["q"]  # an int where q is an int
         return value
 
 
-def parse(name: str, spec: Any) -> Parameter:
-    """One entry of `parameters:`. Raises UserError with what W&B would take."""
+def parse_parameter(name: str, spec: Any) -> Parameter:
+    """Parse one entry of `parameters:`. Raises UserError that says what W&B accepts."""
     where = f"parameters.{name}"
     if not isinstance(spec, Mapping):
         shown = f"values: {spec}" if isinstance(spec, list) else f"value: {'...' if spec is None else spec}"
         raise UserError(f"{where}: write a mapping, for example {{{shown}}}")
-    kind = spec.get("distribution") or _bare(where, spec)
-    if kind not in FORMS:
-        raise UserError(f"{where}: unknown distribution '{kind}': {choices(str(kind), FORMS)}")
-    form = FORMS[kind]
+    kind = spec.get("distribution") or _infer_distribution(where, spec)
+    if kind not in DISTRIBUTION_OPTIONS:
+        raise UserError(f"{where}: unknown distribution '{kind}': {did_you_mean(str(kind), DISTRIBUTION_OPTIONS)}")
+    form = DISTRIBUTION_OPTIONS[kind]
     for option in spec:
         if option != "distribution" and option not in form:
-            raise UserError(f"{where}: '{kind}' does not take '{option}': {choices(str(option), form)}")
+            raise UserError(f"{where}: '{kind}' does not take '{option}': {did_you_mean(str(option), form)}")
     missing = [option for option, default in form.items() if default is None and option not in spec]
     if missing:
         raise UserError(f"{where}: '{kind}' needs '{missing[0]}'; add it")
     options = {**form, **{str(option): value for option, value in spec.items() if option != "distribution"}}
-    _check(where, kind, options)
+    _check_options(where, kind, options)
     return Parameter(name, kind, options)
 
 
-def _bare(where: str, spec: Mapping[str, Any]) -> str:
+def _infer_distribution(where: str, spec: Mapping[str, Any]) -> str:
     if "values" in spec:
         return "categorical_w_probabilities" if "probabilities" in spec else "categorical"
     if "value" in spec:
         return "constant"
-    if "min" in spec and "max" in spec:  # the schema's order: whole numbers are drawn as whole numbers
+    if "min" in spec and "max" in spec:  # the schema's order: whole numbers mean int_uniform
         return "int_uniform" if _is_int(spec["min"]) and _is_int(spec["max"]) else "uniform"
     raise UserError(f"{where}: give 'value', 'values', 'min' and 'max', 'distribution', or nested 'parameters'")
 
@@ -132,7 +135,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check(where: str, kind: str, options: Mapping[str, Any]) -> None:
+def _check_options(where: str, kind: str, options: Mapping[str, Any]) -> None:
     values = options.get("values", [None])
     if not isinstance(values, list) or not values:
         raise UserError(f"{where}: 'values' is a list with at least one value")
@@ -161,29 +164,29 @@ def _check(where: str, kind: str, options: Mapping[str, Any]) -> None:
         raise UserError(f"{where}: sigma is at least 0, not {options['sigma']}")
 
 
-def _uniform(u: float, low: float, high: float) -> float:
+def _uniform_icdf(u: float, low: float, high: float) -> float:
     return low + u * (high - low)
 
 
-def _normal(u: float, options: Mapping[str, Any]) -> float:
-    u = min(max(u, 1e-300), 1.0 - 1e-16)  # the ends lie at infinity
+def _normal_icdf(u: float, options: Mapping[str, Any]) -> float:
+    u = min(max(u, 1e-300), 1.0 - 1e-16)  # at 0 and 1 it is infinite
     return float(options["mu"] + options["sigma"] * NormalDist().inv_cdf(u))
 
 
-def _beta(u: float, options: Mapping[str, Any]) -> float:
-    from scipy.special import betaincinv  # half a second of import that few sweeps need
+def _beta_icdf(u: float, options: Mapping[str, Any]) -> float:
+    from scipy.special import betaincinv  # half a second of import, which few sweeps need
 
     return float(betaincinv(options["a"], options["b"], u))
 
 
-_INVERSES: dict[str, Callable[[float, Mapping[str, Any]], float]] = {
-    "uniform": lambda u, o: _uniform(u, o["min"], o["max"]),
-    "log_uniform": lambda u, o: math.exp(_uniform(u, o["min"], o["max"])),
-    "inv_log_uniform": lambda u, o: math.exp(-_uniform(1.0 - u, o["min"], o["max"])),
-    "log_uniform_values": lambda u, o: math.exp(_uniform(u, math.log(o["min"]), math.log(o["max"]))),
+_ICDFS: dict[str, Callable[[float, Mapping[str, Any]], float]] = {
+    "uniform": lambda u, o: _uniform_icdf(u, o["min"], o["max"]),
+    "log_uniform": lambda u, o: math.exp(_uniform_icdf(u, o["min"], o["max"])),
+    "inv_log_uniform": lambda u, o: math.exp(-_uniform_icdf(1.0 - u, o["min"], o["max"])),
+    "log_uniform_values": lambda u, o: math.exp(_uniform_icdf(u, math.log(o["min"]), math.log(o["max"]))),
     # 1/value is log-uniform between 1/max and 1/min, which is log-uniform between min and max again
-    "inv_log_uniform_values": lambda u, o: math.exp(_uniform(u, math.log(o["min"]), math.log(o["max"]))),
-    "normal": _normal,
-    "log_normal": lambda u, o: math.exp(_normal(u, o)),
-    "beta": _beta,
+    "inv_log_uniform_values": lambda u, o: math.exp(_uniform_icdf(u, math.log(o["min"]), math.log(o["max"]))),
+    "normal": _normal_icdf,
+    "log_normal": lambda u, o: math.exp(_normal_icdf(u, o)),
+    "beta": _beta_icdf,
 }

@@ -1,4 +1,4 @@
-"""Early termination by W&B's bands: at a few epochs ("rungs") a trial goes on only if it is among the best 1/eta so far.
+"""Early stopping at a few epochs ("rungs", W&B's "bands"): there a trial goes on only if it is among the best 1/eta so far.
 
 Successive halving after Li et al. 2018, "Hyperband" (JMLR 18), in the asynchronous form of W&B's `early_terminate`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cifar.errors import UserError, choices
+from cifar.errors import UserError, did_you_mean
 
 _OPTIONS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 
@@ -22,10 +22,10 @@ class Hyperband:
     max_iter: int = 0
     s: int = 0
     eta: float = 3.0
-    strict: bool = True  # the schema's default: judge the band's own epoch; False: the best epoch up to now
+    strict: bool = True  # True (the schema's default): judge by the value at the rung; False: by the best one up to it
 
-    def rungs(self, epochs: int) -> list[int]:
-        """The epochs after which a run of so many epochs is judged. Its last epoch is none: nothing is saved there."""
+    def rung_epochs(self, epochs: int) -> list[int]:
+        """The epochs after which a run of `epochs` epochs is judged. Never its last one: stopping there would save nothing."""
         if self.max_iter:
             bands, band = [], float(self.max_iter)
             for _ in range(self.s):
@@ -38,22 +38,22 @@ class Hyperband:
                 band *= self.eta
         return sorted({band for band in bands if 1 <= band < epochs})
 
-    def goes_on(self, value: float, best: float, peers: Sequence[float]) -> bool:
-        """Whether a run goes on past a band. All numbers are less-is-better.
+    def should_continue(self, value: float, best: float, peers: Sequence[float]) -> bool:
+        """Whether a run goes on past a rung. All numbers are costs: less is better.
 
-        value: its own at the band; best: its own of all epochs; peers: every run's at the band, its own included.
+        value: its cost at the rung; best: its lowest cost of all epochs; peers: every run's cost at the rung, its own included.
         """
         threshold = sorted(peers)[int(1.0 / self.eta * len(peers))]
         return (value if self.strict else best) <= threshold
 
 
-def parse(spec: Any) -> Hyperband:
-    """The `early_terminate` block of a sweep. Raises UserError with what W&B would take."""
+def parse_early_terminate(spec: Any) -> Hyperband:
+    """Parse the `early_terminate` block of a sweep. Raises UserError that says what W&B accepts."""
     if not isinstance(spec, Mapping):
         raise UserError("early_terminate: write a mapping, for example {type: hyperband, min_iter: 3}")
     for option in spec:
         if option not in _OPTIONS:
-            raise UserError(f"early_terminate: unknown key '{option}': {choices(str(option), _OPTIONS)}")
+            raise UserError(f"early_terminate: unknown key '{option}': {did_you_mean(str(option), _OPTIONS)}")
     if spec.get("type") != "hyperband":
         raise UserError("early_terminate: the only type there is is hyperband; write type: hyperband")
     if "min_iter" not in spec and not ("max_iter" in spec and "s" in spec):

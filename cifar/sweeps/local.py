@@ -1,8 +1,9 @@
-"""Where a local sweep's trials come from: an Optuna storage, one Optuna trial for each cell.
+"""The local backend: a sweep's cells as trials of an Optuna study, in a SQLite file or a PostgreSQL database.
 
-A claim happens under a lock (a lock file beside a SQLite file, an advisory lock in PostgreSQL), so that a cell is handed
-out once. Who holds a cell beats; when the beat has not moved for a lease, watched by one's own clock, the cell is open
-again, with the same run id. Every claim has a number, and who comes back late with an old one is told that it is lost.
+A claim happens under a lock (a lock file beside a SQLite file, an advisory lock in PostgreSQL), so that each cell is handed
+out once. The agent that has claimed a cell sends heartbeats. If another agent sees no new heartbeat for the time of a lease,
+by its own clock, the cell is open again, with the same run id. Every claim has a number (`attempt`), so an agent that comes
+back late with an old claim is told that it has lost the cell.
 
     <runs>/sweeps/<id>/   sweep.yaml (word for word) · sweep.json · study.db · logs/
 """
@@ -25,78 +26,73 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from cifar import data
-from cifar.config.resolve import parse_yaml
+from cifar.config.yaml_loader import parse_yaml
 from cifar.errors import UserError
-from cifar.sweeps import sampler as search
-from cifar.sweeps import spec as sweeps
-from cifar.sweeps import storage
-from cifar.sweeps.backend import RETRIES, STATES, Like, Trial
-from cifar.sweeps.objectives import whole
+from cifar.states import FAILURE_STATES, GIVEN_BACK_STATES, RETRIABLE_STATES, TRIAL_STATES, WORST_RESULT_STATES
+from cifar.sweeps import sampler, spec, storage
+from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
+from cifar.sweeps.objectives import finite_or_none
 from cifar.sweeps.spec import Sweep
-from cifar.tracking.run_dir import new_id, read_json, write_atomic
+from cifar.tracking.run_dir import RunDir, generate_id, read_json, write_atomic
 
-_SHOWN: dict[str, Any] = {"reason": "", "value": None, "objectives": [], "attempt": 0, "worker": ""}
-# what a search learns from an end: values, that it was bad, or nothing
-_OPTUNA = {
-    "finished": TrialState.COMPLETE,
-    "pruned": TrialState.PRUNED,
-    "skipped": TrialState.PRUNED,
-    "diverged": TrialState.PRUNED,
-}
+_CELL_DEFAULTS: dict[str, Any] = {"reason": "", "value": None, "objectives": [], "attempt": 0, "worker": ""}
+# what a search learns from an ended trial: its values (COMPLETE), that it was bad (PRUNED), or nothing (FAIL, the default)
+_OPTUNA_STATES = {"finished": TrialState.COMPLETE, **dict.fromkeys(WORST_RESULT_STATES, TrialState.PRUNED)}
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def lease() -> float:
-    """Seconds without a beat after which a cell is offered again."""
+def lease_seconds() -> float:
+    """Seconds without a heartbeat after which a cell is offered again."""
     return float(os.environ.get("CIFAR_LEASE", "15"))
 
 
-def create(
+def create_sweep(
     sweep: Sweep,
-    runs: Path,
+    runs_dir: Path,
     *,
     fixed: Mapping[str, Any],
-    data_dir: Path | None = None,
-    url: str = "",
+    storage_url: str = "",
     sweep_seed: int = 0,
     count: int | None = None,
     threads: int = 0,
 ) -> str:
-    """Check the sweep, settle its dataset, and make it. Returns its id; on failure nothing is left behind."""
+    """Check the sweep and make it -> its id. On failure nothing is left behind.
+
+    fixed: values for all trials, which win over the file's; the dataset is known, not "auto". count: the number of trials
+    where the file has none. threads: CPU threads of each trial; 0: the first agent decides.
+    """
     if sweep.scheduler:
-        sweep.scheduler.check_here()
-    dataset, reason = sweeps.check(sweep, fixed, sweep_seed, count), ""
-    if dataset == "auto":
-        dataset, reason = data.resolve_auto(data_dir)
-    known = sweeps.trials(sweep, sweep_seed, count)
-    sweep_id, url = new_id(), url or os.environ.get("CIFAR_STORAGE", "")
-    folder = runs / "sweeps" / sweep_id
+        sweep.scheduler.check_runs_locally()
+    dataset = spec.check_sweep(sweep, fixed, sweep_seed, count)
+    assert dataset != "auto"
+    known_trials = spec.list_known_trials(sweep, sweep_seed, count)
+    sweep_id, storage_url = generate_id(), storage_url or os.environ.get("CIFAR_STORAGE", "")
+    folder = runs_dir / "sweeps" / sweep_id
     info = {
         "id": sweep_id,
         "name": sweep.name,
         "created": time.time(),
         "method": sweep.method,
-        "cells": len(known) or sweeps.end(sweep, count),
+        "cells": len(known_trials) or spec.num_trials(sweep, count),
         "dataset": dataset,
-        "dataset_reason": reason,
-        "threads": threads,  # 0: the first agent settles it
+        "dataset_reason": "",  # read by nothing
+        "threads": threads,
         "sweep_seed": sweep_seed,
         "fixed": {**fixed, "dataset": dataset},
-        "storage": storage.redacted(url),
-        "runs": str(runs),
+        "storage": storage.redact_url(storage_url),
+        "runs": str(runs_dir),
         "versions": {name: version(name) for name in ("optuna", "torch")} | {"python": platform.python_version()},
     }
     try:
         (folder / "logs").mkdir(parents=True)
         write_atomic(folder / "sweep.yaml", sweep.text.encode())
-        backend = storage.open(url or storage.default(folder))
-        study = backend.create_new_study(search.directions(sweep), sweep_id)
-        for cell, values in enumerate(known):
-            backend.create_new_trial(study, _waiting(cell, values))
-        backend.set_study_user_attr(study, "sweep", {"yaml": sweep.text, "info": info})  # for other machines
-        write_atomic(folder / "sweep.json", json.dumps(info, indent=1).encode())  # last: now the sweep is there
+        database = storage.open_storage(storage_url or storage.default_url(folder))
+        study = database.create_new_study(sampler.optuna_directions(sweep), sweep_id)
+        for cell, values in enumerate(known_trials):
+            database.create_new_trial(study, _make_waiting_trial(cell, values))
+        database.set_study_user_attr(study, "sweep", {"yaml": sweep.text, "info": info})  # for other machines
+        write_atomic(folder / "sweep.json", json.dumps(info, indent=1).encode())  # last: with this file the sweep exists
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
@@ -108,105 +104,111 @@ def create(
     return sweep_id
 
 
-class Local:
-    """One local sweep, opened. Every method may be called by many processes at once."""
+class LocalBackend:
+    """One local sweep, opened. Many processes may call its methods at the same time."""
 
-    def __init__(self, sweep_id: str, runs: Path, url: str = "") -> None:
-        self.id, self.runs, self.folder = sweep_id, runs, runs / "sweeps" / sweep_id
-        url = url or os.environ.get("CIFAR_STORAGE", "")
-        if not (self.folder / "sweep.json").exists() and not (url and self._join(url)):
-            raise UserError(f"no sweep '{sweep_id}' in {runs}; `python -m cifar sweeps list` shows what there is")
+    def __init__(self, sweep_id: str, runs_dir: Path, storage_url: str = "") -> None:
+        self.id, self.runs_dir, self.folder = sweep_id, runs_dir, runs_dir / "sweeps" / sweep_id
+        storage_url = storage_url or os.environ.get("CIFAR_STORAGE", "")
+        if not (self.folder / "sweep.json").exists() and not (storage_url and self._fetch_definition(storage_url)):
+            raise UserError(f"no sweep '{sweep_id}' in {runs_dir}; `python -m cifar sweeps list` shows what there is")
         self.info: dict[str, Any] = read_json(self.folder / "sweep.json")
         text = (self.folder / "sweep.yaml").read_text(encoding="utf-8")
-        self.sweep = sweeps.parse(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", self.info["name"])
-        self.place = {"project": self.sweep.project} if self.sweep.project else {}
-        known = self.info["storage"]
-        if known and "***" in known and not url:
-            raise UserError(f"sweep {sweep_id} is kept in {known}; give the whole URL by CIFAR_STORAGE")
-        self._url = (url or known) if known else storage.default(self.folder)
-        self.afar = not self._url.startswith("sqlite")
-        self._storage = storage.open(self._url)
+        self.sweep = spec.parse_sweep(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", self.info["name"])
+        self.wandb_target = {"project": self.sweep.project} if self.sweep.project else {}
+        recorded_url = self.info["storage"]
+        if recorded_url and "***" in recorded_url and not storage_url:
+            raise UserError(f"sweep {sweep_id} is kept in {recorded_url}; give the whole URL by CIFAR_STORAGE")
+        self._storage_url = (storage_url or recorded_url) if recorded_url else storage.default_url(self.folder)
+        self.shared_storage = not self._storage_url.startswith("sqlite")
+        self._storage = storage.open_storage(self._storage_url)
         try:
             self._study = self._storage.get_study_id_from_name(sweep_id)
         except KeyError:
             raise UserError(
-                f"{storage.redacted(self._url)} does not hold sweep {sweep_id}; check CIFAR_STORAGE or --storage"
+                f"{storage.redact_url(self._storage_url)} does not hold sweep {sweep_id}; check CIFAR_STORAGE or --storage"
             ) from None
-        self._seen: dict[int, tuple[Any, float]] = {}  # cell -> its last beat and when we first saw that
-        self._keys: dict[tuple[int, int], int] = {}  # (cell, attempt) that was claimed here -> Optuna's key
+        self._last_heartbeats: dict[int, tuple[Any, float]] = {}  # cell -> (its last heartbeat, when we first saw that)
+        self._optuna_ids: dict[tuple[int, int], int] = {}  # (cell, attempt) claimed through this object -> Optuna's trial id
 
-    def _join(self, url: str) -> bool:
-        """Another machine's sweep: its definition is in the storage too."""
-        backend = storage.open(url)
+    def _fetch_definition(self, storage_url: str) -> bool:
+        """Write the files of a sweep that another machine made, from the copy in its storage. False if it is not there."""
+        database = storage.open_storage(storage_url)
         try:
-            kept = backend.get_study_user_attrs(backend.get_study_id_from_name(self.id)).get("sweep")
+            definition = database.get_study_user_attrs(database.get_study_id_from_name(self.id)).get("sweep")
         except KeyError:
             return False
-        if kept:
+        if definition:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / "sweep.yaml", kept["yaml"].encode())
-            write_atomic(self.folder / "sweep.json", json.dumps(kept["info"], indent=1).encode())
-        return bool(kept)
+            write_atomic(self.folder / "sweep.yaml", definition["yaml"].encode())
+            write_atomic(self.folder / "sweep.json", json.dumps(definition["info"], indent=1).encode())
+        return bool(definition)
 
-    # -- what a worker asks --
+    # -- for agents ----------------------------------------------------------------------------------------------------
 
-    def claim(self, worker: str, most: int = 1, like: Like | None = None) -> Trial | Literal["wait"] | None:
-        """An open cell, "wait" while only others' are open, or such that are not `like`; None at the sweep's end."""
-        with storage.locked(self._storage, self.id):
-            if self.stopped:
+    def claim_trial(
+        self, worker: str, max_trials: int = 1, trial_filter: TrialFilter | None = None
+    ) -> Trial | Literal["wait"] | None:
+        """Claim an open cell.
+
+        "wait": there are open cells, but other agents have them or `trial_filter` refuses them. None: the sweep is over.
+        """
+        with storage.lock_storage(self._storage, self.id):
+            if self.stop_mode:
                 return None
-            trials = self._trials()
-            lapsed = [trial for trial in trials if trial.state == TrialState.RUNNING and self._lapsed(trial)]
+            trials = self._list_trials()
+            lapsed = [trial for trial in trials if trial.state == TrialState.RUNNING and self._has_lapsed(trial)]
             for trial in lapsed:
                 self._give_back(trial, "its agent was lost")
             if lapsed:
-                trials = self._trials()
+                trials = self._list_trials()
             waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
             if not waiting and len(trials) < self.info["cells"]:
-                suggested = search.suggest(self.sweep, trials, self.info["sweep_seed"])
-                self._storage.create_new_trial(self._study, _waiting(len(trials), *suggested))
-                waiting = [trial for trial in self._trials() if trial.state == TrialState.WAITING]
+                suggested = sampler.suggest_trial(self.sweep, trials, self.info["sweep_seed"])
+                self._storage.create_new_trial(self._study, _make_waiting_trial(len(trials), *suggested))
+                waiting = [trial for trial in self._list_trials() if trial.state == TrialState.WAITING]
             if not waiting:
                 return "wait" if any(trial.state == TrialState.RUNNING for trial in trials) else None
-            waiting = [trial for trial in waiting if like is None or like(trial.user_attrs["values"])]
+            waiting = [trial for trial in waiting if trial_filter is None or trial_filter(trial.user_attrs["values"])]
             if not waiting:
                 return "wait"
-            chosen = min(waiting, key=lambda trial: _now(trial).get("kills", 0))  # what failed comes last
-            attempt = _now(chosen).get("attempt", 0) + 1
-            self._set(chosen, attempt=attempt, worker=worker, beat=f"{attempt}.0", state="running", reason="")
+            chosen = min(waiting, key=lambda trial: _read_mutable(trial).get("kills", 0))  # cells that failed come last
+            attempt = _read_mutable(chosen).get("attempt", 0) + 1
+            self._update_trial(chosen, attempt=attempt, worker=worker, beat=f"{attempt}.0", state="running", reason="")
             self._storage.set_trial_state_values(chosen._trial_id, TrialState.RUNNING)
-            cell = _cell(chosen)
-            self._keys[cell, attempt] = chosen._trial_id
+            cell = _cell_of(chosen)
+            self._optuna_ids[cell, attempt] = chosen._trial_id
             return Trial(cell, chosen.user_attrs["values"], self.run_id(cell), attempt)
 
-    def beat(self, trial: Trial) -> Literal["go", "stop", "lost"]:
-        """Hold on to the trial. "stop": the sweep was cancelled; "lost": it is somebody else's by now."""
-        with storage.locked(self._storage, self.id):
-            held = self._held(trial)
-            if held is None:
+    def heartbeat(self, trial: Trial) -> Literal["go", "stop", "lost"]:
+        """Renew the claim on a trial. "stop": the sweep was cancelled; "lost": another agent has the trial."""
+        with storage.lock_storage(self._storage, self.id):
+            stored = self._find_claimed(trial)
+            if stored is None:
                 return "lost"
-            self._set(held, beat=f"{trial.attempt}.{time.time()}")
-            return "stop" if self.stopped == "cancel" else "go"
+            self._update_trial(stored, beat=f"{trial.attempt}.{time.time()}")
+            return "stop" if self.stop_mode == "cancel" else "go"
 
-    def report(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool:
-        """The metric after some epochs (the rungs up to now) -> whether the trial goes on. `best`: of all its epochs.
+    def report_metric(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool:
+        """Whether the trial goes on, by early stopping.
 
-        Optuna cannot prune trials of several objectives; our own rule looks at validation accuracy there.
+        history: rung epoch -> the metric there, for the rungs up to now; best: the best value of all epochs up to now.
+        Optuna cannot prune trials of several objectives, so with those our rule judges by validation accuracy.
         """
-        early, metric = self.sweep.early, self.sweep.metric
-        band = max(history, default=0)
-        if early is None or band not in early.rungs(epochs):
+        early_stopping, metric = self.sweep.early_stopping, self.sweep.metric
+        rung = max(history, default=0)
+        if early_stopping is None or rung not in early_stopping.rung_epochs(epochs):
             return True
-        with storage.locked(self._storage, self.id):
-            held = self._held(trial)
-            if held is None:
-                return True  # the next beat says so
+        with storage.lock_storage(self._storage, self.id):
+            stored = self._find_claimed(trial)
+            if stored is None:
+                return True  # the next heartbeat tells the agent
             for epoch, value in history.items():
-                self._storage.set_trial_intermediate_value(held._trial_id, epoch, value)
-            peers = [metric.worse(t.intermediate_values[band]) for t in self._trials() if band in t.intermediate_values]
-        return early.goes_on(metric.worse(history[band]), metric.worse(best), peers)
+                self._storage.set_trial_intermediate_value(stored._trial_id, epoch, value)
+            peers = [metric.as_cost(t.intermediate_values[rung]) for t in self._list_trials() if rung in t.intermediate_values]
+        return early_stopping.should_continue(metric.as_cost(history[rung]), metric.as_cost(best), peers)
 
-    def finish(
+    def finish_trial(
         self,
         trial: Trial,
         state: str,
@@ -216,85 +218,122 @@ class Local:
         objectives: Sequence[float | None] = (),
         retry: bool | None = None,
     ) -> str:
-        """How a trial ended -> the cell's state now: "interrupted" and "preempted" are open again, "lost" is somebody else's.
+        """Write down how a trial ended -> the cell's state now.
 
-        `objectives`: one a metric of the file [default: `value` alone]; `retry`: whether another try can help, RETRIES times
-        at most [default: if it was killed].
+        "interrupted" and "preempted": it is open again; "lost": another agent has it, and nothing was written.
+        objectives: one value for each metric of the file [default: `value` alone]; retry: whether another try can help, of
+        which there are MAX_RETRIES at most [default: if it was killed].
         """
         objectives = list(objectives or [value])
-        with storage.locked(self._storage, self.id):
-            held = self._held(trial)
-            if held is None:
+        with storage.lock_storage(self._storage, self.id):
+            stored = self._find_claimed(trial)
+            if stored is None:
                 return "lost"
-            given_back, bad = state in ("interrupted", "preempted"), state in ("failed", "killed")
-            kills = _now(held).get("kills", 0) + bad
-            again = bad and kills <= RETRIES and (state == "killed" if retry is None else retry)
-            if (given_back or again) and not self.stopped:
-                return self._give_back(held, reason, state=state if given_back else "interrupted", kills=kills)
-            state = "stopped" if state in ("interrupted", "preempted") else state
-            self._end(held, state, value, reason, objectives)
-            if state == "finished" and self.sweep.reached(objectives):
-                self._stop("the metric's target was reached")
+            is_given_back, is_failure = state in GIVEN_BACK_STATES, state in FAILURE_STATES
+            num_failures = _read_mutable(stored).get("kills", 0) + is_failure
+            is_retried = is_failure and num_failures <= MAX_RETRIES and (state == "killed" if retry is None else retry)
+            if (is_given_back or is_retried) and not self.stop_mode:
+                return self._give_back(stored, reason, state=state if is_given_back else "interrupted", kills=num_failures)
+            state = "stopped" if is_given_back else state
+            self._end_trial(stored, state, value, reason, objectives)
+            if state == "finished" and self.sweep.targets_met(objectives):
+                self._stop_claims("the metric's target was reached")
             return state
 
-    # -- what a person asks --
+    # -- for people ----------------------------------------------------------------------------------------------------
 
     @property
-    def stopped(self) -> str:
+    def stop_mode(self) -> str:
         """ "" while the sweep hands out trials, else "stop" or "cancel"."""
         return str(self._storage.get_study_user_attrs(self._study).get("stopped", ""))
 
-    def stop(self, *, cancel: bool = False) -> None:
-        """Hand out nothing more. What runs is let finish, or with `cancel` ends at its agent's next beat."""
-        with storage.locked(self._storage, self.id):
-            self._stop("cancelled by request" if cancel else "stopped by request", cancel=cancel)
+    def stop_sweep(self, *, cancel: bool = False) -> None:
+        """Hand out no more trials. Running ones may finish; with `cancel` they end at their agent's next heartbeat."""
+        with storage.lock_storage(self._storage, self.id):
+            self._stop_claims("cancelled by request" if cancel else "stopped by request", cancel=cancel)
 
-    def cells(self) -> list[dict[str, Any]]:
+    def list_cells(self) -> list[dict[str, Any]]:
         """Every cell: cell, run_id, state, reason, values, value, attempt, worker."""
         return [
             {
-                "cell": _cell(trial),
-                "run_id": self.run_id(_cell(trial)),
-                "state": _state(trial),
+                "cell": _cell_of(trial),
+                "run_id": self.run_id(_cell_of(trial)),
+                "state": _state_of(trial),
                 "values": trial.user_attrs["values"],
-                **{name: _now(trial).get(name, empty) for name, empty in _SHOWN.items()},
+                **{name: _read_mutable(trial).get(name, empty) for name, empty in _CELL_DEFAULTS.items()},
             }
-            for trial in self._trials()
+            for trial in self._list_trials()
         ]
 
-    def counts(self) -> dict[str, int]:
-        """State -> number of cells; cells that Bayesian search has not made up yet are waiting."""
-        trials = self._trials()
-        counted = Counter(_state(trial) for trial in trials)
-        if not self.stopped:
-            counted["waiting"] += max(0, self.info["cells"] - len(trials))  # another process may have extended it
-        return {state: counted[state] for state in STATES if counted[state]}
+    def count_states(self) -> dict[str, int]:
+        """State -> number of cells. Cells that Bayesian search has not suggested yet are waiting."""
+        trials = self._list_trials()
+        counted = Counter(_state_of(trial) for trial in trials)
+        if not self.stop_mode:
+            counted["waiting"] += max(
+                0, self.info["cells"] - len(trials)
+            )  # negative where another process has extended the sweep
+        return {state: counted[state] for state in TRIAL_STATES if counted[state]}
 
-    def offer(self, cell: int, values: Mapping[str, Any], **now: Any) -> None:
-        """A new cell, or one that has ended once more. Under the lock."""
-        trial = _waiting(cell, values)
-        trial.set_user_attr("now", {"state": "waiting", **now})
-        self._storage.create_new_trial(self._study, trial)
+    def retry_cells(self) -> int:
+        """Offer the failed, killed and diverged cells once more, with the same run ids -> how many.
 
-    def reopen(self) -> None:
-        """Hand out trials again, whatever stopped the sweep."""
-        self._storage.set_study_user_attr(self._study, "stopped", "")
+        A run goes on from its checkpoint where there is one. One that diverged starts anew.
+        """
+        with storage.lock_storage(self._storage, self.id):
+            cells = [cell for cell in self.list_cells() if cell["state"] in RETRIABLE_STATES]
+            for cell in cells:
+                run_dir = RunDir(self.runs_dir / cell["run_id"])
+                if run_dir.path.exists():  # it is elsewhere if the runs folder is not shared
+                    if cell["state"] == "diverged":
+                        (run_dir.path / "checkpoint.pt").unlink(missing_ok=True)
+                        run_dir.truncate_metrics(0)
+                    run_dir.set_status("interrupted", reason="to be tried again")
+                self._offer_cell(cell["cell"], cell["values"], attempt=cell["attempt"])
+            if cells:
+                self._reopen_sweep()
+        return len(cells)
 
-    def publish(self, text: str) -> None:
-        """The sweep's definition for other machines."""
-        self._storage.set_study_user_attr(self._study, "sweep", {"yaml": text, "info": self.info})
+    def extend_sweep(self, file: Path) -> int:
+        """Add the cells of another grid that are not there yet -> how many. All other cells stay as they are.
 
-    def settle_threads(self, threads: int) -> int:
-        """The CPU threads of each trial: of the first agent that asks, then the same for all."""
-        with storage.locked(self._storage, self.id):
-            kept = self._storage.get_study_user_attrs(self._study).get("threads") or self.info["threads"]
-            if not kept:
-                self._storage.set_study_user_attr(self._study, "threads", threads)
-            self.info["threads"] = kept or threads
+        Two cells are the same if their whole configurations are, so a parameter may be added with its default among its values.
+        """
+        new, fixed = spec.read_sweep(file), self.info["fixed"]
+        if self.sweep.method != "grid" or new.method != "grid":
+            raise UserError(f"a {self.sweep.method} sweep is not extended by a {new.method} one: both have to be method: grid")
+        if new.metric != self.sweep.metric:
+            raise UserError(f"{file}: metric is {new.metric.name} ({new.metric.goal}); the sweep's is {self.sweep.metric.name}")
+        spec.check_sweep(new, fixed, self.info["sweep_seed"])
+        with storage.lock_storage(self._storage, self.id):
+            known = self.list_cells()
+            known_keys = {_configuration_key(cell["values"], fixed) for cell in known}
+            added = [values for values in spec.list_grid_cells(new) if _configuration_key(values, fixed) not in known_keys]
+            if not added:
+                return 0
+            for cell, values in enumerate(added, start=len(known)):
+                self._offer_cell(cell, values)
+            backup = self.folder / f"sweep-{len(list(self.folder.glob('sweep*.yaml')))}.yaml"
+            with contextlib.suppress(FileExistsError):
+                backup.hardlink_to(self.folder / "sweep.yaml")
+            self.info["cells"] = len(known) + len(added)
+            write_atomic(self.folder / "sweep.yaml", new.text.encode())
             write_atomic(self.folder / "sweep.json", json.dumps(self.info, indent=1).encode())
-            return int(kept or threads)
+            self._publish_definition(new.text)
+            self._reopen_sweep()
+        return len(added)
 
-    def news(self) -> list[str]:
+    def agree_on_threads(self, threads: int) -> int:
+        """The CPU threads of each trial: as the first agent proposes, then the same for all agents."""
+        with storage.lock_storage(self._storage, self.id):
+            agreed = self._storage.get_study_user_attrs(self._study).get("threads") or self.info["threads"]
+            if not agreed:
+                self._storage.set_study_user_attr(self._study, "threads", threads)
+            self.info["threads"] = agreed or threads
+            write_atomic(self.folder / "sweep.json", json.dumps(self.info, indent=1).encode())
+            return int(agreed or threads)
+
+    def pop_messages(self) -> list[str]:
         return []
 
     def close(self) -> None: ...
@@ -302,57 +341,74 @@ class Local:
     def run_id(self, cell: int) -> str:
         return f"{self.id}-{cell:03d}"
 
-    # -- inside, under the lock --
+    # -- under the lock ------------------------------------------------------------------------------------------------
 
-    def _trials(self) -> list[FrozenTrial]:
-        """One a cell: of a cell that was offered again, the latest."""
+    def _offer_cell(self, cell: int, values: Mapping[str, Any], **now: Any) -> None:
+        """Add a new cell, or offer an ended one again."""
+        trial = _make_waiting_trial(cell, values)
+        trial.set_user_attr("now", {"state": "waiting", **now})
+        self._storage.create_new_trial(self._study, trial)
+
+    def _reopen_sweep(self) -> None:
+        """Hand out trials again, whatever has stopped the sweep."""
+        self._storage.set_study_user_attr(self._study, "stopped", "")
+
+    def _publish_definition(self, text: str) -> None:
+        """Write the sweep's definition to the storage, for other machines."""
+        self._storage.set_study_user_attr(self._study, "sweep", {"yaml": text, "info": self.info})
+
+    def _list_trials(self) -> list[FrozenTrial]:
+        """One trial for each cell. Of a cell that was offered again, the latest."""
         trials = sorted(self._storage.get_all_trials(self._study, deepcopy=False), key=lambda trial: trial.number)
-        return sorted({_cell(trial): trial for trial in trials}.values(), key=_cell)
+        return sorted({_cell_of(trial): trial for trial in trials}.values(), key=_cell_of)
 
-    def _set(self, trial: FrozenTrial, **changes: Any) -> None:
-        self._storage.set_trial_user_attr(trial._trial_id, "now", {**_now(trial), **changes})
+    def _update_trial(self, trial: FrozenTrial, **changes: Any) -> None:
+        self._storage.set_trial_user_attr(trial._trial_id, "now", {**_read_mutable(trial), **changes})
 
-    def _held(self, trial: Trial) -> FrozenTrial | None:
-        """The trial as it is stored, while the claim is still good."""
-        key = self._keys.get((trial.cell, trial.attempt))
-        if key is None:  # claimed through another object than this one
-            key = next(stored._trial_id for stored in self._trials() if _cell(stored) == trial.cell)
-        stored = self._storage.get_trial(key)
-        return stored if stored.state == TrialState.RUNNING and _now(stored)["attempt"] == trial.attempt else None
+    def _find_claimed(self, trial: Trial) -> FrozenTrial | None:
+        """The stored trial, or None if the claim is not valid any more."""
+        optuna_id = self._optuna_ids.get((trial.cell, trial.attempt))
+        if optuna_id is None:  # claimed through another LocalBackend
+            optuna_id = next(stored._trial_id for stored in self._list_trials() if _cell_of(stored) == trial.cell)
+        stored = self._storage.get_trial(optuna_id)
+        return stored if stored.state == TrialState.RUNNING and _read_mutable(stored)["attempt"] == trial.attempt else None
 
-    def _lapsed(self, trial: FrozenTrial) -> bool:
-        beat, now = _now(trial).get("beat"), time.monotonic()
-        if self._keys.get((_cell(trial), _now(trial).get("attempt", 0))) == trial._trial_id:
-            return False  # our own: however long we were stopped, nobody else has it
-        if self._seen.get(_cell(trial), (None,))[0] != beat:
-            self._seen[_cell(trial)] = (beat, now)  # clocks of two machines differ: only one's own is compared
-        return now - self._seen[_cell(trial)][1] > lease()
+    def _has_lapsed(self, trial: FrozenTrial) -> bool:
+        last_heartbeat, now = _read_mutable(trial).get("beat"), time.monotonic()
+        if self._optuna_ids.get((_cell_of(trial), _read_mutable(trial).get("attempt", 0))) == trial._trial_id:
+            return False  # our own claim: however long this process was suspended, no other agent has the trial
+        if self._last_heartbeats.get(_cell_of(trial), (None,))[0] != last_heartbeat:
+            self._last_heartbeats[_cell_of(trial)] = (
+                last_heartbeat,
+                now,
+            )  # the clocks of two machines differ, so only our own is used
+        return now - self._last_heartbeats[_cell_of(trial)][1] > lease_seconds()
 
     def _give_back(self, trial: FrozenTrial, reason: str, **changes: Any) -> str:
         state = changes.pop("state", "interrupted")
-        self._set(trial, state=state, reason=reason, **changes)
+        self._update_trial(trial, state=state, reason=reason, **changes)
         self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
         return str(state)
 
-    def _end(
+    def _end_trial(
         self, trial: FrozenTrial, state: str, value: float | None, reason: str, objectives: Sequence[float | None] = ()
     ) -> None:
         if value is not None and not math.isfinite(value):
             value = None
-        values = whole(objectives) if state == "finished" else None
-        self._set(trial, state=state, reason=reason, value=value, objectives=values or [])
-        # Optuna has no finished trial without values; our own `state` says what it is
-        optuna_state = _OPTUNA.get(state, TrialState.FAIL) if state != "finished" or values else TrialState.FAIL
+        values = finite_or_none(objectives) if state == "finished" else None
+        self._update_trial(trial, state=state, reason=reason, value=value, objectives=values or [])
+        # Optuna has no COMPLETE trial without values; our own `state` says what it is
+        optuna_state = _OPTUNA_STATES.get(state, TrialState.FAIL) if state != "finished" or values else TrialState.FAIL
         self._storage.set_trial_state_values(trial._trial_id, optuna_state, values)
 
-    def _stop(self, reason: str, *, cancel: bool = False) -> None:
+    def _stop_claims(self, reason: str, *, cancel: bool = False) -> None:
         self._storage.set_study_user_attr(self._study, "stopped", "cancel" if cancel else "stop")
-        for trial in self._trials():
+        for trial in self._list_trials():
             if trial.state == TrialState.WAITING:
-                self._end(trial, "stopped", None, reason)
+                self._end_trial(trial, "stopped", None, reason)
 
 
-def _waiting(
+def _make_waiting_trial(
     cell: int, values: Mapping[str, Any], params: Mapping[str, Any] | None = None, space: Mapping[str, Any] | None = None
 ) -> FrozenTrial:
     return optuna.trial.create_trial(
@@ -363,33 +419,38 @@ def _waiting(
     )
 
 
-def _cell(trial: FrozenTrial) -> int:
+def _cell_of(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get("cell", trial.number))
 
 
-def _state(trial: FrozenTrial) -> str:
-    return "running" if trial.state == TrialState.RUNNING else str(_now(trial).get("state", "waiting"))
+def _state_of(trial: FrozenTrial) -> str:
+    return "running" if trial.state == TrialState.RUNNING else str(_read_mutable(trial).get("state", "waiting"))
 
 
-def _now(trial: FrozenTrial) -> dict[str, Any]:
-    """What changes of a trial, in one attribute to change at once: attempt, worker, beat, kills, state, reason, value."""
+def _read_mutable(trial: FrozenTrial) -> dict[str, Any]:
+    """What changes of a trial: attempt, worker, beat, kills, state, reason, value. One attribute, so it changes atomically."""
     return dict(trial.user_attrs.get("now", {}))
 
 
-def listing(runs: Path) -> list[dict[str, Any]]:
-    """Every local sweep, oldest first: what is in its sweep.json."""
+def list_sweeps(runs_dir: Path) -> list[dict[str, Any]]:
+    """The sweep.json of every local sweep, oldest first."""
     found = []
-    for path in (runs / "sweeps").glob("*/sweep.json"):
-        with contextlib.suppress(UserError):  # a damaged one is named to whoever asks for it
+    for path in (runs_dir / "sweeps").glob("*/sweep.json"):
+        with contextlib.suppress(UserError):  # a damaged one raises for the command that names it
             found.append(read_json(path))
     return sorted((info for info in found if "created" in info), key=lambda info: float(info["created"]))
 
 
-def resolve(name: str, runs: Path) -> str:
-    """A sweep's id from its id, its name or the start of its id, where only one fits."""
-    known = listing(runs)
-    exact = [info["id"] for info in known if name in (info["id"], info["name"])]
-    fits = exact or [info["id"] for info in known if info["id"].startswith(name)]
-    if len(fits) > 1:
-        raise UserError(f"'{name}' fits {len(fits)} sweeps ({', '.join(fits[:6])}); give the id")
-    return fits[0] if fits else name
+def find_sweep_id(name: str, runs_dir: Path) -> str:
+    """The id of the sweep with this id, name or unique start of an id; `name` itself if there is none."""
+    sweeps = list_sweeps(runs_dir)
+    exact = [info["id"] for info in sweeps if name in (info["id"], info["name"])]
+    matches = exact or [info["id"] for info in sweeps if info["id"].startswith(name)]
+    if len(matches) > 1:
+        raise UserError(f"'{name}' fits {len(matches)} sweeps ({', '.join(matches[:6])}); give the id")
+    return matches[0] if matches else name
+
+
+def _configuration_key(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> str:
+    """The same text for trials whose whole configurations are the same."""
+    return repr(sorted(spec.resolve_trial(values, fixed).to_dict().items(), key=lambda item: item[0]))

@@ -1,7 +1,7 @@
-"""A W&B sweep file -> a validated Sweep, its grid cells and its k-th suggestions, every value bound to our configuration.
+"""A W&B sweep file -> a validated Sweep, its grid cells and random trials, every value checked against our configuration.
 
-The file stays W&B's: its schema is closed to keys of ours, so what we add is an ordinary configuration key given as a
-parameter (`max_macs: {value: 5.0e7}`) or an option of the command line.
+W&B's schema of the file takes no keys of ours. What we add is an ordinary configuration key, given as a parameter
+(`max_macs: {value: 5.0e7}`), or an option of the command line.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar import registry
-from cifar.config import resolve as config
-from cifar.config.resolve import Settings
-from cifar.errors import UserError, choices
-from cifar.sweeps import distributions, objectives
-from cifar.sweeps import early_stopping as hyperband
-from cifar.sweeps.distributions import Parameter
-from cifar.sweeps.early_stopping import Hyperband
+from cifar.config.resolve import flatten_values, format_value, resolve_config
+from cifar.config.schema import Settings
+from cifar.config.yaml_loader import read_yaml
+from cifar.errors import UserError, did_you_mean
+from cifar.sweeps import objectives
+from cifar.sweeps.distributions import Parameter, parse_parameter
+from cifar.sweeps.early_stopping import Hyperband, parse_early_terminate
 from cifar.sweeps.objectives import Metric, Scheduler
 
-MOST = 10_000  # cells; a grid above that is a slip of the pen
-_KINDS = ("experiment", "model", "optimizer", "schedule", "probes")  # keys whose value decides which other keys there are
-_TOP = (
+MAX_GRID_CELLS = 10_000  # a larger grid is a mistake in the file
+_STRUCTURE_KEYS = (
+    "experiment",
+    "model",
+    "optimizer",
+    "schedule",
+    "probes",
+)  # keys whose values decide which other keys exist
+_TOP_LEVEL_KEYS = (
     "apiVersion", "command", "controller", "description", "early_terminate", "entity", "image_uri", "job", "kind", "method",
     "metric", "metrics", "name", "parameters", "program", "project", "run_cap", "scheduler",
 )  # fmt: skip
@@ -44,30 +49,32 @@ class Sweep:
     scheduler: Scheduler | None
     parameters: tuple[Parameter, ...]
     run_cap: int | None
-    early: Hyperband | None
+    early_stopping: Hyperband | None
     project: str
     entity: str
 
     @property
     def metric(self) -> Metric:
-        """The one that is shown, and by which runs are ended early: validation accuracy, where there are several."""
+        """The one that is displayed, and that early stopping judges by. With several metrics: validation accuracy."""
         return next((metric for metric in self.metrics if metric.name == objectives.ACCURACY), self.metrics[0])
 
-    def reached(self, values: Sequence[float | None]) -> bool:
-        """Whether a trial with these values, one a metric, is what was aimed at."""
-        aimed = [metric.reached(value) for metric, value in zip(self.metrics, values, strict=True) if metric.target is not None]
+    def targets_met(self, values: Sequence[float | None]) -> bool:
+        """Whether a trial with these values, one for each metric, meets every target that the file sets."""
+        aimed = [
+            metric.target_met(value) for metric, value in zip(self.metrics, values, strict=True) if metric.target is not None
+        ]
         return bool(aimed) and all(aimed)
 
     @property
-    def swept(self) -> list[str]:
-        """The configuration keys that differ between trials, in the file's order."""
+    def swept_keys(self) -> list[str]:
+        """The configuration keys whose values differ between trials, in the file's order."""
         keys: list[str] = []
         for parameter in self.parameters:
             values = parameter.values
             if values is None:
                 keys.append(parameter.name)
             elif len(values) > 1:
-                flat = [config.flatten({parameter.name: value}) for value in values]
+                flat = [flatten_values({parameter.name: value}) for value in values]
                 keys += [k for k in dict.fromkeys(k for f in flat for k in f) if any(f.get(k) != flat[0].get(k) for f in flat)]
         return keys
 
@@ -75,28 +82,28 @@ class Sweep:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Sweep:
-    """A sweep file. Raises UserError with what to do."""
-    content = config.read_yaml(path)
-    return parse(content, path.read_text(encoding="utf-8"), str(path), path.stem)
+def read_sweep(path: Path) -> Sweep:
+    """Read a sweep file. Raises UserError with what to do."""
+    content = read_yaml(path)
+    return parse_sweep(content, path.read_text(encoding="utf-8"), str(path), path.stem)
 
 
-def parse(content: Any, text: str, where: str = "sweep", default_name: str = "") -> Sweep:
-    """The content of a sweep file; `text` is kept, word for word."""
+def parse_sweep(content: Any, text: str, where: str = "sweep", default_name: str = "") -> Sweep:
+    """Parse the content of a sweep file. `text`: the same, word for word, as it is kept."""
     if not isinstance(content, dict):
         raise UserError(f"{where}: a sweep is a mapping with 'method' and 'parameters'")
     try:
-        return _parse(content, text, default_name)
+        return _parse_content(content, text, default_name)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _parse(content: dict[str, Any], text: str, default_name: str) -> Sweep:
+def _parse_content(content: dict[str, Any], text: str, default_name: str) -> Sweep:
     for key in content:
-        if key not in _TOP:
+        if key not in _TOP_LEVEL_KEYS:
             raise UserError(
                 f"W&B's sweeps have no top-level key '{key}'; a configuration key goes under 'parameters': "
-                + choices(str(key), _TOP)
+                + did_you_mean(str(key), _TOP_LEVEL_KEYS)
             )
     method = content.get("method")
     if method not in ("grid", "random", "bayes", "custom"):
@@ -109,48 +116,50 @@ def _parse(content: dict[str, Any], text: str, default_name: str) -> Sweep:
     run_cap = content.get("run_cap")
     if run_cap is not None and (isinstance(run_cap, bool) or not isinstance(run_cap, int) or run_cap < 1):
         raise UserError(f"run_cap = {run_cap!r}: expected a whole number above 0")
-    early = hyperband.parse(content["early_terminate"]) if "early_terminate" in content else None
-    metrics, scheduler = objectives.parse(content, early=early is not None)
+    early_stopping = parse_early_terminate(content["early_terminate"]) if "early_terminate" in content else None
+    metrics, scheduler = objectives.parse_objectives(content, stops_early=early_stopping is not None)
     return Sweep(
         text=text,
         name=content.get("name", default_name),
         method=method,
         metrics=metrics,
         scheduler=scheduler,
-        parameters=_parameters(content.get("parameters"), method),
+        parameters=_parse_parameters(content.get("parameters"), method),
         run_cap=run_cap,
-        early=early,
+        early_stopping=early_stopping,
         project=content.get("project", ""),
         entity=content.get("entity", ""),
     )
 
 
-def _parameters(block: Any, method: str) -> tuple[Parameter, ...]:
-    found = list(_leaves(block))
+def _parse_parameters(block: Any, method: str) -> tuple[Parameter, ...]:
+    found = list(_iterate_parameters(block))
     if method == "custom" and any(isinstance(spec, Mapping) and "parameters" in spec for spec in block.values()):
         raise UserError("parameters: W&B's scheduler takes no nested 'parameters'; write them side by side")
     owners: dict[str, str] = {}
     for parameter in found:
-        for key in {key for value in parameter.values or [0] for key in config.flatten({parameter.name: value})}:
+        for key in {key for value in parameter.values or [0] for key in flatten_values({parameter.name: value})}:
             if owners.setdefault(key, parameter.name) != parameter.name or [p.name for p in found].count(parameter.name) > 1:
                 raise UserError(f"parameters: '{key}' is given twice, once in '{owners[key]}'; keep one of them")
         low, high, step = (parameter.options.get(option, 1) for option in ("min", "max", "q"))
-        if method == "grid" and parameter.values is None and (high - low) / step > MOST:
-            raise UserError(f"parameters.{parameter.name}: a grid of over {MOST:,} values; narrow it, or use method: random")
-        if method == "grid" and parameter.grid is None:
+        if method == "grid" and parameter.values is None and (high - low) / step > MAX_GRID_CELLS:
+            raise UserError(
+                f"parameters.{parameter.name}: a grid of over {MAX_GRID_CELLS:,} values; narrow it, or use method: random"
+            )
+        if method == "grid" and parameter.grid_values is None:
             raise UserError(
                 f"parameters.{parameter.name}: a grid takes value, values, int_uniform or q_uniform, "
                 f"not {parameter.distribution}; list the values, or use method: random"
             )
-        if method == "custom" and parameter.distribution not in objectives.SCHEDULED:
+        if method == "custom" and parameter.distribution not in objectives.SCHEDULER_DISTRIBUTIONS:
             raise UserError(
-                f"parameters.{parameter.name}: W&B's scheduler takes {', '.join(objectives.SCHEDULED)}, "
+                f"parameters.{parameter.name}: W&B's scheduler takes {', '.join(objectives.SCHEDULER_DISTRIBUTIONS)}, "
                 f"not {parameter.distribution}"
             )
     return tuple(found)
 
 
-def _leaves(block: Any, where: str = "parameters") -> Iterator[Parameter]:
+def _iterate_parameters(block: Any, where: str = "parameters") -> Iterator[Parameter]:
     if not isinstance(block, Mapping) or not block:
         raise UserError(f"{where}: expected a mapping with at least one parameter, for example lr: {{values: [0.1, 0.01]}}")
     for name, spec in block.items():
@@ -159,155 +168,96 @@ def _leaves(block: Any, where: str = "parameters") -> Iterator[Parameter]:
         if isinstance(spec, Mapping) and "parameters" in spec:
             if len(spec) > 1:
                 raise UserError(f"{where}.{name}: nested 'parameters' stand alone; remove {sorted(set(spec) - {'parameters'})}")
-            yield from _leaves(spec["parameters"], f"{where}.{name}.parameters")
+            yield from _iterate_parameters(spec["parameters"], f"{where}.{name}.parameters")
         else:
-            yield distributions.parse(str(name), spec)
+            yield parse_parameter(str(name), spec)
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 
-def cells(sweep: Sweep) -> list[dict[str, Any]]:
-    """The grid's cells as flat values, the last parameter moving fastest, at most `run_cap` of them, none twice."""
-    grids = [parameter.grid or [] for parameter in sweep.parameters]
+def list_grid_cells(sweep: Sweep) -> list[dict[str, Any]]:
+    """The cells of a grid as flat values, at most `run_cap` of them, none twice. The last parameter changes fastest."""
+    grids = [parameter.grid_values or [] for parameter in sweep.parameters]
     total = math.prod(len(grid) for grid in grids)
-    if min(total, sweep.run_cap or total) > MOST:
-        raise UserError(f"the grid has {total:,} cells; list fewer values, or set run_cap to at most {MOST:,}")
+    if min(total, sweep.run_cap or total) > MAX_GRID_CELLS:
+        raise UserError(f"the grid has {total:,} cells; list fewer values, or set run_cap to at most {MAX_GRID_CELLS:,}")
     found = []
     for values in itertools.islice(itertools.product(*grids), sweep.run_cap):
-        found.append(flat({p.name: value for p, value in zip(sweep.parameters, values, strict=True)}))
+        found.append(flatten_values({p.name: value for p, value in zip(sweep.parameters, values, strict=True)}))
     return found
 
 
-def suggest(sweep: Sweep, k: int, sweep_seed: int) -> dict[str, Any]:
-    """The k-th random suggestion, k = 0, 1, ...: a function of (sweep_seed, k) alone, parameter by parameter."""
-    return flat({p.name: p.at(random.Random(f"{sweep_seed}:{k}:{p.name}").random()) for p in sweep.parameters})
+def sample_trial(sweep: Sweep, k: int, sweep_seed: int) -> dict[str, Any]:
+    """The values of the k-th random trial, k = 0, 1, ... Each parameter depends on (sweep_seed, k, its name) only."""
+    return flatten_values({p.name: p.value_at(random.Random(f"{sweep_seed}:{k}:{p.name}").random()) for p in sweep.parameters})
 
 
-def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameter values -> configuration keys: mappings are merged by their leaf names."""
-    return config.flatten(values)
-
-
-def trials(sweep: Sweep, sweep_seed: int = 0, count: int | None = None) -> list[dict[str, Any]]:
-    """The values of every trial that is known beforehand (none where results decide). `count`: the end without run_cap."""
+def list_known_trials(sweep: Sweep, sweep_seed: int = 0, count: int | None = None) -> list[dict[str, Any]]:
+    """The values of every trial that is known in advance: none for a search. `count`: as in `num_trials`."""
     if sweep.method == "grid":
-        return cells(sweep)
+        return list_grid_cells(sweep)
     if sweep.method in ("bayes", "custom"):
         return []
-    return [suggest(sweep, k, sweep_seed) for k in range(end(sweep, count))]
+    return [sample_trial(sweep, k, sweep_seed) for k in range(num_trials(sweep, count))]
 
 
-def end(sweep: Sweep, count: int | None) -> int:
-    """How many trials a sweep has in all."""
+def num_trials(sweep: Sweep, count: int | None) -> int:
+    """How many trials a sweep has. `count`: how many where the method has no end and the file no run_cap."""
     if sweep.method == "grid":
-        return len(cells(sweep))
+        return len(list_grid_cells(sweep))
     if not (sweep.run_cap or count):
         raise UserError(f"method: {sweep.method} has no end of its own; add run_cap: 20 to the file, or give --count 20")
     return sweep.run_cap or count or 0
 
 
-def bind(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> Settings:
-    """A trial's configuration. `fixed` wins over `values`; a trial never scores the test set."""
-    return config.resolve(values, fixed, {"test": "never"})
+def resolve_trial(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> Settings:
+    """A trial's configuration. `fixed` wins over `values`. A trial never scores the test set."""
+    return resolve_config(values, fixed, {"test": "never"})
 
 
-def check(sweep: Sweep, fixed: Mapping[str, Any], sweep_seed: int = 0, count: int | None = None) -> str:
-    """Bind every value before anything runs, and return the dataset (`auto` included). Raises UserError."""
+def check_sweep(sweep: Sweep, fixed: Mapping[str, Any], sweep_seed: int = 0, count: int | None = None) -> str:
+    """Check every value before anything runs -> the dataset (may be `auto`). Raises UserError."""
     for key in fixed:
-        if key in sweep.swept:
+        if key in sweep.swept_keys:
             raise UserError(f"'{key}' is swept by the file and set on the command line; remove one of them")
     datasets = set()
-    for values in [*_corners(sweep), *trials(sweep, sweep_seed, count)] if sweep.method != "grid" else cells(sweep):
+    for values in (
+        [*_boundary_trials(sweep), *list_known_trials(sweep, sweep_seed, count)]
+        if sweep.method != "grid"
+        else list_grid_cells(sweep)
+    ):
         if {**values, **fixed}.get("test", "never") != "never":
             raise UserError("'test' is set: a sweep's trials never score the test set; remove it")
-        bound = bind(values, fixed)
-        if not bound.val_size:
+        config = resolve_trial(values, fixed)
+        if not config.val_size:
             raise UserError("val_size is 0: a sweep compares by validation accuracy; add val_size: {value: 5000}")
-        datasets.add(bound.dataset)
+        datasets.add(config.dataset)
     if len(datasets) > 1:
         raise UserError(f"one sweep, one dataset: it names {' and '.join(sorted(datasets))}; make two sweeps")
     return datasets.pop()
 
 
-def _corners(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    """Every combination of what decides the other keys, with each of the others at each of its ends in turn."""
-    deciding = [p for p in sweep.parameters if p.values and (p.name in _KINDS or any(isinstance(v, Mapping) for v in p.values))]
-    rest = [p for p in sweep.parameters if p not in deciding]
-    for combination in itertools.islice(itertools.product(*(p.values or [] for p in deciding)), MOST):
+def _boundary_trials(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Every combination of the structure keys, with each of the other parameters at each of its boundary values in turn."""
+    deciding = [
+        p for p in sweep.parameters if p.values and (p.name in _STRUCTURE_KEYS or any(isinstance(v, Mapping) for v in p.values))
+    ]
+    others = [p for p in sweep.parameters if p not in deciding]
+    for combination in itertools.islice(itertools.product(*(p.values or [] for p in deciding)), MAX_GRID_CELLS):
         base = {p.name: value for p, value in zip(deciding, combination, strict=True)}
-        base |= {p.name: p.ends[0] for p in rest}
-        yield flat(base)
-        for parameter in rest:
-            for value in parameter.ends[1:]:
-                yield flat({**base, parameter.name: value})
+        base |= {p.name: p.boundary_values[0] for p in others}
+        yield flatten_values(base)
+        for parameter in others:
+            for value in parameter.boundary_values[1:]:
+                yield flatten_values({**base, parameter.name: value})
 
 
-# -- looking ahead -----------------------------------------------------------------------------------------------------
+def format_trial_name(values: Mapping[str, Any], swept_keys: Sequence[str]) -> str:
+    """A short name of a trial: its values of the swept keys."""
+    return " ".join(f"{key}={text}" for key, text in format_values(values, swept_keys).items())
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A trial that has not run. `seconds` is an estimate from one short step on this machine."""
-
-    cell: int
-    values: dict[str, Any]
-    model: str
-    macs: float
-    params: int
-    epochs: int
-    seconds: float
-    skipped: bool
-
-
-def dry_run(sweep: Sweep, fixed: Mapping[str, Any], *, sweep_seed: int = 0, count: int | None = None) -> list[Planned]:
-    """The trials, their MACs and estimated seconds. Where results decide, random draws stand for what will be chosen."""
-    from cifar.training import run
-
-    check(sweep, fixed, sweep_seed, count)
-    drawn = trials(sweep, sweep_seed, count) or [suggest(sweep, k, sweep_seed) for k in range(end(sweep, count))]
-    speeds: dict[str, float] = {}
-    plan = []
-    for cell, values in enumerate(drawn):
-        bound = bind(values, fixed)
-        cost = run.cost_of(bound)
-        architecture = repr((bound.model, sorted(bound.part("model").items())))
-        images = min(bound.images, bound.max_steps * bound.batch_size or bound.images)
-        skipped = bool(bound.max_macs and cost.macs > bound.max_macs)
-        if not skipped and architecture not in speeds:
-            speeds[architecture] = _seconds_per_image(bound, cost.macs)
-        seconds = 0.0 if skipped else bound.epochs * images * speeds[architecture]
-        own = {key: values[key] for key in sweep.swept if key in values}
-        plan.append(Planned(cell, own, bound.model, cost.macs, cost.params, bound.epochs, seconds, skipped))
-    return plan
-
-
-def _seconds_per_image(bound: Settings, macs: float) -> float:
-    """One forward and backward pass, timed: about 2 GMACs of it, so that a large model answers within seconds."""
-    import time
-
-    import torch
-
-    from cifar.training.trainer import device_of
-
-    device = device_of(bound.device)
-    with torch.random.fork_rng(devices=[]):
-        model = registry.models[bound.model].build(**bound.part("model")).to(device)
-        images = torch.randn(max(8, min(bound.batch_size, int(2e9 / max(macs, 1)))), 3, 32, 32, device=device)
-        best = math.inf
-        for _ in range(5):  # the best of a few: other programs only ever slow it
-            begun = time.perf_counter()
-            model(images).float().logsumexp(1).sum().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - begun)
-    return best / len(images)
-
-
-def name_of(values: Mapping[str, Any], swept: Sequence[str]) -> str:
-    """A trial in a few words: its swept keys."""
-    return " ".join(f"{key}={_short(values[key])}" for key in swept if key in values)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def format_values(values: Mapping[str, Any], swept_keys: Sequence[str]) -> dict[str, str]:
+    """A trial's values of the swept keys, each as short as it can be read."""
+    return {key: format_value(values[key]) for key in swept_keys if key in values}

@@ -1,4 +1,4 @@
-"""The databases that hold local sweeps: opening one, locking it, and writing its URL down without the password."""
+"""The databases of local sweeps: opening one, locking it, and showing its URL without the password."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from optuna.storages import RDBStorage
 
 from cifar.errors import UserError
 
-LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
+LOCAL_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
 
 
-def default(folder: Path) -> str:
-    """A SQLite file in the sweep's own folder."""
+def default_url(folder: Path) -> str:
+    """The URL of a SQLite file in the sweep's own folder."""
     return f"sqlite:///{folder / 'study.db'}"
 
 
-def redacted(url: str) -> str:
-    """The URL as it may be written down: without passwords, and with a SQLite file's whole path."""
+def redact_url(url: str) -> str:
+    """The URL as it may be shown and written to files: without passwords, with the absolute path of a SQLite file."""
     if not url:
         return ""
     try:
@@ -38,8 +38,8 @@ def redacted(url: str) -> str:
     return parsed.update_query_dict(secret).render_as_string(hide_password=True)
 
 
-def open(url: str) -> RDBStorage:
-    """Connect, and make Optuna's tables where there are none. Raises UserError."""
+def open_storage(url: str) -> RDBStorage:
+    """Connect, and make Optuna's tables if there are none. Raises UserError."""
     try:
         parsed = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
@@ -49,21 +49,26 @@ def open(url: str) -> RDBStorage:
         raise UserError(f"storage '{backend}' cannot lock a claim; use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DB")
     if parsed.drivername == "postgresql":  # SQLAlchemy 2.1 would look for psycopg 3
         parsed = parsed.set(drivername="postgresql+psycopg2")
-    sqlite = {"connect_args": {"timeout": 60, "factory": _Logged if _local(parsed.database) else _Plain}}
+    sqlite = {
+        "connect_args": {
+            "timeout": 60,
+            "factory": _WalConnection if _is_on_local_disk(parsed.database) else _RollbackConnection,
+        }
+    }
     options = sqlite if backend == "sqlite" else {"pool_pre_ping": True}
     try:
-        whole = redacted(url) if backend == "sqlite" else parsed.render_as_string(hide_password=False)
+        whole = redact_url(url) if backend == "sqlite" else parsed.render_as_string(hide_password=False)
         return RDBStorage(whole, engine_kwargs=options)
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
         what = "install psycopg2-binary" if isinstance(error, ImportError) else type(error).__name__
-        raise UserError(f"the storage {redacted(url)} cannot be opened ({what}); check the URL and its server") from None
+        raise UserError(f"the storage {redact_url(url)} cannot be opened ({what}); check the URL and its server") from None
 
 
-class _Logged(sqlite3.Connection):
-    """A SQLite file with a write-ahead log. A commit waits for no disk, and an agent hands on trials in less time.
+class _WalConnection(sqlite3.Connection):
+    """A SQLite file with a write-ahead log. A commit does not wait for the disk, so an agent hands out trials faster.
 
-    A killed process loses nothing. A power cut may lose the last second, never the file: the cells of that second are
-    offered again, and their runs, which are on disk, say what became of them.
+    A killed process loses nothing. A power cut may lose the last second, but never the file. The cells of that second are
+    offered again, and how their runs ended is read from the run folders, which are on disk.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -72,29 +77,29 @@ class _Logged(sqlite3.Connection):
         self.execute("pragma synchronous = normal")
 
 
-class _Plain(sqlite3.Connection):
-    """SQLite's own journal: the log needs memory that processes share, and machines do not."""
+class _RollbackConnection(sqlite3.Connection):
+    """SQLite's default journal, for network disks: the write-ahead log needs memory shared by all processes that use it."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.execute("pragma journal_mode = delete")
 
 
-def _local(database: str | None) -> bool:
-    """Whether a file lies on a disk of this machine, as far as Linux tells."""
+def _is_on_local_disk(database: str | None) -> bool:
+    """Whether a file is on a disk of this machine, as far as /proc/self/mounts tells."""
     if not database:
         return False
     place, kinds = str(Path(database).resolve()), {"/": ""}
     with contextlib.suppress(OSError):
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-        kinds |= {mount[1]: mount[2] for mount in mounts}  # a later mount hides an earlier one
+        kinds |= {mount[1]: mount[2] for mount in mounts}  # a later mount hides an earlier one at the same place
     point = max((point for point in kinds if place.startswith(f"{point.rstrip('/')}/")), key=len)
-    return kinds[point] in LOCAL
+    return kinds[point] in LOCAL_FILESYSTEMS
 
 
 @contextlib.contextmanager
-def locked(storage: RDBStorage, name: str) -> Iterator[None]:
-    """One process at a time, of all that share the storage. The lock goes with its holder, however that ends.
+def lock_storage(storage: RDBStorage, name: str) -> Iterator[None]:
+    """Hold the lock of a sweep: one process at a time, of all that share the storage. It is released when its process ends.
 
     Optuna's own claim is not enough: two processes can be given the same waiting trial of a SQLite file.
     """

@@ -1,1 +1,1 @@
-"""cifar.system."""
+"""The machine: CPUs and GPUs, disk space, signals, and what environment.json says of it."""

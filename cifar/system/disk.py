@@ -1,4 +1,4 @@
-"""Room on a disk: telling that it ran out, and waiting until there is some again."""
+"""Disks: the cache folder, recognising a full disk, and waiting until there is space again."""
 
 from __future__ import annotations
 
@@ -10,32 +10,37 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cifar.errors import DiskFull
+from cifar.errors import DiskFullError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-LOOK_SECONDS = 1.0
-LEAST = 8 * 2**20  # bytes that have to be free before an agent goes on
-MOST = 2**33
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+DISK_POLL_SECONDS = 1.0
+MIN_FREE_BYTES = 8 * 2**20  # that have to be free before an agent goes on, the first time
+MAX_FREE_BYTES = 2**33  # that are asked for, however often the disk was full
 
 
-def is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind this error, also one that a database reports in its own words."""
+def is_disk_full_error(error: BaseException) -> bool:
+    """Whether this error itself says that the disk is full."""
+    return isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS)
+
+
+def is_caused_by_full_disk(error: BaseException | None) -> bool:
+    """Whether this error or one of its causes says that the disk is full, also in the words of a database."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        words = str(error).lower()
-        if (
-            isinstance(error, DiskFull)
-            or (isinstance(error, OSError) and error.errno in FULL)
-            or "disk is full" in words
-            or "no space left" in words
-        ):
+        text = str(error).lower()
+        if is_disk_full_error(error) or "disk is full" in text or "no space left" in text:
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def room(folder: Path) -> int:
+def cache_folder() -> Path:
+    """Where data, compiled code and runs from W&B are kept between commands: $XDG_CACHE_HOME/cifar, else ~/.cache/cifar."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cifar"
+
+
+def free_bytes(folder: Path) -> int:
     """Free bytes for this user at `folder`; 0 where not even a small file can be written (a quota, say)."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -44,50 +49,50 @@ def room(folder: Path) -> int:
             os.fsync(file.fileno())
         stat = os.statvfs(folder)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL_ERRNOS:
             return 0
         raise
     return stat.f_bavail * stat.f_frsize
 
 
-class Pause:
-    """An agent's wait for room. Each pause without an end of a trial between them asks for twice as much."""
+class DiskSpaceGate:
+    """An agent's wait for disk space. Each wait asks for twice as much, until a trial has ended without a full disk."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.on = folder, False
-        self.need, self._next = LEAST, 0.0
+        self.folder, self.is_waiting = folder, False
+        self.required_bytes, self._next = MIN_FREE_BYTES, 0.0
 
-    def begin(self) -> str:
-        """The disk is full -> what to say, once."""
-        if self.on:
+    def begin_wait(self) -> str:
+        """The disk is full -> the message to print; "" if the wait has begun already."""
+        if self.is_waiting:
             return ""
-        self.on, self._next = True, 0.0
-        said = (
-            f"no space left on the disk of {self.folder}: waiting until {self.need / 2**20:.0f} MiB are free; "
+        self.is_waiting, self._next = True, 0.0
+        message = (
+            f"no space left on the disk of {self.folder}: waiting until {self.required_bytes / 2**20:.0f} MiB are free; "
             "nothing is lost; Ctrl-C ends"
         )
-        self.need = min(2 * self.need, MOST)
-        return said
+        self.required_bytes = min(2 * self.required_bytes, MAX_FREE_BYTES)
+        return message
 
-    def over(self) -> bool:
-        """Whether there has just come room enough."""
-        if not self.on or time.monotonic() < self._next:
+    def has_recovered(self) -> bool:
+        """Whether the wait has just ended, because enough space is free."""
+        if not self.is_waiting or time.monotonic() < self._next:
             return False
-        self._next = time.monotonic() + LOOK_SECONDS
-        self.on = room(self.folder) < self.need // 2
-        return not self.on
+        self._next = time.monotonic() + DISK_POLL_SECONDS
+        self.is_waiting = free_bytes(self.folder) < self.required_bytes // 2
+        return not self.is_waiting
 
-    def ended(self) -> None:
-        """A trial got through."""
-        self.need = LEAST
+    def reset_requirement(self) -> None:
+        """A trial has ended without a full disk: the next wait asks for the least space again."""
+        self.required_bytes = MIN_FREE_BYTES
 
     @contextlib.contextmanager
-    def catching(self, tell: list[str]) -> Iterator[None]:
-        """A full disk inside begins the pause; `tell` gets what to say. Any other error goes on."""
+    def catch_disk_full(self, messages: list[str]) -> Iterator[None]:
+        """A full disk inside begins the wait, and `messages` gets what to print. Any other error is raised."""
         try:
             yield
         except Exception as error:
-            if not is_full(error):
+            if not is_caused_by_full_disk(error):
                 raise
-            if said := self.begin():
-                tell.append(said)
+            if message := self.begin_wait():
+                messages.append(message)

@@ -1,4 +1,4 @@
-"""Where a run ran: versions, device, the state of the code. Nothing that names a person or holds a secret."""
+"""Where a run runs: versions, device, state of the code. Nothing that names a person, and no secrets."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 PACKAGES = ("torch", "numpy", "wandb", "ultralytics-thop", "optuna", "matplotlib", "pydantic", "typer", "rich")
 
 
-def describe(device: torch.device, fingerprint: str) -> dict[str, Any]:
-    """`fingerprint` is the dataset's. Takes some milliseconds."""
+def describe_environment(device: torch.device, fingerprint: str) -> dict[str, Any]:
+    """The content of environment.json. `fingerprint`: of the dataset. Takes some milliseconds."""
     return {
-        "versions": dict(versions()),
+        "versions": dict(installed_versions()),
         "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
@@ -31,9 +31,9 @@ def describe(device: torch.device, fingerprint: str) -> dict[str, Any]:
     }
 
 
-@functools.cache  # as the code of this process was when it was loaded, for all its trials
-def versions() -> dict[str, str]:
-    """Python's, and those of the packages that are installed."""
+@functools.cache  # one answer for all trials of this process: its code stays as it was when it was loaded
+def installed_versions() -> dict[str, str]:
+    """The versions of Python and of those PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -61,14 +61,17 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def git_state() -> dict[str, Any]:
-    """Commit of this code and whether files differ from it; {} outside a checkout."""
+    """The commit of this code, and whether files differ from it; {} outside a checkout."""
     here = Path(__file__).resolve().parent
 
-    def git(*arguments: str) -> str:
+    def call_git(*arguments: str) -> str:
         command = ["git", "-C", str(here), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        return {
+            "commit": call_git("rev-parse", "HEAD"),
+            "dirty": bool(call_git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return {}

@@ -1,96 +1,135 @@
-"""When and how an agent stops its trials: signals, a limit of time, and how urgent they are together."""
+"""What makes training stop: signals and a time limit; and how urgent they are together."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import re
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cifar.errors import UserError
+from cifar.states import RETRIABLE_STATES, RunState
 
-PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM warns by SIGUSR1 (--signal=B:USR1@60)
-SIGNALS = (signal.SIGINT, *PREEMPTIONS)
-MARGIN = 0.1  # of the time limit, for checkpoints and uploads
-MARGIN_SECONDS = 30.0  # at most
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM warns by SIGUSR1 (--signal=B:USR1@60)
+STOP_SIGNALS = (signal.SIGINT, *PREEMPTION_SIGNALS)
+MARGIN_SHARE = 0.1  # of the time limit, kept for checkpoints and uploads
+MAX_MARGIN_SECONDS = 30.0  # at most
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked of every trial that runs. A higher level overrides a lower one."""
+class StopRequest:
+    """What an agent asks of every running trial. A higher level overrides a lower one."""
 
     level: int  # 1: at the end of its epoch; 2: after its step, with a checkpoint; 3: now
-    state: str
-    text: str
+    state: RunState  # in which the trial ends
+    text: str  # to print; may be empty
 
     @property
     def when(self) -> str:
         return "epoch" if self.level == 1 else "step"
 
 
-def wish_of(signals: list[int], halted: bool, late: bool) -> Wish | None:
-    """Ctrl-C: after the epoch; again: now. SIGTERM and SIGUSR1: a checkpoint at once, and what they repeat changes nothing."""
+def stop_request(signals: list[int], is_halted: bool, is_late: bool) -> StopRequest | None:
+    """What the signals received up to now, a halt of the agent and the time limit ask for together.
+
+    Ctrl-C: stop after the epoch; Ctrl-C again: now. SIGTERM and SIGUSR1: write a checkpoint at once; repeating them changes
+    nothing.
+    """
     if signal.SIGINT in signals[1:]:
-        return Wish(3, "interrupted", "")
-    if set(PREEMPTIONS) & set(signals):
-        return Wish(2, "preempted", "writing checkpoints and giving the trials back ... (Ctrl-C: at once)")
-    if halted or late:
-        return Wish(2, "interrupted", "writing checkpoints and giving the trials back ... (Ctrl-C: at once)")
+        return StopRequest(3, "interrupted", "")
+    if set(PREEMPTION_SIGNALS) & set(signals):
+        return StopRequest(2, "preempted", "writing checkpoints and giving the trials back ... (Ctrl-C: at once)")
+    if is_halted or is_late:
+        return StopRequest(2, "interrupted", "writing checkpoints and giving the trials back ... (Ctrl-C: at once)")
     if signals:
-        return Wish(1, "interrupted", "finishing the epoch, then giving the trials back ... (Ctrl-C again: at once)")
+        return StopRequest(1, "interrupted", "finishing the epoch, then giving the trials back ... (Ctrl-C again: at once)")
     return None
 
 
 @contextlib.contextmanager
-def heard(signals: list[int], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Signals go into the list while this is open. Only a main thread can hear them."""
+def _handle_signals(handler: Callable[[int], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Call `handler` with each of these signals while this is open. Only the main thread can receive them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in numbers}
+    before = {number: signal.signal(number, lambda n, _: handler(n)) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def capture_signals(
+    signals: list[int], numbers: Sequence[signal.Signals] = STOP_SIGNALS
+) -> contextlib.AbstractContextManager[None]:
+    """Append the signals that arrive to the list while this is open."""
+    return _handle_signals(signals.append, numbers)
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and SIGUSR1 ask one run to stop after its step. A second Ctrl-C raises KeyboardInterrupt at once.
+
+    started_by_wandb: W&B's plain agent has started this process. Its SIGTERM means that a person stopped the run, which is
+    then not to be run again, unless CIFAR_PREEMPTIBLE=1 says that here SIGTERM comes from the machine.
+    """
+
+    def __init__(self, started_by_wandb: bool = False) -> None:
+        self.state: RunState | None = None  # in which the run is asked to end
+        self.number = 0  # of the signal that asked
+        is_stopped = started_by_wandb and os.environ.get("CIFAR_PREEMPTIBLE", "") in ("", "0")
+        self._states: dict[int, RunState] = {
+            signal.SIGINT: "interrupted",
+            signal.SIGUSR1: "preempted",
+            signal.SIGTERM: "stopped" if is_stopped else "preempted",
+        }
+        self._handlers = _handle_signals(self._receive_signal, STOP_SIGNALS)
+
+    def __call__(self) -> RunState | None:
+        return self.state
+
+    def __enter__(self) -> StopSignals:
+        self._handlers.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._handlers.__exit__(*error)
+
+    def _receive_signal(self, number: int) -> None:
+        if self.state and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.state:
+            self.state, self.number = self._states[number], number
+
+    def exit_code(self, state: str) -> int:
+        """Of the process: 130, 143 or 138 after a signal that gave the run back; 0 where a person stopped it."""
+        if state in RETRIABLE_STATES:
+            return 1
+        return {"interrupted": 130, "preempted": 128 + self.number}.get(state, 0)
 
 
 class TimeLimit:
-    """The wall time of an agent: no trial is taken that would not end in it, by the longest one seen so far."""
+    """The wall time of an agent. It starts no trial that would not end in time if it took as long as the longest one so far."""
 
     def __init__(self, seconds: float = math.inf) -> None:
-        margin = min(MARGIN * seconds, MARGIN_SECONDS) if seconds < math.inf else 0.0
+        margin = min(MARGIN_SHARE * seconds, MAX_MARGIN_SECONDS) if seconds < math.inf else 0.0
         self.deadline = time.monotonic() + seconds - margin
-        self.longest = 0.0
+        self.longest_trial_seconds = 0.0
 
-    def seen(self, seconds: float) -> None:
-        """A trial was finished in so much time."""
-        self.longest = max(self.longest, seconds)
+    def record_trial_seconds(self, seconds: float) -> None:
+        """A trial was finished in this time."""
+        self.longest_trial_seconds = max(self.longest_trial_seconds, seconds)
 
     @property
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def takes(self) -> bool:
-        return self.left > self.longest
+    def has_time_for_trial(self) -> bool:
+        return self.seconds_left > self.longest_trial_seconds
 
-    def over(self) -> bool:
-        return self.left <= 0
-
-
-def seconds_of(text: str) -> float:
-    """`90s`, `50m`, `2h`, `1h30m`, `1d` or `H:MM:SS` -> seconds. Raises UserError."""
-    clock = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", text)
-    if clock:
-        return float(3600 * int(clock[1]) + 60 * int(clock[2]) + int(clock[3]))
-    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    found = (
-        sum(scale * int(part or 0) for scale, part in zip((86400, 3600, 60, 1), parts.groups(), strict=True)) if parts else 0
-    )
-    if not found:
-        raise UserError(f"--time-limit {text}: write 90s, 50m, 2h, 1h30m or 1:30:00")
-    return float(found)
+    def is_over(self) -> bool:
+        return self.seconds_left <= 0

@@ -1,4 +1,4 @@
-"""What may be deleted from a runs folder: never a result that was not asked for by name."""
+"""What may be deleted from a runs folder. Never a result, unless that was asked for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar.errors import UserError
-from cifar.tracking.run_dir import END_STATES, Record, all_records
+from cifar.states import CONCLUSIVE_STATES, ENDED_STATES
+from cifar.tracking.run_dir import RunDir, list_run_dirs
 
 HOUR = 3600.0
-OVER = ("finished", "diverged", "pruned", "skipped")  # never resumed; a failed, killed or stopped run may be
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Leftover:
     size: int  # bytes
 
 
-def alive(record: Record) -> bool:
-    """Whether the process that last wrote the status still runs; a pid that another program took over does not count."""
-    status = record.read("status")
+def is_being_written(run_dir: RunDir) -> bool:
+    """Whether the process that last wrote the status still runs. A pid that another program has got since does not count."""
+    status = run_dir.read_json("status")
     pid = status.get("pid", 0)
     if status.get("state") != "running" or not pid or pid == os.getpid():
         return False
@@ -37,45 +37,47 @@ def alive(record: Record) -> bool:
         os.kill(pid, 0)
     except OSError:
         return False
-    return not Path("/proc/self").exists()  # no /proc on this system: believe the pid
+    return not Path("/proc/self").exists()  # without /proc: believe the pid
 
 
-def leftovers(runs: Path, *, days: float, finished: bool = False, now: float | None = None) -> list[Leftover]:
+def find_leftovers(runs_dir: Path, *, days: float, finished: bool = False, now: float | None = None) -> list[Leftover]:
     """Checkpoints of ended runs, temporary files older than an hour, unfinished runs untouched for `days`.
 
     With `finished`, whole runs that ended more than `days` ago too.
     """
     now = time.time() if now is None else now
     found = []
-    for record in all_records(runs):
+    for run_dir in list_run_dirs(runs_dir):
         try:
-            state = record.state
-        except UserError:  # damaged: for its owner to look at, not for a broom
+            state = run_dir.state
+        except UserError:  # damaged: its owner decides
             continue
-        age = (now - max(file.stat().st_mtime for file in [record.path, *record.path.iterdir()])) / (24 * HOUR)
-        if alive(record):
+        age = (now - max(file.stat().st_mtime for file in [run_dir.path, *run_dir.path.iterdir()])) / (24 * HOUR)
+        if is_being_written(run_dir):
             continue
-        if state not in END_STATES and age > days:
-            found.append(_leftover(record.path, f"{state}, untouched for {age:.0f} days"))
-        elif state in END_STATES and finished and age > days:
-            found.append(_leftover(record.path, f"{state} {age:.0f} days ago"))
+        if state not in ENDED_STATES and age > days:
+            found.append(_measure_leftover(run_dir.path, f"{state}, untouched for {age:.0f} days"))
+        elif state in ENDED_STATES and finished and age > days:
+            found.append(_measure_leftover(run_dir.path, f"{state} {age:.0f} days ago"))
         else:
-            if (state in OVER or (state in END_STATES and age > days)) and (record.path / "checkpoint.pt").exists():
-                found.append(_leftover(record.path / "checkpoint.pt", f"the run is {state}"))
-            for file in record.path.glob(".*.*"):
+            checkpoint = run_dir.path / "checkpoint.pt"
+            is_unneeded = state in CONCLUSIVE_STATES or (state in ENDED_STATES and age > days)
+            if is_unneeded and checkpoint.exists():
+                found.append(_measure_leftover(checkpoint, f"the run is {state}"))
+            for file in run_dir.path.glob(".*.*"):
                 if file.is_file() and now - file.stat().st_mtime > HOUR:
-                    found.append(_leftover(file, "a write that never ended"))
+                    found.append(_measure_leftover(file, "a write that never ended"))
     return found
 
 
-def remove(leftover: Leftover) -> None:
-    """Delete it; what is gone already is no error."""
+def remove_leftover(leftover: Leftover) -> None:
+    """Delete it. It is no error if it is gone already."""
     if leftover.path.is_dir():
         shutil.rmtree(leftover.path, ignore_errors=True)
     else:
         leftover.path.unlink(missing_ok=True)
 
 
-def _leftover(path: Path, reason: str) -> Leftover:
+def _measure_leftover(path: Path, reason: str) -> Leftover:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return Leftover(path, reason, sum(file.stat().st_size for file in files))

@@ -1,4 +1,4 @@
-"""A run's folder: what was asked, where it ran, what was measured, how it ended. The truth; all else is made from it.
+"""A run's folder: its configuration, where it ran, what was measured, how it ended. Everything else is made from it.
 
     RUN/
       run.json          schema, id, name, group, tags, sweep, cell, swept keys, dataset, cost, created, command
@@ -18,32 +18,31 @@ Every file but metrics.jsonl is replaced atomically. metrics.jsonl is only appen
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
 import re
 import secrets
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar.errors import DiskFull, UserError
+from cifar.errors import DiskFullError, UserError
+from cifar.states import RUN_STATES
+from cifar.system.disk import is_disk_full_error
 
 SCHEMA = 1
-OPEN_STATES = ("running", "interrupted", "preempted")  # a run that may go on
-END_STATES = ("finished", "failed", "killed", "diverged", "stopped", "pruned", "skipped")
-DONE_STATES = ("finished", "diverged", "pruned", "skipped")  # its own ends: no other try would come to another
 _SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
 _UMASK = os.umask(0o022)
-os.umask(_UMASK)  # it can only be read by setting it
+os.umask(_UMASK)  # it can be read only by setting it
 _URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*):[^@/\s]+@")
 
 
-class Record:
-    """One run's folder. Reading is lazy; writing is atomic."""
+class RunDir:
+    """A run's folder. Files are read when they are asked for; writing is atomic."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -54,42 +53,44 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What the run is called; nothing where its folder is damaged."""
+        """The run's name; "" if its folder is damaged."""
         with contextlib.suppress(UserError):
-            return str(self.read("run").get("name", ""))
+            return str(self.read_json("run").get("name", ""))
         return ""
 
     @classmethod
-    def create(cls, runs: Path, run_id: str, run: Mapping[str, Any], config: Mapping[str, Any]) -> Record:
-        """Make the folder of a new run. Raises UserError where it cannot be written, and leaves nothing half-made."""
-        record = cls(runs / run_id)
-        made = not record.path.exists()
+    def create(cls, runs_dir: Path, run_id: str, run: Mapping[str, Any], config: Mapping[str, Any]) -> RunDir:
+        """Make the folder of a new run. Raises UserError if it cannot be written, and then leaves no part of it."""
+        run_dir = cls(runs_dir / run_id)
+        is_new = not run_dir.path.exists()
         try:
-            record.path.mkdir(parents=True, exist_ok=True)
-            record.write("config", config, mask=False)  # keys are ours: `token_mode` is no secret, and has to come back
-            record.write("run", {"schema": SCHEMA, "id": run_id, "created": time.time(), **run})
+            run_dir.path.mkdir(parents=True, exist_ok=True)
+            run_dir.write_json("config", config, mask_keys=False)  # the keys are ours: `token_mode` is no secret
+            run_dir.write_json("run", {"schema": SCHEMA, "id": run_id, "created": time.time(), **run})
         except OSError as error:
-            if made:
+            if is_new:
                 with contextlib.suppress(OSError):
-                    for file in record.path.iterdir():
+                    for file in run_dir.path.iterdir():
                         file.unlink()
-                    record.path.rmdir()
-            kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+                    run_dir.path.rmdir()
+            kind = DiskFullError if is_disk_full_error(error) else UserError
             raise kind(
-                f"the run folder {record.path} cannot be written ({error.strerror}); "
+                f"the run folder {run_dir.path} cannot be written ({error.strerror}); "
                 "free some space or name another place with --runs-dir"
             ) from error
-        return record
+        return run_dir
 
     # -- writing --
 
-    def write(self, name: str, value: Mapping[str, Any], *, mask: bool = True) -> None:
-        """Replace NAME.json as a whole, without secrets; `mask=False` keeps text under secret-looking names."""
-        write_atomic(self.path / f"{name}.json", json.dumps(clean(value, mask=mask), indent=1, allow_nan=True).encode())
+    def write_json(self, name: str, value: Mapping[str, Any], *, mask_keys: bool = True) -> None:
+        """Replace NAME.json as a whole, without secrets; `mask_keys=False` keeps text under names that look like secrets."""
+        write_atomic(
+            self.path / f"{name}.json", json.dumps(mask_secrets(value, mask_keys=mask_keys), indent=1, allow_nan=True).encode()
+        )
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append_row(self, row: Mapping[str, Any]) -> None:
         """Add one metrics row; it is on disk when this returns."""
-        line = json.dumps(clean(row), separators=(",", ":")) + "\n"
+        line = json.dumps(mask_secrets(row), separators=(",", ":")) + "\n"
         with open(self.path / "metrics.jsonl", "ab") as file:
             file.write(line.encode())
             file.flush()
@@ -100,18 +101,18 @@ class Record:
             return (self.path / "metrics.jsonl").stat().st_size
         return 0
 
-    def cut_metrics(self, length: int) -> None:
-        """Drop what was appended after a checkpoint was taken."""
+    def truncate_metrics(self, length: int) -> None:
+        """Cut metrics.jsonl back to the length that it had at a checkpoint, in bytes."""
         with open(self.path / "metrics.jsonl", "ab") as file:
             file.truncate(length)
 
     def set_status(self, state: str, *, reason: str = "", epoch: int = 0, epochs: int = 0) -> None:
-        assert state in OPEN_STATES + END_STATES, state
-        self.write(
+        assert state in RUN_STATES, state
+        self.write_json(
             "status",
             {
                 "state": state,
-                "reason": redact(reason),
+                "reason": redact_text(reason),
                 "epoch": epoch,
                 "epochs": epochs,
                 "time": time.time(),
@@ -121,12 +122,12 @@ class Record:
 
     # -- reading --
 
-    def read(self, name: str) -> dict[str, Any]:
-        """NAME.json, or {} where the run has not got there. Raises UserError where it is damaged."""
+    def read_json(self, name: str) -> dict[str, Any]:
+        """NAME.json, or {} if it is not written yet. Raises UserError if it is damaged."""
         return read_json(self.path / f"{name}.json")
 
-    def rows(self, start: int = 0) -> Iterator[dict[str, Any]]:
-        """The metrics rows from byte `start`; a last line without its newline is still being written and is left out."""
+    def read_rows(self, start: int = 0) -> Iterator[dict[str, Any]]:
+        """The metrics rows from byte `start`; a last line without a newline is still being written, and is left out."""
         with contextlib.suppress(FileNotFoundError), open(self.path / "metrics.jsonl", "rb") as file:
             file.seek(start)
             for line in file:
@@ -136,52 +137,61 @@ class Record:
                     except ValueError:
                         raise UserError(f"{file.name} is damaged; restore it, or delete {self.path}") from None
 
-    def outcome(self, metric: str, objectives: Sequence[str]) -> dict[str, Any]:
-        """How the run ended: state, reason, value (of `metric`) and objectives, None for each that it does not have."""
-        rows, status = list(self.rows()), self.read("status")
-        known = {**self.read("run").get("cost", {}), **(rows[-1] if rows else {}), **self.read("summary")}
-        told = {"state": status["state"], "value": known.get(metric), "reason": status.get("reason", "")}
-        return {**told, "objectives": [known.get(name) for name in objectives]}
+    def read_outcome(self, metric: str, objectives: Sequence[str]) -> dict[str, Any]:
+        """How the run ended: state, reason, value (of `metric`) and objectives; None for a metric that it does not have."""
+        rows, status = list(self.read_rows()), self.read_json("status")
+        known = {**self.read_json("run").get("cost", {}), **(rows[-1] if rows else {}), **self.read_json("summary")}
+        objective_values = [known.get(name) for name in objectives]
+        outcome = {"state": status["state"], "value": known.get(metric), "reason": status.get("reason", "")}
+        return {**outcome, "objectives": objective_values}
 
     @property
     def state(self) -> str:
-        return str(self.read("status").get("state", "running"))
+        return str(self.read_json("status").get("state", "running"))
 
 
-def runs_dir(option: Path | None = None) -> Path:
+def resolve_runs_dir(option: Path | None = None) -> Path:
     """--runs-dir, else CIFAR_RUNS, else ./runs."""
     return Path(option or os.environ.get("CIFAR_RUNS") or "runs").resolve()
 
 
-def all_records(runs: Path) -> list[Record]:
+def list_run_dirs(runs_dir: Path) -> list[RunDir]:
     """Every run folder, oldest first."""
-    found = [Record(path.parent) for path in runs.glob("*/run.json")]
-    return sorted(found, key=lambda record: record.path.joinpath("run.json").stat().st_mtime)
+    found = [RunDir(path.parent) for path in runs_dir.glob("*/run.json")]
+    return sorted(found, key=lambda run_dir: run_dir.path.joinpath("run.json").stat().st_mtime)
 
 
-def find(name: str, runs: Path) -> Record:
-    """A run by path, id, unique start of an id, or unique name."""
+def find_run_dir(name: str, runs_dir: Path) -> RunDir:
+    """A run by its path, its id, a unique start of its id, or a unique name. Raises UserError."""
     path = Path(name)
     if (path / "run.json").exists():
-        return Record(path.resolve())
-    if name and (runs / name / "run.json").exists():
-        return Record(runs / name)
-    records = all_records(runs)
-    matches = [r for r in records if r.id.startswith(name)] or [r for r in records if r.name == name]
+        return RunDir(path.resolve())
+    if name and (runs_dir / name / "run.json").exists():
+        return RunDir(runs_dir / name)
+    run_dirs = list_run_dirs(runs_dir)
+    matches = [r for r in run_dirs if r.id.startswith(name)] or [r for r in run_dirs if r.name == name]
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise UserError(f"'{name}' fits {len(matches)} runs ({', '.join(r.id for r in matches[:6])}); give more of the id")
-    raise UserError(f"no run '{name}' in {runs}; `python -m cifar sweeps list` and `ls {runs}` show what there is")
+    raise UserError(f"no run '{name}' in {runs_dir}; `python -m cifar sweeps list` and `ls {runs_dir}` show what there is")
 
 
-def new_id() -> str:
-    """Eight characters, as W&B takes them."""
+def format_repeat_command(run_dir: Path, runs_dir: Path) -> str:
+    """The command that trains a run's configuration again. Written from where it works: with the folders it needs."""
+    if run_dir.resolve().parent != runs_dir.resolve():
+        return f"python -m cifar train --from {shlex.quote(str(run_dir))}"
+    option = "" if resolve_runs_dir() == runs_dir.resolve() else f" --runs-dir {shlex.quote(str(runs_dir))}"
+    return f"python -m cifar train --from {run_dir.name}{option}"
+
+
+def generate_id() -> str:
+    """A random id of eight characters, as W&B's ids are."""
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} where there is none. Raises UserError where it is damaged."""
+    """A JSON object from a file, {} if there is no file. Raises UserError if it is damaged."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -209,21 +219,21 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
-def clean(value: Any, *, mask: bool = True) -> Any:
-    """JSON-able copy without secrets: text under secret-looking names (with `mask`) and what `redact` finds."""
+def mask_secrets(value: Any, *, mask_keys: bool = True) -> Any:
+    """A copy for JSON without secrets: what `redact_text` finds, and with `mask_keys` text under secret-looking keys."""
     if isinstance(value, Mapping):
-        secret = {k for k, v in value.items() if mask and _SECRET.search(str(k)) and isinstance(v, str) and v}
-        return {str(k): "***" if k in secret else clean(v, mask=mask) for k, v in value.items()}
+        secret = {k for k, v in value.items() if mask_keys and _SECRET.search(str(k)) and isinstance(v, str) and v}
+        return {str(k): "***" if k in secret else mask_secrets(v, mask_keys=mask_keys) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [clean(item, mask=mask) for item in value]
+        return [mask_secrets(item, mask_keys=mask_keys) for item in value]
     if isinstance(value, str):
-        return redact(value)
+        return redact_text(value)
     if isinstance(value, float) and not math.isfinite(value):
         return value  # json writes NaN and Infinity, and reads them back
     return value
 
 
-def redact(text: str) -> str:
+def redact_text(text: str) -> str:
     """Mask passwords in URLs, and the values of secret-looking environment variables."""
     text = _URL_PASSWORD.sub(r"\1:***@", text)
     for name, secret in os.environ.items():

@@ -1,4 +1,4 @@
-"""Where a run's progress goes while it trains: sinks. The record on disk is always one; a terminal may be another."""
+"""Callbacks: they are told about a run while it trains. The two here print its progress."""
 
 from __future__ import annotations
 
@@ -7,88 +7,107 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-REFRESH_SECONDS = 0.1  # between two looks of a progress bar
+from cifar.system.durations import format_duration
+from cifar.system.terminal import shorten_text
+
+REFRESH_SECONDS = 0.1  # between two updates of a progress bar
 
 
-class Sink:
-    """Hears of a run; does nothing unless it wants to."""
+class RunCallback:
+    """Is told about a run. Every method does nothing unless a subclass overrides it."""
 
-    def start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
-        """`run` is run.json; `steps` a epoch."""
+    def on_run_start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
+        """`run` is the content of run.json, `steps` the number of steps per epoch."""
 
-    def say(self, text: str) -> None:
-        """Something to know about this run."""
+    def on_message(self, text: str) -> None:
+        """A sentence about this run, for the user."""
 
-    def step(self, epoch: int, step: int) -> None:
-        """After a training step; called often, so it has to be quick."""
+    def on_step_end(self, epoch: int, step: int) -> None:
+        """Called after every training step, so it has to be fast. `step` counts from 1."""
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        """An epoch's metrics, already on disk."""
+    def on_epoch_end(self, row: Mapping[str, Any]) -> None:
+        """Called with an epoch's metrics, once they are on disk."""
 
-    def end(self, state: str, reason: str, summary: Mapping[str, Any]) -> None:
-        """The last word."""
+    def on_run_end(self, state: str, reason: str, summary: Mapping[str, Any]) -> None:
+        """Called when the run has ended in `state`."""
 
     def close(self) -> None:
-        """Nothing more comes, whether there was an end or not."""
+        """Called last, also after an exception."""
 
 
-def line(row: Mapping[str, Any], epochs: int) -> str:
-    """An epoch in one line; accuracies in percent."""
+def format_epoch_line(row: Mapping[str, Any], epochs: int, width: int | None = None) -> str:
+    """An epoch in one line, accuracies in percent. Where the terminal is narrower, its end is left out."""
     parts = [f"epoch {row['epoch']:>3}/{epochs}"]
     for split in ("train", "val"):
         if f"{split}/acc" in row:
             parts.append(f"{split} {100 * row[f'{split}/acc']:5.2f} % (loss {row[f'{split}/loss']:.3f})")
-    parts += [f"lr {row['train/lr']:.2g}", f"{row['system/seconds']:.1f} s", f"{row['system/images_per_second']:,.0f} images/s"]
+    num_always = len(parts)
+    parts += [
+        f"lr {row['train/lr']:.2g}",
+        format_duration(row["system/seconds"]),
+        f"{row['system/images_per_second']:,.0f} images/s",
+    ]
+    while width is not None and len(parts) > num_always and len("  ".join(parts)) > width:
+        parts.pop()
     return "  ".join(parts)
 
 
-class Lines(Sink):
-    """A line an epoch, for logs and pipes."""
+def format_scores(row: Mapping[str, Any]) -> str:
+    """Training loss and validation accuracy of an epoch, for the progress bar. Without validation, training accuracy."""
+    split = "val" if "val/acc" in row else "train"
+    return f"  loss {row['train/loss']:.3f}  {split} {100 * row[f'{split}/acc']:.2f} %"
+
+
+class LineCallback(RunCallback):
+    """Prints a line for each epoch. For logs and pipes."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = out or sys.stdout
 
-    def start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
+    def on_run_start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
         self.epochs = epochs
 
-    def say(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         print(text, file=self.out, flush=True)
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        print(line(row, self.epochs), file=self.out, flush=True)
+    def on_epoch_end(self, row: Mapping[str, Any]) -> None:
+        print(format_epoch_line(row, self.epochs), file=self.out, flush=True)
 
 
-class Terminal(Sink):
-    """A progress bar within the epoch and a line after it."""
+class ProgressBarCallback(RunCallback):
+    """Shows a progress bar, and prints a line for each epoch. For terminals."""
 
-    def start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
+    def on_run_start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.epochs, self.steps, self.shown = epochs, steps, 0.0
+        self.epochs, self.steps, self.shown, self.scores = epochs, steps, 0.0, ""
         columns = (
-            TextColumn("{task.description}", markup=False),  # a name is anybody's text
-            BarColumn(),
+            TextColumn("{task.description}", markup=False),  # a user's name may contain brackets
+            BarColumn(bar_width=None),  # as wide as the rest leaves room for
             MofNCompleteColumn(),
             TextColumn("steps"),
             TimeRemainingColumn(),
         )
-        self.progress = Progress(*columns, transient=True)
-        self.task = self.progress.add_task(str(run["name"]), total=epochs * steps, visible=True)
+        self.progress = Progress(*columns, transient=True, expand=True)
+        self.task = self.progress.add_task(shorten_text(str(run["name"]), 30), total=epochs * steps, visible=True)
         self.progress.start()
 
-    def say(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         self.progress.console.print(text, highlight=False, markup=False)
 
-    def step(self, epoch: int, step: int) -> None:
+    def on_step_end(self, epoch: int, step: int) -> None:
         if step < self.steps and time.monotonic() < self.shown + REFRESH_SECONDS:
             return  # drawing costs more than a step of a small network
         self.shown = time.monotonic()
-        self.progress.update(self.task, completed=(epoch - 1) * self.steps + step, description=f"epoch {epoch}/{self.epochs}")
+        description = f"epoch {epoch}/{self.epochs}{self.scores}"
+        self.progress.update(self.task, completed=(epoch - 1) * self.steps + step, description=description)
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        self.progress.console.print(line(row, self.epochs), highlight=False, markup=False)
+    def on_epoch_end(self, row: Mapping[str, Any]) -> None:
+        self.scores = format_scores(row)
+        line = format_epoch_line(row, self.epochs, self.progress.console.width)
+        self.progress.console.print(line, highlight=False, markup=False)
 
-    def end(self, state: str, reason: str, summary: Mapping[str, Any]) -> None:
+    def on_run_end(self, state: str, reason: str, summary: Mapping[str, Any]) -> None:
         self.close()
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""Steps captured as CUDA graphs: no Python, no launches and no allocations between one step and the next.
+"""Steps captured as CUDA graphs: no Python, no kernel launches and no allocations between one step and the next.
 
-`Steps` is one trial's step, or those of a pack: several trials side by side. On a GPU a pack is one graph with a branch for
-each trial, so that their kernels, each too small to fill a GPU, run at the same time; on a CPU the trials take turns.
-Either way a trial computes what it would compute alone. (On a GPU one generator serves a whole graph, so trials that draw
-random numbers in their forward pass, by dropout, are not packed: cifar/packs.py.)
+`StepRunner` takes the steps of one trial, or of a pack: several trials side by side. On a GPU a pack is one graph with a
+branch for each trial. Their kernels, each too small to fill a GPU, then run at the same time. On a CPU the trials take turns.
+Either way a trial computes what it would compute alone. (On a GPU one generator serves a whole graph. So trials that draw
+random numbers in their forward pass, as dropout does, are not packed: cifar/agent/packing.py.)
 """
 
 from __future__ import annotations
@@ -15,174 +15,179 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-WARMUP = 3  # steps before a capture: libraries choose their kernels, compilers compile, buffers are made
+NUM_WARMUP_STEPS = 3  # before a capture: libraries choose their kernels, compilers compile, buffers are allocated
 
 
-class Trial(Protocol):
-    """What is captured: a step on tensors that stay where they are, and the way back to the state before."""
+class GraphableTrial(Protocol):
+    """A trial whose step can be captured: its tensors stay at the same addresses, and its state can be restored."""
 
     device: torch.device
-    at: Tensor  # (1,): the step of the epoch that comes next
-    random: Tensor | None  # the state of torch's generator for this trial; None: it has the process's to itself
-    idle: bool  # it has ended; a graph steps it all the same
-    compiled: bool
+    step_index: Tensor  # (1,): the step of the epoch that comes next
+    rng_state: Tensor | None  # this trial's state of torch's generator; None: the trial has the generator to itself
+    has_ended: bool  # a captured pack goes on stepping it
+    is_compiled: bool
 
     @property
-    def may_rest(self) -> bool: ...  # there are parameters that stop learning before its end
+    def has_freezing_params(self) -> bool: ...  # some parameters stop learning before the end of the training
     @property
-    def rests(self) -> bool: ...  # there are, and they have stopped before the coming step
-    def step(self, look: bool, rest: bool) -> None: ...
-    def state(self) -> dict[str, Any]: ...
-    def load(self, state: dict[str, Any]) -> None: ...
-    def clear(self) -> None: ...
+    def params_frozen(self) -> bool: ...  # these parameters have all stopped before the coming step
+    def step(self, with_probes: bool, skip_frozen: bool) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def clear_gradients(self) -> None: ...
 
 
-T = TypeVar("T", bound=Trial)
+T = TypeVar("T", bound=GraphableTrial)
 
 
-class Steps(Generic[T]):
-    """The next step of every trial: bare, watched, or with what has stopped learning left out.
+class StepRunner(Generic[T]):
+    """Takes the next step of every trial, as a CUDA graph where possible.
 
-    These are (look, rest) of `Trial.step`. A watched step leaves nothing out, so that the probes see every gradient.
+    There are up to three graphs, by (with_probes, skip_frozen): a plain step, one with probes, and one without the gradients
+    of frozen parameters. A step with probes skips none, so that the probes see every gradient.
     """
 
     def __init__(self, trials: Sequence[T], *, capture: bool = True) -> None:
         self.trials, self.device = list(trials), trials[0].device
-        self.wanted = capture and self.device.type == "cuda"
-        self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # by (look, rest)
-        self.refused = ""  # why these steps cannot be captured
-        self.decided = False  # whether they are worth compiling
-        self.leaves_out = False  # whether to make a step that leaves out what has stopped learning
-        self._streams = [_stream(self.device) for _ in trials] if self.wanted and len(trials) > 1 else []
+        self.wants_graphs = capture and self.device.type == "cuda"
+        self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # by (with_probes, skip_frozen)
+        self.capture_error = ""  # why these steps cannot be captured, if so
+        self.compile_decided = False  # whether it has been decided if compiling these steps pays off
+        self.captures_frozen_step = False  # whether to make the step with skip_frozen, too
+        self._streams = [_new_stream(self.device) for _ in trials] if self.wants_graphs and len(trials) > 1 else []
 
-    def prepare(self) -> None:
-        """Capture, where that is wanted and has not been done. Takes a few steps, and undoes them."""
-        if self.wanted and not self.graphs and not self.refused:
-            self._capture()
+    def ensure_captured(self) -> None:
+        """Capture the steps, if that is wanted and has not been done. Takes a few steps, and restores the state before."""
+        if self.wants_graphs and not self.graphs and not self.capture_error:
+            self._capture_graphs()
 
-    def forget(self) -> None:
-        """The steps are others now: capture them anew."""
-        self.graphs, self.refused = {}, ""
+    def discard_graphs(self) -> None:
+        """The steps have changed: `ensure_captured` captures them again."""
+        self.graphs, self.capture_error = {}, ""
 
-    def measure(self, count: int = 20) -> float:
-        """Seconds of a captured step; undone too. 0.0 where steps are not captured."""
-        self.prepare()
+    def measure_step_seconds(self, num_steps: int = 20) -> float:
+        """Seconds of a captured step, 0.0 if steps are not captured. Restores the state before."""
+        self.ensure_captured()
         if not self.graphs:
             return 0.0
-        before = [copy.deepcopy(trial.state()) for trial in self.trials]
-        begun, ended = event(), event()
-        begun.record()
-        for _ in range(count):
+        before = [copy.deepcopy(trial.state_dict()) for trial in self.trials]
+        start, end = new_timing_event(), new_timing_event()
+        start.record()
+        for _ in range(num_steps):
             for trial in self.trials:
-                trial.at.zero_()
+                trial.step_index.zero_()
             self.graphs[False, False].replay()
-        ended.record()
-        ended.synchronize()
+        end.record()
+        end.synchronize()
         for trial, state in zip(self.trials, before, strict=True):
-            trial.load(state)
-        return float(begun.elapsed_time(ended)) / 1000 / count
+            trial.load_state_dict(state)
+        return float(start.elapsed_time(end)) / 1000 / num_steps
 
-    def __call__(self, look: bool) -> None:
-        """One step of each trial; `look`: the watched one."""
+    def __call__(self, with_probes: bool) -> None:
+        """Take one step of each trial."""
         if self.graphs:
-            resting = all(trial.rests or not trial.may_rest for trial in self.trials if not trial.idle)
-            rest = not look and (False, True) in self.graphs and resting
-            self.graphs[look, rest].replay()
+            live = [trial for trial in self.trials if not trial.has_ended]
+            all_frozen = all(trial.params_frozen or not trial.has_freezing_params for trial in live)
+            skip_frozen = not with_probes and (False, True) in self.graphs and all_frozen
+            self.graphs[with_probes, skip_frozen].replay()
         else:
-            self._in_turn(look)
+            self._step_in_turn(with_probes)
 
-    def _in_turn(self, look: bool) -> None:
+    def _step_in_turn(self, with_probes: bool) -> None:
         for trial in self.trials:
-            if trial.idle:
+            if trial.has_ended:
                 continue
-            rest = not look and trial.rests and (self.leaves_out or not trial.compiled)  # else it would be compiled anew
-            if trial.random is None:
-                trial.step(look, rest)
-            else:  # dropout draws what it would draw if the trial were alone
-                torch.set_rng_state(trial.random)
-                trial.step(look, rest)
-                trial.random = torch.get_rng_state()
+            can_skip = self.captures_frozen_step or not trial.is_compiled  # otherwise it would be compiled once more
+            skip_frozen = not with_probes and trial.params_frozen and can_skip
+            if trial.rng_state is None:
+                trial.step(with_probes, skip_frozen)
+            else:  # dropout then draws what it would draw if the trial were alone
+                torch.set_rng_state(trial.rng_state)
+                trial.step(with_probes, skip_frozen)
+                trial.rng_state = torch.get_rng_state()
 
-    def _side_by_side(self, look: bool, rest: bool) -> None:
-        """Each trial on a stream of its own, from here on and until all have ended."""
+    def _step_concurrently(self, with_probes: bool, skip_frozen: bool) -> None:
+        """Step each trial on a stream of its own. The current stream waits for all of them."""
         if not self._streams:
-            return self.trials[0].step(look, rest)
-        here = torch.cuda.current_stream(self.device)
+            return self.trials[0].step(with_probes, skip_frozen)
+        current = torch.cuda.current_stream(self.device)
         for trial, stream in zip(self.trials, self._streams, strict=True):
-            stream.wait_stream(here)
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                trial.step(look, rest)
+                trial.step(with_probes, skip_frozen)
         for stream in self._streams:
-            here.wait_stream(stream)
+            current.wait_stream(stream)
 
-    def _capture(self) -> None:
-        before = [copy.deepcopy(trial.state()) for trial in self.trials]
-        stream, pool = _stream(self.device), torch.cuda.graph_pool_handle()
+    def _capture_graphs(self) -> None:
+        before = [copy.deepcopy(trial.state_dict()) for trial in self.trials]
+        stream, pool = _new_stream(self.device), torch.cuda.graph_pool_handle()
         kinds = [(False, False), (True, False)]
-        if self.leaves_out and any(trial.may_rest for trial in self.trials):
+        if self.captures_frozen_step and any(trial.has_freezing_params for trial in self.trials):
             kinds.append((False, True))
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.stream(stream):
-                for kind in kinds * WARMUP:
+                for kind in kinds * NUM_WARMUP_STEPS:
                     for trial in self.trials:
-                        trial.at.zero_()
-                    self._side_by_side(*kind)
+                        trial.step_index.zero_()
+                    self._step_concurrently(*kind)
             torch.cuda.synchronize(self.device)
             for kind in kinds:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
-                    self._side_by_side(*kind)
+                    self._step_concurrently(*kind)
                 self.graphs[kind] = graph
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.graphs, self.refused = {}, str(error).splitlines()[0]
+            self.graphs, self.capture_error = {}, str(error).splitlines()[0]
             for trial in self.trials:
-                trial.clear()
+                trial.clear_gradients()
         for trial, state in zip(self.trials, before, strict=True):
-            trial.load(state)
+            trial.load_state_dict(state)
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def event() -> torch.cuda.Event:
-    """A moment in a device's queue that can be timed."""
+def new_timing_event() -> torch.cuda.Event:
+    """An event in a device's queue, for measuring the time between two of them."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-class Captured:
-    """A function of no arguments that is called again and again: run as it is at first, replayed as a CUDA graph after that,
-    its results in the same tensors each time. What cannot be captured is run as it is for good.
+class GraphedCallable:
+    """A function without arguments that is called many times. On a GPU it is captured at the second call, then replayed.
 
-    `better`: the same, compiled, which takes its place at the second call.
+    The results are in the same tensors each time. A function that cannot be captured is called as it is.
+    `compiled_function`: the same function compiled; it is captured in the function's place.
     """
 
-    def __init__(self, function: Callable[[], Any], device: torch.device, better: Callable[[], Any] | None = None) -> None:
-        self.function, self.device, self.calls = function, device, 0
-        self.better = better
+    def __init__(
+        self, function: Callable[[], Any], device: torch.device, compiled_function: Callable[[], Any] | None = None
+    ) -> None:
+        self.function, self.device, self.num_calls = function, device, 0
+        self.compiled_function = compiled_function
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.refused = False
+        self.capture_failed = False
         self.result: Any = None
 
     def __call__(self) -> Any:
-        self.calls += 1
-        if self.device.type != "cuda" or self.calls == 1 or self.refused:
+        self.num_calls += 1
+        if self.device.type != "cuda" or self.num_calls == 1 or self.capture_failed:
             return self.function()
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            function = self.better or self.function
+            function = self.compiled_function or self.function
             try:
-                if self.better:
-                    self.better()  # compiles
+                if self.compiled_function:
+                    self.compiled_function()  # compiles
                 with torch.cuda.graph(graph):
                     self.result = function()
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError:
-                self.refused = True
+                self.capture_failed = True
                 return self.function()
             self.graph = graph
         self.graph.replay()

@@ -1,15 +1,17 @@
-"""The processes of one run that `torchrun` starts: each takes a share of every batch, and rank 0 keeps the record.
+"""Data-parallel training with `torchrun`: each process takes a shard of every batch, and rank 0 keeps the run's folder.
 
     torchrun --nproc-per-node 4 -m cifar train --experiment resnet20
 
-`batch_size` is the batch of all of them together, so a run means the same on one process and on four: every rank draws
-order, augmentation and mixing for the whole batch, then takes its share. Weights start equal and stay equal, bit for bit,
-as all apply the same mean gradient. Without BatchNorm, N ranks give what one gives, up to the order of additions; BatchNorm
-normalises by each rank's own share, and rank 0's running statistics are what is evaluated and saved. Random states are equal
-too (so dropout's masks repeat from share to share): with that, rank 0's checkpoint is every rank's, for any number of ranks.
+`batch_size` is the batch of all processes together, so a run means the same on one process and on four. Every rank draws
+order, augmentation and mixing for the whole batch, then takes its shard. Weights start equal and stay equal to the bit,
+because all ranks apply the same mean gradient. Without BatchNorm, N ranks compute what one computes, up to the order of
+additions. BatchNorm normalises each shard by itself, and rank 0's running statistics are evaluated and saved. Random states
+are equal too, so dropout's masks repeat from shard to shard. Rank 0's checkpoint therefore serves every rank, and a run can
+go on with another number of ranks.
 
-Every rank runs the same program. The others' records are scratch copies, and they print nothing. What one rank decides from
-what it alone sees (a signal, a loss that is not finite) is agreed on after each step, on the CPU, so no GPU is waited for.
+Every rank runs the same program. Ranks other than 0 write to a temporary copy of the folder and print nothing. A stop that
+only one rank knows of (a signal, a loss that is not finite) is agreed on after each step. That happens on the CPU, so that
+no GPU has to be waited for.
 """
 
 from __future__ import annotations
@@ -27,156 +29,165 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cifar.errors import UserError
-from cifar.tracking.run_dir import Record
-from cifar.training.step import Meter
+from cifar.tracking.run_dir import RunDir
+from cifar.training.step import EpochMeter
 
 T = TypeVar("T")
-FILES = ("run.json", "config.json", "status.json", "metrics.jsonl", "checkpoint.pt")  # what going on with a run reads
+RESUME_FILES = ("run.json", "config.json", "status.json", "metrics.jsonl", "checkpoint.pt")  # what resuming a run reads
 
 
-class Lost(UserError):
-    """Another rank is gone. Its own words say why; the run can go on from its checkpoint."""
+class PeerLostError(UserError):
+    """Another rank is gone. Its own output says why. The run can go on from its checkpoint."""
 
 
-class Team:
-    """One rank among `size`. Alone, every method gives back what it was given."""
+class DistributedContext:
+    """This process as one rank among `world_size`. In a single process every method does nothing or returns its argument.
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
-        self.rank, self.size, self.local = rank, size, local  # `local`: which of the processes on this machine
+    `local_rank` counts the processes of this machine.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
 
     # -- in every step --
 
-    def share(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """This rank's rows of tensors (B, ...) -> (B / size, ...)."""
-        return tuple(tensor.chunk(self.size)[self.rank] for tensor in batch) if self.size > 1 else batch
+    def shard_batch(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """This rank's rows of tensors (B, ...) -> (B / world_size, ...)."""
+        return tuple(tensor.chunk(self.world_size)[self.rank] for tensor in batch) if self.world_size > 1 else batch
 
     def average_gradients(self, model: nn.Module) -> None:
-        """The mean over ranks, in place: what probes and the update see."""
-        if self.size > 1:
-            found = [p.grad for p in model.parameters() if p.grad is not None]
-            _together(found, lambda flat: (dist.all_reduce(flat), flat.div_(self.size)))
+        """Replace every gradient by its mean over the ranks, in place. Probes and the update see that one."""
+        if self.world_size > 1:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            _flat_collective(gradients, lambda flat: (dist.all_reduce(flat), flat.div_(self.world_size)))
 
-    def meter(self, device: torch.device) -> Meter:
-        """Loss and accuracy over all shares, equal on every rank."""
-        return _TeamMeter(device) if self.size > 1 else Meter(device)
+    def make_meter(self, device: torch.device) -> EpochMeter:
+        """A meter of loss and accuracy over all shards. It reads the same on every rank."""
+        return _DistributedMeter(device) if self.world_size > 1 else EpochMeter(device)
 
-    def agree(self, ended: Sequence[str]) -> Sequence[str]:
-        """(state, reason) of a rank that has to end, or nothing -> what all do after this step. Divergence comes first."""
-        if self.size == 1:
-            return ended
-        flag = torch.tensor(int(bool(ended)), dtype=torch.int32)
-        with _peers():
+    def sync_stop(self, end: Sequence[str]) -> Sequence[str]:
+        """(state, reason) of this rank if it has to end, else () -> the same for all ranks. A divergence comes first."""
+        if self.world_size == 1:
+            return end
+        flag = torch.tensor(int(bool(end)), dtype=torch.int32)
+        with _peer_errors():
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         if not flag.item():
             return ()
-        wishes = [wish for wish in self.gather(tuple(ended)) if wish]
-        return min(wishes, key=lambda wish: wish[0] != "diverged")
+        ends = [rank_end for rank_end in self.all_gather(tuple(end)) if rank_end]
+        return min(ends, key=lambda rank_end: rank_end[0] != "diverged")
 
-    # -- once in a while --
+    # -- at times --
 
-    def same(self, *models: nn.Module) -> None:
-        """Weights and buffers of every rank become rank 0's."""
-        if self.size > 1:
+    def broadcast_weights(self, *models: nn.Module) -> None:
+        """Copy rank 0's weights and buffers to every rank."""
+        if self.world_size > 1:
             for model in models:
-                _together(list(model.state_dict().values()), lambda flat: dist.broadcast(flat, 0))
+                _flat_collective(list(model.state_dict().values()), lambda flat: dist.broadcast(flat, 0))
 
-    def gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank."""
-        if self.size == 1:
+    def all_gather(self, value: T) -> list[T]:
+        """The values of all ranks, in the order of ranks."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        with _peers():
+        values: list[Any] = [None] * self.world_size
+        with _peer_errors():
             dist.all_gather_object(values, value)
         return values
 
-    def first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank; its UserError too."""
-        if self.size == 1:
-            return make()
-        made: list[Any] = [None, None]
+    def rank_zero_call(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0 only, and return its result, or raise its UserError, on every rank."""
+        if self.world_size == 1:
+            return function()
+        outcome: list[Any] = [None, None]  # result, error
         if self.rank == 0:
             try:
-                made[0] = make()
+                outcome[0] = function()
             except UserError as error:
-                made[1] = error
-        with _peers():
-            dist.broadcast_object_list(made, 0)
-        if made[1]:
-            raise made[1]
-        return made[0]  # type: ignore[no-any-return]
+                outcome[1] = error
+        with _peer_errors():
+            dist.broadcast_object_list(outcome, 0)
+        if outcome[1]:
+            raise outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
 
     # -- before training --
 
-    def check(self, values: Mapping[str, Any]) -> None:
-        """Raises UserError on every rank where configurations differ, or a batch cannot be shared out.
+    def validate_config(self, values: Mapping[str, Any]) -> None:
+        """Raise UserError on every rank if configurations differ, or if the batch does not divide by the number of ranks.
 
-        Takes this rank's GPU, where there are any: rank N of a machine has its Nth.
+        Makes this rank's GPU the current one, where there are any: the Nth process of a machine has its Nth GPU.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return
         on_cuda = values["device"] != "cpu" and torch.cuda.is_available()
-        wrong = self._wrong_device(str(values["device"]), on_cuda)
-        everybody = self.gather((wrong, {**values, "a GPU": "found" if on_cuda else "none"}))
-        if reasons := [reason for reason, _ in everybody if reason]:
-            raise UserError(reasons[0])
-        configs = [config for _, config in everybody]
+        device_error = self._device_error(str(values["device"]), on_cuda)
+        gathered = self.all_gather((device_error, {**values, "a GPU": "found" if on_cuda else "none"}))
+        if errors := [error for error, _ in gathered if error]:
+            raise UserError(errors[0])
+        configs = [config for _, config in gathered]
         differing = sorted({key for config in configs for key in configs[0] | config if config.get(key) != configs[0].get(key)})
         if differing:
-            told = "; ".join(f"{key}: {', '.join(str(config.get(key)) for config in configs)}" for key in differing[:6])
-            raise UserError(f"the {self.size} processes of this run differ in {told} (by rank); give all the same values")
+            listed = "; ".join(f"{key}: {', '.join(str(config.get(key)) for config in configs)}" for key in differing[:6])
+            raise UserError(
+                f"the {self.world_size} processes of this run differ in {listed} (by rank); give all the same values"
+            )
         if values["keep"] < 1:
             raise UserError(f"keep={values['keep']} needs a process that sees every loss; start it without torchrun")
-        batch, size = values["batch_size"], self.size
-        if batch % size:
-            near = [str(n) for n in (batch // size * size, (batch // size + 1) * size) if n]
+        batch, world_size = values["batch_size"], self.world_size
+        if batch % world_size:
+            lower = batch // world_size * world_size
+            candidates = [str(size) for size in (lower, lower + world_size) if size]
             raise UserError(
-                f"batch_size {batch} is that of all {size} processes together and cannot be shared out evenly; "
-                f"take batch_size={' or '.join(near)}, or another --nproc-per-node"
+                f"batch_size {batch} is that of all {world_size} processes together and cannot be shared out evenly; "
+                f"take batch_size={' or '.join(candidates)}, or another --nproc-per-node"
             )
         if on_cuda:
-            torch.cuda.set_device(self.local)  # what `cuda` and `auto` mean from now on
+            torch.cuda.set_device(self.local_rank)  # `device: cuda` and `auto` mean this one from now on
 
-    def _wrong_device(self, device: str, on_cuda: bool) -> str:
+    def _device_error(self, device: str, on_cuda: bool) -> str:
+        """Why this rank cannot use `device`, or empty."""
         if re.fullmatch(r"cuda:\d+", device):
-            return f"device={device} is one GPU for all {self.size} processes; take device=cuda, each has its own then"
+            return f"device={device} is one GPU for all {self.world_size} processes; take device=cuda, each has its own then"
         if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
             return "several processes share no Apple GPU; take device=cpu, or start one process"
-        if on_cuda and self.local >= torch.cuda.device_count():
+        if on_cuda and self.local_rank >= torch.cuda.device_count():
             count = torch.cuda.device_count()
-            return f"process {self.local + 1} of this machine has no GPU ({count} are here); take --nproc-per-node {count}"
+            return f"process {self.local_rank + 1} of this machine has no GPU ({count} are here); take --nproc-per-node {count}"
         return ""
 
     @contextlib.contextmanager
-    def own(self, record: Record) -> Iterator[Record]:
-        """Rank 0's record; elsewhere a scratch copy of it. Needs no shared folder."""
-        if self.size == 1:
-            yield record
+    def rank_run_dir(self, run_dir: RunDir) -> Iterator[RunDir]:
+        """The run's folder on rank 0; on other ranks a temporary copy of it. The ranks need no common file system."""
+        if self.world_size == 1:
+            yield run_dir
             return
-        files = self.first(lambda: {n: (record.path / n).read_bytes() for n in FILES if (record.path / n).exists()})
+        files = self.rank_zero_call(
+            lambda: {n: (run_dir.path / n).read_bytes() for n in RESUME_FILES if (run_dir.path / n).exists()}
+        )
         if self.rank == 0:
-            yield record
+            yield run_dir
             return
         with tempfile.TemporaryDirectory(prefix="cifar-rank-", ignore_cleanup_errors=True) as folder:
-            scratch = Path(folder) / record.id
+            scratch = Path(folder) / run_dir.id
             scratch.mkdir()
             for name, content in files.items():
                 (scratch / name).write_bytes(content)
-            yield Record(scratch)
+            yield RunDir(scratch)
 
-    def described(self) -> dict[str, int]:
-        """For the record."""
-        return {"ranks": self.size} if self.size > 1 else {}
+    def describe(self) -> dict[str, int]:
+        """What environment.json says about the ranks."""
+        return {"ranks": self.world_size} if self.world_size > 1 else {}
 
 
-ALONE = Team()
+SINGLE_PROCESS = DistributedContext()
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Team]:
-    """This process's place among those that torchrun started; alone without one. Raises UserError where they do not meet."""
-    size = int(os.environ.get("WORLD_SIZE") or 1)
-    if size == 1:
-        yield ALONE
+def init_distributed() -> Iterator[DistributedContext]:
+    """Join the processes that torchrun started; without torchrun, SINGLE_PROCESS. Raises UserError if they do not meet."""
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    if world_size == 1:
+        yield SINGLE_PROCESS
         return
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
@@ -184,48 +195,49 @@ def joined() -> Iterator[Team]:
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
-            f"WORLD_SIZE is {size}, but its processes do not meet ({first}); start them with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {world_size}, but its processes do not meet ({first}); "
+            "start them with torchrun, or unset WORLD_SIZE"
         ) from error
     failed = True
     try:
-        yield Team(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK") or 0))
+        yield DistributedContext(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK") or 0))
         failed = False
     finally:
-        # After an error too: a group's threads that live on when the interpreter ends may abort the process, exit code lost.
-        if not (failed and nccl):  # NCCL would wait for the others, who know of nothing, or are gone
+        # Also after an error: the group's threads could abort the process at the interpreter's end and lose the exit code.
+        if not (failed and nccl):  # with NCCL it would wait for the other ranks, which know of no error or are gone
             dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def _peers() -> Iterator[None]:
-    """What fails in here is a conversation with the other ranks."""
+def _peer_errors() -> Iterator[None]:
+    """Turn an error of a collective operation into PeerLostError."""
     try:
         yield
     except RuntimeError as error:
-        raise Lost(
+        raise PeerLostError(
             f"another process of this run is gone, its own words say why ({str(error).splitlines()[0]}); "
             "then go on with --resume RUN under torchrun"
         ) from error
 
 
 @torch.no_grad()
-def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
-    """One collective for all tensors of a type, in place: many small ones would take longer."""
+def _flat_collective(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Apply one collective operation to all tensors of a dtype together, in place: many small ones would take longer."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        these = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in these])
-        with _peers():
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        with _peer_errors():
             collective(flat)
-        parts = torch.split(flat, [tensor.numel() for tensor in these])
-        torch._foreach_copy_(these, [part.view(tensor.shape) for part, tensor in zip(parts, these, strict=True)])
+        parts = torch.split(flat, [tensor.numel() for tensor in group])
+        torch._foreach_copy_(group, [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)])
 
 
-class _TeamMeter(Meter):
-    """Sums over ranks after each step, not after the epoch: a checkpoint may fall in between, and it is rank 0's."""
+class _DistributedMeter(EpochMeter):
+    """Sums over the ranks after each step, not after the epoch, as rank 0's checkpoint within an epoch needs the whole sum."""
 
-    def add(self, loss: Tensor, correct: Tensor, count: int, at: Tensor) -> None:
+    def update(self, loss: Tensor, correct: Tensor, count: int, step_index: Tensor) -> None:
         total, self.sums = self.sums, torch.zeros_like(self.sums)
-        super().add(loss, correct, count, at)
-        with _peers():
+        super().update(loss, correct, count, step_index)
+        with _peer_errors():
             dist.all_reduce(self.sums)
         self.sums = total.add_(self.sums)

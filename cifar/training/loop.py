@@ -1,284 +1,249 @@
-"""One run among those that are trained side by side: its epochs, its rows, its checkpoints and its end."""
+"""The loop over epochs of one run, or of several that are trained side by side: rows, checkpoints and how each run ends."""
 
 from __future__ import annotations
 
 import functools
-import io
 import math
 import os
-import pickle
 import resource
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from cifar.config.resolve import Settings
-from cifar.errors import UserError
-from cifar.tracking.run_dir import Record, write_atomic
-from cifar.training.callbacks import Sink
-from cifar.training.cudagraph import Steps, event
-from cifar.training.step import score
-from cifar.training.trainer import Training
+from cifar.config.schema import Settings
+from cifar.tracking.run_dir import RunDir
+from cifar.training.callbacks import RunCallback
+from cifar.training.checkpoint import resume_from_checkpoint, save_checkpoint
+from cifar.training.cudagraph import StepRunner, new_timing_event
+from cifar.training.evaluation import compute_loss_and_accuracy
+from cifar.training.trainer import Trainer
 
-CHECKPOINT_SECONDS = 30.0
-DAMAGE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError)
+CHECKPOINT_SECONDS = 30.0  # between checkpoints, where `checkpoint_every` is 0
 
 
-class Running:
-    """A run's way through its epochs. `state` is empty until it ends.
+@dataclass(frozen=True)
+class RunHooks:
+    """What a run tells its caller, and asks it."""
 
-    `on_epoch` sees each row once it is on disk and answers whether to go on (no: `pruned`); `stop` is asked after every
-    step and names the state to end in, if any.
-    """
+    callbacks: Sequence[RunCallback] = ()
+    should_continue: Callable[[dict[str, Any]], bool] = lambda row: True  # gets each row once it is on disk; False: pruned
+    poll_stop: Callable[[], str | None] = lambda: None  # called after every step; the state to end in, if the run has to end
 
-    def __init__(
-        self,
-        config: Settings,
-        record: Record,
-        *,
-        sinks: Sequence[Sink] = (),
-        on_epoch: Callable[[dict[str, Any]], bool] = lambda row: True,
-        stop: Callable[[], str | None] = lambda: None,
-    ) -> None:
-        self.config, self.record, self.sinks = config, record, sinks
-        self.on_epoch, self.stop = on_epoch, stop
+
+class RunLoop:
+    """One run on its way through the epochs. `state` is empty until the run ends."""
+
+    def __init__(self, config: Settings, run_dir: RunDir, hooks: RunHooks | None = None) -> None:
+        self.config, self.run_dir, self.hooks = config, run_dir, hooks or RunHooks()
         self.state, self.reason, self.summary = "", "", dict[str, Any]()
-        self.over = False  # its record says how it ended
-        self._saved = self._begun = time.monotonic()
+        self.end_recorded = False  # its folder says how it ended
+        self._last_saved = self._started_at = time.monotonic()
 
-    def start(self, training: Training) -> None:
-        """Take up these parts, at the record's checkpoint if there is one."""
-        self.training = training
-        self._watch = Stopwatch(training.device)
-        resume(training, self.record)
-        training.team.same(training.model, training.evaluated)
-        if training.epoch > self.config.epochs:  # it was killed between its last epoch and its end
-            self._end("finished", "")
-        elif training.epoch > 1 and training.batch == 0:  # or between an epoch and what follows from it: ask once more
-            row = list(self.record.rows())[-1]
-            if not self.on_epoch(row):
-                self._end("pruned", f"stopped early after epoch {row['epoch']}")
+    def attach_trainer(self, trainer: Trainer) -> None:
+        """Train with this trainer from now on, from the run's checkpoint if there is one."""
+        self.trainer = trainer
+        self._stopwatch = Stopwatch(trainer.device)
+        resume_from_checkpoint(trainer, self.run_dir)
+        trainer.context.broadcast_weights(trainer.model, trainer.eval_model)
+        if trainer.epoch > self.config.epochs:  # killed after its last epoch, before its end was written
+            self._set_end("finished", "")
+        elif trainer.epoch > 1 and trainer.next_step == 0:  # killed after an epoch; the answer may not have been acted on
+            row = list(self.run_dir.read_rows())[-1]
+            if not self.hooks.should_continue(row):
+                self._set_end("pruned", f"stopped early after epoch {row['epoch']}")
 
     def begin_epoch(self) -> None:
-        training = self.training
-        self._watch.begin(training.seconds)
-        if training.batch < training.steps:
-            training.begin_epoch()
+        """Start the clock and prepare the batches that are left of this epoch."""
+        trainer = self.trainer
+        self._stopwatch.start_timing(trainer.epoch_seconds)
+        if trainer.next_step < trainer.steps_per_epoch:
+            trainer.begin_epoch()
 
-    def after_step(self, index: int) -> None:
-        """Step `index` of the epoch has been taken, or is on its way to the device."""
-        training, config = self.training, self.config
-        training.batch = index + 1
-        for sink in self.sinks:
-            sink.step(training.epoch, index + 1)
-        loss = float(training.meter.last) if training.device.type == "cpu" else 0.0  # a GPU would wait; the epoch's end tells
+    def after_step(self, step: int) -> None:
+        """Step `step` of the epoch has been taken, or is in the device's queue: report, check, stop or save as needed."""
+        trainer, config = self.trainer, self.config
+        trainer.next_step = step + 1
+        for callback in self.hooks.callbacks:
+            callback.on_step_end(trainer.epoch, step + 1)
+        # Reading the loss would make a GPU wait. There the end of the epoch shows a divergence.
+        loss = float(trainer.meter.last_loss) if trainer.device.type == "cpu" else 0.0
         if not math.isfinite(loss):
-            self._end("diverged", f"the loss became {loss} at step {index + 1} of epoch {training.epoch}")
-        elif wish := self.stop():
-            self._end(wish, f"asked to end at step {index + 1} of epoch {training.epoch}")
-        if training.team.size > 1:
-            self.state, self.reason = training.team.agree((self.state, self.reason) if self.state else ()) or ("", "")
+            self._set_end("diverged", f"the loss became {loss} at step {step + 1} of epoch {trainer.epoch}")
+        elif end_state := self.hooks.poll_stop():
+            self._set_end(end_state, f"asked to end at step {step + 1} of epoch {trainer.epoch}")
+        if trainer.context.world_size > 1:
+            self.state, self.reason = trainer.context.sync_stop((self.state, self.reason) if self.state else ()) or ("", "")
         if self.state == "diverged":
             return
-        due = config.checkpoint_every and (index + 1) % config.checkpoint_every == 0
-        if self.state or due or (not config.checkpoint_every and time.monotonic() - self._saved > CHECKPOINT_SECONDS):
-            training.seconds = self._watch.seconds()
-            if not self.state or training.batch < training.steps:  # a whole epoch gets its row first
-                self._save()
+        is_due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
+        if self.state or is_due or (not config.checkpoint_every and time.monotonic() - self._last_saved > CHECKPOINT_SECONDS):
+            trainer.epoch_seconds = self._stopwatch.elapsed_seconds()
+            if not self.state or trainer.next_step < trainer.steps_per_epoch:  # after the last step the row is written first
+                self._save_checkpoint()
 
-    def launch(self) -> None:
-        """Queue the evaluation behind the steps."""
-        self._watch.end()
-        self._scored = self.training.evaluate("val") if "val" in self.training.splits else None
+    def launch_evaluation(self) -> None:
+        """Queue the evaluation behind the steps, without waiting for them."""
+        self._stopwatch.stop_timing()
+        self._val_outputs = self.trainer.evaluate("val") if "val" in self.trainer.splits else None
 
-    def look(self) -> None:
-        """Every step of the epoch has been taken: work out its row, and whether the run diverged."""
-        training, self._seen = self.training, dict[str, Any]()
-        loss, accuracy = training.meter.read()  # waits for the device
-        training.seconds = self._watch.seconds()
+    def collect_metrics(self) -> None:
+        """All steps of the epoch have been taken: compute its row, and whether the run diverged. Waits for the device."""
+        trainer, self._epoch_row = self.trainer, dict[str, Any]()
+        loss, accuracy = trainer.meter.read_and_reset()  # waits for the device
+        trainer.epoch_seconds = self._stopwatch.elapsed_seconds()
         if not math.isfinite(loss):
-            return self._end("diverged", f"the training loss of epoch {training.epoch} is {loss}")
-        row = self._row(loss, accuracy)
+            return self._set_end("diverged", f"the training loss of epoch {trainer.epoch} is {loss}")
+        row = self._build_row(loss, accuracy)
         if not math.isfinite(row.get("val/loss", 0.0)):
-            return self._end("diverged", f"the validation loss of epoch {training.epoch} is {row['val/loss']}")
-        self._seen = row
+            return self._set_end("diverged", f"the validation loss of epoch {trainer.epoch} is {row['val/loss']}")
+        self._epoch_row = row
 
-    def write(self) -> None:
-        """The row is on disk when this returns. It touches this run's record alone."""
-        if self._seen:
-            self.record.append(self._seen)
-            self.record.set_status("running", epoch=self._seen["epoch"], epochs=self.config.epochs)
+    def write_row(self) -> None:
+        """Write the row to disk. Uses nothing but this run's folder, so runs may do it in threads."""
+        if self._epoch_row:
+            self.run_dir.append_row(self._epoch_row)
+            self.run_dir.set_status("running", epoch=self._epoch_row["epoch"], epochs=self.config.epochs)
 
     def end_epoch(self) -> None:
-        """Tell of the row, and whether the run goes on."""
-        training, config, row = self.training, self.config, self._seen
+        """Report the row, save if it is time, and decide whether the run goes on."""
+        trainer, config, row = self.trainer, self.config, self._epoch_row
         if not row:
             return
-        training.epoch, training.batch, training.seconds = training.epoch + 1, 0, 0.0
-        for sink in self.sinks:
-            sink.row(row)
-        if config.checkpoint_every or time.monotonic() - self._saved > CHECKPOINT_SECONDS:
-            self._save()
-        goes_on = self.on_epoch(row)
-        if training.epoch > config.epochs:
-            self._end("finished", "")
+        trainer.epoch, trainer.next_step, trainer.epoch_seconds = trainer.epoch + 1, 0, 0.0
+        for callback in self.hooks.callbacks:
+            callback.on_epoch_end(row)
+        if config.checkpoint_every or time.monotonic() - self._last_saved > CHECKPOINT_SECONDS:
+            self._save_checkpoint()
+        goes_on = self.hooks.should_continue(row)
+        if trainer.epoch > config.epochs:
+            self._set_end("finished", "")
         elif not goes_on:
-            self._end("pruned", f"stopped early after epoch {row['epoch']}")
+            self._set_end("pruned", f"stopped early after epoch {row['epoch']}")
         elif self.state:
-            self._save()
+            self._save_checkpoint()
 
-    def _end(self, state: str, reason: str) -> None:
+    def _set_end(self, state: str, reason: str) -> None:
         self.state, self.reason = state, reason
 
-    def _save(self) -> None:
-        save(self.training, self.record)
-        self._saved = time.monotonic()
+    def _save_checkpoint(self) -> None:
+        save_checkpoint(self.trainer, self.run_dir)
+        self._last_saved = time.monotonic()
 
-    def _row(self, loss: float, accuracy: float) -> dict[str, Any]:
+    def _build_row(self, loss: float, accuracy: float) -> dict[str, Any]:
         """The metrics of the epoch that has just been trained."""
-        training = self.training
+        trainer = self.trainer
         row: dict[str, Any] = {
-            "epoch": training.epoch,
-            "step": training.epoch * training.steps,
+            "epoch": trainer.epoch,
+            "step": trainer.epoch * trainer.steps_per_epoch,
             "train/loss": loss,
             "train/acc": accuracy,
-            "train/lr": training.optimizer.rates(training.progress(training.steps - 1))[0],
+            "train/lr": trainer.optimizer.lrs_at(trainer.progress_at(trainer.steps_per_epoch - 1))[0],
         }
-        if self._scored is not None:
-            row["val/loss"], row["val/acc"] = score(*self._scored)
-        row["system/seconds"] = training.seconds
-        row["system/images_per_second"] = training.steps * training.config.batch_size / training.seconds
-        row["system/memory_gib"] = memory(training.device) / 2**30
-        return {**row, **training.watcher.read()}
+        if self._val_outputs is not None:
+            row["val/loss"], row["val/acc"] = compute_loss_and_accuracy(*self._val_outputs)
+        row["system/seconds"] = trainer.epoch_seconds
+        row["system/images_per_second"] = trainer.steps_per_epoch * trainer.config.batch_size / trainer.epoch_seconds
+        row["system/memory_gib"] = peak_memory_bytes(trainer.device) / 2**30
+        return {**row, **trainer.probe_runner.read_and_reset()}
 
     @property
-    def seconds(self) -> float:
-        """Since the run was taken up here."""
-        return time.monotonic() - self._begun
+    def seconds_since_start(self) -> float:
+        """Since this process began with the run."""
+        return time.monotonic() - self._started_at
 
 
-def epochs(steps: Steps[Training], runs: Sequence[Running], end: Callable[[Running], None]) -> None:
-    """Train every run until it ends, and `end` it at once: in a pack the others go on.
+def train_epochs(step_runner: StepRunner[Trainer], runs: Sequence[RunLoop], record_end: Callable[[RunLoop], None]) -> None:
+    """Train every run until it ends, and call `record_end` at once for one that does: in a pack the others go on.
 
-    All are at the same step of their epochs.
+    All runs have to be at the same step of their epochs.
     """
 
-    def leave(run: Running) -> None:
-        run.training.idle = True
-        end(run)
+    def retire_run(run: RunLoop) -> None:
+        run.trainer.has_ended = True
+        record_end(run)
 
     for run in runs:
         if run.state:
-            leave(run)
+            retire_run(run)
     while active := [run for run in runs if not run.state]:
         for run in runs:
-            run.training.at.zero_()  # a captured step goes on for those that have ended too
+            run.trainer.step_index.zero_()  # also of those that have ended: a captured step goes on computing them
         for run in active:
             run.begin_epoch()
-        first = active[0].training
+        first = active[0].trainer
         for run in active:
-            run.training.look_ahead()
-        for index in range(first.batch, first.steps):
-            steps(first.watcher.wants(index))
+            run.trainer.prefetch_next_epoch()
+        for step in range(first.next_step, first.steps_per_epoch):
+            step_runner(first.probe_runner.is_due(step))
             for run in active:
-                run.after_step(index)
-            if any(run.state for run in active):  # what is asked for at the last step waits for the epoch's row
-                gone = [run for run in active if run.state and (index + 1 < first.steps or run.state == "diverged")]
-                active = [run for run in active if run not in gone]
-                for run in gone:
-                    leave(run)
+                run.after_step(step)
+            if any(run.state for run in active):  # a stop that comes at the last step waits until the epoch's row is written
+                is_last = step + 1 == first.steps_per_epoch
+                ended = [run for run in active if run.state and (not is_last or run.state == "diverged")]
+                active = [run for run in active if run not in ended]
+                for run in ended:
+                    retire_run(run)
                 if not active:
                     break
         for run in active:
-            run.launch()
+            run.launch_evaluation()
         for run in active:
-            run.look()
-        _write(active)
+            run.collect_metrics()
+        _write_rows(active)
         for run in active:
             run.end_epoch()
             if run.state:
-                leave(run)
+                retire_run(run)
 
 
-def _write(runs: Sequence[Running]) -> None:
-    """The rows of an epoch. Disks take many at once as quickly as one."""
+def _write_rows(runs: Sequence[RunLoop]) -> None:
+    """Write the rows of an epoch, in threads: a disk takes many files at once as quickly as one."""
     if len(runs) == 1:
-        return runs[0].write()
-    written = [_writers().submit(run.write) for run in runs]
-    wait(written)  # nobody writes any more when one of them failed
-    for each in written:
-        each.result()
+        return runs[0].write_row()
+    futures = [_row_writer_pool().submit(run.write_row) for run in runs]
+    wait(futures)  # so that nothing is being written any more when one of them has failed
+    for future in futures:
+        future.result()
 
 
 @functools.cache
-def _writers() -> ThreadPoolExecutor:
+def _row_writer_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(16, "rows")
 
 
 class Stopwatch:
-    """Seconds of an epoch: by events in the device's own queue where there is one, so that nothing waits to be timed."""
+    """Training time of an epoch. On a GPU it is measured by events in the device's queue, so that the host need not wait."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events = [event(), event()] if device.type == "cuda" else []
-        self._ended = False
+        self._events = [new_timing_event(), new_timing_event()] if device.type == "cuda" else []
+        self._stopped = False
 
-    def begin(self, before: float) -> None:
-        """`before`: seconds of the epoch that an earlier process took."""
-        self._before, self._begun, self._ended = before, time.perf_counter(), False
+    def start_timing(self, seconds_before: float) -> None:
+        """`seconds_before`: what an earlier process spent on this epoch."""
+        self._before, self._start, self._stopped = seconds_before, time.perf_counter(), False
         if self._events:
             self._events[0].record()
 
-    def end(self) -> None:
+    def stop_timing(self) -> None:
+        """End of the epoch's steps."""
         if self._events:
             self._events[1].record()
-        self._elapsed, self._ended = time.perf_counter() - self._begun, True
+        self._elapsed, self._stopped = time.perf_counter() - self._start, True
 
-    def seconds(self) -> float:
-        """Up to the end, or to now. After the end the device must have been waited for."""
-        if not self._ended:
-            return self._before + time.perf_counter() - self._begun
+    def elapsed_seconds(self) -> float:
+        """Until `stop_timing`, or until now. After `stop_timing` the caller has to wait for the device first."""
+        if not self._stopped:
+            return self._before + time.perf_counter() - self._start
         return self._before + (self._events[0].elapsed_time(self._events[1]) / 1000 if self._events else self._elapsed)
 
 
-def memory(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or of this process."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """The highest memory use: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if os.uname().sysname == "Darwin" else peak * 1024  # Linux counts in KiB
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def save(training: Training, record: Record) -> None:
-    """Write the checkpoint as a whole; the length of the metrics file says which rows belong to it."""
-    buffer = io.BytesIO()
-    torch.save({"metrics_bytes": record.metrics_bytes(), **training.state()}, buffer)
-    write_atomic(record.path / "checkpoint.pt", buffer.getvalue())
-
-
-def resume(training: Training, record: Record) -> None:
-    """Load the record's checkpoint and cut off the rows that came after it; without one, start afresh."""
-    path = record.path / "checkpoint.pt"
-    if not path.exists():
-        record.cut_metrics(0)
-        return
-    try:
-        with zipfile.ZipFile(path) as checked:  # torch.load does not look at the checksums
-            if checked.testzip():
-                raise zipfile.BadZipFile
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        training.load(state)
-    except (*DAMAGE, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        # torch's own words would tell people to load it unsafely
-        raise UserError(f"{path} is damaged, or no checkpoint of this run; delete it to start the run again") from error
-    if record.metrics_bytes() < state["metrics_bytes"]:
-        raise UserError(f"{record.path / 'metrics.jsonl'} is shorter than its checkpoint knows; restore it, or delete {path}")
-    record.cut_metrics(state["metrics_bytes"])
-    for _ in record.rows():  # a damaged row is said now, and not after the last epoch
-        pass

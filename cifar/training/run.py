@@ -1,42 +1,43 @@
-"""One run: config -> parts -> training -> record. The only place where the parts meet.
+"""One run from its configuration to its results on disk. This module joins the configuration, the trainer and the folder.
 
-record = create(config, runs_dir())          # the folder, before anything is computed
-state = train(config, record)                # trains, or goes on from the record's checkpoint
+run_dir = create_run(config, resolve_runs_dir())  # makes the run's folder, before anything is computed
+state = train_run(config, run_dir)                # trains, from the run's checkpoint if there is one
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
 import os
 import resource
 import shutil
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cifar import data, registry
-from cifar import flops as cost
-from cifar.config.resolve import Settings
-from cifar.errors import DiskFull, UserError
+from cifar import data, flops, registry
+from cifar.config.resolve import format_value
+from cifar.config.schema import Settings
+from cifar.errors import DiskFullError, UserError
 from cifar.probes import weight_layers
 from cifar.system import environment
-from cifar.tracking.run_dir import Record, new_id, write_atomic
-from cifar.training import trainer_cache as warm
-from cifar.training.callbacks import Sink
-from cifar.training.distributed import ALONE, Lost, Team
-from cifar.training.loop import Running, epochs
-from cifar.training.step import VIEWS, score
-from cifar.training.trainer import Training
+from cifar.system.disk import is_disk_full_error
+from cifar.tracking.run_dir import RunDir, generate_id, write_atomic
+from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
+from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
+from cifar.training.loop import RunHooks, RunLoop, train_epochs
+from cifar.training.trainer import Trainer
+from cifar.training.trainer_cache import clear_trainer_cache, get_step_runner, prepare_step_runner
 
-WORST = 25  # images in the picture of worst mistakes
-LABELS = {
+MAX_WORST_IMAGES = 25  # misclassified images that predictions.npz stores
+KEYS_NOT_IN_NAME = ("model", "dataset", "experiment")  # swept keys that a run's name does not repeat
+METRIC_LABELS = {
     "train/loss": ("training loss", "nats"),
     "train/acc": ("training accuracy", "fraction"),
     "train/lr": ("learning rate", ""),
@@ -45,259 +46,265 @@ LABELS = {
     "system/seconds": ("training time of the epoch", "s"),
     "system/images_per_second": ("throughput of training", "images/s"),
     "system/memory_gib": ("peak memory", "GiB"),
-}
+}  # metric -> (label, unit)
 
 
-# -- before: names and the folder --------------------------------------------------------------------------------------
+# -- the run's folder --------------------------------------------------------------------------------------------------
 
 
-def create(
-    config: Settings,
-    runs: Path,
-    *,
-    run_id: str = "",
-    name: str = "",
-    swept: Sequence[str] = (),
-    sweep: str = "",
-    cell: int | None = None,
-    tags: Sequence[str] = (),
-    project: str = "",
-    entity: str = "",
-    engine: str = "",
-) -> Record:
-    """The folder of a new run, or of the run of that id if it is there already. `config.dataset` has to be resolved.
+@dataclass(frozen=True)
+class RunMetadata:
+    """What run.json says about a run besides its configuration and its cost."""
 
-    `engine`: "wandb" where W&B handed the run out, so that it belongs to W&B's sweep of that id.
-    """
+    run_id: str = ""  # empty: a new one
+    name: str = ""  # empty: made of the model and the swept values
+    tags: Sequence[str] = ()
+    project: str = ""  # on W&B; empty: WANDB_PROJECT, else "cifar"
+    entity: str = ""  # on W&B; empty: WANDB_ENTITY
+    sweep: str = ""  # id of the sweep that the run belongs to
+    engine: str = ""  # "wandb" where W&B gave out the run, so that it belongs to the sweep of that id on W&B
+    cell: int | None = None  # its place in the sweep's grid
+    swept: Sequence[str] = ()  # the keys that the sweep varies
+
+
+def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = None) -> RunDir:
+    """Make the folder of a run, or find it if the run of that id exists. `config.dataset` may not be "auto"."""
     assert config.dataset != "auto"
-    run_id = run_id or new_id()
-    if (runs / run_id / "run.json").exists():
-        return Record(runs / run_id)
-    measured = cost_of(config)
-    values = [f"{key}={_short(getattr(config, key))}" for key in swept if key not in _NAMED]
-    named = [str(config.experiment or config.model), *values]
+    about = metadata or RunMetadata()
+    run_id = about.run_id or generate_id()
+    if (runs_dir / run_id / "run.json").exists():
+        return RunDir(runs_dir / run_id)
+    cost = measure_cost(config)
+    values = [f"{key}={format_value(getattr(config, key))}" for key in about.swept if key not in KEYS_NOT_IN_NAME]
+    name = about.name or " ".join([str(config.experiment or config.model), *values])
     stand_in = config.dataset == "stand-in"
     run = {
-        "name": ("stand-in " if stand_in else "") + (name or " ".join(named)),
-        "group": sweep,
-        "tags": [*tags, config.dataset, config.model] + ([] if measured.verified else ["macs unverified"]),
-        "project": project or os.environ.get("WANDB_PROJECT") or "cifar",
-        "entity": entity or os.environ.get("WANDB_ENTITY", ""),
-        "sweep": sweep,
-        "engine": engine,
-        "cell": cell,
-        "swept": list(swept),
+        "name": ("stand-in " if stand_in else "") + name,
+        "group": about.sweep,
+        "tags": [*about.tags, config.dataset, config.model] + ([] if cost.verified else ["macs unverified"]),
+        "project": about.project or os.environ.get("WANDB_PROJECT") or "cifar",
+        "entity": about.entity or os.environ.get("WANDB_ENTITY", ""),
+        "sweep": about.sweep,
+        "engine": about.engine,
+        "cell": about.cell,
+        "swept": list(about.swept),
         "dataset": config.dataset,
         "official": not stand_in,
-        "cost": measured.as_dict(),
+        "cost": cost.as_dict(),
         "command": f"python -m cifar train --from {run_id}",
     }
-    return Record.create(runs, run_id, run, config.flat())
-
-
-_NAMED = ("model", "dataset", "experiment")
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return RunDir.create(runs_dir, run_id, run, config.to_dict())
 
 
 def resolve_dataset(config: Settings, data_dir: Path | None) -> tuple[Settings, str]:
-    """`dataset: auto` -> what it is, and why."""
+    """Replace `dataset: auto` by a dataset. Returns the configuration and the reason for the choice."""
     if config.dataset != "auto":
         return config, ""
     dataset, reason = data.resolve_auto(data_dir)
     return config.model_copy(update={"dataset": dataset}), reason
 
 
-def cost_of(config: Settings) -> cost.Cost:
-    """What one image costs in this configuration's model; remembered, as a sweep asks again and again."""
-    return _cost(config.model, tuple(sorted(config.part("model").items())))
+def measure_cost(config: Settings) -> flops.Cost:
+    """MACs and parameters of the configuration's model. Cached, because a sweep asks for each trial."""
+    return _measure_model_cost(config.model, tuple(sorted(config.kwargs_for("model").items())))
 
 
 @functools.lru_cache(maxsize=256)
-def _cost(model: str, arguments: tuple[tuple[str, Any], ...]) -> cost.Cost:
+def _measure_model_cost(model: str, arguments: tuple[tuple[str, Any], ...]) -> flops.Cost:
     with torch.random.fork_rng(devices=[]):
-        return cost.measure(registry.models[model].build(**dict(arguments)))
+        return flops.measure_cost(registry.models[model].build(**dict(arguments)))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def outcome(run: Running, together: int = 1) -> Iterator[None]:
-    """What goes wrong becomes the run's status before it goes on to the caller. A run that is over stays as it ended.
+def train_run(
+    config: Settings,
+    run_dir: RunDir,
+    *,
+    data_dir: Path | None = None,
+    hooks: RunHooks | None = None,
+    num_planned_runs: int = 1,
+    context: DistributedContext = SINGLE_PROCESS,
+) -> str:
+    """Train a run, from its checkpoint if there is one. Returns the state in which it ended.
 
-    Of several runs `together` any may be at fault, so each of them is one to go on with.
+    `num_planned_runs`: runs of this kind that this process will train, this one included; it decides about compiling.
+    Each rank of a distributed `context` has a run folder of its own.
     """
-    record, config = run.record, run.config
-    before = record.read("status")
+    run = RunLoop(config, run_dir, hooks)
+    train_runs([run], data_dir=data_dir, num_planned_runs=num_planned_runs, context=context)
+    return run.state
+
+
+def train_runs(
+    runs: Sequence[RunLoop],
+    *,
+    data_dir: Path | None = None,
+    num_planned_runs: int = 1,
+    context: DistributedContext = SINGLE_PROCESS,
+) -> None:
+    """Train several runs side by side, each into its own folder. `trainer_cache.can_pack` has to be true of them."""
+    with contextlib.ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(record_failures(run, len(runs)))
+        live = [run for run in runs if not _skip_if_over_budget(run)]
+        if live:
+            for run in live:
+                epoch = run.run_dir.read_json("status").get("epoch", 0)
+                run.run_dir.set_status("running", epoch=epoch, epochs=run.config.epochs)
+                (run.run_dir.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier attempt
+            configs = [run.config for run in live]
+            step_runner = get_step_runner(configs, data_dir, context)
+            for run, trainer in zip(live, step_runner.trials, strict=True):
+                run.attach_trainer(trainer)
+            step_description = prepare_step_runner(step_runner, configs, num_planned_runs)
+            for run in live:
+                _write_description(run, step_description)
+            train_epochs(step_runner, live, _record_end)
+
+
+def _skip_if_over_budget(run: RunLoop) -> bool:
+    """End a run in state "skipped" if its model needs more than `max_macs`. Returns whether it did."""
+    macs, budget = run.run_dir.read_json("run")["cost"]["macs"], run.config.max_macs
+    if not budget or macs <= budget:
+        return False
+    run.state, run.reason = "skipped", f"needs {macs:,} MACs, the budget max_macs is {budget:,.0f}"
+    run.run_dir.set_status("skipped", reason=run.reason, epochs=run.config.epochs)
+    _notify_end(run)
+    return True
+
+
+def _write_description(run: RunLoop, step_description: dict[str, Any]) -> None:
+    """Write what is known before the first step: the environment, how steps are taken, and the labels of all metrics."""
+    trainer, run_dir = run.trainer, run.run_dir
+    described = environment.describe_environment(trainer.device, trainer.fingerprint) | trainer.context.describe()
+    run_dir.write_json("environment", {**described, "step": step_description})
+    labels = {name: {"label": label, "unit": unit} for name, (label, unit) in METRIC_LABELS.items()}
+    layers = list(weight_layers(trainer.probe_runner.parameters))
+    run_dir.write_json("labels", {**labels, **trainer.probe_runner.metric_labels(), "layers": layers})
+    for callback in run.hooks.callbacks:
+        callback.on_run_start(run_dir.read_json("run"), epochs=run.config.epochs, steps=trainer.steps_per_epoch)
+        if step_description["compile"]:
+            callback.on_message(step_description["compile"])
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def record_failures(run: RunLoop, pack_size: int = 1) -> Iterator[None]:
+    """Write an exception into the run's status before it goes on to the caller. A run that has ended keeps its status.
+
+    In a pack any of the runs may have caused it, so each of them becomes one that can be resumed.
+    """
+    status_before = run.run_dir.read_json("status")
     try:
         yield
     except Exception as error:
-        warm.forget()  # whatever state its parts are in
-        if not run.over:
-            _went_wrong(record, config, before, error, together)
+        clear_trainer_cache()  # the trainers may be in any state
+        if not run.end_recorded:
+            _record_failure(run, status_before, error, pack_size)
         raise
 
 
-def _went_wrong(record: Record, config: Settings, before: dict[str, Any], error: Exception, together: int) -> None:
-    told = {"epoch": record.read("status").get("epoch", 0), "epochs": config.epochs}
-    full = isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
-    if full:
+def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exception, pack_size: int) -> None:
+    run_dir, config = run.run_dir, run.config
+    progress = {"epoch": run_dir.read_json("status").get("epoch", 0), "epochs": config.epochs}
+    if is_disk_full_error(error):
         with contextlib.suppress(OSError):
-            record.set_status("interrupted", reason="no space left on the disk", **told)
-        raise DiskFull(
-            f"no space is left for {record.path}; free some, then go on with `python -m cifar train --resume {record.id}`"
+            run_dir.set_status("interrupted", reason="no space left on the disk", **progress)
+        raise DiskFullError(
+            f"no space is left for {run_dir.path}; free some, then go on with `python -m cifar train --resume {run_dir.id}`"
         ) from error
-    if isinstance(error, Lost):
-        record.set_status("interrupted", reason=str(error), **told)
+    if isinstance(error, PeerLostError):
+        run_dir.set_status("interrupted", reason=str(error), **progress)
         return
     if isinstance(error, UserError):
-        if before:  # what is wrong here can be mended; the run may go on as it could before
-            record.write("status", before)
-        elif not record.metrics_bytes() and not (record.path / "checkpoint.pt").exists():  # nothing half-made stays
-            shutil.rmtree(record.path, ignore_errors=True)
+        if status_before:  # the user can mend it, then the run can go on as before
+            run_dir.write_json("status", status_before)
+        elif not run_dir.metrics_bytes() and not (run_dir.path / "checkpoint.pt").exists():  # an empty run is deleted
+            shutil.rmtree(run_dir.path, ignore_errors=True)
         return
-    lacking = out_of_memory(error, config)
-    state, reason = ("killed", lacking) if lacking else ("failed", f"{type(error).__name__}: {error}")
-    if together > 1:
-        state, reason = "interrupted", f"side by side with {together - 1} others: {reason}"
+    memory = describe_out_of_memory(error, config)
+    state, reason = ("killed", memory) if memory else ("failed", f"{type(error).__name__}: {error}")
+    if pack_size > 1:
+        state, reason = "interrupted", f"side by side with {pack_size - 1} others: {reason}"
     with contextlib.suppress(OSError):
-        write_atomic(record.path / "traceback.txt", traceback.format_exc().encode())
-        record.set_status(state, reason=reason, **told)
+        write_atomic(run_dir.path / "traceback.txt", traceback.format_exc().encode())
+        run_dir.set_status(state, reason=reason, **progress)
 
 
-def out_of_memory(error: BaseException, config: Settings) -> str:
-    """Empty, or which memory ran out, how much there is of it, and at which batch size."""
+def describe_out_of_memory(error: BaseException, config: Settings) -> str:
+    """Which memory ran out, how large it is, and at which batch size. Empty for any other error."""
     advice = f"at batch_size {config.batch_size}; take a smaller one"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
         return f"out of GPU memory ({total:.0f} GiB) {advice}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's own words on the CPU
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's message for the CPU
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if limit == resource.RLIM_INFINITY else limit
         return f"out of memory ({total / 2**30:.1f} GiB) {advice}"
     return ""
 
 
-def train(
-    config: Settings,
-    record: Record,
-    *,
-    data_dir: Path | None = None,
-    sinks: Sequence[Sink] = (),
-    on_epoch: Callable[[dict[str, Any]], bool] = lambda row: True,
-    stop: Callable[[], str | None] = lambda: None,
-    ahead: int = 1,
-    team: Team = ALONE,
-) -> str:
-    """Train, from the record's checkpoint if there is one, and return the state it ended in.
-
-    `on_epoch` sees each row once it is on disk and answers whether to go on (no: `pruned`); `stop` is asked after every
-    step and names the state to end in, if any: a checkpoint is written first. `ahead`: runs of this kind that this process
-    will make, this one included. Each rank of a `team` has a record of its own.
-    """
-    one = Running(config, record, sinks=sinks, on_epoch=on_epoch, stop=stop)
-    train_together([one], data_dir=data_dir, ahead=ahead, team=team)
-    return one.state
+# -- the end -----------------------------------------------------------------------------------------------------------
 
 
-def train_together(runs: Sequence[Running], *, data_dir: Path | None = None, ahead: int = 1, team: Team = ALONE) -> None:
-    """Train several runs that differ in seed and scalars only (`warm.fit`), side by side, each into its own record."""
-    with contextlib.ExitStack() as outcomes:
-        for run in runs:
-            outcomes.enter_context(outcome(run, len(runs)))
-        live = [run for run in runs if not _over_budget(run)]
-        if live:
-            for run in live:
-                before = run.record.read("status").get("epoch", 0)
-                run.record.set_status("running", epoch=before, epochs=run.config.epochs)
-                (run.record.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier try
-            steps = warm.steps([run.config for run in live], data_dir, team)
-            for run, training in zip(live, steps.trials, strict=True):
-                run.start(training)
-            said = warm.prepare(steps, [run.config for run in live], ahead)
-            for run in live:
-                _describe(run, said)
-            epochs(steps, live, _end)
-
-
-def _over_budget(run: Running) -> bool:
-    macs, budget = run.record.read("run")["cost"]["macs"], run.config.max_macs
-    if not budget or macs <= budget:
-        return False
-    run.state, run.reason = "skipped", f"needs {macs:,} MACs, the budget max_macs is {budget:,.0f}"
-    run.record.set_status("skipped", reason=run.reason, epochs=run.config.epochs)
-    _tell_end(run)
-    return True
-
-
-def _describe(run: Running, step: dict[str, Any]) -> None:
-    """What the record says before the first step. `step`: how it is taken."""
-    training, record = run.training, run.record
-    described = environment.describe(training.device, training.fingerprint) | training.team.described()
-    record.write("environment", {**described, "step": step})
-    labels = {name: {"label": label, "unit": unit} for name, (label, unit) in LABELS.items()}
-    layers = list(weight_layers(training.watcher.parameters))
-    record.write("labels", {**labels, **training.watcher.labels(), "layers": layers})
-    for sink in run.sinks:
-        sink.start(record.read("run"), epochs=run.config.epochs, steps=training.steps)
-        if step["compile"]:
-            sink.say(step["compile"])
-
-
-def _end(run: Running) -> None:
-    record, epoch = run.record, run.training.epoch - 1
+def _record_end(run: RunLoop) -> None:
+    """Write how the run ended, and its results if it finished."""
+    run_dir, epoch = run.run_dir, run.trainer.epoch - 1
     if run.state == "finished":
-        run.summary = _finish(run)
-    record.set_status(run.state, reason=run.reason, epoch=epoch, epochs=run.config.epochs)
+        run.summary = _write_results(run)
+    run_dir.set_status(run.state, reason=run.reason, epoch=epoch, epochs=run.config.epochs)
     if run.state in ("finished", "diverged"):
-        (record.path / "checkpoint.pt").unlink(missing_ok=True)
-    _tell_end(run)
+        (run_dir.path / "checkpoint.pt").unlink(missing_ok=True)
+    _notify_end(run)
 
 
-def _tell_end(run: Running) -> None:
-    run.over = True
-    for sink in run.sinks:
-        sink.end(run.state, run.reason, run.summary)
+def _notify_end(run: RunLoop) -> None:
+    run.end_recorded = True
+    for callback in run.hooks.callbacks:
+        callback.on_run_end(run.state, run.reason, run.summary)
 
 
-def _finish(run: Running) -> dict[str, Any]:
-    """The last words of a finished run: summary, predictions, weights."""
-    training, record, config = run.training, run.record, run.config
-    rows = list(record.rows())
+def _write_results(run: RunLoop) -> dict[str, Any]:
+    """Write predictions, weights and summary of a finished run. Returns the summary."""
+    trainer, run_dir, config = run.trainer, run.run_dir, run.config
+    rows = list(run_dir.read_rows())
     last = rows[-1]
     summary = {key: value for key, value in last.items() if key.startswith(("train/", "val/"))}
     summary["epochs"] = last["epoch"]
     summary["seconds"] = sum(row["system/seconds"] for row in rows)
     summary["images_per_second"] = float(np.median([row["system/images_per_second"] for row in rows]))
-    if "val" in training.splits:
+    if "val" in trainer.splits:
         summary["best/val/acc"] = max(row["val/acc"] for row in rows)
-    measured = record.read("run")["cost"]
-    summary |= {"macs": measured["macs"], "params": measured["params"], "macs_verified": measured["verified"]}
+    cost = run_dir.read_json("run")["cost"]
+    summary |= {"macs": cost["macs"], "params": cost["params"], "macs_verified": cost["verified"]}
     if config.test == "final":
-        logits, labels = training.evaluate("test", config.tta)
-        summary["seconds_to_test"] = run.seconds  # of this process: from its first step to the test's result
-        summary["test/loss"], summary["test/acc"] = score(logits, labels)
+        logits, labels = trainer.evaluate("test", config.tta)
+        summary["seconds_to_test"] = run.seconds_since_start  # from the first step in this process to the test result
+        summary["test/loss"], summary["test/acc"] = compute_loss_and_accuracy(logits, labels)
         summary["test/views"] = VIEWS[config.tta][0]
         if config.tta != "none":
-            summary["test/acc_one_view"] = score(*training.evaluate("test"))[1]
-    split = "test" if config.test == "final" else "val" if "val" in training.splits else ""
+            summary["test/acc_one_view"] = compute_loss_and_accuracy(*trainer.evaluate("test"))[1]
+    split = "test" if config.test == "final" else "val" if "val" in trainer.splits else ""
     if split:
-        _predictions(training, record, split)
+        _write_predictions(trainer, run_dir, split)
     buffer = io.BytesIO()
-    torch.save(training.evaluated.state_dict(), buffer)
-    write_atomic(record.path / "weights.pt", buffer.getvalue())
-    record.write("summary", summary)
+    torch.save(trainer.eval_model.state_dict(), buffer)
+    write_atomic(run_dir.path / "weights.pt", buffer.getvalue())
+    run_dir.write_json("summary", summary)
     return summary
 
 
-def _predictions(training: Training, record: Record, split: str) -> None:
-    logits, labels = training.evaluate(split)
+def _write_predictions(trainer: Trainer, run_dir: RunDir, split: str) -> None:
+    """Write predictions.npz: the prediction for each image, and the images with the most confident mistakes."""
+    logits, labels = trainer.evaluate(split)
     confidence, predicted = logits.softmax(1).max(1)
     wrong = torch.where(predicted != labels, confidence, torch.zeros_like(confidence))
-    worst = wrong.argsort(descending=True, stable=True)[: min(WORST, int((predicted != labels).sum()))]
+    num_wrong = int((predicted != labels).sum())
+    worst = wrong.argsort(descending=True, stable=True)[: min(MAX_WORST_IMAGES, num_wrong)]
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -307,6 +314,6 @@ def _predictions(training: Training, record: Record, split: str) -> None:
         predicted=predicted.cpu().numpy(),
         confidence=confidence.float().cpu().numpy(),
         worst_index=worst.cpu().numpy(),
-        worst_images=training.splits[split][0][worst].cpu().numpy(),
+        worst_images=trainer.splits[split][0][worst].cpu().numpy(),
     )
-    write_atomic(record.path / "predictions.npz", buffer.getvalue())
+    write_atomic(run_dir.path / "predictions.npz", buffer.getvalue())

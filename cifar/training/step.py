@@ -1,147 +1,140 @@
-"""The maths of training: a step, and an evaluation. Tensors only: no configuration, no CIFAR-10, no files."""
+"""One training step on tensors. It knows nothing of configuration, of CIFAR-10 or of files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+# -- what a step works with --------------------------------------------------------------------------------------------
 
 
-class Source(Protocol):
-    """Batches of an epoch, by the step that `at` (1,) says."""
+class BatchSource(Protocol):
+    """Gives the batch of the step that `step_index` names."""
 
-    at: Tensor
+    step_index: Tensor  # (1,) int64: the step of the epoch that comes next; the step itself increments it
     batch_size: int
-    picks: bool  # the images of an epoch by their losses, so it has to know them
+    selects_hard: bool  # each epoch takes the images with the largest losses, so it needs the loss of each image
 
-    def take(self) -> tuple[Tensor, Tensor]: ...
-    def note(self, losses: Tensor) -> None: ...
+    def next_batch(self) -> tuple[Tensor, Tensor]: ...
+    def record_losses(self, losses: Tensor) -> None: ...
 
 
 class Optimizer(Protocol):
+    """Updates the weights. Its learning rates are on the device, planned ahead for each step of the epoch."""
+
     @property
-    def stopping(self) -> Sequence[Tensor]: ...
-    def follow(self, at: Tensor) -> None: ...
+    def freezing_params(self) -> Sequence[Tensor]: ...
+    def set_lr_from_plan(self, step_index: Tensor) -> None: ...
     def step(self) -> None: ...
     def zero_grad(self) -> None: ...
 
 
-class Watcher(Protocol):
-    """Looks at gradients after the backward pass and at weights around the update; never changes them."""
+class ProbeRunner(Protocol):
+    """Measures gradients after the backward pass, and weights before and after the update. Never changes them."""
 
     def after_backward(self) -> None: ...
     def before_update(self) -> None: ...
     def after_update(self) -> None: ...
 
 
-class Team(Protocol):
+class DistributedContext(Protocol):
     """The processes that train one network together."""
 
-    size: int
+    world_size: int
 
-    def share(self, *batch: Tensor) -> tuple[Tensor, ...]: ...
+    def shard_batch(self, *batch: Tensor) -> tuple[Tensor, ...]: ...
     def average_gradients(self, model: nn.Module) -> None: ...
 
 
-class Meter:
-    """Loss and accuracy of an epoch, summed on the device, read once."""
+class WeightAverage(Protocol):
+    """A moving average of the weights."""
+
+    def update(self) -> None: ...
+
+
+# -- the epoch's loss and accuracy -------------------------------------------------------------------------------------
+
+
+class EpochMeter:
+    """Training loss and accuracy of an epoch: summed on the device, read once at its end."""
 
     def __init__(self, device: torch.device) -> None:
-        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self.sums = torch.zeros(3, dtype=wide, device=device)  # loss, correct, images
-        self.last = torch.zeros(())  # the loss of the step before; on a GPU nobody looks, as that would wait
-        self.add_up = add_up
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.sums = torch.zeros(3, dtype=dtype, device=device)  # loss, correct answers, images
+        self.last_loss = torch.zeros(())  # of the last step, on a CPU only: on a GPU reading it would wait for the device
+        self.accumulate_sums = accumulate_sums
 
-    def add(self, loss: Tensor, correct: Tensor, count: int, at: Tensor) -> None:
-        """loss: 0-d mean over the batch of `count` images, of which `correct` (0-d) were told right. Moves `at` on."""
+    def update(self, loss: Tensor, correct: Tensor, count: int, step_index: Tensor) -> None:
+        """Add one step. Increments `step_index`.
+
+        loss: 0-d, the mean over the batch. correct: 0-d, how many of the `count` images were classified correctly.
+        """
         if loss.device.type == "cpu":
-            self.last = loss.detach()
-        self.add_up(self.sums, at, loss.detach(), correct, count)
+            self.last_loss = loss.detach()
+        self.accumulate_sums(self.sums, step_index, loss.detach(), correct, count)
 
-    def read(self) -> tuple[float, float]:
-        """(mean loss, accuracy as a fraction), and start again. The one place where the host waits for the device."""
+    def read_and_reset(self) -> tuple[float, float]:
+        """(mean loss, accuracy as a fraction). The only place where the host waits for the device."""
         loss, correct, images = self.sums.tolist()
         self.sums.zero_()
         return loss / max(images, 1), correct / max(images, 1)
 
 
-def add_up(sums: Tensor, at: Tensor, loss: Tensor, correct: Tensor, count: int) -> None:
-    """A step's part of an epoch's sums, and one step more, in place; one addition, and apart from `Meter`, for a compiler."""
-    at.add_(1)
+def accumulate_sums(sums: Tensor, step_index: Tensor, loss: Tensor, correct: Tensor, count: int) -> None:
+    """Add one step to the sums of an epoch and 1 to `step_index`, in place. A plain function, for torch.compile."""
+    step_index.add_(1)
     sums.add_(torch.stack((loss.to(sums.dtype) * count, correct.to(sums.dtype), torch.full_like(sums[2], count))))
 
 
-class Average:
-    """Exponential moving average of weights and buffers, in a second model that is evaluated in the first one's place.
+# -- the forward pass --------------------------------------------------------------------------------------------------
 
-    The decay warms up as (1 + t) / (10 + t), so that the first, random weights are soon forgotten.
+ForwardResult = tuple[Tensor, Tensor, Tensor | None]
+"""(mean loss, number of correct answers), both 0-d, and the loss of each image (B,) if that was asked for."""
+
+
+class ForwardOptions(NamedTuple):
+    """How the loss is computed. torch.compile makes one program for each combination of the booleans."""
+
+    smoothing: Tensor | None = None  # 0-d: label smoothing, None for none
+    bf16: bool = False  # autocast to bfloat16
+    per_sample: bool = False  # return the loss of each image too
+    skip_frozen: bool = False  # parameters whose schedule has ended need no gradient
+
+
+def forward(model: nn.Module, images: Tensor, targets: Tensor, labels: Tensor, options: ForwardOptions) -> ForwardResult:
+    """The cross-entropy of a batch. A plain function, for torch.compile.
+
+    images (B, 3, H, W); targets are labels (B,) or class probabilities (B, classes); labels (B,) decide what is correct.
+    Label smoothing spreads that fraction of the target over all classes (Szegedy et al. 2016, sec. 7).
     """
-
-    def __init__(self, model: nn.Module, averaged: nn.Module, decay: float) -> None:
-        self.model, self.averaged, self.decay = model, averaged, decay
-        pairs = list(zip(averaged.state_dict().values(), model.state_dict().values(), strict=True))
-        self.smooth = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
-        self.updates = torch.zeros((), device=pairs[0][0].device)  # float32 counts to 16 million
-
-    @torch.no_grad()
-    def update(self) -> None:
-        share = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
-        ours, theirs = [pair[0] for pair in self.smooth], [pair[1] for pair in self.smooth]
-        change = torch._foreach_sub(theirs, ours)
-        torch._foreach_mul_(change, share)
-        torch._foreach_add_(ours, change)
-        for counter, its in self.counters:
-            counter.copy_(its)
-        self.updates += 1
-
-
-Forward = tuple[Tensor, Tensor, Tensor | None]
-
-
-def forward(
-    model: nn.Module,
-    images: Tensor,
-    targets: Tensor,
-    labels: Tensor,
-    smoothing: Tensor | None,
-    bf16: bool,
-    apart: bool = False,
-    rest: bool = False,
-) -> Forward:
-    """(mean cross-entropy with smoothed targets, number of images told right), both 0-d, and each image's loss (B,) if `apart`.
-
-    images (B, 3, H, W); targets are labels (B,) or rows of shares (B, classes). `smoothing` (0-d) is the share of a target
-    that is spread over all classes (Szegedy et al. 2016, sec. 7), None for none. A function of its own for torch.compile.
-    `rest` says that some parameters want no gradients now.
-    """
-    if rest:
-        pass  # reading it makes it a condition of what is compiled; torch 2.11 does not look at the parameters' requires_grad
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+    if options.skip_frozen:
+        pass  # Dynamo guard: torch 2.11 does not guard on requires_grad, so read the flag to force a recompile
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=options.bf16):
         logits = model(images)  # (B, 3, H, W) -> (B, 10)
     logits = logits.float()
     correct = (logits.detach().argmax(1) == labels).sum()
-    if apart:
-        each = F.cross_entropy(logits, targets, reduction="none")
+    smoothing = options.smoothing
+    if options.per_sample:
+        losses = F.cross_entropy(logits, targets, reduction="none")
         if smoothing is not None:
-            each = torch.lerp(each, -F.log_softmax(logits, 1).mean(1), smoothing)
-        return each.mean(), correct, each.detach()
+            losses = torch.lerp(losses, -F.log_softmax(logits, 1).mean(1), smoothing)
+        return losses.mean(), correct, losses.detach()
     loss = F.cross_entropy(logits, targets)
     if smoothing is not None:
-        loss = torch.lerp(loss, -F.log_softmax(logits, 1).mean(), smoothing)  # the latter: equal shares of all classes
+        # -log_softmax.mean() is the cross-entropy with equal probabilities for all classes
+        loss = torch.lerp(loss, -F.log_softmax(logits, 1).mean(), smoothing)
     return loss, correct, None
 
 
 @contextmanager
-def _without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """What comes before the first layer that still learns is not worked out in a backward pass."""
+def _disable_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """The backward pass then stops at the first layer that still learns."""
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -151,101 +144,54 @@ def _without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+# -- the step ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Step:
-    """One step of training. It reads and writes tensors in place and asks the host for nothing, so that it can be captured."""
+    """One step of training. It changes tensors in place and reads nothing on the host, so it can be a CUDA graph."""
 
     model: nn.Module
-    source: Source
+    source: BatchSource
     optimizer: Optimizer
-    meter: Meter
-    watcher: Watcher
-    team: Team
-    average: Average | None = None
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    meter: EpochMeter
+    probe_runner: ProbeRunner
+    context: DistributedContext
+    ema: WeightAverage | None = None
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # mixup or CutMix: images, labels -> images, targets
     smoothing: Tensor | None = None
     bf16: bool = False
-    forward: Callable[..., Forward] = forward
-    forward_at: Callable[[bool], Forward] | None = None  # `forward` of the next batch, taking it included
+    forward: Callable[..., ForwardResult] = forward
+    fused_forward: Callable[[ForwardOptions], ForwardResult] | None = None  # selects the next batch and runs `forward` on it
 
     def __post_init__(self) -> None:
-        self.one = torch.ones((), device=self.meter.sums.device)  # the loss's gradient, not made anew in each step
+        self.loss_gradient = torch.ones((), device=self.meter.sums.device)  # made once: backward() would make it in each step
 
-    def __call__(self, look: bool, rest: bool = False) -> None:
-        """`look`: whether the watcher looks at this one. `rest`: parameters that have stopped learning get no gradients."""
-        self.optimizer.follow(self.source.at)
-        with _without_gradients(self.optimizer.stopping if rest else ()):
-            loss, correct, losses = self.forward_at(rest) if self.forward_at else self._forward(rest)
-            loss.backward(self.one)  # type: ignore[no-untyped-call]
+    def __call__(self, with_probes: bool, skip_frozen: bool = False) -> None:
+        """Take one step. With `skip_frozen`, parameters whose schedule has ended get no gradients."""
+        self.optimizer.set_lr_from_plan(self.source.step_index)
+        with _disable_gradients(self.optimizer.freezing_params if skip_frozen else ()):
+            options = ForwardOptions(self.smoothing, self.bf16, self.source.selects_hard, skip_frozen)
+            loss, correct, losses = self.fused_forward(options) if self.fused_forward else self._forward_next_batch(options)
+            loss.backward(self.loss_gradient)  # type: ignore[no-untyped-call]
         if losses is not None:
-            self.source.note(losses)
-        self.team.average_gradients(self.model)
+            self.source.record_losses(losses)
+        self.context.average_gradients(self.model)
 
-        if look:
-            self.watcher.after_backward()
-            self.watcher.before_update()
+        if with_probes:
+            self.probe_runner.after_backward()
+            self.probe_runner.before_update()
         self.optimizer.step()
-        if look:
-            self.watcher.after_update()
+        if with_probes:
+            self.probe_runner.after_update()
 
         self.optimizer.zero_grad()
-        if self.average:
-            self.average.update()
-        self.meter.add(loss, correct, self.source.batch_size // self.team.size, self.source.at)
+        if self.ema:
+            self.ema.update()
+        self.meter.update(loss, correct, self.source.batch_size // self.context.world_size, self.source.step_index)
 
-    def _forward(self, rest: bool) -> Forward:
-        images, labels = self.source.take()
+    def _forward_next_batch(self, options: ForwardOptions) -> ForwardResult:
+        images, labels = self.source.next_batch()
         inputs, targets = self.mix(images, labels) if self.mix else (images, labels)
-        inputs, targets, labels = self.team.share(inputs, targets, labels)
-        return self.forward(self.model, inputs, targets, labels, self.smoothing, self.bf16, self.source.picks, rest)
-
-
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """A function of its own for torch.compile."""
-    return model(images)  # type: ignore[no-any-return]
-
-
-Logits = Callable[[Tensor], Tensor]
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Batches,
-    *,
-    autocast: AbstractContextManager[None],
-    views: str = "none",
-    by: Logits | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Every image once -> logits (N, 10) float32 and labels (N,), on the device. `by`: the model, compiled."""
-    model.eval()
-    logits, labels = [], []
-    for images, targets in batches:
-        with autocast:
-            logits.append(VIEWS[views][1](by or model, images).float())
-        labels.append(targets)
-    return torch.cat(logits), torch.cat(labels)
-
-
-def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy as a fraction)."""
-    return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean())
-
-
-def _mirrored(model: Logits, images: Tensor) -> Tensor:
-    return 0.5 * (model(images) + model(images.flip(-1)))
-
-
-def _mirrored_and_shifted(model: Logits, images: Tensor) -> Tensor:
-    # Half the weight on the centre, half on two views shifted by a pixel along the diagonal, as cifar10-airbench does.
-    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    size = images.shape[-1]
-    shifted = _mirrored(model, padded[..., :size, :size]) + _mirrored(model, padded[..., 2:, 2:])
-    return 0.5 * _mirrored(model, images) + 0.25 * shifted
-
-
-VIEWS: dict[str, tuple[int, Callable[[Logits, Tensor], Tensor]]] = {
-    "none": (1, lambda model, images: model(images)),
-    "flip": (2, _mirrored),
-    "flip+shift": (6, _mirrored_and_shifted),
-}  # name -> (forward passes an image, logits)
+        inputs, targets, labels = self.context.shard_batch(inputs, targets, labels)
+        return self.forward(self.model, inputs, targets, labels, options)

@@ -1,4 +1,4 @@
-"""Where a step's time goes: its kernels, the replay of its graph, and what the host adds."""
+"""Where the time of a step goes: its kernels, the replay of its graph, and what the host adds."""
 
 from __future__ import annotations
 
@@ -11,106 +11,115 @@ from pathlib import Path
 
 import torch
 
-from cifar.config.resolve import Settings
-from cifar.training import trainer_cache as warm
-from cifar.training.trainer import Training
+from cifar.config.schema import Settings
+from cifar.training.trainer import Trainer
+from cifar.training.trainer_cache import get_step_runner, prepare_step_runner
 
-Kernel = tuple[str, int, float]
+KernelTime = tuple[str, int, float]  # name, calls per step, seconds per step
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of a step, and of its kernels by name (one step's sum, in the order of what they cost)."""
+    """Seconds of a step and of its parts."""
 
-    step: float  # as an epoch takes it: wall clock, the host included
-    watched: float  # a step that the probes look at
-    replay: float  # of the captured step alone, back to back; 0.0 where steps are not captured
-    epoch: float  # what an epoch begins with: order, draws, on a GPU all its augmented images
-    evaluation: float  # of the validation images; 0.0 where there are none
-    kernels: list[Kernel]  # (name, calls a step, seconds a step); on a CPU, torch's operations
-    how: dict[str, object]
+    step: float  # wall clock in an epoch, with what the host adds
+    probed_step: float  # a step with probes
+    replay: float  # the captured step alone, replayed back to back; 0.0 if steps are not captured
+    epoch: float  # the start of an epoch: order, random draws and, on a GPU, all its augmented images
+    evaluation: float  # of the validation images; 0.0 if there are none
+    kernels: list[KernelTime]  # the slowest first; on a CPU, torch's operations
+    step_description: dict[str, object]  # how steps are taken, as in environment.json
     device: torch.device
-    steps: int  # an epoch
+    steps_per_epoch: int
     batch_size: int
 
 
-def measure(configs: Sequence[Settings], data_dir: Path | None, *, steps: int = 50, kernels: bool = True) -> StepTimes:
-    """Times of a step of these runs side by side. They have to fit together (`warm.fit`)."""
-    taken = warm.steps(configs, data_dir)
-    how = warm.prepare(taken, configs, 1)
-    trainings: list[Training] = taken.trials
-    first, device = trainings[0], taken.device
+def profile_steps(configs: Sequence[Settings], data_dir: Path | None, *, steps: int = 50, kernels: bool = True) -> StepTimes:
+    """Measure `steps` steps of these runs side by side. `trainer_cache.can_pack` has to be true of them."""
+    step_runner = get_step_runner(configs, data_dir)
+    step_description = prepare_step_runner(step_runner, configs, 1)
+    trainers: list[Trainer] = step_runner.trials
+    first, device = trainers[0], step_runner.device
 
-    def begin() -> None:
-        for training in trainings:
-            training.begin_epoch()
+    def begin_epochs() -> None:
+        for trainer in trainers:
+            trainer.begin_epoch()
 
-    def evaluate() -> None:
-        for training in trainings:
-            if "val" in training.splits:
-                training.evaluate("val")
-            training.model.train()
+    def evaluate_all() -> None:
+        for trainer in trainers:
+            if "val" in trainer.splits:
+                trainer.evaluate("val")
+            trainer.model.train()
 
-    def some(count: int, look: bool = False) -> None:
+    def take_steps(count: int, with_probes: bool = False) -> None:
         for index in range(count):
-            if index % first.steps == 0:
-                for training in trainings:
-                    training.at.zero_()
-            taken(look)
+            if index % first.steps_per_epoch == 0:
+                for trainer in trainers:
+                    trainer.step_index.zero_()
+            step_runner(with_probes)
 
-    begin()
-    evaluate()  # as it is, and captured
-    for training in trainings:
-        training.train_batches.reseed(training.config.seed)  # the epoch's draws are to be made again
-    epoch, evaluation = _seconds(begin, device), min(_seconds(evaluate, device) for _ in range(2))
-    replay = taken.measure(max(steps, 100))
-    some(5)
-    step = _seconds(lambda: some(steps), device) / steps
-    some(2, True)
-    watched = _seconds(lambda: some(steps, True), device) / steps
+    begin_epochs()
+    evaluate_all()  # the first call is not captured, the second one is
+    for trainer in trainers:
+        trainer.train_loader.reseed(trainer.config.seed)  # so that the epoch's draws are made again, and timed
+    epoch, evaluation = _time_call(begin_epochs, device), min(_time_call(evaluate_all, device) for _ in range(2))
+    replay = step_runner.measure_step_seconds(max(steps, 100))
+    take_steps(5)
+    step = _time_call(lambda: take_steps(steps), device) / steps
+    take_steps(2, True)
+    probed_step = _time_call(lambda: take_steps(steps, True), device) / steps
     return StepTimes(
-        step, watched, replay, epoch, evaluation, _kernels(some, device) if kernels else [], how,
-        device, first.steps, configs[0].batch_size,
-    )  # fmt: skip
+        step=step,
+        probed_step=probed_step,
+        replay=replay,
+        epoch=epoch,
+        evaluation=evaluation,
+        kernels=_profile_kernels(take_steps, device) if kernels else [],
+        step_description=step_description,
+        device=device,
+        steps_per_epoch=first.steps_per_epoch,
+        batch_size=configs[0].batch_size,
+    )
 
 
-def _seconds(function: Callable[[], None], device: torch.device) -> float:
-    _wait(device)
-    begun = time.perf_counter()
+def _time_call(function: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a call, until the device has done its work."""
+    _synchronize(device)
+    start = time.perf_counter()
     function()
-    _wait(device)
-    return time.perf_counter() - begun
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
-def _kernels(some: Callable[[int], None], device: torch.device, steps: int = 10) -> list[Kernel]:
+def _profile_kernels(take_steps: Callable[[int], None], device: torch.device, steps: int = 10) -> list[KernelTime]:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
-    with _silent(), profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
-        some(steps)
-        _wait(device)
-    found = []
-    for row in seen.key_averages():
+    with _silence_stderr(), profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        take_steps(steps)
+        _synchronize(device)
+    kernels = []
+    for row in profiler.key_averages():
         seconds = (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e6 / steps
         if seconds > 0:
-            found.append((str(row.key), round(row.count / steps), seconds))
-    return sorted(found, key=lambda row: -row[2])
+            kernels.append((str(row.key), round(row.count / steps), seconds))
+    return sorted(kernels, key=lambda kernel: -kernel[2])
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """The profiler's library writes its own messages to the process's standard error."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+def _silence_stderr() -> Iterator[None]:
+    """Discard what the process writes to standard error: the profiler's library puts its own messages there."""
+    original = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(original, 2)
+        os.close(original)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,4 +1,4 @@
-"""The parts of one run, built from its configuration, and the state they are in: what a checkpoint holds."""
+"""The objects of one run, built from its configuration, and their state, which a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from torch import Tensor, nn
 
 from cifar import data, optim, registry
 from cifar.config import resolve as configuration
-from cifar.config.resolve import Settings
-from cifar.data.augment import augmented, mix
-from cifar.data.loader import picked, quiet
+from cifar.config.schema import Settings
+from cifar.data.augment import augment_fused, mix
+from cifar.data.loader import select_batch, wait_for_prefetch
 from cifar.errors import UserError
-from cifar.kernels.cpu_conv_pool import in_pieces
-from cifar.probes import Watcher
-from cifar.training.cudagraph import Captured
-from cifar.training.distributed import ALONE, Team
-from cifar.training.step import VIEWS, Average, Forward, Step, add_up, evaluate, forward, logits_of
+from cifar.kernels.cpu_conv_pool import chunk_conv_pools
+from cifar.probes import ProbeRunner
+from cifar.training.compile import compile_once
+from cifar.training.cudagraph import GraphedCallable
+from cifar.training.distributed import SINGLE_PROCESS, DistributedContext
+from cifar.training.ema import ExponentialMovingAverage
+from cifar.training.evaluation import VIEWS, compute_logits, evaluate
+from cifar.training.step import ForwardOptions, ForwardResult, Step, accumulate_sums, forward
 
 
-def device_of(name: str) -> torch.device:
-    """`auto` -> CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that is not there."""
+def resolve_device(name: str) -> torch.device:
+    """`auto` means CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that does not exist here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -41,94 +44,105 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"device '{name}' cannot be used ({first}); take device=auto, cpu, cuda, cuda:1 or mps") from None
 
 
-EVALUATED = {"cpu": 125}  # images at once, else 1,000; by those a CPU took up to twice as long (LOG.md)
-THREADS = torch.get_num_threads()  # torch's own choice, before any trial asks for another
+EVAL_BATCH_SIZES = {"cpu": 125}  # other devices: 1,000, which took a CPU up to twice as long (LOG.md)
+DEFAULT_NUM_THREADS = torch.get_num_threads()  # torch's own choice, read before any trial changes it
 
 
-def settle(config: Settings) -> None:
-    """The switches that a process has once: each trial sets all of them, whatever the one before wanted."""
-    if (device := device_of(config.device)).type == "cuda":
-        torch.cuda.set_device(device)  # streams, graphs and Triton's kernels are the current device's
-    torch.set_num_threads(config.threads or THREADS)
+def apply_process_settings(config: Settings) -> None:
+    """Set everything that is global to a process. Each trial sets all of it, as the trial before may have changed it."""
+    if (device := resolve_device(config.device)).type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and Triton kernels use the current device
+    torch.set_num_threads(config.threads or DEFAULT_NUM_THREADS)
     torch.backends.cudnn.benchmark = not config.deterministic
-    if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # setting it imports torch.compile, seconds
+    if (
+        torch.are_deterministic_algorithms_enabled() != config.deterministic
+    ):  # setting it imports torch.compile, which takes seconds
         torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("high" if config.precision != "fp32" else "highest")
 
 
-class Training:
-    """All that one run computes with, and all that a checkpoint holds.
+class Trainer:
+    """Model, data, optimizer, probes and step of one run. A checkpoint holds their state.
 
-    Everything that a step changes, and every scalar in which trials of one architecture differ, is a tensor that is written
-    in place. So a captured step goes on being valid when `load` or `restart` puts another state there.
+    Everything that a step changes is a tensor that is written in place. So is every scalar in which trials of the same
+    architecture differ. A captured step therefore stays valid when `load_state_dict` or `restart_with` replaces the state.
     """
 
-    def __init__(self, config: Settings, data_dir: Path | None, *, team: Team = ALONE, shares: bool = False) -> None:
-        """`shares`: whether other trials draw from torch's generator in between."""
-        self.config, self.data_dir, self.team = config, data_dir, team
-        self.device = device_of(config.device)
-        settle(config)
+    def __init__(
+        self,
+        config: Settings,
+        data_dir: Path | None,
+        *,
+        context: DistributedContext = SINGLE_PROCESS,
+        shares_generator: bool = False,
+    ) -> None:
+        """`shares_generator`: other trials draw random numbers from torch's generator between our steps."""
+        self.config, self.data_dir, self.context = config, data_dir, context
+        self.device = resolve_device(config.device)
+        apply_process_settings(config)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
 
-        self.splits, self.fingerprint = splits(config.dataset, data_dir, config.val_size, config.train_size, self.device)
-        self.train_batches = self._loader("train", training=True)
-        self.model = self._initial_model()
+        self.splits, self.fingerprint = load_splits(config.dataset, data_dir, config.val_size, config.train_size, self.device)
+        self.train_loader = self._build_loader("train", training=True)
+        self.model = self._build_model()
         if self.device.type == "cpu":
-            in_pieces(self.model)
-        self.average = Average(self.model, copy.deepcopy(self.model), config.ema) if config.ema else None
-        self.optimizer = self._optimizer()
-        self.watcher = self._watcher()
-        self.meter = team.meter(self.device)
+            chunk_conv_pools(self.model)
+        self.ema = ExponentialMovingAverage(self.model, copy.deepcopy(self.model), config.ema) if config.ema else None
+        self.optimizer = self._build_optimizer()
+        self.probe_runner = self._build_probe_runner()
+        self.meter = context.make_meter(self.device)
         self.step = Step(
             self.model,
-            self.train_batches,
+            self.train_loader,
             self.optimizer,
             self.meter,
-            self.watcher,
-            team,
-            self.average,
-            self._mix if config.mixup or config.cutmix else None,
+            self.probe_runner,
+            context,
+            self.ema,
+            self._mix_batch if config.mixup or config.cutmix else None,
             torch.tensor(config.label_smoothing, device=self.device) if config.label_smoothing else None,
             self.bf16,
         )
-        self.at = self.train_batches.at
-        self.compiled, self.shares = False, shares
-        self._evaluations: dict[str, Captured] = {}
-        self._afresh()
+        self.step_index = self.train_loader.step_index
+        self.is_compiled, self.shares_generator = False, shares_generator
+        self._evaluation_functions: dict[str, GraphedCallable] = {}
+        self._reset_progress()
 
-    def _afresh(self) -> None:
-        self.steps = min(self.train_batches.steps, self.config.max_steps or self.train_batches.steps)  # an epoch
-        self.epoch, self.batch, self.seconds = 1, 0, 0.0  # the next step to take; seconds of this epoch so far
-        self.idle = False
-        self.random: Tensor | None = torch.get_rng_state() if self.shares else None
+    def _reset_progress(self) -> None:
+        num_steps = self.train_loader.num_steps
+        self.steps_per_epoch = min(num_steps, self.config.max_steps or num_steps)
+        self.epoch, self.next_step = 1, 0  # the step to take next
+        self.epoch_seconds = 0.0  # training time of this epoch so far
+        self.has_ended = False
+        self.rng_state: Tensor | None = torch.get_rng_state() if self.shares_generator else None
 
-    def _initial_model(self) -> nn.Module:
-        """As the seed has it, on the device. Leaves torch's and Python's generators where training begins."""
+    def _build_model(self) -> nn.Module:
+        """The seed's model, on the device. Seeds torch's and Python's generators, whose next numbers are the training's."""
         config = self.config
         torch.manual_seed(config.seed)
         random.seed(config.seed)
-        model: Any = registry.models[config.model].build(**config.part("model"))
+        model: Any = registry.models[config.model].build(**config.kwargs_for("model"))
         model.to(self.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         if hasattr(model, "init_from_data"):
             model.init_from_data(data.normalize(self.splits["train"][0][:5000], config.normalize))
         return cast(nn.Module, model)
 
-    def _optimizer(self) -> optim.Optimizer:
+    def _build_optimizer(self) -> optim.Optimizer:
         config = self.config
         optimizer: optim.Optimizer = registry.optimizers[config.optimizer].build(
-            optim.Parameters.of(self.model), **config.part("optimizer")
+            optim.Parameters.from_model(self.model), **config.kwargs_for("optimizer")
         )
-        optimizer.schedule = registry.schedules[config.schedule].build(**config.part("schedule"))
+        optimizer.schedule = registry.schedules[config.schedule].build(**config.kwargs_for("schedule"))
         return optimizer
 
-    def _watcher(self) -> Watcher:
-        names = configuration.probe_names(self.config.probes)
-        probes = [registry.probes[name].build(**self.config.part(name)) for name in names]
-        return Watcher(probes, dict(self.model.named_parameters()), every=self.config.probe_every)
+    def _build_probe_runner(self) -> ProbeRunner:
+        names = configuration.parse_probe_names(self.config.probes)
+        probes = [registry.probes[name].build(**self.config.kwargs_for(name)) for name in names]
+        return ProbeRunner(probes, dict(self.model.named_parameters()), every=self.config.probe_every)
 
-    def _loader(self, split: str, *, training: bool = False) -> data.Loader:
+    def _build_loader(self, split: str, *, training: bool = False) -> data.Loader:
         config, (images, labels) = self.config, self.splits[split]
         augment = data.Augment(
             config.flip, config.crop, config.crop_padding, config.cutout, normalize=config.normalize, seed=config.seed
@@ -136,173 +150,181 @@ class Training:
         return data.Loader(
             images,
             labels,
-            batch_size=config.batch_size if training else EVALUATED.get(self.device.type, 1000),
+            batch_size=config.batch_size if training else EVAL_BATCH_SIZES.get(self.device.type, 1000),
             augment=augment if training else None,
-            normalize=config.normalize,
             seed=config.seed,
-            shuffle=training,
-            drop_last=training,
-            channels_last=config.channels_last,
-            dtype=torch.bfloat16 if self.bf16 else torch.float32,
-            mixing=(config.mixup or config.cutmix) if training else 0.0,
-            keep=config.keep if training else 1.0,
+            batch_format=data.BatchFormat(
+                normalize=config.normalize,
+                dtype=torch.bfloat16 if self.bf16 else torch.float32,
+                channels_last=config.channels_last,
+            ),
+            epoch_options=data.EpochOptions(
+                shuffle=training,
+                drop_last=training,
+                mixing=(config.mixup or config.cutmix) if training else 0.0,
+                keep=config.keep if training else 1.0,
+            ),
         )
 
-    def _mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        drawn = self.train_batches.drawn
+    def _mix_batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = self.train_loader.mixing_draws
         assert drawn is not None
         kind = "mixup" if self.config.mixup else "cutmix"
-        return mix(images, F.one_hot(labels, 10).float(), kind, drawn.index_select(0, self.at)[0])
+        return mix(images, F.one_hot(labels, 10).float(), kind, drawn.index_select(0, self.step_index)[0])
 
     # -- the next trial --
 
-    def restart(self, config: Settings) -> bool:
-        """Become the beginning of another run, in place. False, and nothing has changed, where that takes new parts."""
-        if configuration.form(config) != configuration.form(self.config):
+    def restart_with(self, config: Settings) -> bool:
+        """Go to the start of another run, in place. Returns False, unchanged, where that run needs a new Trainer."""
+        if configuration.graph_signature(config) != configuration.graph_signature(self.config):
             return False
-        settle(config)
+        apply_process_settings(config)
         before, self.config = self.config, config
-        model = self._initial_model()
-        if not self.optimizer.adopt(self._optimizer()):
+        model = self._build_model()
+        if not self.optimizer.reinitialize_from(self._build_optimizer()):
             self.config = before
             return False
         self.model.load_state_dict(model.state_dict())
         with torch.no_grad():
             for ours, fresh in zip(self.model.buffers(), model.buffers(), strict=True):
-                ours.copy_(fresh)  # those, too, that a checkpoint leaves out
-        if self.average:
-            self.average.averaged.load_state_dict(model.state_dict())
-            self.average.updates.zero_()
-        self.train_batches.reseed(config.seed)
+                ours.copy_(fresh)  # also the buffers that are not in a state_dict
+        if self.ema:
+            self.ema.averaged_model.load_state_dict(model.state_dict())
+            self.ema.num_updates.zero_()
+        self.train_loader.reseed(config.seed)
         if self.device.type == "cuda":
-            self.watcher.load({})  # its probes are part of a captured step
+            self.probe_runner.load_state_dict({})  # the probes are part of the captured step
         else:
-            self.step.watcher = self.watcher = self._watcher()
-            if self.compiled:
-                self.watcher.compile(compiled)
+            self.step.probe_runner = self.probe_runner = self._build_probe_runner()
+            if self.is_compiled:
+                self.probe_runner.compile(compile_once)
         self.meter.sums.zero_()
         if self.step.smoothing is not None:
             self.step.smoothing.fill_(config.label_smoothing)
-        self._afresh()
+        self._reset_progress()
         return True
 
-    def clear(self) -> None:
-        """Forget the gradients of a step that was not taken to its end."""
+    def clear_gradients(self) -> None:
+        """Drop the gradients that an interrupted step has left."""
         self.model.zero_grad(set_to_none=True)
 
-    def compile(self) -> None:
-        """Fuse the forward and backward passes, the update and what is around them (torch.compile)."""
-        self.compiled = True
-        self.step.forward = compiled(forward, self.config.compile == "max")
-        self.meter.add_up = compiled(add_up)
-        self.watcher.compile(compiled)
+    def compile_step(self) -> None:
+        """Compile the forward and backward passes, the update, the probes and the sums with torch.compile."""
+        self.is_compiled = True
+        self.step.forward = compile_once(forward, self.config.compile == "max")
+        self.meter.accumulate_sums = compile_once(accumulate_sums)
+        self.probe_runner.compile(compile_once)
         self.optimizer.compile()
         if self.device.type == "cuda":
-            self.train_batches.at_once = compiled(augmented)
+            self.train_loader.fused_augment = compile_once(augment_fused)
             if self.bf16 and self.config.channels_last:
-                from cifar.kernels.fuse import quicken  # Triton is there where there is a GPU
+                from cifar.kernels.fuse import fuse_model  # imports Triton, which only a machine with a GPU has
 
                 with self.autocast():
-                    quicken(self.model, torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32))
+                    fuse_model(self.model, torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32))
             if self.step.mix is None:
-                self.step.forward_at = self._forward_at
+                self.step.fused_forward = self._fused_forward
 
-    def _forward_at(self, rest: bool) -> Forward:
-        batches, step = self.train_batches, self.step
-        assert batches.store is not None
-        function = compiled(_forward_at, self.config.compile == "max")
-        given = self.model, *batches.store, self.at, batches.channels_last, step.smoothing, step.bf16
-        return cast(Forward, function(*given, batches.picks, rest))
+    def _fused_forward(self, options: ForwardOptions) -> ForwardResult:
+        loader = self.train_loader
+        assert loader.epoch_buffer is not None
+        function = compile_once(forward_stored_batch, self.config.compile == "max")
+        return cast(ForwardResult, function(self.model, loader.epoch_buffer, self.step_index, loader.channels_last, options))
 
     # -- an epoch --
 
     def begin_epoch(self) -> None:
-        """Everything that the coming steps need from the host. Never waits for the device."""
+        """Put everything on the device that the epoch's steps need from the host. Never waits for the device."""
         self.model.train()
-        self.train_batches.begin(self.epoch, self.batch)
-        self.optimizer.plan([self.progress(step) for step in range(self.steps)])
+        self.train_loader.begin_epoch(self.epoch, self.next_step)
+        self.optimizer.plan_lrs([self.progress_at(step) for step in range(self.steps_per_epoch)])
 
-    def look_ahead(self) -> None:
-        """Have the next epoch's order and draws worked out while the device is busy with this one."""
+    def prefetch_next_epoch(self) -> None:
+        """Compute the next epoch's order and random draws in a thread, while the GPU trains this epoch."""
         if self.device.type == "cuda" and self.epoch < self.config.epochs:
-            self.train_batches.look_ahead(self.epoch + 1)
+            self.train_loader.prefetch_plan(self.epoch + 1)
 
     @property
-    def may_rest(self) -> bool:
-        return bool(self.optimizer.stopping)
+    def has_freezing_params(self) -> bool:
+        return bool(self.optimizer.freezing_params)
 
     @property
-    def rests(self) -> bool:
-        return self.optimizer.rests(self.progress(self.batch))
+    def params_frozen(self) -> bool:
+        return self.optimizer.params_frozen(self.progress_at(self.next_step))
 
-    def progress(self, step: int) -> float:
-        """The share of all steps that are done before this one of the epoch."""
-        return ((self.epoch - 1) * self.steps + step) / (self.config.epochs * self.steps)
+    def progress_at(self, step: int) -> float:
+        """The fraction of the whole training that is done before step `step` of this epoch."""
+        return ((self.epoch - 1) * self.steps_per_epoch + step) / (self.config.epochs * self.steps_per_epoch)
 
     def evaluate(self, split: str, views: str = "none") -> tuple[Tensor, Tensor]:
-        """Logits and labels of every image. The next call may write into the same tensors."""
-        self.team.same(self.evaluated)  # BatchNorm's statistics are each rank's own
-        name = f"{split} {views}"
-        if name not in self._evaluations:
-            batches = self._loader(split)
-
-            def once(by: Any = None) -> tuple[Tensor, Tensor]:
-                model = functools.partial(by, self.evaluated) if by else None
-                return evaluate(self.evaluated, batches.epoch(1), autocast=self.autocast(), views=views, by=model)
-
-            # several views of every image are worth compiling, but not for one evaluation
-            better = functools.partial(once, compiled(logits_of)) if self.compiled and VIEWS[views][0] > 1 else None
-            self._evaluations[name] = Captured(once, self.device, better)
-        evaluation = self._evaluations[name]
+        """Logits (N, 10) and labels (N,) of a split. The next call may write into the same tensors."""
+        self.context.broadcast_weights(self.eval_model)  # each rank has its own BatchNorm statistics
+        key = f"{split} {views}"
+        if key not in self._evaluation_functions:
+            self._evaluation_functions[key] = self._build_evaluation(split, views)
+        evaluation = self._evaluation_functions[key]
         if self.device.type == "cuda" and evaluation.graph is None:
-            quiet()
+            wait_for_prefetch()
         return cast(tuple[Tensor, Tensor], evaluation())
+
+    def _build_evaluation(self, split: str, views: str) -> GraphedCallable:
+        loader = self._build_loader(split)
+
+        def evaluate_split(compiled_logits: Any = None) -> tuple[Tensor, Tensor]:
+            model = functools.partial(compiled_logits, self.eval_model) if compiled_logits else None
+            batches = loader.iter_batches(1)
+            return evaluate(self.eval_model, batches, autocast=self.autocast(), views=views, compiled_model=model)
+
+        compiled_function = None
+        if self.is_compiled and VIEWS[views][0] > 1:  # several forward passes per image are worth compiling, one is not
+            compiled_function = functools.partial(evaluate_split, compile_once(compute_logits))
+        return GraphedCallable(evaluate_split, self.device, compiled_function)
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The model whose accuracy is reported: the average where there is one."""
-        return self.average.averaged if self.average else self.model
+    def eval_model(self) -> nn.Module:
+        """The model whose accuracy is reported: the moving average where there is one."""
+        return self.ema.averaged_model if self.ema else self.model
 
     # -- checkpoints --
 
-    def state(self) -> dict[str, Any]:
-        """Everything that decides how training goes on: tensors and plain values, as `weights_only` loads them.
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the training depends on: tensors and plain values, which `weights_only` can load.
 
-        Batches are no part of it: those of an epoch depend on seed and epoch alone, or on what `keep` has left in `batches`.
+        Batches are not in it: an epoch's batches depend on seed and epoch alone, and with `keep` on the losses in "batches".
         """
         return {
             "epoch": self.epoch,
-            "batch": self.batch,
-            "seconds": self.seconds,
+            "batch": self.next_step,
+            "seconds": self.epoch_seconds,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state(),
-            "average": self.average.averaged.state_dict() if self.average else {},
-            "average_updates": self.average.updates if self.average else 0,
-            "watcher": self.watcher.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.ema.averaged_model.state_dict() if self.ema else {},
+            "average_updates": self.ema.num_updates if self.ema else 0,
+            "watcher": self.probe_runner.state_dict(),
             "meter": self.meter.sums,
-            "batches": self.train_batches.state(),
-            "torch": torch.get_rng_state() if self.random is None else self.random,
+            "batches": self.train_loader.state_dict(),
+            "torch": torch.get_rng_state() if self.rng_state is None else self.rng_state,
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "mps": torch.mps.get_rng_state() if self.device.type == "mps" else None,
             "python": random.getstate(),
             "threads": torch.get_num_threads(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go back to `state`, in place."""
-        self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
-        self.at.fill_(self.batch)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to a `state_dict()`, in place."""
+        self.epoch, self.next_step, self.epoch_seconds = state["epoch"], state["batch"], state["seconds"]
+        self.step_index.fill_(self.next_step)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load(state["optimizer"])
-        if self.average:
-            self.average.averaged.load_state_dict(state["average"])
-            self.average.updates.copy_(state["average_updates"])
-        self.watcher.load(state["watcher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.averaged_model.load_state_dict(state["average"])
+            self.ema.num_updates.copy_(state["average_updates"])
+        self.probe_runner.load_state_dict(state["watcher"])
         self.meter.sums.copy_(state["meter"])
-        self.train_batches.load(state.get("batches", {}))  # older checkpoints have none
+        self.train_loader.load_state_dict(state.get("batches", {}))  # older checkpoints have none
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
@@ -310,56 +332,43 @@ class Training:
             torch.mps.set_rng_state(state["mps"])
         random.setstate(state["python"])
         if self.device.type == "cpu":
-            torch.set_num_threads(state["threads"])  # sums over 1 and over 2 threads differ in the last bit
+            torch.set_num_threads(state["threads"])  # sums differ in the last bit with the number of threads
 
 
-def _forward_at(
+def forward_stored_batch(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    at: Tensor,
-    last: bool,
-    smoothing: Tensor | None,
-    bf16: bool,
-    apart: bool,
-    rest: bool,
-) -> Forward:
-    """`forward` of batch `at` of a stored epoch, for a compiler that makes one kernel of taking it and what comes next."""
-    chosen, classes = picked(images, labels, at, last)
-    return forward(model, chosen, classes, classes, smoothing, bf16, apart, rest)
+    epoch_buffer: tuple[Tensor, Tensor],
+    step_index: Tensor,
+    channels_last: bool,
+    options: ForwardOptions,
+) -> ForwardResult:
+    """`forward` of batch `step_index` (1,) of a stored epoch: images (steps, B, ...) and labels (steps, B).
 
-
-@functools.cache
-def compiled(function: Any, most: bool = False) -> Any:
-    """One compiled function for all trainings of a process: the same architecture compiles once.
-
-    `most`: try out more kernels, for some minutes.
+    One function, so that torch.compile fuses the selection of the batch with the first operations on it.
     """
-    from torch import _dynamo
-
-    _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, 64)  # a sweep has more architectures than 8
-    return torch.compile(function, mode="max-autotune-no-cudagraphs" if most else None, dynamic=False)
+    images, labels = select_batch(*epoch_buffer, step_index, channels_last)
+    return forward(model, images, labels, labels, options)
 
 
 @functools.lru_cache(maxsize=2)
-def splits(
+def load_splits(
     dataset: str, data_dir: Path | None, val_size: int, train_size: int, device: torch.device
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], str]:
-    """train, val (where there is a cut) and test, and the dataset's fingerprint; read once for all trials of a process.
+    """train, test and, with a `val_size`, val; and the dataset's fingerprint. Read once for all trials of a process.
 
     Images are (N, 3, 32, 32) uint8 and labels (N,) int64, on the device.
     """
-    arrays = data.load(dataset, data_dir)
-    train, val = data.split(arrays.train_labels, val_size)
+    arrays = data.load_dataset(dataset, data_dir)
+    train, val = data.split_indices(arrays.train_labels, val_size)
     train = train[:train_size] if train_size else train
 
-    def put(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(images.copy()).to(device), torch.from_numpy(labels.copy()).to(device)  # writable
+    def copy_to_device(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(images.copy()).to(device), torch.from_numpy(labels.copy()).to(device)  # copies are writable
 
-    found = {
-        "train": put(arrays.train_images[train], arrays.train_labels[train]),
-        "test": put(arrays.test_images, arrays.test_labels),
+    splits = {
+        "train": copy_to_device(arrays.train_images[train], arrays.train_labels[train]),
+        "test": copy_to_device(arrays.test_images, arrays.test_labels),
     }
     if val_size:
-        found["val"] = put(arrays.train_images[val], arrays.train_labels[val])
-    return found, arrays.fingerprint
+        splits["val"] = copy_to_device(arrays.train_images[val], arrays.train_labels[val])
+    return splits, arrays.fingerprint

@@ -1,35 +1,43 @@
-"""W&B's GraphQL about sweeps and their agents. All that is private of wandb is `Api()._service_api`, here."""
+"""W&B's GraphQL calls for sweeps and their agents, and whether the server answers.
+
+`Api()._service_api` is the only private name of wandb that this package uses.
+"""
 
 from __future__ import annotations
 
+import http.client
 import os
 import sys
+import urllib.error
+import urllib.request
 from typing import Any
 
 from cifar.errors import UserError
-from cifar.tracking.run_dir import redact
+from cifar.integrations.wandb.settings import server_url
+from cifar.tracking.run_dir import redact_text
 
-CALL_SECONDS = 60.0  # for one call, wandb-core's own retries included
-# The names are those of wandb 0.31's apis/public/sweeps.py and of wandb-core; tests/test_hosted.py holds them against both.
-CREATE = """mutation UpsertSweep($config: String, $entityName: String, $projectName: String) {
+CALL_TIMEOUT_SECONDS = 60.0  # for one call, including the retries of wandb-core
+# The names are those of wandb 0.31's apis/public/sweeps.py and of wandb-core.
+# tests/integration/wandb/test_hosted.py compares them with both.
+CREATE_SWEEP = """mutation UpsertSweep($config: String, $entityName: String, $projectName: String) {
   upsertSweep(input: {config: $config, entityName: $entityName, projectName: $projectName}) {
     sweep { name project { name entity { name } } }
     configValidationWarnings
   }
 }"""
-SWEEP = """query GetSweep($name: String!, $project: String, $entity: String) {
+GET_SWEEP = """query GetSweep($name: String!, $project: String, $entity: String) {
   project(name: $project, entityName: $entity) { sweep(sweepName: $name) { name config state runCount runCountExpected } }
 }"""
-REGISTER = """mutation CreateAgent($host: String!, $projectName: String, $entityName: String, $sweep: String!) {
+REGISTER_AGENT = """mutation CreateAgent($host: String!, $projectName: String, $entityName: String, $sweep: String!) {
   createAgent(input: {host: $host, projectName: $projectName, entityName: $entityName, sweep: $sweep}) { agent { id } }
 }"""
-BEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState: JSONString) {
+SEND_HEARTBEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState: JSONString) {
   agentHeartbeat(input: {id: $id, metrics: $metrics, runState: $runState}) { agent { id } commands }
 }"""
 
 
-class Service:
-    """W&B's GraphQL, through wandb-core. Calls may come from many threads."""
+class GraphqlClient:
+    """Sends GraphQL to W&B through wandb-core. Several threads may call it."""
 
     def __init__(self) -> None:
         if "wandb" not in sys.modules:
@@ -39,25 +47,38 @@ class Service:
         import wandb
 
         try:
-            api = wandb.Api(timeout=int(CALL_SECONDS))
+            api = wandb.Api(timeout=int(CALL_TIMEOUT_SECONDS))
             self.settings: dict[str, Any] = api.settings
             self.app_url = api._service_api.app_url
-            self._ask = api._service_api.execute_graphql
+            self._execute = api._service_api.execute_graphql
             self.entity = str(api.settings["entity"] or api.default_entity or "")
         except Exception as error:
-            raise refused(error) from error
+            raise to_user_error(error) from error
 
-    def ask(self, text: str, **variables: Any) -> dict[str, Any]:
+    def execute_graphql(self, query: str, **variables: Any) -> dict[str, Any]:
         """The `data` of the answer. Raises what wandb raises."""
-        found: dict[str, Any] = self._ask(text, variables, timeout=CALL_SECONDS)
-        return found
+        data: dict[str, Any] = self._execute(query, variables, timeout=CALL_TIMEOUT_SECONDS)
+        return data
 
-    def sweep(self, entity: str, project: str, name: str) -> dict[str, Any]:
-        """The sweep's config (a YAML text), state and counts; {} where there is none."""
-        found = self.ask(SWEEP, name=name, project=project, entity=entity)["project"]
+    def fetch_sweep(self, entity: str, project: str, name: str) -> dict[str, Any]:
+        """The sweep's config (a YAML text), state and numbers of runs; {} if there is no such sweep."""
+        found = self.execute_graphql(GET_SWEEP, name=name, project=project, entity=entity)["project"]
         return dict((found or {}).get("sweep") or {})
 
 
-def refused(error: Exception) -> UserError:
-    reason = redact(f"{type(error).__name__}: {error}".replace("\n", " "))[:300]
+def to_user_error(error: Exception) -> UserError:
+    """wandb's error as one sentence that says what to check."""
+    reason = redact_text(f"{type(error).__name__}: {error}".replace("\n", " "))[:300]
     return UserError(f"W&B does not take it ({reason}); check the key, WANDB_BASE_URL and the network, or use --wandb offline")
+
+
+def is_server_reachable(seconds: float) -> bool:
+    """Whether the configured server answers within `seconds`, and not that it is broken (5xx) or overloaded (429)."""
+    try:
+        with urllib.request.urlopen(f"{server_url().rstrip('/')}/healthz", timeout=seconds) as answer:
+            answer.read()
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500 and error.code != 429
+    except (OSError, ValueError, http.client.HTTPException):
+        return False

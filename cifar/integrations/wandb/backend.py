@@ -1,19 +1,15 @@
-"""The hosted sweep: W&B hands out trials, and hears how they go, as `Local` in cifar/backends/local.py does on this machine.
+"""A backend whose trials come from a sweep on W&B. `sweeps.local.LocalBackend` is the other one.
 
-    url = create(sweep, runs, fixed={})      # the file becomes a sweep on W&B
-    backend = Hosted(url, runs, slots=2)     # one registered W&B agent a worker slot
-    trial = backend.claim("me")              # a Trial, "wait" (none yet, or the sweep is paused), or None: W&B said exit
+    url = create_sweep(sweep, runs, fixed={})      # the file becomes a sweep on W&B
+    backend = WandbBackend(url, runs, slots=2)     # one registered W&B agent for each worker slot
+    trial = backend.claim_trial("me")              # a Trial, "wait" (none yet, or the sweep is paused), or None (W&B said exit)
 
-Every slot has a thread that beats, so that a slow or dead server holds up nobody but itself. What a run measures goes to
-W&B through its mirror; here only who runs what is said.
+Each slot has a thread that sends heartbeats, so that a slow or dead server delays only that thread. The backend tells W&B who
+runs which trial; the metrics of a run reach W&B through its mirror.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import socket
 import threading
 import time
 from collections import Counter, deque
@@ -21,245 +17,186 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
 
-from cifar.config.resolve import parse_yaml
+from cifar.config.resolve import flatten_values
+from cifar.config.yaml_loader import parse_yaml
 from cifar.errors import UserError
-from cifar.integrations.wandb import final_states as ends
-from cifar.integrations.wandb.api import BEAT, CREATE, REGISTER, Service, refused
-from cifar.integrations.wandb.mirror import stop_core
-from cifar.integrations.wandb.scheduler import Beside
-from cifar.sweeps import spec as sweeps
-from cifar.sweeps.backend import RETRIES, STATES, Like, Trial
+from cifar.integrations.wandb import final_states
+from cifar.integrations.wandb.agent_slot import AgentSlot
+from cifar.integrations.wandb.api import CREATE_SWEEP, GraphqlClient, to_user_error
+from cifar.integrations.wandb.mirror_process import stop_core
+from cifar.integrations.wandb.notes import read_notes, write_notes
+from cifar.integrations.wandb.paths import parse_sweep_path
+from cifar.integrations.wandb.scheduler import SchedulerProcess
+from cifar.states import FAILURE_STATES, TRIAL_STATES
+from cifar.sweeps import spec
+from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
 from cifar.sweeps.spec import Sweep
-from cifar.tracking.run_dir import redact, write_atomic
+from cifar.tracking.run_dir import redact_text, write_atomic
 
-BEAT_SECONDS = 5.0  # wandb's own agent beats as often
-PATIENCE_SECONDS = 600.0  # that an idle agent waits for a server that has gone away
-CLAIM_SECONDS = 0.25  # that `claim` waits for the answer to be there
-PROJECT = "cifar"
-
-
-def parts_of(name: str) -> tuple[str, str, str]:
-    """`id`, `project/id`, `entity/project/id` or the sweep's page -> (entity, project, id), "" for what is not said."""
-    parts = [unquote(part) for part in (urlsplit(name).path if "://" in name else name).strip("/").split("/")]
-    if "://" in name:
-        if "sweeps" not in parts[2:-1]:
-            raise UserError(f"{name} is not a sweep's page; it looks like https://HOST/ENTITY/PROJECT/sweeps/ID")
-        at = parts.index("sweeps", 2)
-        parts = [*parts[at - 2 : at], parts[at + 1]]
-    if len(parts) > 3 or not all(parts):
-        raise UserError(f"'{name}' names no sweep; write ID, PROJECT/ID, ENTITY/PROJECT/ID or the URL of its page")
-    entity, project, sweep_id = ["", "", *parts][-3:]
-    return entity, project, sweep_id
+MAX_SILENT_SECONDS = 600.0  # how long an idle agent waits for a server that does not answer
+CLAIM_WAIT_SECONDS = 0.25  # how long `claim_trial` waits for an answer that is under way
+DEFAULT_PROJECT = "cifar"
+NOTES_FILE = "wandb.json"  # in the sweep's folder; its keys: see `read_sweep_notes`
 
 
-def create(sweep: Sweep, runs: Path, *, fixed: Mapping[str, Any]) -> str:
-    """Make the sweep on W&B and return the URL of its page. `fixed` becomes parameters, so that every agent knows it."""
-    if sweep.scheduler and sweep.early:
+def create_sweep(sweep: Sweep, runs: Path, *, fixed: Mapping[str, Any]) -> str:
+    """Create the sweep on W&B -> the URL of its page. `fixed` becomes parameters, so that every agent gets it."""
+    if sweep.scheduler and sweep.early_stopping:
         raise UserError("W&B takes no early_terminate beside a scheduler; remove the block, or use --wandb offline")
-    service = Service()
-    entity = sweep.entity or service.entity
-    project = sweep.project or str(service.settings["project"] or PROJECT)
-    text = text_for(sweep, fixed)
+    client = GraphqlClient()
+    entity = sweep.entity or client.entity
+    project = sweep.project or str(client.settings["project"] or DEFAULT_PROJECT)
+    text = format_sweep_yaml(sweep, fixed)
     try:
-        made = service.ask(CREATE, config=text, entityName=entity or None, projectName=project)["upsertSweep"]
+        created = client.execute_graphql(CREATE_SWEEP, config=text, entityName=entity or None, projectName=project)
     except Exception as error:
-        raise refused(error) from error
+        raise to_user_error(error) from error
     finally:
         stop_core()
-    where = made["sweep"].get("project") or {}
-    place = {"id": made["sweep"]["name"], "project": where.get("name", project)}
-    place["entity"] = (where.get("entity") or {}).get("name", entity)
-    _keep(runs / "sweeps" / place["id"], text, {**place, "made": True})
-    return f"{service.app_url}{place['entity']}/{place['project']}/sweeps/{place['id']}"
+    created_sweep = created["upsertSweep"]["sweep"]
+    created_project = created_sweep.get("project") or {}
+    notes = {"id": created_sweep["name"], "project": created_project.get("name", project)}
+    notes["entity"] = (created_project.get("entity") or {}).get("name", entity)
+    _write_sweep_folder(runs / "sweeps" / notes["id"], text, {**notes, "made": True})
+    return f"{client.app_url}{notes['entity']}/{notes['project']}/sweeps/{notes['id']}"
 
 
-def text_for(sweep: Sweep, fixed: Mapping[str, Any]) -> str:
-    """The file as W&B gets it: word for word, unless W&B's YAML would read it differently (1e-5 is text to PyYAML)."""
+def format_sweep_yaml(sweep: Sweep, fixed: Mapping[str, Any]) -> str:
+    """The file for W&B: word for word, unless W&B's YAML parser would read other values (1e-5 is text to PyYAML)."""
     import yaml
 
     content = parse_yaml(sweep.text, "the sweep file")
-    both = sweep.scheduler is not None and content.pop("early_terminate", None) is not None  # W&B takes the one or the other
-    if not fixed and not both and yaml.safe_load(sweep.text) == content:
+    # W&B accepts either a scheduler or early_terminate, not both.
+    has_both = sweep.scheduler is not None and content.pop("early_terminate", None) is not None
+    if not fixed and not has_both and yaml.safe_load(sweep.text) == content:
         return sweep.text
-    given = {key: {"value": value} for key, value in fixed.items()}
-    return yaml.safe_dump({**content, "parameters": {**content["parameters"], **given}}, sort_keys=False)
+    fixed_parameters = {key: {"value": value} for key, value in fixed.items()}
+    return yaml.safe_dump({**content, "parameters": {**content["parameters"], **fixed_parameters}}, sort_keys=False)
 
 
-def _keep(folder: Path, text: str, place: Mapping[str, Any]) -> None:
-    """What later commands in this runs folder need to know of the sweep."""
+def _write_sweep_folder(folder: Path, text: str, notes: Mapping[str, Any]) -> None:
+    """Write what later commands with this runs folder need to know about the sweep."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "sweep.yaml", text.encode())
-    write_atomic(folder / "wandb.json", json.dumps(place, indent=1).encode())
+    write_notes(folder / NOTES_FILE, notes)
 
 
-def kept(sweep_id: str, runs: Path) -> dict[str, Any]:
-    """What this runs folder knows of a hosted sweep: id, project, entity, threads, dataset, `made` here. {}: nothing."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return dict(json.loads((runs / "sweeps" / sweep_id / "wandb.json").read_bytes()))
-    return {}
+def read_sweep_notes(sweep_id: str, runs: Path) -> dict[str, Any]:
+    """What this runs folder knows about a sweep on W&B: id, project, entity, threads, dataset, `made` (created from here)."""
+    return read_notes(runs / "sweeps" / sweep_id / NOTES_FILE)
 
 
-class _Slot(threading.Thread):
-    """One registered W&B agent: at most one run at a time, and a thread that speaks for it. `Hosted` holds the lock."""
-
-    def __init__(self, hosted: Hosted, number: int) -> None:
-        super().__init__(daemon=True, name=f"slot-{number}")
-        self.hosted, self.number = hosted, number
-        self.agent = ""
-        self.wanted = False  # a trial may be handed out
-        self.given: Trial | None = None  # handed out, not yet taken
-        self.run_id = ""  # taken, not yet finished
-        self.said = False  # W&B knows that it runs
-        self.again: Trial | None = None  # its process was killed; the same run, once more
-        self.stopped = False  # W&B asked for its end
-        self.exited = False  # W&B has no more for this agent
-        self.wake = threading.Event()
-
-    @property
-    def free(self) -> bool:
-        return not (self.run_id or self.given)
-
-    def run(self) -> None:
-        while not self.hosted.closed:
-            with self.hosted.lock:
-                speak = not self.exited and bool(self.run_id or (self.wanted and not self.given))
-            if speak:
-                try:
-                    self._speak()
-                    self.hosted.answered()
-                except Exception as error:
-                    self.hosted.unanswered(error)
-            self.wake.wait(BEAT_SECONDS)
-            self.wake.clear()
-
-    def _speak(self) -> None:
-        place = self.hosted.place
-        if not self.agent:
-            host = f"{socket.gethostname()}-{os.getpid()}-{self.number}"
-            made = self.hosted.service.ask(
-                REGISTER, host=host, sweep=self.hosted.id, projectName=place["project"], entityName=place["entity"]
-            )
-            self.agent = made["createAgent"]["agent"]["id"]
-        with self.hosted.lock:
-            running, said = self.run_id, self.said
-        if running and not said:  # a run that W&B has not heard of is handed out again
-            names = {"name": running, "project": place["project"], "entity": place["entity"]}
-            self.hosted.service.ask(ends.UPSERT, **names, sweep=self.hosted.id, state="running")
-            self.said = True
-        states = json.dumps({running: True} if running else {})
-        answer = self.hosted.service.ask(BEAT, id=self.agent, metrics="{}", runState=states)
-        commands = json.loads(answer["agentHeartbeat"]["commands"] or "[]")
-        for command in commands:
-            self.hosted.obey(self, command)
-        if not commands and not running:
-            self.hosted.look()
-
-
-class Hosted:
-    """One sweep on W&B, opened for an agent with `slots` workers. Calls come from one thread, and none waits for W&B."""
+class WandbBackend:
+    """One sweep on W&B, opened for an agent with `slots` workers. The agent calls it from one thread. No call waits for W&B."""
 
     def __init__(self, name: str, runs: Path, *, slots: int = 1) -> None:
-        entity, project, self.id = parts_of(name)
-        self.runs, self.folder = runs, runs / "sweeps" / self.id
-        self.service, known = Service(), kept(self.id, runs)
-        entity = entity or known.get("entity") or self.service.entity
-        project = project or known.get("project") or str(self.service.settings["project"] or PROJECT)
-        self.place, self.afar = {"project": project, "entity": entity, "engine": "wandb"}, True
+        entity, project, self.id = parse_sweep_path(name)
+        self.runs_dir, self.folder = runs, runs / "sweeps" / self.id
+        self.client, notes = GraphqlClient(), read_sweep_notes(self.id, runs)
+        entity = entity or notes.get("entity") or self.client.entity
+        project = project or notes.get("project") or str(self.client.settings["project"] or DEFAULT_PROJECT)
+        self.wandb_target, self.shared_storage = {"project": project, "entity": entity, "engine": "wandb"}, True
         try:
-            found = self.service.sweep(entity, project, self.id)
+            found = self.client.fetch_sweep(entity, project, self.id)
         except Exception as error:
-            raise refused(error) from error
+            raise to_user_error(error) from error
         if not found:
             raise UserError(f"W&B has no sweep {entity}/{project}/{self.id}; name it as ENTITY/PROJECT/ID, or by its URL")
         text = found["config"]
-        read = sweeps.parse(parse_yaml(text, "sweep.yaml"), text, f"sweep {self.id}", self.id)
-        self.sweep = replace(read, early=None)  # who ends early is W&B's to say
-        _keep(self.folder, text, {**known, "id": self.id, "project": project, "entity": entity})
+        parsed = spec.parse_sweep(parse_yaml(text, "sweep.yaml"), text, f"sweep {self.id}", self.id)
+        self.sweep = replace(parsed, early_stopping=None)  # W&B decides which runs end early
+        _write_sweep_folder(self.folder, text, {**notes, "id": self.id, "project": project, "entity": entity})
         self.info: dict[str, Any] = {"cells": "any number of", "dataset": "", "fixed": {}}
-        if known.get("dataset"):
-            self.settle_dataset(known["dataset"])
+        if notes.get("dataset"):
+            self.settle_dataset(notes["dataset"])
         self.lock = threading.RLock()
-        self.closed = False
-        self._arrived = threading.Condition(self.lock)
-        self._trials: dict[str, dict[str, Any]] = {}  # run id -> as `cells` tells it
-        self._numbers: dict[str, int] = {}  # run id -> its number here, as they were handed out
-        self._kills: Counter[str] = Counter()
-        self._news: deque[str] = deque()
-        self._state, self._silent = str(found["state"]), 0.0  # since when W&B has not answered
-        self._count(found)
-        self._slots = [_Slot(self, number) for number in range(slots)]
+        self.is_closed = False
+        self._trial_arrived = threading.Condition(self.lock)
+        self._cells: dict[str, dict[str, Any]] = {}  # run id -> as `list_cells` returns it
+        self._cell_indices: dict[str, int] = {}  # run id -> its number in this agent, in the order of the claims
+        self._num_failures: Counter[str] = Counter()
+        self._messages: deque[str] = deque()
+        self._sweep_state, self._silent_since = str(found["state"]), 0.0  # 0.0: W&B answers
+        self._update_run_counts(found)
+        self._slots = [AgentSlot(self, number) for number in range(slots)]
         for slot in self._slots:
             slot.start()
-        self._scheduler: Beside | None = None
-        if read.scheduler:
-            self._schedule(made_here=bool(known.get("made")))
+        self._scheduler: SchedulerProcess | None = None
+        if parsed.scheduler:
+            self._start_scheduler(is_created_here=bool(notes.get("made")))
 
-    def _schedule(self, *, made_here: bool) -> None:
-        """Have W&B's scheduler at work, or say who has to."""
-        if made_here:
-            ahead = 2 * len(self._slots)  # one under way and one waiting for each worker: nobody waits for a suggestion
-            self._scheduler = Beside(self.place, self.id, self.folder, ahead=ahead, run_cap=self.sweep.run_cap)
-            self._news.append("W&B's sweep scheduler, which suggests the trials, runs beside this agent")
+    def _start_scheduler(self, *, is_created_here: bool) -> None:
+        """Start W&B's scheduler if the sweep was created with this runs folder; else say where it must run."""
+        if is_created_here:
+            runs_ahead = 2 * len(self._slots)  # for each worker one that runs and one that waits, so that no worker idles
+            self._scheduler = SchedulerProcess(
+                self.wandb_target, self.id, self.folder, runs_ahead=runs_ahead, run_cap=self.sweep.run_cap
+            )
+            self._messages.append("W&B's sweep scheduler, which suggests the trials, runs beside this agent")
         else:
-            path = "/".join((self.place["entity"], self.place["project"], self.id))
-            self._news.append(
+            path = "/".join((self.wandb_target["entity"], self.wandb_target["project"], self.id))
+            self._messages.append(
                 "this sweep's trials are suggested by W&B's scheduler, which runs beside the agents of the runs folder where "
                 f"the sweep was made; where there is none, run one, and one only: wandb sweep-scheduler {path}"
             )
 
-    # -- what an agent asks --
+    # -- called by the agent --
 
-    def settle_threads(self, threads: int) -> int:
-        """The CPU threads of each trial: of the first agent in this runs folder, then the same for all of them."""
-        known = kept(self.id, self.runs)
-        known["threads"] = known.get("threads") or threads
-        _keep(self.folder, self.sweep.text, known)
-        return int(known["threads"])
+    def agree_on_threads(self, threads: int) -> int:
+        """The CPU threads of each trial: what the first agent of this runs folder chose, then the same for all agents."""
+        notes = read_sweep_notes(self.id, self.runs_dir)
+        notes["threads"] = notes.get("threads") or threads
+        _write_sweep_folder(self.folder, self.sweep.text, notes)
+        return int(notes["threads"])
 
     def settle_dataset(self, dataset: str) -> None:
-        """What `auto` means for every trial from this runs folder."""
+        """Decide what `auto` means for every trial of this runs folder."""
         self.info.update(dataset=dataset, fixed={"dataset": dataset})
-        _keep(self.folder, self.sweep.text, {**kept(self.id, self.runs), "dataset": dataset})
+        _write_sweep_folder(self.folder, self.sweep.text, {**read_sweep_notes(self.id, self.runs_dir), "dataset": dataset})
 
-    def claim(self, worker: str, most: int = 1, like: Like | None = None) -> Trial | Literal["wait"] | None:
-        """A trial, "wait" while W&B has given none, or None once it has none for us. Up to `most` are asked for ahead."""
+    def claim_trial(
+        self, worker: str, max_trials: int = 1, trial_filter: TrialFilter | None = None
+    ) -> Trial | Literal["wait"] | None:
+        """A trial, "wait" if W&B has not given one yet, or None if it has no more for us.
+
+        Slots ask W&B for trials in advance, `max_trials` at most.
+        """
         with self.lock:
             for slot in self._slots:
-                if slot.again:
-                    trial, slot.again = slot.again, None
-                    return self._taken(slot, trial)
-            free = [slot for slot in self._slots if slot.free and not slot.exited]
-            ready = [slot for slot in self._slots if slot.given]
-            for slot in free[: max(0, most - len(ready))]:
-                slot.wanted = True
-                slot.wake.set()
+                if slot.retry_trial:
+                    trial, slot.retry_trial = slot.retry_trial, None
+                    return self._record_claim(slot, trial)
+            free = [slot for slot in self._slots if slot.is_free and not slot.has_exited]
+            ready = [slot for slot in self._slots if slot.offered_trial]
+            for slot in free[: max(0, max_trials - len(ready))]:
+                slot.wants_trial = True
+                slot.wake_event.set()
             if not ready and free:
-                self._arrived.wait(CLAIM_SECONDS)
+                self._trial_arrived.wait(CLAIM_WAIT_SECONDS)
             for slot in self._slots:
-                if slot.given:
-                    trial, slot.given = slot.given, None
-                    slot.run_id, slot.said, slot.stopped = trial.run_id, False, False
-                    slot.wake.set()
-                    return self._taken(slot, trial)
-            if self._scheduler and (said := self._scheduler.look()):
-                self._news.append(said)
-            if self._scheduler and self._scheduler.failed and all(slot.free for slot in self._slots):
-                raise UserError(self._scheduler.failed)
-            if self._silent and all(slot.free for slot in self._slots) and not self._worth_waiting():
+                if slot.offered_trial:
+                    trial, slot.offered_trial = slot.offered_trial, None
+                    slot.run_id, slot.is_run_announced, slot.stop_requested = trial.run_id, False, False
+                    slot.wake_event.set()
+                    return self._record_claim(slot, trial)
+            if self._scheduler and (message := self._scheduler.poll()):
+                self._messages.append(message)
+            if self._scheduler and self._scheduler.failure and all(slot.is_free for slot in self._slots):
+                raise UserError(self._scheduler.failure)
+            if self._silent_since and all(slot.is_free for slot in self._slots) and not self._may_have_trials():
                 return None
-            return "wait" if any(not slot.exited for slot in self._slots if slot.free) else None
+            return "wait" if any(not slot.has_exited for slot in self._slots if slot.is_free) else None
 
-    def beat(self, trial: Trial) -> Literal["go", "stop", "lost"]:
-        """ "stop": somebody pressed the button, or W&B ended the sweep or this run."""
+    def heartbeat(self, trial: Trial) -> Literal["go", "stop", "lost"]:
+        """ "stop" if somebody stopped the run on W&B, or if W&B has ended the sweep or this run."""
         with self.lock:
-            return "stop" if self._slot(trial).stopped else "go"
+            return "stop" if self._find_slot(trial).stop_requested else "go"
 
-    def report(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool:
+    def report_metric(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool:
         return True
 
-    def finish(
+    def finish_trial(
         self,
         trial: Trial,
         state: str,
@@ -269,110 +206,119 @@ class Hosted:
         objectives: Sequence[float | None] = (),
         retry: bool | None = None,
     ) -> str:
-        """How a trial ended -> its state now: "interrupted" is open again, here (a killed process) or elsewhere."""
+        """Report how a trial ended -> its state now. "interrupted": it is open, here (its process was killed) or elsewhere."""
         with self.lock:
-            slot = self._slot(trial)
-            self._kills[trial.run_id] += state in ("failed", "killed")
-            again = state == "killed" if retry is None else retry
-            if again and self._kills[trial.run_id] <= RETRIES and not slot.stopped:
-                slot.again, state = replace(trial, attempt=trial.attempt + 1), "interrupted"
+            slot = self._find_slot(trial)
+            self._num_failures[trial.run_id] += state in FAILURE_STATES
+            should_retry = state == "killed" if retry is None else retry
+            if should_retry and self._num_failures[trial.run_id] <= MAX_RETRIES and not slot.stop_requested:
+                slot.retry_trial, state = replace(trial, attempt=trial.attempt + 1), "interrupted"
             else:
-                slot.run_id, slot.stopped = "", False
+                slot.run_id, slot.stop_requested = "", False
                 state = "interrupted" if state == "preempted" else state
-            self._trials[trial.run_id].update(state=state, value=value, reason=reason, objectives=list(objectives))
+            self._cells[trial.run_id].update(state=state, value=value, reason=reason, objectives=list(objectives))
             return state
 
-    def cells(self) -> list[dict[str, Any]]:
+    def list_cells(self) -> list[dict[str, Any]]:
         """This agent's own trials."""
         with self.lock:
-            return list(self._trials.values())
+            return list(self._cells.values())
 
-    def counts(self) -> dict[str, int]:
-        """State -> trials of this agent; those of other agents are `elsewhere`, those of a finite sweep to come `waiting`."""
+    def count_states(self) -> dict[str, int]:
+        """State -> number of this agent's trials. `elsewhere`: other agents' trials; `waiting`: trials of a grid to come."""
         with self.lock:
-            counted = Counter(cell["state"] for cell in self._trials.values())
-            known = max(self._known, len(self._trials))
-            counted["waiting"] += max(0, (self._expected or 0) - known)
-            counted["elsewhere"] = known - len(self._trials)
-        return {state: counted[state] for state in (*STATES, "elsewhere") if counted[state]}
+            counted = Counter(cell["state"] for cell in self._cells.values())
+            num_runs = max(self._num_runs, len(self._cells))
+            counted["waiting"] += max(0, (self._num_expected_runs or 0) - num_runs)
+            counted["elsewhere"] = num_runs - len(self._cells)
+        return {state: counted[state] for state in (*TRIAL_STATES, "elsewhere") if counted[state]}
 
-    def news(self) -> list[str]:
-        """What has come up since the last look, for people."""
+    def pop_messages(self) -> list[str]:
+        """The messages for the user since the last call."""
         with self.lock:
-            found = list(self._news)
-            self._news.clear()
-        return found
+            messages = list(self._messages)
+            self._messages.clear()
+        return messages
 
     def close(self) -> None:
-        """No more beats. Waits a little only: for W&B to hear of ends that no mirror told it, and for a scheduler beside us."""
-        self.closed = True
+        """Stop the heartbeats. Waits some seconds: to send final states that no mirror has sent, and for our scheduler."""
+        self.is_closed = True
         for slot in self._slots:
-            slot.wake.set()
+            slot.wake_event.set()
         if self._scheduler:
-            self._scheduler.close(over=all(slot.exited for slot in self._slots))
-        if not self._silent:
-            ends.tell(self.service.ask, self.place, self.id, {cell["run_id"]: cell["state"] for cell in self.cells()})
+            self._scheduler.close(is_sweep_over=all(slot.has_exited for slot in self._slots))
+        if not self._silent_since:
+            final_states.send_final_states(
+                self.client.execute_graphql,
+                self.wandb_target,
+                self.id,
+                {cell["run_id"]: cell["state"] for cell in self.list_cells()},
+            )
         stop_core()
 
-    # -- what W&B says --
+    # -- called by the slots --
 
-    def obey(self, slot: _Slot, command: dict[str, Any]) -> None:
+    def apply_command(self, slot: AgentSlot, command: dict[str, Any]) -> None:
         with self.lock:
             kind, run_id = command["type"], command.get("run_id", "")
             if kind in ("run", "resume"):
-                values = sweeps.flat({name: given["value"] for name, given in command["args"].items()})
-                cell = self._numbers.setdefault(run_id, len(self._numbers))
-                slot.given, slot.wanted = Trial(cell, values, run_id, 1), False
-                self._known += kind == "run"
-                self._arrived.notify_all()
+                values = flatten_values({name: given["value"] for name, given in command["args"].items()})
+                cell = self._cell_indices.setdefault(run_id, len(self._cell_indices))
+                slot.offered_trial, slot.wants_trial = Trial(cell, values, run_id, 1), False
+                self._num_runs += kind == "run"
+                self._trial_arrived.notify_all()
             elif kind == "stop":
-                slot.stopped = slot.stopped or run_id == slot.run_id
+                slot.stop_requested = slot.stop_requested or run_id == slot.run_id
             elif kind == "exit":
-                slot.exited = slot.stopped = True
-                self._arrived.notify_all()
+                slot.has_exited = slot.stop_requested = True
+                self._trial_arrived.notify_all()
             else:
-                self._news.append(f"W&B says '{kind}', which this agent does not know")
+                self._messages.append(f"W&B says '{kind}', which this agent does not know")
 
-    def look(self) -> None:
-        """W&B had nothing for a slot: is the sweep paused?"""
-        found = self.service.sweep(self.place["entity"], self.place["project"], self.id)
+    def refresh_state(self) -> None:
+        """Ask W&B whether the sweep is paused or over; for a slot that got no trial."""
+        found = self.client.fetch_sweep(self.wandb_target["entity"], self.wandb_target["project"], self.id)
         with self.lock:
-            before, self._state = self._state, str(found.get("state", "gone"))
-            self._count(found)
-            if self._state != before:
-                waits = "; waiting until it is resumed" if self._state == "PAUSED" else ""
-                self._news.append(f"the sweep is {self._state.lower()} on W&B{waits}")
+            old_state, self._sweep_state = self._sweep_state, str(found.get("state", "gone"))
+            self._update_run_counts(found)
+            if self._sweep_state != old_state:
+                waiting = "; waiting until it is resumed" if self._sweep_state == "PAUSED" else ""
+                self._messages.append(f"the sweep is {self._sweep_state.lower()} on W&B{waiting}")
             for slot in self._slots if not found else ():
-                slot.exited = True
+                slot.has_exited = True
 
-    def answered(self) -> None:
+    def mark_server_reachable(self) -> None:
         with self.lock:
-            if self._silent:
-                self._news.append("W&B answers again")
-            self._silent = 0.0
+            if self._silent_since:
+                self._messages.append("W&B answers again")
+            self._silent_since = 0.0
 
-    def unanswered(self, error: Exception) -> None:
+    def mark_server_silent(self, error: Exception) -> None:
         with self.lock:
-            if not self._silent and not self.closed:
-                self._news.append(redact(f"W&B does not answer ({type(error).__name__}); trials go on".replace("\n", " ")))
-            self._silent = self._silent or time.monotonic()
+            if not self._silent_since and not self.is_closed:
+                self._messages.append(
+                    redact_text(f"W&B does not answer ({type(error).__name__}); trials go on".replace("\n", " "))
+                )
+            self._silent_since = self._silent_since or time.monotonic()
 
-    # -- inside, under the lock --
+    # -- private; the caller holds the lock --
 
-    def _worth_waiting(self) -> bool:
+    def _may_have_trials(self) -> bool:
         """Whether a server that does not answer may still have a trial for us."""
-        handed_out = bool(self._expected) and self._known >= (self._expected or 0)
-        return not handed_out and time.monotonic() - self._silent < PATIENCE_SECONDS
+        has_given_all = bool(self._num_expected_runs) and self._num_runs >= (self._num_expected_runs or 0)
+        return not has_given_all and time.monotonic() - self._silent_since < MAX_SILENT_SECONDS
 
-    def _count(self, found: Mapping[str, Any]) -> None:
-        self._known, self._expected = int(found.get("runCount") or 0), found.get("runCountExpected")
-        if self._expected:
-            self.info["cells"] = self._expected
+    def _update_run_counts(self, found: Mapping[str, Any]) -> None:
+        self._num_runs, self._num_expected_runs = int(found.get("runCount") or 0), found.get("runCountExpected")
+        if self._num_expected_runs:
+            self.info["cells"] = self._num_expected_runs
 
-    def _taken(self, slot: _Slot, trial: Trial) -> Trial:
-        shown = {"cell": trial.cell, "run_id": trial.run_id, "values": trial.values, "attempt": trial.attempt}
-        self._trials[trial.run_id] = {
-            **shown,
+    def _record_claim(self, slot: AgentSlot, trial: Trial) -> Trial:
+        self._cells[trial.run_id] = {
+            "cell": trial.cell,
+            "run_id": trial.run_id,
+            "values": trial.values,
+            "attempt": trial.attempt,
             "state": "running",
             "value": None,
             "objectives": [],
@@ -381,5 +327,5 @@ class Hosted:
         }
         return trial
 
-    def _slot(self, trial: Trial) -> _Slot:
+    def _find_slot(self, trial: Trial) -> AgentSlot:
         return next(slot for slot in self._slots if slot.run_id == trial.run_id)

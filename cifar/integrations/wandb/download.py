@@ -1,10 +1,10 @@
-"""Runs read back from W&B, exactly: every row of their histories, never the sample that a chart shows.
+"""Downloads runs from W&B exactly: every row of their histories, not the sample that a chart shows.
 
-    pulled = pull(place_of("entity/project/sweep"))
-    pulled.folders      # run folders in the cache, for the report
+    download = download_runs(parse_wandb_path("entity/project/sweep"))
+    download.folders      # run folders in the cache, for the report
 
-A run is read once: it stays in the cache until W&B says that it has changed, and a run that goes on is read from its last
-step. W&B is asked for one list of runs, with neither configurations nor numbers, and then for what the cache lacks.
+A run stays in the cache until W&B says that it has changed. Of a run that has grown, only the new steps are read. W&B is asked
+for one list of runs without configurations and metrics, and then for the runs that the cache lacks.
 """
 
 from __future__ import annotations
@@ -13,107 +13,100 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
 
 from cifar.errors import UserError
-from cifar.integrations.wandb import convert as rebuild
-from cifar.integrations.wandb.mirror import PREDICTIONS, stop_core
-from cifar.integrations.wandb.settings import credentials
-from cifar.tracking.run_dir import END_STATES, read_json, redact
+from cifar.integrations.wandb import convert
+from cifar.integrations.wandb.mirror import PREDICTIONS_FILE
+from cifar.integrations.wandb.mirror_process import stop_core
+from cifar.integrations.wandb.notes import read_notes
+from cifar.integrations.wandb.paths import WandbPath
+from cifar.integrations.wandb.settings import find_credentials
+from cifar.states import ENDED_STATES
+from cifar.system.disk import cache_folder
+from cifar.tracking.run_dir import read_json, redact_text
 
-LISTED, WHOLE = 500, 50  # runs a page, without and with their configurations
-THREADS = 8
-STALL_SECONDS = 60.0  # without an answer
-STEPS = 10_000  # of a history a request
-_NAME = re.compile(r"[\w.][\w. -]*")
-_VIEWS = ("workspace", "table", "overview", "sweeps", "runs", "reports", "groups", "artifacts")
+RUNS_PER_LIST_PAGE, RUNS_PER_FULL_PAGE = 500, 50  # without and with their configurations
+NUM_THREADS = 8
+STALL_SECONDS = 60.0  # without an answer, after which the server is given up
+STEPS_PER_PAGE = 10_000  # of a history, in one request
+NOTES_FILE = "pulled.json"  # in the cached run folder: `_change_stamp` and last step when it was read
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where on W&B: a project, or one sweep or run of it (`part`; `kind` is "" where the name does not say which)."""
-
-    entity: str
-    project: str
-    part: str = ""
-    kind: str = ""
-
-    def __str__(self) -> str:
-        return "/".join(filter(None, (self.entity, self.project, self.part)))
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 @dataclass(frozen=True)
-class Pulled:
+class Download:
     """Run folders in the cache, and (id, name, reason) of the runs that could not be read."""
 
     folders: tuple[Path, ...]
     damaged: tuple[tuple[str, str, str], ...] = ()
     title: str = ""
     question: str = ""
-    cells: int = 0  # runs that the sweep will have; 0: not known, or no sweep
+    num_cells: int = 0  # runs that the sweep will have; 0 if that is not known, or if it is no sweep
 
 
-def place_of(name: str) -> Place | None:
-    """`entity/project`, `entity/project/sweep`, or an address copied from the browser; None for what is no such name."""
-    parts = [part for part in name.strip().split("/") if part]
-    if "://" in name:
-        parts = [unquote(part) for part in urlsplit(name.strip()).path.split("/") if part]
-        if len(parts) > 2 and parts[0] == "wandb" and parts[2] not in _VIEWS:
-            parts = parts[1:]  # https://forge.coreweave.com/wandb/ENTITY/PROJECT/...
-    elif name.startswith(("/", "~", ".")) or name.endswith("/"):
-        return None
-    kind = parts[2].removesuffix("s") if len(parts) > 2 and parts[2] in ("sweeps", "runs") else ""
-    if len(parts) > 2 and parts[2] in _VIEWS:
-        parts = parts[:2] + (parts[3:4] if kind else [])
-    if len(parts) not in (2, 3) or not all(_NAME.fullmatch(part) for part in parts):
-        return None
-    return Place(parts[0], parts[1], parts[2], kind) if len(parts) == 3 else Place(parts[0], parts[1])
+def ignore_progress(done: int, total: int) -> None:
+    pass
 
 
-def pull(place: Place, progress: Callable[[int, int], None] = lambda done, total: None) -> Pulled:
-    """Bring the cache up to date. `progress` hears of (runs read, runs in all). Raises UserError where there is nothing."""
-    api = connect()
+def download_runs(path: WandbPath, progress: Progress | None = None) -> Download:
+    """Bring the cache up to date. Raises UserError if there is no such project, sweep or run.
+
+    `progress` is called with (runs read, runs in all).
+    """
+    progress = progress or ignore_progress
+    api = connect_to_api()
     import wandb
 
-    home = (
-        rebuild.cache_folder() / quote(urlsplit(api.settings["base_url"]).netloc) / quote(place.entity) / quote(place.project)
+    project_folder = (
+        cache_folder() / "wandb" / quote(urlsplit(api.settings["base_url"]).netloc) / quote(path.entity) / quote(path.project)
     )
-    home.mkdir(parents=True, exist_ok=True)
+    project_folder.mkdir(parents=True, exist_ok=True)
     try:
-        sweep = _sweep(api, place)
-        chosen = {"sweep": place.part} if sweep else {"name": place.part} if place.part else {}
-        listed = {run.id: run for run in api.runs(f"{place.entity}/{place.project}", chosen, per_page=LISTED)}
+        sweep = _find_sweep(api, path)
+        filters = {"sweep": path.item_id} if sweep else {"name": path.item_id} if path.item_id else {}
+        listed = {run.id: run for run in api.runs(f"{path.entity}/{path.project}", filters, per_page=RUNS_PER_LIST_PAGE)}
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise UserError(f"{place} cannot be read from W&B ({reason(error)}), and there is no such folder here") from None
-    if place.part and not sweep and not listed:
-        raise UserError(f"{place}: there is no sweep and no run '{place.part}' in this project on W&B")
-    with FileLock(home / "pull.lock"):
-        stale = [run_id for run_id, run in listed.items() if _known(home / run_id).get("stamp") != _stamp(run)]
-        damaged = dict(_refresh(api, place, home, listed, stale, lambda n: progress(len(listed) - len(stale) + n, len(listed))))
-    folders = tuple(home / run_id for run_id in listed if run_id not in damaged)
-    if len(folders) == 1 and not sweep:  # a run's own report shows what it got wrong; those of many runs do not
-        _predictions(listed[folders[0].name], folders[0])
-    bad = tuple((run_id, str(listed[run_id].name or run_id), why) for run_id, why in damaged.items())
+        raise UserError(f"{path} cannot be read from W&B ({describe_error(error)}), and there is no such folder here") from None
+    if path.item_id and not sweep and not listed:
+        raise UserError(f"{path}: there is no sweep and no run '{path.item_id}' in this project on W&B")
+    with FileLock(project_folder / "pull.lock"):
+        stale = [
+            run_id
+            for run_id, run in listed.items()
+            if read_notes(project_folder / run_id / NOTES_FILE).get("stamp") != _change_stamp(run)
+        ]
+        damaged = dict(
+            _download_stale_runs(
+                api, path, project_folder, listed, stale, lambda n: progress(len(listed) - len(stale) + n, len(listed))
+            )
+        )
+    folders = tuple(project_folder / run_id for run_id in listed if run_id not in damaged)
+    if len(folders) == 1 and not sweep:  # only the report of a single run shows its predictions
+        _download_predictions(listed[folders[0].name], folders[0])
+    unreadable = tuple((run_id, str(listed[run_id].name or run_id), reason) for run_id, reason in damaged.items())
     if not sweep:
-        return Pulled(folders, bad, str(place))
+        return Download(folders, unreadable, str(path))
     config = sweep.config if isinstance(sweep.config, dict) else {}
     name = config.get("name")
-    title = f"{name} ({place.part})" if name and name != place.part else place.part
-    return Pulled(folders, bad, title, str(config.get("description") or "").strip(), int(sweep.expected_run_count or 0))
+    title = f"{name} ({path.item_id})" if name and name != path.item_id else path.item_id
+    return Download(
+        folders, unreadable, title, str(config.get("description") or "").strip(), int(sweep.expected_run_count or 0)
+    )
 
 
-def connect() -> Any:
-    """wandb's public API, for the configured server. Never a prompt: raises UserError where there is no key."""
-    if not credentials():
+def connect_to_api() -> Any:
+    """wandb's public API of the configured server. Raises UserError if there is no key; it never asks for one."""
+    if not find_credentials():
         raise UserError("W&B needs a key: run `wandb login` or set WANDB_API_KEY")
     if "wandb" not in sys.modules:
         os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
@@ -122,93 +115,89 @@ def connect() -> Any:
     try:
         return wandb.Api()
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise UserError(f"W&B cannot be reached ({reason(error)})") from None
+        raise UserError(f"W&B cannot be reached ({describe_error(error)})") from None
 
 
-def _sweep(api: Any, place: Place) -> Any:
-    """The sweep that is asked for; None where it is a project or a run."""
+def _find_sweep(api: Any, path: WandbPath) -> Any:
+    """The sweep that `path` names; None if it names a project or a run."""
     import wandb
 
-    if not place.part or place.kind == "run":
+    if not path.item_id or path.kind == "run":
         return None
     with contextlib.suppress(ValueError, wandb.errors.CommError):
-        return api.sweep(str(place))
+        return api.sweep(str(path))
     return None
 
 
-def _stamp(run: Any) -> list[Any]:
-    """What changes when a run does. A list that tells it costs nothing for a run."""
+def _change_stamp(run: Any) -> list[Any]:
+    """Values that change when the run changes. W&B's list of runs contains them, so they cost no request."""
     return [run.created_at, run.history_line_count, run.state, run.heartbeat_at]
 
 
-def _known(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads((folder / "pulled.json").read_bytes()))
-    return {}
-
-
-def _refresh(
-    api: Any, place: Place, home: Path, listed: dict[str, Any], stale: list[str], progress: Callable[[int], None]
+def _download_stale_runs(
+    api: Any, path: WandbPath, project_folder: Path, listed: dict[str, Any], stale: list[str], progress: Callable[[int], None]
 ) -> Iterator[tuple[str, str]]:
-    """Read the stale runs, several at a time; yields (id, reason) of those that fail."""
+    """Download the stale runs, several at a time. Yields (id, reason) of those that fail."""
     progress(0)
-    waiting = iter(stale)
-    done = 0
-    with ThreadPoolExecutor(THREADS) as pool:
-        while chunk := list(itertools.islice(waiting, WHOLE)):
+    remaining = iter(stale)
+    num_done = 0
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        while chunk := list(itertools.islice(remaining, RUNS_PER_FULL_PAGE)):
             try:
-                page = list(api.runs(f"{place.entity}/{place.project}", {"name": {"$in": chunk}}, per_page=WHOLE, lazy=False))
-            except Exception as error:  # whatever wandb makes of a server in trouble
-                yield from ((run_id, reason(error)) for run_id in chunk)
+                page = list(
+                    api.runs(f"{path.entity}/{path.project}", {"name": {"$in": chunk}}, per_page=RUNS_PER_FULL_PAGE, lazy=False)
+                )
+            except Exception as error:  # wandb raises many kinds of errors if a server fails
+                yield from ((run_id, describe_error(error)) for run_id in chunk)
                 continue
-            reading: dict[Future[None], str] = {
-                pool.submit(_pull_one, run, home / run.id, _stamp(listed[run.id])): run.id for run in page
+            downloads: dict[Future[None], str] = {
+                pool.submit(_download_run, run, project_folder / run.id, _change_stamp(listed[run.id])): run.id for run in page
             }
-            for run_id in set(chunk) - set(reading.values()):
+            for run_id in set(chunk) - set(downloads.values()):
                 yield run_id, "W&B did not hand it out"
-            while reading:
-                ready = wait(reading, STALL_SECONDS, FIRST_COMPLETED).done
+            while downloads:
+                ready = wait(downloads, STALL_SECONDS, FIRST_COMPLETED).done
                 if not ready:
-                    stop_core()  # W&B hangs; without its core every request ends with an error
-                    ready = wait(reading).done
-                for each in ready:
-                    done += 1
-                    progress(done)
-                    run_id = reading.pop(each)
-                    if failure := each.exception():
-                        yield run_id, reason(failure)
+                    stop_core()  # W&B hangs; without wandb-core every request ends with an error
+                    ready = wait(downloads).done
+                for future in ready:
+                    num_done += 1
+                    progress(num_done)
+                    run_id = downloads.pop(future)
+                    if failure := future.exception():
+                        yield run_id, describe_error(failure)
 
 
-def _pull_one(run: Any, folder: Path, stamp: list[Any]) -> None:
-    """One run -> its folder in the cache, from the step that the cache ends with."""
+def _download_run(run: Any, folder: Path, stamp: list[Any]) -> None:
+    """Download one run into its folder in the cache, from the last step that the cache has."""
     from wandb.apis.public import HistoryScan
 
-    content = rebuild.files(run.id, run.config, run.summary_metrics, run.state)
+    content = convert.build_run_files(run.id, run.config, run.summary_metrics, run.state)
     last = int((run.history_keys or {}).get("lastStep", -1))
-    known = _known(folder)
-    kept: list[dict[str, Any]] = []
-    if known and known["stamp"][0] == stamp[0] and known["stamp"][1] <= stamp[1] and known["last"] <= last:  # rows were added
-        kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    first = known["last"] + 1 if kept else 0
-    # not run.scan_history(): it asks for the last step again, once a run
+    notes = read_notes(folder / NOTES_FILE)
+    old_rows: list[dict[str, Any]] = []
+    if notes and notes["stamp"][0] == stamp[0] and notes["stamp"][1] <= stamp[1] and notes["last"] <= last:  # it has grown
+        old_rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first = notes["last"] + 1 if old_rows else 0
+    # run.scan_history() would ask for the last step again, one request for each run.
     scan: Any = HistoryScan(
-        run, service_api=run._service_api, min_step=first, max_step=last + 1, page_size=STEPS, use_cache=False
+        run, service_api=run._service_api, min_step=first, max_step=last + 1, page_size=STEPS_PER_PAGE, use_cache=False
     )
-    lines = rebuild.rows([*kept, *scan]) if last >= first else kept
-    if not kept and run.history_line_count and not lines:
+    rows = convert.build_rows([*old_rows, *scan]) if last >= first else old_rows
+    if not old_rows and run.history_line_count and not rows:
         raise ValueError(f"W&B counts {run.history_line_count} rows and hands out none")
-    rebuild.write(folder, {**content, "pulled": {"stamp": stamp, "last": last}}, lines)
+    convert.write_run_dir(folder, {**content, "pulled": {"stamp": stamp, "last": last}}, rows)
 
 
-def _predictions(run: Any, folder: Path) -> None:
-    """The run's predictions beside the rest of it, where W&B has them and they are not there yet."""
-    if (folder / PREDICTIONS).exists() or read_json(folder / "status.json").get("state") not in END_STATES:
+def _download_predictions(run: Any, folder: Path) -> None:
+    """Download the run's predictions, unless the cache has them or W&B does not."""
+    if (folder / PREDICTIONS_FILE).exists() or read_json(folder / "status.json").get("state") not in ENDED_STATES:
         return
-    with contextlib.suppress(Exception):  # the report then says that there are none
-        for file in run.files([PREDICTIONS]):
+    with contextlib.suppress(Exception):  # then the report says that there are none
+        for file in run.files([PREDICTIONS_FILE]):
             file.download(root=str(folder), replace=True).close()
 
 
-def reason(error: BaseException) -> str:
-    """What wandb says is wrong, in one short line."""
-    return redact(" ".join(str(error).split()) or type(error).__name__)[:200]
+def describe_error(error: BaseException) -> str:
+    """wandb's error in one short line, without secrets."""
+    return redact_text(" ".join(str(error).split()) or type(error).__name__)[:200]

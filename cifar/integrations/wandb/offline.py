@@ -1,4 +1,4 @@
-"""Offline runs, `wandb/offline-run-*/run-ID.wandb`, made run folders again without a server."""
+"""Converts offline runs (`wandb/offline-run-*/run-ID.wandb`) back into run folders, without a server."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cifar.integrations.wandb import convert as rebuild
-from cifar.integrations.wandb.mirror import PREDICTIONS
-from cifar.integrations.wandb.run_file import records
+from cifar.integrations.wandb import convert
+from cifar.integrations.wandb.mirror import PREDICTIONS_FILE
+from cifar.integrations.wandb.run_file import read_records
+from cifar.system.disk import cache_folder
 
 
-def unpack(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str, str]]]:
-    """.wandb files -> run folders in the cache, and (id, name, reason) of those that cannot be read.
+def unpack_runs(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str, str]]]:
+    """.wandb files -> run folders in the cache, and (id, name, reason) of the files that cannot be read.
 
-    Of two files of one run the one with more rows counts.
+    If a run has two files, the one with more rows counts.
     """
     folders: dict[str, tuple[int, Path]] = {}
     damaged = []
     for file in files:
         run_id = file.stem.removeprefix("run-")
         try:
-            run_id, config, summary, history, code = _read(file)
-            state = {None: "running", 0: "finished"}.get(code, "failed")
-            content, rows = rebuild.files(run_id, config, summary, state), rebuild.rows(history)
+            run_id, config, summary, history, exit_code = _read_run(file)
+            state = {None: "running", 0: "finished"}.get(exit_code, "failed")
+            content, rows = convert.build_run_files(run_id, config, summary, state), convert.build_rows(history)
             if len(rows) >= folders.get(run_id, (0,))[0]:
-                folder = rebuild.cache_folder() / "offline" / run_id
-                rebuild.write(folder, content, rows)
-                if (saved := file.parent / "files" / PREDICTIONS).exists():
+                folder = cache_folder() / "wandb" / "offline" / run_id
+                convert.write_run_dir(folder, content, rows)
+                if (saved := file.parent / "files" / PREDICTIONS_FILE).exists():
                     shutil.copy(saved, folder)
                 folders[run_id] = (len(rows), folder)
         except (OSError, ValueError) as error:
@@ -37,31 +38,32 @@ def unpack(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str, str]
     return [folder for _, folder in folders.values()], damaged
 
 
-def _read(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]], int | None]:
-    """(id, configuration, summary, history, exit code: None while the run is open)."""
-    run_id, code = "", None
+def _read_run(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]], int | None]:
+    """(id, configuration, summary, history, exit code) of the run. The code is None if the file has no end."""
+    run_id, exit_code = "", None
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     history = []
-    for record in records(file):
+    for record in read_records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run_id = record.run.run_id
-            _update(config, record.run.config.update)
+            _set_items(config, record.run.config.update)
         elif kind == "config":
-            _update(config, record.config.update)
+            _set_items(config, record.config.update)
         elif kind == "summary":
-            _update(summary, record.summary.update)
+            _set_items(summary, record.summary.update)
         elif kind == "history":
-            history.append(_update({}, record.history.item))
+            history.append(_set_items({}, record.history.item))
         elif kind == "exit":
-            code = record.exit.exit_code
+            exit_code = record.exit.exit_code
     if not run_id:
         raise ValueError("it holds no run")
-    return run_id, config, summary, history, code
+    return run_id, config, summary, history, exit_code
 
 
-def _update(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:
+def _set_items(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:
+    """Set W&B's key-value items, which may be nested, in `values`, and return it."""
     for item in items:
         *outer, last = list(item.nested_key) or [item.key]
         inside = values

@@ -1,10 +1,9 @@
-"""A report and a saved workspace on W&B, with the panels of this suite. W&B's own library makes them: wandb-workspaces."""
+"""Publishes a report and a saved workspace on W&B with our panels, by W&B's library wandb-workspaces."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -13,120 +12,120 @@ from pathlib import Path
 from typing import Any
 
 from cifar.errors import UserError
-from cifar.integrations.wandb.download import Place, connect, reason
-from cifar.tracking.run_dir import write_atomic
+from cifar.integrations.wandb.download import connect_to_api, describe_error
+from cifar.integrations.wandb.notes import read_notes, write_notes
+from cifar.integrations.wandb.paths import WandbPath
 
-LAYERS = 40  # of a network in its panel of gradients
-PICTURES = ("curves", "gradient_flow", "weight_updates", "confusion", "mistakes")  # as the mirror names them
-NEEDS = "`pip install -e '.[publish]'` in the checkout brings what --publish needs (wandb-workspaces)"
+MAX_LAYERS = 40  # in the panel of gradients by layer
+PICTURE_NAMES = ("curves", "gradient_flow", "weight_updates", "confusion", "mistakes")  # the names that the mirror gives them
+MISSING_LIBRARY = "`pip install -e '.[publish]'` in the checkout brings what --publish needs (wandb-workspaces)"
 
 
 @dataclass(frozen=True)
-class Published:
-    """Their addresses."""
+class PublishedUrls:
+    """The addresses of the report and of the workspace."""
 
     report: str
     workspace: str
 
 
 @dataclass(frozen=True)
-class Content:
-    """What is to be told: sentences (the answer first), the table of points, and where in W&B its numbers are."""
+class ReportContent:
+    """What the report says: sentences (the answer first), the table of points, and the runs on W&B that it shows."""
 
     title: str
     sentences: Sequence[str]
     columns: Sequence[str]
     rows: Sequence[Mapping[str, str]]
-    runs: Sequence[str]  # ids of what the points are made from
+    run_ids: Sequence[str]  # of the runs that the points are made of
     split: str = "val"
-    layers: Sequence[str] = ()  # the gradients of the best network's layers, as columns, in the network's order
+    layers: Sequence[str] = ()  # metrics of the best network's gradients by layer, in the network's order
 
 
-def publish(place: Place, content: Content, kept: Path) -> Published:
-    """Make both, or renew those that an earlier call noted in the file `kept`. Raises UserError where that cannot be."""
+def publish_report(path: WandbPath, content: ReportContent, notes_file: Path) -> PublishedUrls:
+    """Create both, or update those that an earlier call noted in `notes_file`. Raises UserError if W&B does not take them."""
     try:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
     except ImportError:
-        raise UserError(NEEDS) from None
-    connect()
-    known: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(kept.read_bytes()).get(str(place), {})
-    where = {"entity": place.entity, "project": place.project}
+        raise UserError(MISSING_LIBRARY) from None
+    connect_to_api()
+    old_ids: dict[str, str] = read_notes(notes_file).get(str(path), {})
+    project = {"entity": path.entity, "project": path.project}
     report = reports.Report(
-        **where,
-        title=re.sub(r"[/?#%]+", " ", content.title)[:128],  # it becomes a part of the report's address
+        **project,
+        title=re.sub(r"[/?#%]+", " ", content.title)[:128],  # the title becomes a part of the report's address
         description=" ".join(content.sentences[:1])[:1000],
         width="fluid",
-        blocks=_blocks(reports, where, content, _filter(place, content)),
+        blocks=_build_blocks(reports, project, content, _format_filter(path, content)),
     )
     workspace = workspaces.Workspace(
-        **where,
-        name=_plain(content.title),
+        **project,
+        name=_remove_symbols(content.title),
         sections=[
-            workspaces.Section(name=name, panels=panels, is_open=True) for name, panels in _sections(reports, content).items()
+            workspaces.Section(name=name, panels=panels, is_open=True)
+            for name, panels in _build_sections(reports, content).items()
         ],
         settings=workspaces.WorkspaceSettings(x_axis="epoch", max_runs=50),
-        runset_settings=workspaces.RunsetSettings(filters=_filter(place, content)),
+        runset_settings=workspaces.RunsetSettings(filters=_format_filter(path, content)),
     )
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # it says where things are; so do we
-            report.id = known.get("report", "")
-            workspace._internal_id, workspace._internal_name = known.get("workspace", ""), known.get("view", "")
-            _save(report, "id")
-            _save(workspace, "_internal_id")
-    except Exception as error:  # the library passes on whatever wandb and pydantic raise
-        raise UserError(f"W&B did not take the report ({reason(error)})") from None
-    made = {"report": report.id, "workspace": workspace._internal_id, "view": workspace._internal_name}
-    write_atomic(kept, json.dumps({str(place): made}, indent=1).encode())
-    return Published(report.url, workspace.url)
+        with contextlib.redirect_stderr(io.StringIO()):  # the library prints the addresses; the command line does so too
+            report.id = old_ids.get("report", "")
+            workspace._internal_id, workspace._internal_name = old_ids.get("workspace", ""), old_ids.get("view", "")
+            _save_or_recreate(report, "id")
+            _save_or_recreate(workspace, "_internal_id")
+    except Exception as error:  # the library passes on many kinds of errors from wandb and pydantic
+        raise UserError(f"W&B did not take the report ({describe_error(error)})") from None
+    new_ids = {"report": report.id, "workspace": workspace._internal_id, "view": workspace._internal_name}
+    write_notes(notes_file, {str(path): new_ids})
+    return PublishedUrls(report.url, workspace.url)
 
 
-def _save(thing: Any, key: str) -> None:
-    """Renew it; where it was deleted on W&B, make another."""
+def _save_or_recreate(item: Any, id_attribute: str) -> None:
+    """Update it; if it was deleted on W&B, create another one."""
     try:
-        thing.save()
+        item.save()
     except Exception:
-        if not getattr(thing, key):
+        if not getattr(item, id_attribute):
             raise
-        setattr(thing, key, "")
-        thing.save()
+        setattr(item, id_attribute, "")
+        item.save()
 
 
-def _filter(place: Place, content: Content) -> str:
-    """The runs of the report, in W&B's words."""
-    if place.part and place.kind != "run":
-        return f"Metric('Sweep') == '{place.part}'"
-    return f"Metric('ID') in {list(content.runs)!r}"
+def _format_filter(path: WandbPath, content: ReportContent) -> str:
+    """W&B's filter expression for the runs of the report."""
+    if path.item_id and path.kind != "run":
+        return f"Metric('Sweep') == '{path.item_id}'"
+    return f"Metric('ID') in {list(content.run_ids)!r}"
 
 
-def _blocks(reports: Any, where: Mapping[str, str], content: Content, chosen: str) -> list[Any]:
-    """The report from top to bottom: the answer, the picture, the table, then how it came about."""
+def _build_blocks(reports: Any, project: Mapping[str, str], content: ReportContent, run_filter: str) -> list[Any]:
+    """The blocks of the report from top to bottom: the answer, the scatter plot, the table, then the other panels."""
 
-    def grid(panels: list[Any]) -> Any:
-        return reports.PanelGrid(runsets=[reports.Runset(**where, name="runs", filters=chosen)], panels=panels)
+    def make_grid(panels: list[Any]) -> Any:
+        return reports.PanelGrid(runsets=[reports.Runset(**project, name="runs", filters=run_filter)], panels=panels)
 
     blocks: list[Any] = [reports.P(sentence) for sentence in content.sentences]
-    for name, panels in _sections(reports, content).items():
-        blocks += [reports.H2(name), grid(panels)]
+    for name, panels in _build_sections(reports, content).items():
+        blocks += [reports.H2(name), make_grid(panels)]
         if len(blocks) == len(content.sentences) + 2:
-            blocks += [reports.H2("All points"), reports.MarkdownBlock(_table(content))]
+            blocks += [reports.H2("All points"), reports.MarkdownBlock(_format_table(content))]
     return blocks
 
 
-def _sections(reports: Any, content: Content) -> dict[str, list[Any]]:
-    """Title -> panels. The same panels stand in the report and in the workspace."""
+def _build_sections(reports: Any, content: ReportContent) -> dict[str, list[Any]]:
+    """Title -> panels. The report and the workspace have the same panels."""
     accuracy = reports.SummaryMetric(f"{content.split}/acc")
 
-    def curve(title: str, *metrics: str, **options: Any) -> Any:
+    def make_line_plot(title: str, *metrics: str, **options: Any) -> Any:
         return reports.LinePlot(title=title, x="epoch", y=list(metrics), **options)
 
-    def wide(panel: Any, height: int = 12) -> Any:
+    def make_wide(panel: Any, height: int = 12) -> Any:
         panel.layout = reports.Layout(0, 0, 24, height)
         return panel
 
-    flow = [reports.SummaryMetric(column) for column in content.layers[:LAYERS]]
+    flow = [reports.SummaryMetric(column) for column in content.layers[:MAX_LAYERS]]
     gradient = content.layers[0].partition("/")[0] if flow else "gradient_norm"
     front = reports.ScatterPlot(
         title="Accuracy against multiply-adds; the line is the best so far: the Pareto front",
@@ -135,41 +134,41 @@ def _sections(reports: Any, content: Content) -> dict[str, list[Any]]:
         log_x=True,
         running_ymax=True,
     )
-    gradients = [curve("Gradient of each layer", metric_regex=f"^{gradient}/.*", log_y=True)]
+    gradients = [make_line_plot("Gradient of each layer", metric_regex=f"^{gradient}/.*", log_y=True)]
     if flow:
         bars = reports.BarPlot(title="Gradient by layer, input → output, last epoch", metrics=flow, orientation="v")
-        gradients.insert(0, wide(bars))
-    found = {
-        "Accuracy against FLOPs": [wide(front)],
+        gradients.insert(0, make_wide(bars))
+    sections = {
+        "Accuracy against FLOPs": [make_wide(front)],
         "Curves": [
-            curve("Validation accuracy", "val/acc"),
-            curve("Loss", "train/loss", "val/loss"),
-            curve("Training accuracy", "train/acc"),
-            curve("Learning rate", "train/lr"),
+            make_line_plot("Validation accuracy", "val/acc"),
+            make_line_plot("Loss", "train/loss", "val/loss"),
+            make_line_plot("Training accuracy", "train/acc"),
+            make_line_plot("Learning rate", "train/lr"),
         ],
-        "Gradient flow": [*gradients, curve("Update to weight", metric_regex="^update_ratio/.*", log_y=True)],
-        "Pictures": [wide(reports.MediaBrowser(media_keys=[f"pictures/{name}" for name in PICTURES], num_columns=3))],
-        "Time": [curve("Seconds an epoch", "system/seconds")],
+        "Gradient flow": [*gradients, make_line_plot("Update to weight", metric_regex="^update_ratio/.*", log_y=True)],
+        "Pictures": [make_wide(reports.MediaBrowser(media_keys=[f"pictures/{name}" for name in PICTURE_NAMES], num_columns=3))],
+        "Time": [make_line_plot("Seconds an epoch", "system/seconds")],
     }
-    for panels in found.values():
+    for panels in sections.values():
         for n, panel in enumerate([panel for panel in panels if panel.layout.w != 24]):
             panel.layout = reports.Layout(x=12 * (n % 2), y=12 + 8 * (n // 2), w=12, h=8)
-    return found
+    return sections
 
 
-def _table(content: Content) -> str:
-    """Markdown, with what could be taken for it escaped."""
+def _format_table(content: ReportContent) -> str:
+    """The table of points as Markdown. Characters of the cells that mean something in Markdown are escaped."""
 
-    def line(cells: Sequence[str]) -> str:
+    def format_row(cells: Sequence[str]) -> str:
         return (
             "| " + " | ".join(str(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
         )
 
-    head = [line(content.columns), line(["---"] * len(content.columns)).replace("\\", "")]
-    return "\n".join([*head, *(line([row.get(column, "") for column in content.columns]) for row in content.rows)])
+    head = [format_row(content.columns), format_row(["---"] * len(content.columns)).replace("\\", "")]
+    return "\n".join([*head, *(format_row([row.get(column, "") for column in content.columns]) for row in content.rows)])
 
 
-def _plain(name: str) -> str:
-    """W&B takes no symbols in a workspace's name."""
+def _remove_symbols(name: str) -> str:
+    """The name without symbols, which W&B does not accept in a workspace's name."""
     kept = "".join(letter for letter in name if unicodedata.category(letter) not in ("So", "Sk", "Sm", "Sc", "Cs"))
     return " ".join(kept.split())[:128] or "report"

@@ -1,4 +1,4 @@
-"""The file of a W&B run, `run-ID.wandb`: a log of protocol-buffer records in LevelDB's form, behind 7 bytes of W&B's."""
+"""Reads the file of a W&B run, `run-ID.wandb`: 7 bytes of W&B's, then protocol-buffer records in LevelDB's log format."""
 
 from __future__ import annotations
 
@@ -9,59 +9,59 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-HEADER, BLOCK = 7, 32768  # bytes; ":W&B", a magic number and a version; LevelDB's doc/log_format.md
-FULL, FIRST, LAST = 1, 2, 4  # kinds of pieces; 3: in the middle
+HEADER_BYTES, BLOCK_BYTES = 7, 32768  # header: ":W&B", a magic number, a version; blocks: LevelDB's doc/log_format.md
+FULL, FIRST, LAST = 1, 2, 4  # kinds of pieces of a record; 3 is one in the middle
 
 
-def records(file: Path) -> Iterator[Any]:
-    """wandb's protocol.Record, one after the other. Raises OSError, and ValueError for what is damaged."""
+def read_records(file: Path) -> Iterator[Any]:
+    """Yield wandb's `protocol.Record`s. Raises OSError, and ValueError if the file is damaged."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
     from wandb.proto import wandb_internal_pb2 as protocol
 
-    for content in _contents(file.read_bytes()):
+    for content in _read_payloads(file.read_bytes()):
         try:
             yield protocol.Record.FromString(content)  # type: ignore[attr-defined, unused-ignore]
         except DecodeError as error:
             raise ValueError(f"it is damaged: {error}") from None
 
 
-def wait_for_end(file: Path, seconds: float, writes: Callable[[], bool]) -> bool:
-    """Whether the file holds its run's end, waiting for it that long, and only while somebody `writes`.
+def wait_for_exit_record(file: Path, seconds: float, is_being_written: Callable[[], bool]) -> bool:
+    """Wait until the file holds the run's end, for `seconds` at most and only while it is being written -> whether it does.
 
-    wandb-core answers that a run has ended, and writes the last block (all of a short run) after that. A core that is killed
-    in between takes it along.
+    wandb-core first answers that a run has ended, and then writes the last block (the whole file of a short run). If it is
+    killed in between, that block is lost.
     """
-    begun, size, last = time.monotonic(), -1, False
+    started, size, is_last_look = time.monotonic(), -1, False
     while True:
         try:
-            if size != (size := file.stat().st_size) and any(r.WhichOneof("record_type") == "exit" for r in records(file)):
+            if size != (size := file.stat().st_size) and any(r.WhichOneof("record_type") == "exit" for r in read_records(file)):
                 return True
-        except (OSError, ValueError):  # not there, or half of a record
+        except (OSError, ValueError):  # no file yet, or an incomplete record
             size = -1
-        if last:
+        if is_last_look:
             return False
-        time.sleep(0.005 if time.monotonic() < begun + 0.1 else 0.1)
-        waited = time.monotonic() - begun
-        last = waited > seconds or (waited > 0.1 and not writes())
+        time.sleep(0.005 if time.monotonic() < started + 0.1 else 0.1)
+        waited = time.monotonic() - started
+        is_last_look = waited > seconds or (waited > 0.1 and not is_being_written())
 
 
-def _contents(data: bytes) -> Iterator[bytes]:
-    """The whole records; a file that is being written, or was cut off, ends with its last whole one."""
+def _read_payloads(data: bytes) -> Iterator[bytes]:
+    """Yield the complete records as bytes. If the file is being written or was cut off, the last part is ignored."""
     if data[:4] != b":W&B":
         raise ValueError("it is no .wandb file")
-    at, begun = HEADER, b""
-    while at + 7 <= len(data):
-        left = BLOCK - at % BLOCK
-        if left < 7:  # a block's end is filled up with zeros
-            at += left
+    offset, payload = HEADER_BYTES, b""
+    while offset + 7 <= len(data):
+        block_left = BLOCK_BYTES - offset % BLOCK_BYTES
+        if block_left < 7:  # the rest of a block that is too short for a piece's header is zeros
+            offset += block_left
             continue
-        checksum, length, kind = struct.unpack_from("<IHB", data, at)
-        piece = data[at + 7 : at + 7 + length]
+        checksum, length, kind = struct.unpack_from("<IHB", data, offset)
+        piece = data[offset + 7 : offset + 7 + length]
         if len(piece) < length or not FULL <= kind <= LAST:
             return
         if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
-            raise ValueError(f"it is damaged at byte {at}")
-        begun = piece if kind in (FULL, FIRST) else begun + piece
+            raise ValueError(f"it is damaged at byte {offset}")
+        payload = piece if kind in (FULL, FIRST) else payload + piece
         if kind in (FULL, LAST):
-            yield begun
-        at += 7 + length
+            yield payload
+        offset += 7 + length

@@ -1,8 +1,8 @@
-"""A local sweep made a sweep on W&B, with all its runs: once, and gone on with where it was interrupted.
+"""Makes a local sweep a sweep on W&B, with all its runs. An interrupted upload is continued by the next one.
 
-First the runs, each by its mirror, which sends what W&B lacks; then the sweep, made in one request around them. So there is
-never a second sweep: if that request was answered and we did not live to write it down, the runs say which sweep they are in.
-What was done is in <sweep folder>/push.json.
+First each run is sent by its mirror, which sends what W&B lacks. Then the sweep is created around them in one request. So there
+is never a second sweep: if this process dies between that request and writing it down, the runs on W&B name their sweep.
+<sweep folder>/push.json notes what was done.
 """
 
 from __future__ import annotations
@@ -16,132 +16,130 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar.config.resolve import parse_yaml
+from cifar.config.yaml_loader import parse_yaml
 from cifar.errors import UserError
-from cifar.integrations.wandb.backend import text_for
-from cifar.integrations.wandb.download import Place, connect, reason
+from cifar.integrations.wandb import backend
+from cifar.integrations.wandb.download import Progress, connect_to_api, describe_error, ignore_progress
 from cifar.integrations.wandb.mirror import Mirror
-from cifar.sweeps import spec as sweeps
-from cifar.tracking.run_dir import END_STATES, Record, write_atomic
+from cifar.integrations.wandb.notes import read_notes, write_notes
+from cifar.integrations.wandb.paths import WandbPath
+from cifar.states import ENDED_STATES
+from cifar.sweeps import spec
+from cifar.tracking.run_dir import RunDir
+
+NOTES_FILE = "push.json"  # in the sweep's folder: "server/entity/project" -> sweep id and run id -> time of its end
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """Where the sweep is, how many runs this push sent, and the ids of those that have not ended and were left."""
+class PushResult:
+    """The address of the sweep, how many runs were sent now, and the ids of those that have not ended and were not sent."""
 
     url: str
-    sent: int
-    open: tuple[str, ...]
+    num_sent: int
+    open_run_ids: tuple[str, ...]
 
 
-def push(
+def push_sweep(
     folder: Path,
-    records: Sequence[Record],
+    run_dirs: Sequence[RunDir],
     *,
     entity: str = "",
     project: str = "",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    say: Callable[[str], None] = print,
-) -> Pushed:
-    """Send the sweep in `folder` and its records. Raises UserError where W&B cannot be used, or nothing has ended yet."""
+    progress: Progress = ignore_progress,
+    on_message: Callable[[str], None] = print,
+) -> PushResult:
+    """Send the sweep in `folder` and its runs. Raises UserError if W&B cannot be used, or if no run has ended yet."""
     text = (folder / "sweep.yaml").read_text(encoding="utf-8")
     info = json.loads((folder / "sweep.json").read_text())
-    sweep = sweeps.parse(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", info["name"])
-    ended = [record for record in records if record.state in END_STATES]
-    left = tuple(record.id for record in records if record.state not in END_STATES)
+    sweep = spec.parse_sweep(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", info["name"])
+    ended = [run_dir for run_dir in run_dirs if run_dir.state in ENDED_STATES]
+    open_run_ids = tuple(run_dir.id for run_dir in run_dirs if run_dir.state not in ENDED_STATES)
     if not ended:
         raise UserError(f"no run of sweep {folder.name} has ended yet; push it when one has")
-    api = connect()
+    api = connect_to_api()
     entity = entity or sweep.entity or str(api.settings["entity"] or api.default_entity)
-    project = project or sweep.project or os.environ.get("WANDB_PROJECT") or str(ended[0].read("run").get("project") or "cifar")
+    project = (
+        project or sweep.project or os.environ.get("WANDB_PROJECT") or str(ended[0].read_json("run").get("project") or "cifar")
+    )
     server = str(api.settings["base_url"])
-    known = _known(folder)
-    done = known.setdefault(f"{server}/{entity}/{project}", {"sweep": "", "runs": {}})
-    place = {"server": server, "entity": entity, "project": project, "group": folder.name}
+    notes = read_notes(folder / NOTES_FILE)
+    done = notes.setdefault(f"{server}/{entity}/{project}", {"sweep": "", "runs": {}})
+    target = {"server": server, "entity": entity, "project": project, "group": folder.name}
     if done["sweep"]:
-        place |= {"sweep": done["sweep"], "engine": "wandb"}
-    sent = 0
-    for n, record in enumerate(ended):
+        target |= {"sweep": done["sweep"], "engine": "wandb"}
+    num_sent = 0
+    for n, run_dir in enumerate(ended):
         progress(n, len(ended))
-        stamp = record.read("status").get("time")
-        if done["runs"].get(record.id) == stamp:
+        end_time = run_dir.read_json("status").get("time")
+        if done["runs"].get(run_dir.id) == end_time:
             continue
-        _send(record, place, say)
-        sent += 1
-        done["runs"][record.id] = stamp
-        _keep(folder, known)
+        _send_run(run_dir, target, on_message)
+        num_sent += 1
+        done["runs"][run_dir.id] = end_time
+        write_notes(folder / NOTES_FILE, notes)
     progress(len(ended), len(ended))
     if not done["sweep"]:
-        ids = [record.id for record in ended]
-        made = _sweep_of(api, f"{entity}/{project}", ids)
-        done["sweep"] = made or _create(text_for(sweep, info["fixed"]), entity, project, ids)
-        _keep(folder, known)
-    return Pushed(api.sweep(f"{entity}/{project}/{done['sweep']}").url, sent, left)
+        run_ids = [run_dir.id for run_dir in ended]
+        existing = _find_sweep_id(api, f"{entity}/{project}", run_ids)
+        done["sweep"] = existing or _create_sweep(backend.format_sweep_yaml(sweep, info["fixed"]), entity, project, run_ids)
+        write_notes(folder / NOTES_FILE, notes)
+    return PushResult(api.sweep(f"{entity}/{project}/{done['sweep']}").url, num_sent, open_run_ids)
 
 
 def push_runs(
-    records: Sequence[Record],
+    run_dirs: Sequence[RunDir],
     *,
     entity: str = "",
     project: str = "",
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    say: Callable[[str], None] = print,
+    progress: Progress = ignore_progress,
+    on_message: Callable[[str], None] = print,
 ) -> int:
-    """Send what W&B lacks of these runs to where they belong -> how many lacked something. Raises UserError."""
-    place = {name: value for name, value in (("entity", entity), ("project", project)) if value}
-    lacking = [record for record in records if not Mirror(record, "online", say, place).complete()]
-    for n, record in enumerate(lacking):
-        progress(n, len(lacking))
-        _send(record, place, say)
-    progress(len(lacking), len(lacking))
-    return len(lacking)
+    """Send what W&B lacks of these runs -> how many lacked something. Raises UserError."""
+    target = {name: value for name, value in (("entity", entity), ("project", project)) if value}
+    incomplete = [run_dir for run_dir in run_dirs if not Mirror(run_dir, "online", on_message, target).is_complete()]
+    for n, run_dir in enumerate(incomplete):
+        progress(n, len(incomplete))
+        _send_run(run_dir, target, on_message)
+    progress(len(incomplete), len(incomplete))
+    return len(incomplete)
 
 
-def _send(record: Record, place: Mapping[str, str], say: Callable[[str], None]) -> None:
-    mirror = Mirror(record, "online", say, place)
+def _send_run(run_dir: RunDir, target: Mapping[str, str], on_message: Callable[[str], None]) -> None:
+    mirror = Mirror(run_dir, "online", on_message, target)
     try:
-        sent = mirror.finish(sorted((record.path / "pictures").glob("*.png")))
-    except Exception as error:  # of wandb, whose server went away
-        raise UserError(f"W&B did not take run {record.id} ({reason(error)}); push again to go on from here") from None
+        is_complete = mirror.finish(sorted((run_dir.path / "pictures").glob("*.png")))
+    except Exception as error:  # wandb raises many kinds of errors if its server does not answer
+        raise UserError(f"W&B did not take run {run_dir.id} ({describe_error(error)}); push again to go on from here") from None
     if mirror.mode != "online":
-        raise UserError(f"W&B did not take run {record.id}; push again to go on from here")
-    if not sent:
-        raise UserError(f"run {record.id} is being sent by another process; push again when that is done")
+        raise UserError(f"W&B did not take run {run_dir.id}; push again to go on from here")
+    if not is_complete:
+        raise UserError(f"run {run_dir.id} is being sent by another process; push again when that is done")
 
 
-def _sweep_of(api: Any, path: str, ids: Sequence[str]) -> str:
-    """The sweep that these runs are in already, or ""."""
-    return next((run.sweep_name for run in api.runs(path, {"name": {"$in": list(ids)}}, per_page=500) if run.sweep_name), "")
+def _find_sweep_id(api: Any, path: str, run_ids: Sequence[str]) -> str:
+    """The sweep on W&B that these runs already belong to, or ""."""
+    return next(
+        (run.sweep_name for run in api.runs(path, {"name": {"$in": list(run_ids)}}, per_page=500) if run.sweep_name), ""
+    )
 
 
-def _create(text: str, entity: str, project: str, ids: Sequence[str]) -> str:
+def _create_sweep(text: str, entity: str, project: str, run_ids: Sequence[str]) -> str:
     import wandb
 
     config = parse_yaml(text, "sweep.yaml")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the id
         try:
-            return str(wandb.sweep(config, entity=entity, project=project, prior_runs=list(ids)))
+            return str(wandb.sweep(config, entity=entity, project=project, prior_runs=list(run_ids)))
         except (wandb.errors.Error, ValueError) as error:
             raise UserError(f"W&B made no sweep ({error}); the runs are there, push again to go on") from None
 
 
-def place_of_sweep(folder: Path) -> Place | None:
-    """Where on W&B a sweep of this runs folder is: it was made there, or pushed. None: nowhere."""
-    with contextlib.suppress(FileNotFoundError):
-        made = json.loads((folder / "wandb.json").read_bytes())
-        return Place(made["entity"], made["project"], made["id"], "sweep")
-    for where, done in reversed(_known(folder).items()):
+def find_pushed_sweep(folder: Path) -> WandbPath | None:
+    """The place on W&B of a sweep of this runs folder: it was created there or sent there. None if it is not on W&B."""
+    if notes := read_notes(folder / backend.NOTES_FILE):
+        return WandbPath(notes["entity"], notes["project"], notes["id"], "sweep")
+    for target, done in reversed(read_notes(folder / NOTES_FILE).items()):
         if done["sweep"]:
-            _, entity, project = where.rsplit("/", 2)
-            return Place(entity, project, done["sweep"], "sweep")
+            _, entity, project = target.rsplit("/", 2)
+            return WandbPath(entity, project, done["sweep"], "sweep")
     return None
-
-
-def _known(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(FileNotFoundError):
-        return dict(json.loads((folder / "push.json").read_bytes()))
-    return {}
-
-
-def _keep(folder: Path, known: Mapping[str, Any]) -> None:
-    write_atomic(folder / "push.json", json.dumps(known, indent=1).encode())

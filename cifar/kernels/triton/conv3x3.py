@@ -1,290 +1,280 @@
 """3 x 3 convolutions with few channels, in Triton, for compiled steps on a GPU.
 
 cuDNN has no quick kernels for 3, 16 or 32 channels: in a step of ResNet-20 at batch 512 they took half of the time, several
-times what it takes to read and write the images once (LOG.md). bf16 in, float32 sums; weights and their gradients stay float32,
-so nothing is cast in a pass of its own. No atomics: the same step gives the same bits.
+times what it takes to read and write the images once (LOG.md). Input is bf16, sums are float32. Weights and their gradients
+stay float32, so nothing is cast in a pass of its own. There are no atomic operations: the same step gives the same bits.
+
+The kernels work on strips: columns of four neighbouring pixels (conv3x3_kernels.py); for small images with many channels on
+single pixels (conv3x3_tap_kernels.py). IN and OUT are the channels of the images and of the result.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from cifar.kernels.triton.conv3x3_kernels import add_parts, convolve_lines, correlate_lines
+from cifar.kernels.triton.conv3x3_kernels import add_partials, convolve_lines, correlate_lines
 from cifar.kernels.triton.conv3x3_tap_kernels import convolve_taps, correlate_taps
+from cifar.kernels.triton.launch import (
+    LaunchConfig,
+    Shape,
+    choose_num_programs,
+    count_multiprocessors,
+    empty_channels_last,
+    round_up_to_tile,
+    to_channels_last,
+)
+from cifar.kernels.triton.verify import KernelCase, RandomInputs, Verifier, is_close
 
-SIDE, LINES = 3, 4  # of a filter; of the images that are worked on together
-MOST_IN, MOST_OUT = 32, 64  # channels
-SMALL = 64  # pixels of an image up to which as many channels may go in as come out
-MOST_PROVED = 2048  # images that a kernel is tried with
-TOLERATED = 1e-2  # relative error of a sum of products of bf16 numbers that is rounded to bf16
+KERNEL_SIZE = 3
+STRIP_ROWS = 4  # pixels of a strip
+MAX_IN_CHANNELS, MAX_OUT_CHANNELS = 32, 64
+MAX_TAP_PIXELS = 64  # of an image; up to that size as many channels may go in as come out
 
-
-class How(NamedTuple):
-    """A kernel's shape: places a block, warps, pipeline stages, programs a multiprocessor. By measurement (LOG.md)."""
-
-    block: int
-    warps: int
-    stages: int
-    each: float
-
-
-CONVOLVE = {16: How(128, 4, 1, 8), 32: How(64, 4, 2, 4), 64: How(64, 4, 1, 4), 128: How(64, 4, 1, 2)}  # by TAPS
-CONVOLVE_FEW = {(16, 16): How(128, 4, 1, 4), (64, 16): How(64, 2, 2, 4), (128, 32): How(128, 8, 1, 1)}  # by TAPS and COLUMNS
-SUMMED, SUMMED_MANY = (128, 8), (64, 32)  # rows that are added at once, and columns a program; of MANY columns
-MANY = 16_384
-CORRELATE = {16: How(128, 4, 2, 2), 32: How(64, 4, 2, 2), 64: How(64, 4, 3, 1), 128: How(32, 4, 3, 1)}
-CORRELATE_FEW = {(128, 32): How(64, 4, 2, 1)}
-CONVOLVE_TAPS, CORRELATE_TAPS = How(256, 8, 3, 1), How(64, 4, 3, 0.34)
-
-
-def rounded(count: int) -> int:
-    """As many rows or columns as a matrix product takes."""
-    return max(16, 1 << (count - 1).bit_length())
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
-
-
-Shape = Sequence[int]  # (N, C, H, W)
-
-
-def programs_of(how: How, places: int, processors: int) -> int:
-    """How many programs share so many places."""
-    return max(1, min(int(processors * how.each), -(-places // how.block)))
+# by TAPS; the overrides by TAPS and COLUMNS
+CONVOLVE_CONFIGS = {
+    16: LaunchConfig(128, 4, 1, 8),
+    32: LaunchConfig(64, 4, 2, 4),
+    64: LaunchConfig(64, 4, 1, 4),
+    128: LaunchConfig(64, 4, 1, 2),
+}
+CONVOLVE_OVERRIDES = {
+    (16, 16): LaunchConfig(128, 4, 1, 4),
+    (64, 16): LaunchConfig(64, 2, 2, 4),
+    (128, 32): LaunchConfig(128, 8, 1, 1),
+}
+CORRELATE_CONFIGS = {
+    16: LaunchConfig(128, 4, 2, 2),
+    32: LaunchConfig(64, 4, 2, 2),
+    64: LaunchConfig(64, 4, 3, 1),
+    128: LaunchConfig(32, 4, 3, 1),
+}
+CORRELATE_OVERRIDES = {(128, 32): LaunchConfig(64, 4, 2, 1)}
+CONVOLVE_TAPS_CONFIG, CORRELATE_TAPS_CONFIG = LaunchConfig(256, 8, 3, 1), LaunchConfig(64, 4, 3, 0.34)
+SUM_TILE, WIDE_SUM_TILE = (128, 8), (64, 32)  # rows that are added at once, and columns of a program
+WIDE_SUM_SIZE = 16_384  # columns from which on WIDE_SUM_TILE is used
 
 
-def launch(
-    kernel: Any,
-    how: How,
+@dataclass(frozen=True)
+class LaunchPlan:
+    """A kernel for a convolution, and how it is launched."""
+
+    kernel: Any
+    config: LaunchConfig
+    taps: int  # rows of its matrix products, rounded up to a tile
+    strip_rows: int = STRIP_ROWS
+    grid_rows: int = 1  # programs that share a block, each for other rows of the filter
+
+    def count_strips(self, shape: Shape) -> int:
+        count, _, height, width = shape
+        return count * height * width // self.strip_rows
+
+
+def launch_kernel(
+    plan: LaunchPlan,
     shape: Shape,
-    outer: int,
+    out_channels: int,
     tensors: tuple[Tensor, ...],
-    more: tuple[int, ...] = (),
-    *,
-    taps: int = 0,
-    lines: int = LINES,
-    rows: int = 1,
-    programs: int = 0,
+    extra_args: tuple[int, ...] = (),
+    num_programs: int = 0,
 ) -> None:
     """Run a kernel on `tensors`. `shape`: of the images at full size, with the channels that are summed.
 
-    `more`: what it takes besides, such as the filters' strides; `lines`: of a place; `rows`: programs that share places;
-    `programs`: that share all of them, 0 for as many as are quickest.
+    `extra_args`: what the kernel takes besides, such as the filters' strides. `num_programs`: how many share all strips; 0:
+    as many as are quickest.
     """
-    count, inner, height, width = shape
-    places = count * height * width // lines
-    programs = programs or programs_of(how, places, processors(tensors[0].device))
-    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]  # Triton launches where the process is
-        kernel[(programs, rows)](
-            *tensors, places, programs, *more,
-            height, width, inner, outer, taps or rounded(SIDE * inner), rounded(outer),
-            how.block, num_warps=how.warps, num_stages=how.stages,
+    _, in_channels, height, width = shape
+    config, num_strips = plan.config, plan.count_strips(shape)
+    num_programs = num_programs or choose_num_programs(config, num_strips, count_multiprocessors(tensors[0].device))
+    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        plan.kernel[(num_programs, plan.grid_rows)](
+            *tensors, num_strips, num_programs, *extra_args,
+            height, width, in_channels, out_channels, plan.taps, round_up_to_tile(out_channels),
+            config.block, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
 
-def as_last(x: Tensor) -> Tensor:
-    """x with its channels last in memory."""
-    return x.contiguous(memory_format=torch.channels_last)
+def plan_convolution(in_channels: int, out_channels: int) -> LaunchPlan:
+    """The quickest kernel for so many channels."""
+    if in_channels > MAX_IN_CHANNELS:
+        return LaunchPlan(convolve_taps, CONVOLVE_TAPS_CONFIG, round_up_to_tile(in_channels), strip_rows=1)
+    taps = round_up_to_tile(KERNEL_SIZE * in_channels)
+    config = CONVOLVE_OVERRIDES.get((taps, round_up_to_tile(out_channels)), CONVOLVE_CONFIGS[taps])
+    return LaunchPlan(convolve_lines, config, taps)
 
 
-def turned(weight: Tensor, back: bool) -> tuple[Tensor, tuple[int, ...]]:
-    """Where filters begin, and their strides (out, in, row, column); `back`: turned by half a circle, channels exchanged."""
+def plan_correlation(in_channels: int, out_channels: int) -> LaunchPlan:
+    """The quickest kernel for the filters' gradients."""
+    if in_channels > MAX_IN_CHANNELS:
+        taps = round_up_to_tile(in_channels)
+        return LaunchPlan(correlate_taps, CORRELATE_TAPS_CONFIG, taps, strip_rows=1, grid_rows=KERNEL_SIZE)
+    taps = round_up_to_tile(KERNEL_SIZE * in_channels)
+    config = CORRELATE_OVERRIDES.get((taps, round_up_to_tile(out_channels)), CORRELATE_CONFIGS[taps])
+    return LaunchPlan(correlate_lines, config, taps)
+
+
+def choose_conv_programs(shape: Shape, out_channels: int, num_multiprocessors: int) -> int:
+    """How many programs are quickest for a convolution of images (N, IN, H, W)."""
+    plan = plan_convolution(shape[1], out_channels)
+    return choose_num_programs(plan.config, plan.count_strips(shape), num_multiprocessors)
+
+
+def rotate_filter(weight: Tensor, transposed: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """Where the filters begin, and their strides (out, in, row, column).
+
+    `transposed`: those of the filters rotated by 180 degrees, with in and out exchanged. Nothing is copied.
+    """
     s_out, s_in, s_row, s_column = weight.stride()
-    if not back:
+    if not transposed:
         return weight, (s_out, s_in, s_row, s_column)
     last = weight.as_strided((1,), (1,), weight.storage_offset() + 2 * s_row + 2 * s_column)
     return last, (s_in, s_out, -s_row, -s_column)
 
 
-def our_convolve(x: Tensor, weight: Tensor, back: bool) -> Tensor:
-    """`convolve` by our kernel."""
-    return _convolved(x, weight, back, None)[0]
+# -- each operator by Triton and by torch ------------------------------------------------------------------------------
 
 
-def our_convolve_sums(x: Tensor, weight: Tensor, pivot: Tensor, programs: int) -> tuple[Tensor, Tensor]:
-    """`convolve`, and what each program found (programs, 2, OUT): the sums of result - pivot (OUT,), and of its square."""
-    return _convolved(x, weight, False, pivot, programs)
+def convolve_3x3_triton(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """`convolve_3x3` by our kernel."""
+    return _launch_convolution(x, weight, transposed)[0]
 
 
-def _convolution(inner: int, outer: int) -> tuple[Any, How, dict[str, Any]]:
-    """The kernel for so many channels, its shape, and what it is launched with besides."""
-    if inner > MOST_IN:
-        return convolve_taps, CONVOLVE_TAPS, {"taps": rounded(inner), "lines": 1}
-    taps = rounded(SIDE * inner)
-    return convolve_lines, CONVOLVE_FEW.get((taps, rounded(outer)), CONVOLVE[taps]), {"lines": LINES}
+def convolve_3x3_sums_triton(x: Tensor, weight: Tensor, pivot: Tensor, num_programs: int) -> tuple[Tensor, Tensor]:
+    """`convolve_3x3`, and the sums of result - pivot (OUT,) and of its square, by each program: (num_programs, 2, OUT)."""
+    return _launch_convolution(x, weight, False, pivot, num_programs)
 
 
-def _correlation(inner: int, outer: int) -> tuple[Any, How, dict[str, Any]]:
-    """The same for the filters' gradients."""
-    if inner > MOST_IN:
-        return correlate_taps, CORRELATE_TAPS, {"taps": rounded(inner), "lines": 1, "rows": SIDE}
-    taps = rounded(SIDE * inner)
-    return correlate_lines, CORRELATE_FEW.get((taps, rounded(outer)), CORRELATE[taps]), {"lines": LINES}
+def _launch_convolution(
+    x: Tensor, weight: Tensor, transposed: bool, pivot: Tensor | None = None, num_programs: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The result, and the sums where there is a pivot."""
+    x, out_channels, has_sums = to_channels_last(x), weight.shape[1 if transposed else 0], pivot is not None
+    y = empty_channels_last(x, (x.shape[0], out_channels, *x.shape[2:]))
+    partials = x.new_empty((num_programs, 2, out_channels), dtype=torch.float32)
+    filters, strides = rotate_filter(weight, transposed)
+    tensors = x, filters, y, y if pivot is None else pivot, partials if has_sums else y
+    plan = plan_convolution(x.shape[1], out_channels)
+    launch_kernel(plan, x.shape, out_channels, tensors, (*strides, has_sums), num_programs)
+    return y, partials
 
 
-def shared(shape: Shape, outer: int, processors: int) -> int:
-    """How many programs are quickest for a convolution, where so many run at once."""
-    count, inner, height, width = shape
-    _, how, given = _convolution(inner, outer)
-    return programs_of(how, count * height * width // int(given["lines"]), processors)
+def correlate_3x3_triton(x: Tensor, g: Tensor) -> Tensor:
+    """`correlate_3x3` by our kernels: one makes each program's sum, another adds these."""
+    x, g = to_channels_last(x), to_channels_last(g)
+    in_channels, out_channels = x.shape[1], g.shape[1]
+    plan = plan_correlation(in_channels, out_channels)
+    num_programs = choose_num_programs(plan.config, plan.count_strips(x.shape), count_multiprocessors(x.device))
+    partials = torch.empty((num_programs, out_channels * 9 * in_channels), dtype=torch.float32, device=x.device)
+    launch_kernel(plan, x.shape, out_channels, (x, g, partials), num_programs=num_programs)
+    return sum_partials(partials).view(out_channels, KERNEL_SIZE, KERNEL_SIZE, in_channels).permute(0, 3, 1, 2)
 
 
-def _convolved(x: Tensor, weight: Tensor, back: bool, pivot: Tensor | None, programs: int = 0) -> tuple[Tensor, Tensor]:
-    x, outer, sums = as_last(x), weight.shape[1 if back else 0], pivot is not None
-    y = torch.empty((x.shape[0], outer, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    parts = x.new_empty((programs, 2, outer), dtype=torch.float32)
-    kernel, how, given = _convolution(x.shape[1], outer)
-    filters, strides = turned(weight, back)
-    tensors = x, filters, y, y if pivot is None else pivot, parts if sums else y
-    launch(kernel, how, x.shape, outer, tensors, (*strides, sums), programs=programs, **given)
-    return y, parts
-
-
-def our_correlate(x: Tensor, g: Tensor) -> Tensor:
-    """`correlate` by our kernel: each program's sum, and the sum of these."""
-    x, g = as_last(x), as_last(g)
-    inner, outer = x.shape[1], g.shape[1]
-    kernel, how, given = _correlation(inner, outer)
-    programs = programs_of(how, x.numel() // inner // given["lines"], processors(x.device))
-    parts = torch.empty((programs, outer * 9 * inner), dtype=torch.float32, device=x.device)
-    launch(kernel, how, x.shape, outer, (x, g, parts), programs=programs, **given)
-    return added(parts).view(outer, SIDE, SIDE, inner).permute(0, 3, 1, 2)
-
-
-def added(parts: Tensor) -> Tensor:
-    """(programs, size) float32 -> (size,): always in the same order. torch's own sum takes three times as long (LOG.md)."""
-    programs, size = parts.shape
-    total = parts.new_empty(size)
-    rows, columns = SUMMED_MANY if size >= MANY else SUMMED
-    with torch.cuda.device_of(parts):  # type: ignore[no-untyped-call]
-        add_parts[(triton.cdiv(size, columns),)](parts, total, programs, size, rows, columns, num_warps=4)
+def sum_partials(partials: Tensor) -> Tensor:
+    """(num_programs, size) float32 -> (size,): always in the same order. torch's sum takes three times as long (LOG.md)."""
+    num_programs, size = partials.shape
+    total = partials.new_empty(size)
+    rows, columns = WIDE_SUM_TILE if size >= WIDE_SUM_SIZE else SUM_TILE
+    with torch.cuda.device_of(partials):  # type: ignore[no-untyped-call]
+        add_partials[(triton.cdiv(size, columns),)](partials, total, num_programs, size, rows, columns, num_warps=4)
     return total
 
 
-def torch_convolve(x: Tensor, weight: Tensor, back: bool) -> Tensor:
-    """`convolve` by torch."""
+def convolve_3x3_reference(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """`convolve_3x3` by torch."""
     weight = weight.to(x.dtype)
-    return as_last(F.conv_transpose2d(x, weight, padding=1) if back else F.conv2d(x, weight, padding=1))
+    return to_channels_last(F.conv_transpose2d(x, weight, padding=1) if transposed else F.conv2d(x, weight, padding=1))
 
 
-def torch_correlate(x: Tensor, g: Tensor) -> Tensor:
-    """`correlate` by torch."""
-    weight = torch.empty((g.shape[1], x.shape[1], SIDE, SIDE), dtype=x.dtype, device=x.device)
-    ones, none, wanted = [1, 1], [0, 0], [False, True, False]
-    found: Tensor = torch.ops.aten.convolution_backward(g, x, weight, None, ones, ones, ones, False, none, 1, wanted)[1]
-    return found.to(torch.float32, memory_format=torch.channels_last)
+def correlate_3x3_reference(x: Tensor, g: Tensor) -> Tensor:
+    """`correlate_3x3` by torch."""
+    weight = torch.empty((g.shape[1], x.shape[1], KERNEL_SIZE, KERNEL_SIZE), dtype=x.dtype, device=x.device)
+    ones, zeros, output_mask = [1, 1], [0, 0], [False, True, False]
+    gradients = torch.ops.aten.convolution_backward(g, x, weight, None, ones, ones, ones, False, zeros, 1, output_mask)
+    filters: Tensor = gradients[1]
+    return filters.to(torch.float32, memory_format=torch.channels_last)
 
 
-def meant(inner: int, outer: int, height: int, width: int) -> bool:
-    """Whether our kernels are for such images."""
-    if height * width <= SMALL and MOST_IN < inner <= MOST_OUT and outer <= MOST_OUT:
+# -- which of the two --------------------------------------------------------------------------------------------------
+
+
+def supports_shape(in_channels: int, out_channels: int, height: int, width: int) -> bool:
+    """Whether our kernels are meant for such images."""
+    if (
+        height * width <= MAX_TAP_PIXELS
+        and MAX_IN_CHANNELS < in_channels <= MAX_OUT_CHANNELS
+        and out_channels <= MAX_OUT_CHANNELS
+    ):
         return True
-    return height % LINES == 0 and inner <= MOST_IN and outer <= MOST_OUT
+    return height % STRIP_ROWS == 0 and in_channels <= MAX_IN_CHANNELS and out_channels <= MAX_OUT_CHANNELS
 
 
-def _ours(kind: str, x: Tensor, outer: int, strides: tuple[int, ...] = ()) -> bool:
-    """Whether our kernel is taken for these images; it counts their values in 32 bits."""
-    return (
-        few(x.shape, outer)
-        and meant(x.shape[1], outer, *x.shape[2:])
-        and _right(kind, (min(len(x), MOST_PROVED), *x.shape[1:]), outer, strides, x.dtype, x.device)
-    )
+def _supports_case(case: KernelCase) -> bool:
+    return supports_shape(case.shape[1], case.out_channels, *case.shape[2:])
 
 
-def few(shape: Shape, outer: int) -> bool:
-    """Whether 32 bits count the values of the images, and of the results."""
-    count, inner, height, width = shape
-    return count * height * width * max(inner, outer) < 2**31
+def _matches_reference(case: KernelCase, inputs: RandomInputs) -> bool:
+    """With images and filters that lie in memory as those of the case do."""
+    count, in_channels, height, width = case.shape
+    x, transposed = inputs.draw_images(*case.shape), case.kernel == "transposed"
+    if case.kernel == "correlate":
+        g = inputs.draw_images(count, case.out_channels, height, width)
+        return is_close(correlate_3x3_triton(x, g), correlate_3x3_reference(x.float(), g.float()))
+    channels = (in_channels, case.out_channels) if transposed else (case.out_channels, in_channels)
+    weight = inputs.draw_filters(*channels, KERNEL_SIZE, KERNEL_SIZE)
+    return is_close(convolve_3x3_triton(x, weight, transposed), convolve_3x3_reference(x.float(), weight, transposed))
 
 
-@functools.cache
-def _right(
-    kind: str, shape: tuple[int, ...], outer: int, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether our kernel gives torch's answer on this device, with images and filters that lie as they will."""
-    seeded = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=seeded, device=device)
-
-    x, back = as_last(draw(*shape).to(dtype)), kind == "back"
-
-    def agree() -> bool:
-        if kind == "correlate":
-            g = as_last(draw(shape[0], outer, *shape[2:]).to(dtype))
-            return near(our_correlate(x, g), torch_correlate(x.float(), g.float()))
-        filters = (shape[1], outer) if back else (outer, shape[1])
-        weight = torch.empty_strided((*filters, SIDE, SIDE), strides, device=device)
-        weight.copy_(draw(*weight.shape).to(dtype))
-        return near(our_convolve(x, weight, back), torch_convolve(x.float(), weight, back))
-
-    return works(agree)
+verifier = Verifier(_supports_case, _matches_reference)
 
 
-def near(ours: Tensor, wanted: Tensor) -> bool:
-    """Whether two results differ by rounding only."""
-    return bool((ours.float() - wanted).norm() < TOLERATED * wanted.norm())
-
-
-@torch.no_grad()
-def works(agree: Callable[[], bool]) -> bool:
-    """Whether kernels agree with torch here; what Triton cannot do, torch can."""
-    try:
-        return agree()
-    except (triton.runtime.errors.TritonError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
-            raise
-        return False
+# -- operators ---------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("cifar::convolve_3x3", mutates_args=())
-def convolve(x: Tensor, weight: Tensor, back: bool) -> Tensor:
+def convolve_3x3(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """3 x 3, stride 1, zero padding of 1. x (N, IN, H, W), weight (OUT, IN, 3, 3) float32 -> (N, OUT, H, W), channels last.
 
-    `back`: the gradient of the images from that of the result: x (N, OUT, H, W) -> (N, IN, H, W).
+    `transposed`: the gradient of the images from that of the result: x (N, OUT, H, W) -> (N, IN, H, W).
     """
-    ours = _ours("back" if back else "convolve", x, weight.shape[1 if back else 0], weight.stride())
-    return (our_convolve if ours else torch_convolve)(x, weight, back)
+    out_channels = weight.shape[1 if transposed else 0]
+    use_triton = verifier.can_use("transposed" if transposed else "convolve", x, out_channels, weight.stride())
+    return (convolve_3x3_triton if use_triton else convolve_3x3_reference)(x, weight, transposed)
 
 
-@convolve.register_fake
-def _(x: Tensor, weight: Tensor, back: bool) -> Tensor:
-    shape = (x.shape[0], weight.shape[1 if back else 0], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+@convolve_3x3.register_fake
+def _(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return empty_channels_last(x, (x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:]))
 
 
 @torch.library.custom_op("cifar::correlate_3x3", mutates_args=())
-def correlate(x: Tensor, g: Tensor) -> Tensor:
+def correlate_3x3(x: Tensor, g: Tensor) -> Tensor:
     """The gradient of the filters: x (N, IN, H, W), g (N, OUT, H, W) -> (OUT, IN, 3, 3) float32, channels last."""
-    return (our_correlate if _ours("correlate", x, g.shape[1]) else torch_correlate)(x, g)
+    use_triton = verifier.can_use("correlate", x, g.shape[1])
+    return (correlate_3x3_triton if use_triton else correlate_3x3_reference)(x, g)
 
 
-@correlate.register_fake
+@correlate_3x3.register_fake
 def _(x: Tensor, g: Tensor) -> Tensor:
-    shape = (g.shape[1], x.shape[1], SIDE, SIDE)
+    shape = (g.shape[1], x.shape[1], KERNEL_SIZE, KERNEL_SIZE)
     return torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.back = inputs
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.transposed = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    if ctx.back:
+def _convolve_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    if ctx.transposed:
         raise NotImplementedError("these convolutions have no second derivative")
     x, weight = ctx.saved_tensors
-    images = convolve(g, weight, True) if ctx.needs_input_grad[0] else None
-    return images, correlate(x, g) if ctx.needs_input_grad[1] else None, None
+    images = convolve_3x3(g, weight, True) if ctx.needs_input_grad[0] else None
+    return images, correlate_3x3(x, g) if ctx.needs_input_grad[1] else None, None
 
 
-convolve.register_autograd(_backward, setup_context=_keep)
+convolve_3x3.register_autograd(_convolve_backward, setup_context=_save_for_backward)

@@ -1,1 +1,1 @@
-"""One figure a file; cifar/report/style.py says what a figure is."""
+"""The figures of a report. cifar/report/style.py describes what a figure consists of."""

@@ -1,4 +1,4 @@
-"""Accuracy against multiply-adds: the figure that the whole suite is for."""
+"""Accuracy against multiply-adds: the main figure of a report."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 
 from cifar.registry import figures
 from cifar.report.aggregate import Comparison, Point
-from cifar.report.load import macs_text, seconds_text
-from cifar.report.style import BLUE, DIM, GREEN, INK, MUTED, ORANGE, PAPER, Mark, Nothing, label_points, log_axis
+from cifar.report.formatting import format_macs
+from cifar.report.labels import PointLabel, label_points, set_log_axis
+from cifar.report.palette import BLUE, DIM, GREEN, INK, MUTED, ORANGE, PAPER
+from cifar.report.style import Nothing
+from cifar.system.durations import format_duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-LOOKS = {"front": (BLUE, "o"), "dominated": (DIM, "o"), "views": (GREEN, "D")}
-NAMED = 24  # of more points only the front is named
+STYLES = {"front": (BLUE, "o"), "dominated": (DIM, "o"), "views": (GREEN, "D")}
+MAX_NAMED = 24  # if there are more points, only the front is named
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,14 @@ class Dot:
     x: float  # MACs
     y: float  # accuracy in percent
     error: float | None  # half-width of the interval, percentage points
-    n: int
-    seeds: str  # n, or "1 of 3" where two came to nothing
+    num_seeds: int
+    num_seeds_text: str  # the number, or "1 of 3" if two seeds ended without a result
     label: str
     kind: str  # front, dominated or views (several views of an image: not comparable with the front)
     tip: str
 
     @property
-    def front(self) -> bool:
+    def is_on_front(self) -> bool:
         return self.kind == "front"
 
 
@@ -57,18 +60,27 @@ class AccuracyVsMacs:
 
     def select(self, comparison: Comparison) -> Data | Nothing:
         if not comparison.points:
-            return Nothing(f"no finished run with {comparison.axis.partition(',')[0]} and verified MACs yet")
+            return Nothing(f"no finished run with {comparison.accuracy_label.partition(',')[0]} and verified MACs yet")
         dots = [
-            Dot(p.macs, 100 * p.mean, None if p.half is None else 100 * p.half, p.n, p.n_text, p.label, kind(p), tip(p))
+            Dot(
+                p.macs,
+                100 * p.mean,
+                None if p.ci_half_width is None else 100 * p.ci_half_width,
+                p.num_seeds,
+                p.num_seeds_text,
+                p.label,
+                point_kind(p),
+                point_tooltip(p),
+            )
             for p in comparison.points
         ]
         xs = [dot.x for dot in dots] + ([comparison.budget] if comparison.budget else [])
         limits = (min(xs) / 1.6, max(xs) * 2.2)
-        front = [dot for dot in dots if dot.front]
+        front = [dot for dot in dots if dot.is_on_front]
         steps: list[tuple[float, float]] = []
         for dot, end in zip(front, [*(dot.x for dot in front[1:]), limits[1]], strict=False):
             steps += [(dot.x, dot.y), (end, dot.y)]
-        return Data(dots, steps, comparison.budget, limits, comparison.axis)
+        return Data(dots, steps, comparison.budget, limits, comparison.accuracy_label)
 
     def size(self, data: Data) -> tuple[float, float]:
         return 8.4, 4.8
@@ -76,64 +88,74 @@ class AccuracyVsMacs:
     def draw(self, data: Data, figure: Figure) -> None:
         axes = figure.subplots()
         axes.set_xlim(*data.limits)
-        log_axis(axes.xaxis, lambda macs: macs_text(macs).removesuffix("MACs"))
+        set_log_axis(axes.xaxis, lambda macs: format_macs(macs).removesuffix("MACs"))
         if data.steps:
             axes.plot(*zip(*data.steps, strict=True), color=BLUE, lw=1.4, alpha=0.75, zorder=2)
         for dot in data.dots:
-            colour, shape = LOOKS[dot.kind]
-            height = 5 if dot.front else 3
+            colour, shape = STYLES[dot.kind]
+            height = 5 if dot.is_on_front else 3
             axes.errorbar(dot.x, dot.y, yerr=dot.error, color=colour, elinewidth=1.1, capsize=2.5, zorder=height)
-            face = PAPER if dot.n == 1 else colour
+            face = PAPER if dot.num_seeds == 1 else colour
             (point,) = axes.plot(dot.x, dot.y, shape, ms=6.5, mec=colour, mfc=face, mew=1.5, zorder=height + 1)
             point.set_gid(f"tip:{dot.tip}")
         axes.margins(y=0.12)
         if data.budget:
             axes.axvline(data.budget, color=ORANGE, lw=1.1, ls=(0, (4, 3)), zorder=1)
-            at = axes.get_xaxis_transform()
-            axes.text(data.budget, 0.01, f" budget {macs_text(data.budget)}", color=ORANGE, size=8, transform=at, va="bottom")
+            transform = axes.get_xaxis_transform()
+            axes.text(
+                data.budget, 0.01, f" budget {format_macs(data.budget)}", color=ORANGE, size=8, transform=transform, va="bottom"
+            )
         axes.set_xlabel("multiply-adds (MACs) for one image, log scale")
         axes.set_ylabel(f"{data.axis} (%)")
-        self._legend(axes, data)
+        self._draw_legend(axes, data)
         bars = [[(d.x, d.y - (d.error or 0)), (d.x, d.y + (d.error or 0))] for d in data.dots]
-        same_n = len({dot.seeds for dot in data.dots}) == 1
-        ordered = sorted(data.dots, key=lambda dot: not dot.front)
-        named = [dot for dot in ordered if dot.front or len(ordered) <= NAMED]
+        is_same_n = len({dot.num_seeds_text for dot in data.dots}) == 1
+        ordered = sorted(data.dots, key=lambda dot: not dot.is_on_front)
+        named = [dot for dot in ordered if dot.is_on_front or len(ordered) <= MAX_NAMED]
         marks = [
-            Mark(d.x, d.y, d.label if same_n else f"{d.label} ({d.seeds})", INK if d.front else MUTED, must=d.front)
+            PointLabel(
+                d.x,
+                d.y,
+                d.label if is_same_n else f"{d.label} ({d.num_seeds_text})",
+                INK if d.is_on_front else MUTED,
+                is_required=d.is_on_front,
+            )
             for d in named
         ]
-        hidden = len(ordered) - len(named) + label_points(axes, marks, [data.steps, *bars])
-        note = f"n = {data.dots[0].seeds} each" if same_n else "n in brackets"
-        note += f"; {hidden} dominated without a name" if hidden else ""
+        num_hidden = len(ordered) - len(named) + label_points(axes, marks, [data.steps, *bars])
+        note = f"n = {data.dots[0].num_seeds_text} each" if is_same_n else "n in brackets"
+        note += f"; {num_hidden} dominated without a name" if num_hidden else ""
         axes.set_title(note, loc="right", size=8, color=MUTED, weight="normal")
 
-    def _legend(self, axes: Axes, data: Data) -> None:
-        """Only what is there; above the axes, where no point can be."""
-        colour = LOOKS[data.dots[0].kind][0]
-        looks = {"Pareto front": axes.lines[0]} if data.steps else {}
-        if any(dot.n > 1 for dot in data.dots):
-            looks["mean ± 95 %, n seeds"] = axes.plot([], [], "o", ms=5.5, color=colour)[0]
-        if any(dot.n == 1 for dot in data.dots):
-            looks["one seed"] = axes.plot([], [], "o", ms=5.5, mec=colour, mfc=PAPER, mew=1.5)[0]
-        for look, name in (("dominated", "dominated"), ("views", "several views (MACs × views)")):
-            if any(dot.kind == look for dot in data.dots):
-                looks[name] = axes.plot([], [], LOOKS[look][1], ms=5.5, color=LOOKS[look][0])[0]
+    def _draw_legend(self, axes: Axes, data: Data) -> None:
+        """Draw a legend of the kinds of points that exist. It is above the axes, so that it covers no point."""
+        colour = STYLES[data.dots[0].kind][0]
+        handles = {"Pareto front": axes.lines[0]} if data.steps else {}
+        if any(dot.num_seeds > 1 for dot in data.dots):
+            handles["mean ± 95 %, n seeds"] = axes.plot([], [], "o", ms=5.5, color=colour)[0]
+        if any(dot.num_seeds == 1 for dot in data.dots):
+            handles["one seed"] = axes.plot([], [], "o", ms=5.5, mec=colour, mfc=PAPER, mew=1.5)[0]
+        for kind, name in (("dominated", "dominated"), ("views", "several views (MACs × views)")):
+            if any(dot.kind == kind for dot in data.dots):
+                handles[name] = axes.plot([], [], STYLES[kind][1], ms=5.5, color=STYLES[kind][0])[0]
         axes.legend(
-            [*looks.values()], [*looks], loc="lower left", bbox_to_anchor=(0, 1), ncols=len(looks),
+            [*handles.values()], [*handles], loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles),
             borderaxespad=0.3, columnspacing=1.4, handletextpad=0.5, labelcolor=MUTED, fontsize=8,
         )  # fmt: skip
 
 
-def kind(point: Point) -> str:
-    return "front" if point.on_front else "dominated" if point.views == 1 else "views"
+def point_kind(point: Point) -> str:
+    return "front" if point.on_front else "dominated" if point.num_views == 1 else "views"
 
 
-def tip(point: Point) -> str:
-    """What a reader sees who points at a point."""
+def point_tooltip(point: Point) -> str:
+    """The text that appears when the reader points at the point."""
     seeds = ", ".join(str(run.config.get("seed")) for run in point.runs)
-    seconds = f"\n{seconds_text(point.seconds)} s a run" if point.seconds is not None else ""
-    place = {"front": "on the front", "dominated": "dominated", "views": "several views: apart from the front"}[kind(point)]
+    seconds = f"\n{format_duration(point.seconds)} a run" if point.seconds is not None else ""
+    place = {"front": "on the front", "dominated": "dominated", "views": "several views: apart from the front"}[
+        point_kind(point)
+    ]
     return (
-        f"{point.label}\n{point.accuracy_text}\n{macs_text(point.macs)}, {point.params / 1e6:.3g} M parameters\n"
+        f"{point.label}\n{point.accuracy_text}\n{format_macs(point.macs)}, {point.params / 1e6:.3g} M parameters\n"
         f"seeds {seeds}; {place}{seconds}"
     )

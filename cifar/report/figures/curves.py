@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from cifar.registry import figures
 from cifar.report.aggregate import Comparison
+from cifar.report.formatting import format_power
+from cifar.report.labels import label_line_ends, set_epoch_axis
 from cifar.report.load import Run
-from cifar.report.style import BLUE, MUTED, ORANGE, Nothing, colours, end_labels, epoch_axis, power
+from cifar.report.palette import BLUE, MUTED, ORANGE, ramp_colours
+from cifar.report.style import Nothing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Series = tuple[list[int], list[float]]  # epochs, values
-NAMED = 14  # lines with a name of their own; more would be a wall of text
+MAX_NAMED = 14  # if there are more lines, only those of the front are named
 
 
-def series(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> Series:
+def read_series(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> Series:
     """The finite values of `key` by epoch."""
     pairs = [
         (int(row["epoch"]), scale * row[key])
@@ -38,14 +41,14 @@ class Line:
     mean: list[float]
     low: list[float]
     high: list[float]
-    front: bool
+    is_on_front: bool
 
 
 @dataclass(frozen=True)
 class LearningData:
     accuracy: list[Line]
     loss: list[Line]
-    by_front: bool  # so many lines that only the front is coloured and named
+    is_front_only: bool  # only the front is coloured and named, because there are many lines
 
 
 @figures.register("learning_curves")
@@ -58,12 +61,12 @@ class LearningCurves:
     )
 
     def select(self, comparison: Comparison) -> LearningData | Nothing:
-        accuracy = [_line(point, "val/acc", 100.0) for point in comparison.configurations]
-        loss = [_line(point, "val/loss", 1.0) for point in comparison.configurations]
+        accuracy = [_average_seeds(point, "val/acc", 100.0) for point in comparison.configurations]
+        loss = [_average_seeds(point, "val/loss", 1.0) for point in comparison.configurations]
         kept = [line for line in accuracy if line.epochs]
         if not kept:
             return Nothing("no finished run has validation rows")
-        return LearningData(kept, [line for line in loss if line.epochs], len(kept) > NAMED)
+        return LearningData(kept, [line for line in loss if line.epochs], len(kept) > MAX_NAMED)
 
     def size(self, data: LearningData) -> tuple[float, float]:
         return 9.6, 3.9
@@ -72,8 +75,8 @@ class LearningCurves:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1))
         for axes, lines, title in ((left, data.loss, "validation loss"), (right, data.accuracy, "validation accuracy (%)")):
             ends = []
-            for line, ramp in zip(lines, colours(len(lines)), strict=True):
-                grey = data.by_front and not line.front
+            for line, ramp in zip(lines, ramp_colours(len(lines)), strict=True):
+                grey = data.is_front_only and not line.is_on_front
                 colour = MUTED if grey else ramp
                 style = {"lw": 0.8, "alpha": 0.45} if grey else {"lw": 1.6}
                 axes.fill_between(line.epochs, line.low, line.high, color=colour, alpha=0.15, lw=0)
@@ -84,15 +87,15 @@ class LearningCurves:
                 if not grey:
                     ends.append((line.epochs[-1], line.mean[-1], line.label, colour))
             axes.set_title(title)
-            epoch_axis(axes)
+            set_epoch_axis(axes)
             if axes is right:
-                end_labels(axes, ends)
+                label_line_ends(axes, ends)
 
 
-def _line(point: Any, key: str, scale: float) -> Line:
+def _average_seeds(point: Any, key: str, scale: float) -> Line:
     by_epoch: dict[int, list[float]] = defaultdict(list)
     for run in point.runs:
-        for epoch, value in zip(*series(run.rows, key, scale), strict=True):
+        for epoch, value in zip(*read_series(run.rows, key, scale), strict=True):
             by_epoch[epoch].append(value)
     epochs = sorted(by_epoch)
     values = [by_epoch[epoch] for epoch in epochs]
@@ -109,7 +112,7 @@ class Curves:
 
     def select(self, run: Run) -> dict[str, Series] | Nothing:
         scales = {"train/loss": 1.0, "val/loss": 1.0, "train/acc": 100.0, "val/acc": 100.0, "train/lr": 1.0}
-        data = {key: series(run.rows, key, scale) for key, scale in scales.items()}
+        data = {key: read_series(run.rows, key, scale) for key, scale in scales.items()}
         return data if any(epochs for epochs, _ in data.values()) else Nothing("the run has no finished epoch yet")
 
     def size(self, data: dict[str, Series]) -> tuple[float, float]:
@@ -127,8 +130,8 @@ class Curves:
                 if epochs and kind != "lr":
                     ends.append((epochs[-1], values[-1], name, colour))
             axes.set_title(title)
-            epoch_axis(axes)
+            set_epoch_axis(axes)
             if kind == "lr":
-                axes.yaxis.set_major_formatter(lambda value, _: power(round(value, 9)))
+                axes.yaxis.set_major_formatter(lambda value, _: format_power(round(value, 9)))
                 axes.set_ylim(bottom=0)
-            end_labels(axes, ends)
+            label_line_ends(axes, ends)

@@ -1,4 +1,4 @@
-"""What each swept key does to the accuracy."""
+"""The accuracy by the values of each swept key."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from cifar.registry import figures
 from cifar.report.aggregate import Comparison
-from cifar.report.load import show
-from cifar.report.style import BLUE, INK, MUTED, Nothing, log_axis, power
+from cifar.report.formatting import format_power, format_value
+from cifar.report.labels import set_log_axis
+from cifar.report.palette import BLUE, INK, MUTED
+from cifar.report.style import Nothing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = 3
+MAX_COLUMNS = 3
 
 
 @dataclass(frozen=True)
 class Effect:
     key: str
-    ticks: list[str]  # names of the categories; empty on a numeric axis
-    dots: list[tuple[float, float, str]]  # place or value, accuracy in percent, label
-    means: list[tuple[float, float]]  # by value; on a numeric axis only where values repeat
-    log: bool
+    ticks: list[str]  # names of the categories; empty if the axis is numeric
+    dots: list[tuple[float, float, str]]  # position or value, accuracy in percent, label
+    means: list[tuple[float, float]]  # by value; empty if the axis is numeric and values do not repeat
+    is_log: bool
 
 
 @figures.register("effects")
@@ -39,18 +41,18 @@ class Effects:
     )
 
     def select(self, comparison: Comparison) -> list[Effect] | Nothing:
-        effects = [effect for key in comparison.keys if (effect := _effect(key, comparison))]
+        effects = [effect for key in comparison.distinguishing_keys if (effect := _compute_effect(key, comparison))]
         if [effect.key for effect in effects] == ["model"]:
             return Nothing("only the network was swept: the first figure says it all")
         return effects or Nothing("fewer than two values of any key have finished")
 
     def size(self, data: list[Effect]) -> tuple[float, float]:
-        columns = min(COLUMNS, len(data))
+        columns = min(MAX_COLUMNS, len(data))
         names = max((len(tick) for effect in data for tick in effect.ticks), default=0)
-        return max(3.2 * columns, 5.6), math.ceil(len(data) / COLUMNS) * (2.5 + 0.045 * min(names, 24))
+        return max(3.2 * columns, 5.6), math.ceil(len(data) / MAX_COLUMNS) * (2.5 + 0.045 * min(names, 24))
 
     def draw(self, data: list[Effect], figure: Figure) -> None:
-        columns = min(COLUMNS, len(data))
+        columns = min(MAX_COLUMNS, len(data))
         grid = figure.subplots(math.ceil(len(data) / columns), columns, sharey=True, squeeze=False)
         for axes in grid.flat[len(data) :]:
             axes.set_axis_off()
@@ -70,18 +72,20 @@ class Effects:
                 axes.grid(visible=False, axis="x")
             else:
                 axes.plot(*zip(*effect.means, strict=True), color=INK, lw=1.2) if effect.means else None
-                if effect.log:
-                    log_axis(axes.xaxis, power)
+                if effect.is_log:
+                    set_log_axis(axes.xaxis, format_power)
             axes.set_title(effect.key)
         figure.supylabel("accuracy, mean over seeds (%)", size=9, color=MUTED)
 
 
-def _effect(key: str, comparison: Comparison) -> Effect | None:
+def _compute_effect(key: str, comparison: Comparison) -> Effect | None:
     groups: dict[Any, list[tuple[float, str]]] = defaultdict(list)
     for point in comparison.configurations:
         value = point.values.get(key)
         if value is not None:
-            groups[value if isinstance(value, str | int | float) else show(value)].append((100 * point.mean, point.label))
+            groups[value if isinstance(value, str | int | float) else format_value(value)].append(
+                (100 * point.mean, point.label)
+            )
     if len(groups) < 2:
         return None
     mean = {value: statistics.fmean(y for y, _ in dots) for value, dots in groups.items()}
@@ -89,9 +93,9 @@ def _effect(key: str, comparison: Comparison) -> Effect | None:
     if numeric and len(groups) > 2:
         values = sorted(groups)
         dots = [(float(value), y, label) for value in values for y, label in groups[value]]
-        repeats = len(dots) >= 2 * len(values)
-        span = values[0] > 0 and values[-1] / values[0] >= 30
-        return Effect(key, [], dots, [(float(v), mean[v]) for v in values] if repeats else [], span)
+        has_repeats = len(dots) >= 2 * len(values)
+        is_wide_range = values[0] > 0 and values[-1] / values[0] >= 30
+        return Effect(key, [], dots, [(float(v), mean[v]) for v in values] if has_repeats else [], is_wide_range)
     order = sorted(groups) if numeric else sorted(groups, key=lambda value: mean[value])
     shifted = [
         (i + 0.36 * ((j + 0.5) / len(groups[value]) - 0.5), y, label)
@@ -99,4 +103,4 @@ def _effect(key: str, comparison: Comparison) -> Effect | None:
         for j, (y, label) in enumerate(groups[value])
     ]
     means = [(float(i), mean[value]) for i, value in enumerate(order) if len(groups[value]) > 1]
-    return Effect(key, [show(value) for value in order], shifted, means, False)
+    return Effect(key, [format_value(value) for value in order], shifted, means, False)

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from cifar.registry import figures
 from cifar.report.aggregate import Comparison
+from cifar.report.formatting import format_power, shorten_text
+from cifar.report.labels import set_layer_ticks, set_log_axis
 from cifar.report.load import Run
-from cifar.report.style import BLUE, MUTED, RED, Nothing, colours, layer_ticks, log_axis, power, short
+from cifar.report.palette import BLUE, MUTED, RED, ramp_colours
+from cifar.report.style import Nothing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PANELS = 12
-NAMED = 6  # lines of a panel with a legend
+MAX_PANELS = 12
+MAX_NAMED = 6  # a panel with more lines has no legend
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Flow:
     epochs: tuple[int, int]
 
 
-def _values(row: dict[str, Any], metric: str, layers: list[str]) -> list[float]:
+def _read_layers(row: dict[str, Any], metric: str, layers: list[str]) -> list[float]:
     found = [row.get(f"{metric}/{layer}") for layer in layers]
     return [v if isinstance(v, int | float) and math.isfinite(v) and v > 0 else math.nan for v in found]
 
@@ -45,16 +48,16 @@ class GradientFlow:
     )
 
     def select(self, run: Run) -> Flow | Nothing:
-        layers = run.layers("gradient_mean")
+        layers = run.layers_with("gradient_mean")
         rows = [row for row in run.rows if any(f"gradient_mean/{layer}" in row for layer in layers)]
         if not rows:
             return Nothing("the run has no gradient_mean rows (probe gradient_flow was off, or no epoch has ended)")
         first, last = rows[0], rows[-1]
         return Flow(
             layers,
-            _values(first, "gradient_mean", layers) if len(rows) > 1 else [],
-            _values(last, "gradient_mean", layers),
-            _values(last, "gradient_max", layers),
+            _read_layers(first, "gradient_mean", layers) if len(rows) > 1 else [],
+            _read_layers(last, "gradient_mean", layers),
+            _read_layers(last, "gradient_max", layers),
             [i for i, layer in enumerate(layers) if last.get(f"gradient_mean/{layer}") == 0],
             (int(first.get("epoch", 1)), int(last.get("epoch", len(rows)))),
         )
@@ -70,7 +73,7 @@ class GradientFlow:
         axes.plot(where, data.mean, "o-", color=BLUE, ms=4.5, label=f"mean, epoch {data.epochs[1]}")
         if data.first:
             axes.plot(where, data.first, "o--", color=MUTED, ms=3, lw=1, label=f"mean, epoch {data.epochs[0]}")
-        log_axis(axes.yaxis, power)
+        set_log_axis(axes.yaxis, format_power)
         if data.zero:
             at = axes.get_xaxis_transform()
             axes.plot(
@@ -84,7 +87,7 @@ class GradientFlow:
                 label="zero gradient",
                 clip_on=False,
             )
-        layer_ticks(axes.xaxis, data.layers)
+        set_layer_ticks(axes.xaxis, data.layers)
         axes.tick_params(axis="x", rotation=60 if len(data.layers) < 14 else 90, labelsize=7)
         axes.set_ylabel("|gradient| (log)")
         axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
@@ -97,18 +100,19 @@ class Panel:
     lines: list[tuple[str, list[float]]]  # label, gradient norm by layer
 
 
-def _title(model: str, layers: int, several: bool) -> str:
-    """A panel's, of 26 characters; `several`: the family has other panels."""
-    end = f", {layers} layers" if several else ""
-    return short(model, 26 - len(end)) + end
+def _panel_title(model: str, layers: int, has_siblings: bool) -> str:
+    """The title of a panel, at most 26 characters. `has_siblings`: the network has other panels."""
+    end = f", {layers} layers" if has_siblings else ""
+    return shorten_text(model, 26 - len(end)) + end
 
 
-def _differences(model: str, lines: list[tuple[str, list[float]]]) -> list[tuple[str, list[float]]]:
-    """What tells a panel's lines apart: their labels without what all of them share."""
+def _shorten_labels(model: str, lines: list[tuple[str, list[float]]]) -> list[tuple[str, list[float]]]:
+    """The labels of a panel's lines without the parts that all of them share."""
     parts = [re.split(r", (?=\w+=)", label) for label, _ in lines]
     shared = {model, *set.intersection(*map(set, parts))} if len(lines) > 1 else set()
     return [
-        (", ".join(p for p in own if p not in shared) or label, norms) for own, (label, norms) in zip(parts, lines, strict=True)
+        (", ".join(p for p in parts_of_line if p not in shared) or label, norms)
+        for parts_of_line, (label, norms) in zip(parts, lines, strict=True)
     ]
 
 
@@ -126,9 +130,9 @@ class GradientFlowByNetwork:
         for point in comparison.configurations:
             flows = []
             for run in point.runs:
-                metric = next((m for m in ("gradient_norm", "gradient_mean") if run.layers(m)), "")
+                metric = next((m for m in ("gradient_norm", "gradient_mean") if run.layers_with(m)), "")
                 if metric:
-                    flows.append(_values(run.rows[-1], metric, run.layers(metric)))
+                    flows.append(_read_layers(run.rows[-1], metric, run.layers_with(metric)))
             flows = [flow for flow in flows if len(flow) == len(flows[0]) and any(map(math.isfinite, flow))]
             if flows:
                 mean = [statistics.fmean(layer) for layer in zip(*flows, strict=True)]
@@ -137,9 +141,9 @@ class GradientFlowByNetwork:
             return Nothing("no finished run has gradient_norm rows (the probes were off)")
         models = [model for model, _ in panels]
         return [
-            Panel(_title(model, layers, models.count(model) > 1), layers, _differences(model, lines))
+            Panel(_panel_title(model, layers, models.count(model) > 1), layers, _shorten_labels(model, lines))
             for (model, layers), lines in panels.items()
-        ][:PANELS]
+        ][:MAX_PANELS]
 
     def size(self, data: list[Panel]) -> tuple[float, float]:
         columns = min(4, len(data))
@@ -151,14 +155,14 @@ class GradientFlowByNetwork:
         for axes in grid.flat[len(data) :]:
             axes.set_axis_off()
         for axes, panel in zip(grid.flat, data, strict=False):
-            for (label, norms), colour in zip(panel.lines, colours(len(panel.lines)), strict=True):
+            for (label, norms), colour in zip(panel.lines, ramp_colours(len(panel.lines)), strict=True):
                 (line,) = axes.plot(range(1, panel.layers + 1), norms, "o-", color=colour, ms=2.5, lw=1.2, label=label)
                 line.set_gid(f"tip:{label}")
-            if 1 < len(panel.lines) <= NAMED:
+            if 1 < len(panel.lines) <= MAX_NAMED:
                 axes.legend(fontsize=6.5, handlelength=1.2, labelspacing=0.2, borderaxespad=0.2)
             axes.set_title(panel.title, size=8.5)
             axes.set_xticks([1, panel.layers] if panel.layers > 1 else [1])
             if axes is grid[0, 0]:
-                log_axis(axes.yaxis, power)
+                set_log_axis(axes.yaxis, format_power)
         figure.supylabel("gradient norm (log)", size=9)
         figure.supxlabel("layer, input → output", size=9)

@@ -1,4 +1,4 @@
-"""What a run's final evaluation got wrong, from its predictions.npz: the confusion matrix, and the worst mistakes."""
+"""The errors of a run's final evaluation, from predictions.npz: the confusion matrix and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cifar.registry import figures
 from cifar.report.load import Run
-from cifar.report.style import RED, Nothing
+from cifar.report.palette import RED
+from cifar.report.style import Nothing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def read(run: Run) -> dict[str, Any] | Nothing:
-    """The arrays of predictions.npz; never a pickle."""
+def read_predictions(run: Run) -> dict[str, Any] | Nothing:
+    """The arrays of predictions.npz. Pickled objects are refused."""
     import numpy
 
     path = run.path / "predictions.npz"
@@ -31,15 +32,15 @@ def read(run: Run) -> dict[str, Any] | Nothing:
         return Nothing(f"predictions.npz cannot be read ({type(error).__name__})")
 
 
-def names_of(run: Run) -> Sequence[str]:
+def class_names(run: Run) -> Sequence[str]:
     return CLASSES if run.dataset == "cifar10" else [f"class {i}" for i in range(10)]  # the stand-in has its own
 
 
 @dataclass(frozen=True)
 class Counts:
-    share: Any  # (10, 10) percent of each true class
+    percent: Any  # (10, 10) percent of each true class
     accuracy: float  # percent
-    n: int
+    num_images: int
     split: str
     names: Sequence[str]
 
@@ -53,7 +54,7 @@ class Confusion:
     def select(self, run: Run) -> Counts | Nothing:
         import numpy
 
-        data = read(run)
+        data = read_predictions(run)
         if isinstance(data, Nothing):
             return data
         if not len(data["label"]):
@@ -62,7 +63,7 @@ class Confusion:
         numpy.add.at(counts, (data["label"], data["predicted"]), 1)
         share = 100 * counts / numpy.maximum(counts.sum(1, keepdims=True), 1)
         return Counts(
-            share, float(100 * counts.trace() / counts.sum()), int(counts.sum()), str(data.get("split", "")), names_of(run)
+            share, float(100 * counts.trace() / counts.sum()), int(counts.sum()), str(data.get("split", "")), class_names(run)
         )
 
     def size(self, data: Counts) -> tuple[float, float]:
@@ -73,10 +74,10 @@ class Confusion:
 
         axes = figure.subplots()
         axes.grid(visible=False)
-        axes.imshow(data.share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
+        axes.imshow(data.percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
         for row in range(10):
             for column in range(10):
-                value = data.share[row, column]
+                value = data.percent[row, column]
                 weight = "bold" if row == column else "normal"
                 colour = "white" if value > 40 else "#1f2937"  # on a fixed colour map: not the page's ink
                 text = f"{value:.0f}" if value >= 0.5 else "·"
@@ -87,7 +88,7 @@ class Confusion:
         axes.spines[:].set_visible(False)
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
-        axes.set_title(f"{data.accuracy:.1f} % of {data.n:,} {data.split} images are right")
+        axes.set_title(f"{data.accuracy:.1f} % of {data.num_images:,} {data.split} images are right")
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,14 @@ class Mistakes:
     caption = "The images that the network got wrong with the most confidence: what they are, and in red what it said."
 
     def select(self, run: Run) -> list[Mistake] | Nothing:
-        data = read(run)
+        data = read_predictions(run)
         if isinstance(data, Nothing):
             return data
-        names = names_of(run)
-        place = {int(index): i for i, index in enumerate(data["index"])}
+        names = class_names(run)
+        row_of_index = {int(index): i for i, index in enumerate(data["index"])}
         mistakes = []
         for image, index in zip(data["worst_images"], data["worst_index"], strict=True):
-            i = place.get(int(index))
+            i = row_of_index.get(int(index))
             if i is not None and data["label"][i] != data["predicted"][i]:
                 true, predicted = names[data["label"][i]], names[data["predicted"][i]]
                 mistakes.append(Mistake(image.transpose(1, 2, 0), true, predicted, 100 * float(data["confidence"][i])))

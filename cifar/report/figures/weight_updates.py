@@ -1,4 +1,4 @@
-"""How far each update moves each layer, over the whole training."""
+"""The size of each layer's updates over the training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cifar.registry import figures
+from cifar.report.formatting import format_power
+from cifar.report.labels import set_epoch_axis, set_layer_ticks
 from cifar.report.load import Run
-from cifar.report.style import Nothing, epoch_axis, layer_ticks, power
+from cifar.report.style import Nothing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,15 +34,18 @@ class WeightUpdates:
     )
 
     def select(self, run: Run) -> Updates | Nothing:
-        layers = run.layers("update_ratio")
+        layers = run.layers_with("update_ratio")
         rows = [row for row in run.rows if any(f"update_ratio/{layer}" in row for layer in layers)]
         if not rows:
             return Nothing("the run has no update_ratio rows (probe weight_updates was off, or no epoch has ended)")
-        ratio = [[_positive(row.get(f"update_ratio/{layer}")) for row in rows] for layer in layers]
+        ratio = [[_positive_or_nan(row.get(f"update_ratio/{layer}")) for row in rows] for layer in layers]
         seen = sorted(value for line in ratio for value in line if math.isfinite(value))
         if not seen:
             return Nothing("no weight was moved")
-        limits = seen[len(seen) // 50], max(seen[-1 - len(seen) // 50], seen[len(seen) // 50] * 10)  # without the outer 2 %
+        limits = (
+            seen[len(seen) // 50],
+            max(seen[-1 - len(seen) // 50], seen[len(seen) // 50] * 10),
+        )  # without the 2 % at each end
         return Updates(layers, [int(row.get("epoch", i + 1)) for i, row in enumerate(rows)], ratio, limits)
 
     def size(self, data: Updates) -> tuple[float, float]:
@@ -55,17 +60,17 @@ class WeightUpdates:
         norm = LogNorm(*data.limits)
         image = axes.imshow(data.ratio, aspect="auto", norm=norm, cmap="viridis", interpolation="nearest",
                             extent=(data.epochs[0] - 0.5, data.epochs[-1] + 0.5, len(data.layers) - 0.5, -0.5))  # fmt: skip
-        layer_ticks(axes.yaxis, data.layers)
+        set_layer_ticks(axes.yaxis, data.layers)
         axes.tick_params(axis="y", labelsize=7, length=0)
-        epoch_axis(axes, most=10)
+        set_epoch_axis(axes, max_ticks=10)
         bar = figure.colorbar(image, pad=0.02, aspect=35, extend="both")
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
-        few = data.limits[1] / data.limits[0] < 100
-        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value)))
+        is_narrow = data.limits[1] / data.limits[0] < 100
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if is_narrow else (1.0,)))
         bar.ax.yaxis.set_minor_locator(NullLocator())
         bar.set_label("update norm / weight norm (log)")
         bar.outline.set_visible(False)
 
 
-def _positive(value: object) -> float:
+def _positive_or_nan(value: object) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else math.nan

@@ -1,0 +1,198 @@
+"""Commands about results: `report`, `push`."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cifar.cli.completion import complete_sweep_or_run
+from cifar.cli.console import (
+    echo,
+    print_json,
+    print_sentence,
+    print_table,
+    progress_bar,
+    redirect_messages,
+    spinner,
+    warn_of_stand_in,
+)
+from cifar.cli.options import Json, RunsDir, Split
+from cifar.errors import UserError
+from cifar.states import ENDED_STATES
+from cifar.system.terminal import Column
+from cifar.tracking import run_dir
+
+if TYPE_CHECKING:
+    from cifar.integrations.wandb.report import PublishedUrls
+    from cifar.report import ReportResult
+
+
+def report(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN|SWEEP|ENTITY/PROJECT[/SWEEP]", help="[default: the newest sweep]", autocompletion=complete_sweep_or_run
+        ),
+    ] = None,
+    split: Split = "val",
+    budget: Annotated[str, typer.Option("--budget", metavar="MACS", help="name the best below it: 50M, 1.2G, 5e7")] = "",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where the page and the figures go")] = None,
+    runs_dir: RunsDir = None,
+    open_: Annotated[bool, typer.Option("--open", help="show the page in a browser")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="make a report and a workspace on W&B, too")] = False,
+    as_json: Json = False,
+) -> int:
+    """Read runs and draw accuracy against FLOPs: a page, figures, a table. Runs are here, or on W&B.
+
+    Examples:
+
+    `python -m cifar report`
+
+    `python -m cifar report 3k9x2m1p --budget 50M`
+
+    `python -m cifar report --split test`
+
+    `python -m cifar report me/cifar/x7k2m1pq --publish`
+    """
+    runs = run_dir.resolve_runs_dir(runs_dir)
+    with redirect_messages(as_json):
+        result = draw_report(names or [], runs=runs, split=split, budget=budget, out=out)
+        if not as_json:
+            print_report(result, runs)
+        published = None
+        if publish:
+            with spinner("publishing on W&B ..."):
+                published = _publish_report(names or [], result, runs, split)
+            echo(f"on W&B: report {published.report}")
+            echo(f"     workspace {published.workspace}")
+    if as_json:
+        # report.json's keys, and: sweep (id), files (paths), published (null, or the URLs of report and workspace)
+        document = json.loads(next(path for path in result.paths if path.name == "report.json").read_text())
+        for point in document["points"]:
+            point |= {key: round(point[key]) for key in ("macs", "flops")}
+        document |= {"sweep": result.sweep or None, "files": [str(path) for path in result.paths], "published": None}
+        if published:
+            document["published"] = {"report": published.report, "workspace": published.workspace}
+        print_json(document)
+    if open_:
+        webbrowser.open(result.page.as_uri())
+    return 0
+
+
+def draw_report(
+    names: Sequence[str], *, runs: Path, split: str = "val", budget: str = "", out: Path | None = None
+) -> ReportResult:
+    """Read runs, write the page and the figures."""
+    with progress_bar("reading from W&B", "runs") as progress:
+        from cifar import report as reports
+        from cifar.report.formatting import parse_macs
+
+        limit = parse_macs(budget) if budget else None
+        return reports.write_report(names, runs=runs, out=out, split=split, budget=limit, progress=progress)
+
+
+def print_report(result: ReportResult, runs: Path) -> None:
+    """Print the table, the answers, how the best run is repeated, and where the files are."""
+    if result.banner:
+        warn_of_stand_in(f"{result.banner}: these accuracies compare with nothing else.")
+    if result.rows:
+        rows = [[row.get(column) for column in result.columns] for row in result.rows]
+        print_table(result.title, _make_columns(result), rows)
+        echo()
+    for index, note in enumerate(result.notes):
+        print_sentence(note)
+        if index == 0:  # the answer, which names the best
+            _print_best_run(result, runs)
+    for path in result.paths:
+        if path.suffix != ".svg":  # beside each PNG
+            echo(f"{path.suffix[1:]:<5} {path}")
+
+
+def _make_columns(result: ReportResult) -> list[Column]:
+    """The report's columns. Where there is little room, what tells the points apart and the accuracies stay."""
+    extras = {"params M": 5, "time a run": 4, "n": 3, "front": 2}  # name -> which goes first
+    keys = list(result.comparison.points[0].values)  # `model` is the column network
+    columns = []
+    for name in result.columns:
+        if name == "network" or name in keys:
+            is_key = name != "network"
+            columns.append(Column(name, is_number=is_key, drop_order=int(is_key), min_width=8, can_be_shared=True))
+        else:
+            is_shared = name in ("MMACs", "params M", "n")
+            columns.append(Column(name, name != "front", drop_order=extras.get(name, 0), can_be_shared=is_shared))
+    return columns
+
+
+def _print_best_run(result: ReportResult, runs: Path) -> None:
+    if best := result.comparison.best:
+        first, *others = best.runs
+        seeds = f", the first of {len(best.runs)} seeds" if others else ""
+        echo(f"      run {first.id}{seeds}; repeat it: {run_dir.format_repeat_command(first.path, runs)}")
+
+
+def _publish_report(names: Sequence[str], result: ReportResult, runs: Path, split: str) -> PublishedUrls:
+    from cifar.integrations.wandb import report as publishing
+    from cifar.integrations.wandb.paths import parse_wandb_path
+    from cifar.integrations.wandb.upload import find_pushed_sweep
+
+    place = parse_wandb_path(names[0]) if len(names) == 1 and "/" in names[0] else None
+    place = place or (find_pushed_sweep(runs / "sweeps" / result.sweep) if result.sweep else None)
+    if place is None:
+        raise UserError("--publish needs one place on W&B: name ENTITY/PROJECT[/SWEEP], or `push` the sweep first")
+    best = result.comparison.best
+    run = best.runs[0] if best else None
+    metric = next((m for m in ("gradient_norm", "gradient_mean") if run and run.layers_with(m)), "")
+    content = publishing.ReportContent(
+        title=" – ".join(part for part in (result.banner, result.comparison.title) if part),
+        sentences=result.notes,
+        columns=result.columns,
+        rows=result.rows,
+        run_ids=[run.id for point in result.comparison.points for run in point.runs],
+        split=split,
+        layers=[f"{metric}/{layer}" for layer in run.layers_with(metric)] if run and metric else [],
+    )
+    return publishing.publish_report(place, content, result.page.parent / "published.json")
+
+
+def push(
+    name: Annotated[
+        str, typer.Argument(metavar="SWEEP|RUN", help="a sweep's id or name, or a run's", autocompletion=complete_sweep_or_run)
+    ],
+    project: Annotated[str, typer.Option("--project", help="on W&B [default: the file's, else the runs']")] = "",
+    entity: Annotated[str, typer.Option("--entity", help="user or team [default: yours]")] = "",
+    runs_dir: RunsDir = None,
+) -> int:
+    """Make a local sweep a sweep on W&B, with all its runs; send what W&B lacks of a run. Again: only what is new.
+
+    Example: `python -m cifar push 3k9x2m1p --project cifar`
+    """
+    from cifar.integrations.wandb import upload
+    from cifar.sweeps import local
+
+    runs = run_dir.resolve_runs_dir(runs_dir)
+    sweep_id = local.find_sweep_id(name, runs)
+    folder = runs / "sweeps" / sweep_id
+    records = [record for record in run_dir.list_run_dirs(runs) if record.read_json("run").get("sweep") == sweep_id]
+    if not (folder / "sweep.json").exists():
+        records = records or [run_dir.find_run_dir(name, runs)]
+        ended = [record for record in records if record.state in ENDED_STATES]
+        with progress_bar(f"sending {name} to W&B", "runs") as progress:
+            num_sent = upload.push_runs(ended, entity=entity, project=project, progress=progress, on_message=echo)
+        echo(f"{len(ended)} run{'s' * (len(ended) != 1)} of {name} on W&B ({num_sent} sent now)")
+        _print_open_runs([record.id for record in records if record not in ended])
+        return 0
+    with progress_bar(f"sending {sweep_id} to W&B", "runs") as progress:
+        pushed = upload.push_sweep(folder, records, entity=entity, project=project, progress=progress, on_message=echo)
+    echo(f"{len(records) - len(pushed.open_run_ids)} runs of {sweep_id} are on W&B ({pushed.num_sent} sent now): {pushed.url}")
+    _print_open_runs(pushed.open_run_ids)
+    return 0
+
+
+def _print_open_runs(ids: Sequence[str]) -> None:
+    if ids:
+        echo(f"not ended yet, push again later: {', '.join(ids)}")

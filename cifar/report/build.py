@@ -1,0 +1,233 @@
+"""Writes a report: reads runs, compares them, draws the figures, and writes the page, the CSV and the JSON file.
+
+matplotlib is imported when the first figure is drawn. torch is never imported.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar import registry
+from cifar.errors import UserError
+from cifar.report import html as pages
+from cifar.report import style
+from cifar.report.aggregate import Comparison, Point, compare_runs
+from cifar.report.formatting import (
+    format_mega_macs,
+    format_mega_params,
+    format_percent,
+    format_value,
+    pluralize,
+)
+from cifar.report.load import RunCollection, collect_runs, load_run
+from cifar.system.durations import format_duration
+from cifar.tracking.run_dir import write_atomic
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """What a report consists of: files, a table for the terminal (all cells are text), and sentences, the answer first."""
+
+    paths: tuple[Path, ...]
+    title: str
+    columns: tuple[str, ...]
+    rows: list[dict[str, str]]
+    notes: tuple[str, ...]
+    banner: str
+    comparison: Comparison
+    sweep: str = ""  # id of the local sweep, if the report is about one
+
+    @property
+    def page(self) -> Path:
+        return next(path for path in self.paths if path.suffix == ".html")
+
+
+def write_report(
+    names: Sequence[str] = (),
+    *,
+    runs: Path,
+    out: Path | None = None,
+    split: str = "val",
+    budget: float | None = None,
+    command: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> ReportResult:
+    """Compare the named runs and sweeps and write the report into `out`. No name: the newest sweep, or else all runs.
+
+    `out` is by default report/ (for the test split report-test/) in the sweep's folder, in the run's folder if there is one
+    run only, or in `runs`. If nothing can be compared, the result has no columns. `progress` is called with (runs read, runs
+    in all) while runs are read from W&B.
+
+    Raises UserError for an unknown name, and if `out` cannot be written.
+    """
+    collection = collect_runs(names, runs, progress)
+    comparison = compare_runs(collection.runs, split=split, budget=budget, title=collection.title, damaged=collection.damaged)
+    wandb_name = collection.wandb_name.partition("://")[2] or collection.wandb_name
+    wandb_folder = re.sub(r"[^\w.-]+", "_", wandb_name)  # "" unless the runs come from W&B
+    out = out or _default_folder(collection, runs) / ("report-test" if split == "test" else "report") / wandb_folder
+    options = ["--split", "test"] if split == "test" else []
+    options += ["--budget", f"{budget / 1e6:g}M"] if budget else []
+    notes = [*pages.write_sentences(comparison), *_progress_notes(collection, comparison)]
+    command = command or shlex.join(["python", "-m", "cifar", "report", *names, *options])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        paths = [out / "report.html", out / "report.csv", out / "report.json"]
+        sections, drawn = _draw_figures(collection, comparison, out, notes)
+        write_atomic(paths[2], json.dumps(_build_json(comparison, notes), indent=1).encode())
+        if comparison.points:
+            write_atomic(paths[1], _format_csv(comparison).encode())
+        else:
+            paths.pop(1).unlink(missing_ok=True)
+        provenance = pages.describe_provenance(comparison, collection.runs, command)
+        html = pages.render_page(comparison, sections, question=collection.question, notes=notes, provenance=provenance)
+        write_atomic(paths[0], html.encode())
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {out} ({error.strerror or error}); name another place with --out"
+        ) from error
+    rows = [_format_row(comparison, point) for point in comparison.points]
+    title = " – ".join(part for part in (comparison.banner, comparison.subtitle) if part)
+    columns = tuple(rows[0]) if rows else ()
+    return ReportResult((*paths, *drawn), title, columns, rows, tuple(notes), comparison.banner, comparison, collection.sweep)
+
+
+def draw_pictures(run_folder: Path) -> list[Path]:
+    """Draw one run's figures into RUN/pictures/NAME.png. Figures that have nothing to show are left out."""
+    run = load_run(Path(run_folder))
+    paths = []
+    for entry in registry.figures:  # `from cifar.registry import figures` would be hidden by the sub-package of that name
+        if style.get_scope(entry) != "run":
+            continue
+        drawn = style.render_figure(entry, run)
+        if not drawn.problem or drawn.has_failed:
+            paths.append(run.path / "pictures" / f"{entry.name}.png")
+            paths[-1].parent.mkdir(exist_ok=True)
+            write_atomic(paths[-1], style.encode_png(drawn.figure, dpi=120))
+    return paths
+
+
+def _default_folder(collection: RunCollection, runs: Path) -> Path:
+    if collection.sweep:
+        return runs / "sweeps" / collection.sweep
+    return collection.runs[0].path if collection.is_single_run and not collection.wandb_name else runs
+
+
+def _draw_figures(
+    collection: RunCollection, comparison: Comparison, out: Path, notes: list[str]
+) -> tuple[list[pages.Section], list[Path]]:
+    """Draw every figure into `out` -> (sections of the page, files). Problems are appended to `notes`.
+
+    A single run is shown by the figures of a run, everything else by those of a sweep.
+    """
+    sections, paths = [], []
+    for entry in sorted(registry.figures, key=style.sort_key):
+        is_of_run = style.get_scope(entry) == "run"
+        subject = collection.runs[0] if collection.is_single_run else comparison
+        is_wanted = is_of_run == collection.is_single_run and (is_of_run or comparison.has_scores)
+        drawn = style.render_figure(entry, subject) if is_wanted else None
+        if drawn and drawn.has_failed:
+            notes.append(f"{drawn.problem}.")
+        if not drawn or (drawn.problem and entry.name != "accuracy_vs_macs"):
+            for suffix in ("png", "svg"):  # an earlier report's file would look like this one's
+                (out / f"{entry.name}.{suffix}").unlink(missing_ok=True)
+            continue
+        paths += [out / f"{entry.name}.png", out / f"{entry.name}.svg"]
+        write_atomic(paths[-2], style.encode_png(drawn.figure))
+        vector = style.encode_svg(drawn.figure, entry.name)
+        write_atomic(paths[-1], vector.encode())
+        figure_class: Any = entry.builder
+        caption = getattr(figure_class, "caption", "")
+        sections.append(pages.Section(figure_class.title, caption, style.inline_svg(vector, drawn.header_inches)))
+    return sections, paths
+
+
+def _progress_notes(collection: RunCollection, comparison: Comparison) -> list[str]:
+    """How far a sweep has come, and a line for each reason for which runs are excluded."""
+    notes = []
+    num_finished = sum(run.state == "finished" for run in collection.runs)
+    num_running = sum(run.state == "running" for run in collection.runs)
+    if collection.num_cells and num_finished < collection.num_cells:
+        running = f", {num_running} running." if num_running else "."
+        notes.append(f"{num_finished} of {pluralize(collection.num_cells, 'trial')} finished{running}")
+    kinds: dict[str, list[str]] = {}
+    for run in comparison.excluded:
+        kinds.setdefault(run.kind, []).append(run.name if run.name == run.id else f"{run.name} ({run.id})")
+    for kind, names in kinds.items():
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        notes.append(f"Apart, {kind}: {', '.join(names[:5])}{more}.")
+    return notes
+
+
+def _format_row(comparison: Comparison, point: Point) -> dict[str, str]:
+    """A point as a row of the table in the terminal."""
+    row = {"network": point.network_name}
+    row |= {key: format_value(value) for key, value in point.values.items() if key != "model"}
+    row |= {
+        "MMACs": format_mega_macs(point.macs),
+        "params M": format_mega_params(point.params),
+        f"{comparison.split} acc %": format_percent(point.mean),
+        "± 95 %": format_percent(point.ci_half_width),
+        "n": point.num_seeds_text,
+        "time a run": format_duration(point.seconds),
+        "front": "*" if point.on_front else "",
+    }
+    return row
+
+
+def _list_facts(comparison: Comparison) -> list[dict[str, Any]]:
+    """The points for report.csv and report.json. Accuracies are fractions, costs are MACs of one image, times seconds."""
+    return [
+        {
+            "label": point.label,
+            **point.values,
+            "dataset": comparison.banner or "CIFAR-10",
+            "macs": point.macs,
+            "flops": 2 * point.macs,
+            "params": point.params,
+            "views": point.num_views,
+            "n": point.num_seeds,
+            "seeds_not_finished": point.num_lost,
+            f"{comparison.split}/acc": point.mean,
+            "std": point.std,
+            "interval95_half": point.ci_half_width,
+            "seconds": point.seconds,
+            "front": point.on_front,
+            "runs": [run.id for run in point.runs],
+        }
+        for point in comparison.points
+    ]
+
+
+def _format_csv(comparison: Comparison) -> str:
+    text = io.StringIO()
+    facts = _list_facts(comparison)
+    writer = csv.DictWriter(text, list(facts[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "runs": " ".join(row["runs"])} for row in facts)
+    return text.getvalue()
+
+
+def _build_json(comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
+    best = comparison.best
+    return {
+        "schema": 1,
+        "title": comparison.title,
+        "dataset": comparison.banner or "CIFAR-10",
+        "split": comparison.split,
+        "budget": comparison.budget,
+        "shared": comparison.shared_config,
+        "seeds": comparison.seeds,
+        "best": best.label if best else None,
+        "rank_correlation": comparison.macs_rank_correlation,
+        "points": _list_facts(comparison),
+        "apart": [{"id": run.id, "name": run.name, "kind": run.kind, "reason": run.reason} for run in comparison.excluded],
+        "notes": list(notes),
+    }

@@ -1,0 +1,41 @@
+"""Tiny sweeps on the tests' W&B server, commands that talk to it, and runs that have to be there as they were trained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from cifar.tracking.run_dir import RunDir
+from helpers.paths import ROOT
+from helpers.protocol import Server
+
+HEAD = "# Question: which?\nname: tiny\nmethod: grid\nmetric: {name: val/acc, goal: maximize}\n"
+TINY = """  dataset: {value: stand-in}
+  val_size: {value: 200}
+  train_size: {value: 256}
+  batch_size: {value: 64}
+  probes: {value: none}
+  optimizer: {value: sgd}
+"""
+GRID = HEAD + "parameters:\n" + TINY + "  model: {values: [conv4, conv8]}\n  lr: {values: [0.01, 0.02]}\n"
+
+
+def start_command(server: Server, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def assert_as_trained(server: Server, runs: Path, run_id: str, epochs: int) -> None:
+    """The run on the server is the record on disk, to the last digit."""
+    record, run = RunDir(runs / run_id), server.runs[run_id]
+    assert run.rows == list(record.read_rows()) and [row["epoch"] for row in run.rows] == list(range(1, epochs + 1))
+    assert [row["_step"] for row in run.history] == list(range(1, epochs + 1))
+    assert {key: value for key, value in run.config.items() if key != "cifar"} == record.read_json("config")
+    assert run.summary.items() >= {**record.read_json("summary"), "state": record.state}.items()
+    assert run.sweep and run.group == run.sweep == record.read_json("run")["sweep"]
+    assert run.display_name == record.read_json("run")["name"][:128] and any("pictures" in name for name in run.files)

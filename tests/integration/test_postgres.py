@@ -1,0 +1,32 @@
+"""One sweep for many machines: the local backend on a real PostgreSQL server (its agents: test_eight_agents.py)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from cifar.sweeps.local import LocalBackend, Trial
+from helpers.local_sweeps import GRID, claim_trial, create_local_sweep
+
+pytestmark = pytest.mark.slow
+
+
+def test_leases_retries_and_extensions_as_on_a_file(
+    runs: Path, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIFAR_LEASE", "1.0")
+    mine = create_local_sweep(runs, url=postgres_url, text=GRID + "\nrun_cap: 2")
+    theirs = LocalBackend(mine.id, tmp_path / "another machine", postgres_url)
+    trial, other = claim_trial(mine), claim_trial(theirs, "they")
+    assert (trial.cell, other.cell) == (0, 1) and mine.finish_trial(other, "killed") == "interrupted"
+    assert theirs.claim_trial("they") is not None and theirs.claim_trial("they") == "wait"
+    time.sleep(1.2)
+    again = claim_trial(theirs, "they")
+    assert (again.run_id, again.attempt) == (trial.run_id, 2) and mine.heartbeat(trial) == "lost"
+    assert theirs.finish_trial(again, "failed", reason="because") == "failed" and mine.retry_cells() == 1
+    assert claim_trial(mine).attempt == 3
+    larger = tmp_path / "larger.yaml"
+    larger.write_text(GRID + "\nrun_cap: 5\n")
+    assert mine.extend_sweep(larger) == 3 and isinstance(theirs.claim_trial("they"), Trial)

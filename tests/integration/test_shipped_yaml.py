@@ -1,0 +1,65 @@
+"""Every file in experiments/ and sweeps/ resolves and trains two steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar.config.resolve import resolve_config
+from cifar.config.schema import Settings
+from cifar.sweeps import spec
+from cifar.training import run
+from helpers.paths import ROOT
+
+TWO_STEPS: dict[str, Any] = {
+    "dataset": "stand-in", "epochs": 1, "max_steps": 2, "batch_size": 8, "train_size": 64, "val_size": 100, "test": "never",
+    "threads": 1, "probe_every": 1, "max_macs": 0.0,
+}  # fmt: skip
+
+
+def two_steps(settings: Settings, runs: Path) -> None:
+    record = run.create_run(settings, runs)
+    assert run.train_run(settings, record) == "finished"
+    row = next(record.read_rows())
+    assert row["step"] == 2 and 0 <= row["val/acc"] <= 1 and any(key.startswith("gradient_norm/") for key in row)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_experiments_train(path: Path, runs: Path) -> None:
+    two_steps(resolve_config({"experiment": path.stem}, TWO_STEPS), runs)
+
+
+def sweep_files() -> list[Path]:
+    return sorted((ROOT / "sweeps").glob("*.yaml"))
+
+
+def test_there_are_sweeps() -> None:
+    known = {
+        "quickstart",
+        "architectures",
+        "lr_by_architecture",
+        "worksheet1_tuning",
+        "scaling_width_depth",
+        "accuracy_and_macs",
+    }
+    assert known <= {path.stem for path in sweep_files()}
+
+
+@pytest.mark.parametrize("path", sweep_files(), ids=lambda path: path.stem)
+def test_sweeps_bind_every_value(path: Path) -> None:
+    read = spec.read_sweep(path)
+    assert path.read_text().startswith("#"), "a sweep opens with its question"
+    assert spec.check_sweep(read, {}, count=20) in ("cifar10", "auto")
+
+
+@pytest.mark.parametrize("path", sweep_files(), ids=lambda path: path.stem)
+def test_sweeps_train(path: Path, runs: Path) -> None:
+    """The cheapest trial and the dearest one below a GMAC: every kind of part of the file has been built by then."""
+    read = spec.read_sweep(path)
+    trials = spec.list_known_trials(read, count=6) or [spec.sample_trial(read, k, 0) for k in range(6)]
+    bound = [spec.resolve_trial(values, TWO_STEPS) for values in trials]
+    bound = sorted((b for b in bound if run.measure_cost(b).macs < 1e9), key=lambda b: run.measure_cost(b).macs)
+    for settings in (bound[0], bound[-1]):
+        two_steps(settings, runs)

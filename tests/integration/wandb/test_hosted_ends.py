@@ -1,0 +1,105 @@
+"""Signals and kill -9 to what serves a sweep on W&B: the run is whole there in the end, under its own id, each epoch once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar.tracking.run_dir import RunDir
+from helpers.hosted_sweeps import GRID, assert_as_trained, start_command
+from helpers.processes import find_alive, list_descendants, list_workers, wait_for_exit, wait_until
+from helpers.protocol import Run, Server
+
+pytestmark = pytest.mark.slow
+EPOCHS = 100
+
+
+def held_when_mirrored(agent: int, run: Run, runs: Path) -> int:
+    """The worker, stopped early in its run (SIGSTOP), once W&B has some of its rows."""
+    wait_until(lambda: len(list(RunDir(runs / run.id).read_rows())) >= 3, 60)
+    (worker,) = list_workers(agent)
+    os.kill(worker, signal.SIGSTOP)
+    wait_until(lambda: len(run.rows) >= 2, 60)
+    return worker
+
+
+def trained(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith("system/")} for row in rows]
+
+
+@pytest.mark.parametrize("victim", ["cifar.agent.worker", "cifar.sidecar"])
+def test_a_killed_worker_or_mirror_costs_its_run_nothing(
+    wandb_server: Server, runs: Path, tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + f"  epochs: {{value: {EPOCHS}}}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    process = start_command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
+    run = wait_until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    worker = held_when_mirrored(process.pid, run, runs)
+    (killed,) = [pid for pid in list_descendants(process.pid) if victim.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    mine = list_descendants(killed) | {killed}  # a mirror's wandb-core too
+    os.kill(killed, signal.SIGKILL)
+    if worker != killed:
+        os.kill(worker, signal.SIGCONT)
+    wait_until(lambda: not find_alive(mine), 5)
+    code, output = wait_for_exit(process)
+    assert code == 0 and list(wandb_server.runs) == [run.id], output
+    if victim == "cifar.sidecar":
+        sweep = wandb_server.only_sweep()
+        assert run.state == "finished" and len(run.rows) < EPOCHS, "its agent told the end; the rest nobody could tell"
+        assert f"python -m cifar push {sweep.id}" in output
+        code, output = wait_for_exit(start_command(wandb_server, "-m", "cifar", "push", sweep.id))
+        assert code == 0, output
+    assert run.state == "finished" and RunDir(runs / run.id).state == "finished"
+    assert [row["epoch"] for row in run.rows] == [row["_step"] for row in run.history] == list(range(1, EPOCHS + 1))
+    # epochs after the last checkpoint are trained again, to the bit; their times are those of the first time
+    assert trained(run.rows) == trained(RunDir(runs / run.id).read_rows())
+
+
+@pytest.mark.parametrize(("number", "code", "state"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "preempted")])
+def test_an_agent_that_is_told_to_end_gives_its_run_back(
+    wandb_server: Server, runs: Path, tmp_path: Path, number: int, code: int, state: str
+) -> None:
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 60}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    process = start_command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
+    run = wait_until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    wait_until(lambda: RunDir(runs / run.id).read_json("status").get("epoch", 0) >= 5, 60)
+    process.send_signal(number)
+    got, output = wait_for_exit(process)
+    assert got == code and RunDir(runs / run.id).state == state and run.state == "preempted", output
+    sweep = wandb_server.only_sweep()
+    assert sweep.requeued == [run.id]
+    got, output = wait_for_exit(start_command(wandb_server, "-m", "cifar", "agent", sweep.id, "--workers", "1"))
+    assert got == 0 and list(wandb_server.runs) == [run.id] and run.state == "finished", output
+    assert_as_trained(wandb_server, runs, run.id, 60)
+
+
+def test_a_killed_agent_leaves_nothing_behind_and_its_run_can_be_finished(
+    wandb_server: Server, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + f"  epochs: {{value: {EPOCHS}}}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    process = start_command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
+    run = wait_until(lambda: next(iter(wandb_server.runs.values()), None), 60)
+    worker = held_when_mirrored(process.pid, run, runs)
+    mine = list_descendants(process.pid)
+    assert len(mine) >= 3, "worker, mirror and wandb-core"
+    process.kill()
+    os.kill(worker, signal.SIGCONT)
+    process.wait()
+    wait_until(lambda: not find_alive(mine), 5)
+    assert RunDir(runs / run.id).state == "running"
+
+    # W&B hands out no run twice; here it goes on by hand, and under its id
+    code, output = wait_for_exit(start_command(wandb_server, "-m", "cifar", "train", "--resume", run.id, "--wandb", "online"))
+    assert code == 0 and list(wandb_server.runs) == [run.id] and run.state == "finished", output
+    assert [row["epoch"] for row in run.rows] == [row["_step"] for row in run.history] == list(range(1, EPOCHS + 1))
+    assert trained(run.rows) == trained(RunDir(runs / run.id).read_rows())

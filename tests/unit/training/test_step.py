@@ -1,0 +1,107 @@
+"""The maths of training against plain, slow computations of the same thing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar.training.ema import ExponentialMovingAverage
+from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy, evaluate
+from cifar.training.step import EpochMeter, ForwardOptions, forward
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, 10))
+
+
+def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(n, 3, 32, 32), torch.randint(10, (n,))) for n in sizes]
+
+
+def test_the_meter_weighs_batches_by_their_size() -> None:
+    meter, seen, at = EpochMeter(torch.device("cpu")), batches([7, 3]), torch.zeros(1, dtype=torch.int64)
+    logits = [torch.randn(len(labels), 10) for _, labels in seen]
+    for (_, labels), out in zip(seen, logits, strict=True):
+        meter.update(F.cross_entropy(out, labels), (out.argmax(1) == labels).sum(), len(labels), at)
+    loss, accuracy = meter.read_and_reset()
+    everything, labels = torch.cat(logits), torch.cat([labels for _, labels in seen])
+    assert abs(loss - F.cross_entropy(everything, labels).item()) < 1e-6
+    assert abs(accuracy - (everything.argmax(1) == labels).double().mean().item()) < 1e-9
+    assert meter.read_and_reset() == (0.0, 0.0)  # reading starts again
+
+
+def test_evaluation_counts_every_image_once_and_leaves_the_statistics_alone() -> None:
+    net, data = small_net(), batches([5, 5, 2])
+    before = copy.deepcopy(net.state_dict())
+    logits, labels = evaluate(net, data, autocast=contextlib.nullcontext())
+    assert logits.shape == (12, 10) and torch.equal(labels, torch.cat([y for _, y in data]))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    net.eval()
+    expected = net(torch.cat([x for x, _ in data]))
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert compute_loss_and_accuracy(logits, labels)[1] == (logits.argmax(1) == labels).double().mean().item()
+
+
+def test_views_are_weighted_means_that_sum_to_one() -> None:
+    class Mean(nn.Module):  # the logits of a constant image do not depend on the view
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((1, 2, 3))[:, None].expand(-1, 10)
+
+    image = torch.full((2, 3, 32, 32), 0.7)
+    for passes, view in VIEWS.values():
+        assert torch.allclose(view(Mean(), image), torch.full((2, 10), 0.7)), passes
+
+    calls = []
+
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(x)
+            return torch.zeros(len(x), 10)
+
+    for passes, view in VIEWS.values():
+        calls.clear()
+        view(Counting(), torch.randn(2, 3, 32, 32))
+        assert len(calls) == passes
+
+
+def test_flipping_the_image_does_not_change_the_flip_view() -> None:
+    net = small_net().eval()
+    image = torch.randn(3, 3, 32, 32)
+    _, view = VIEWS["flip"]
+    assert torch.allclose(view(net, image), view(net, image.flip(-1)), atol=1e-5)
+
+
+def test_the_average_follows_its_recurrence() -> None:
+    net = small_net()
+    averaged = copy.deepcopy(net)
+    average = ExponentialMovingAverage(net, averaged, decay=0.9)
+    expected = {k: v.clone().double() for k, v in net.state_dict().items()}
+    for t in range(30):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.randn_like(p))
+        average.update()
+        decay = min(0.9, (1 + t) / (10 + t))
+        for k, v in net.state_dict().items():
+            expected[k] = decay * expected[k] + (1 - decay) * v.double() if v.is_floating_point() else v.double()
+    for k, v in averaged.state_dict().items():
+        assert torch.allclose(v.double(), expected[k], atol=1e-5), k
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["labels", "shares"])
+def test_the_loss_is_torchs_with_smoothed_labels(shares: bool) -> None:
+    net, ((images, labels),) = small_net().eval(), batches([6])
+    targets = torch.randn(6, 10).softmax(1) if shares else labels
+    for smoothing in (None, 0.1):
+        options = ForwardOptions(None if smoothing is None else torch.tensor(smoothing))
+        loss, correct, _ = forward(net, images, targets, labels, options)
+        expected = F.cross_entropy(net(images), targets, label_smoothing=smoothing or 0.0)
+        assert torch.allclose(loss, expected, rtol=1e-6)
+        assert correct == (net(images).argmax(1) == labels).sum()
