@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""Errors that are meant for the user, and the words that messages share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class DiskFullError(UserError):
-    """No space is left; what was begun can go on once there is some."""
+    """No space is left on the disk. The run can go on once there is some."""
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 _FREE_SPACE = "free some space, or name another place with --runs-dir"
-_OTHER_PLACE = "name another place with --runs-dir, or mend this one"
+_OTHER_PLACE = "name another place with --runs-dir, or repair this one"
 _DISK_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE_SPACE),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), _OTHER_PLACE),

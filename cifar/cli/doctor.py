@@ -67,7 +67,8 @@ def _check_gpu() -> Check:
     if torch.backends.mps.is_available():
         return Check("GPU", "ok", "Apple MPS")
     advice = "none is needed; if there is an NVIDIA GPU, `nvidia-smi` and the CUDA build of PyTorch have to agree"
-    return Check("GPU", "note", f"none; the CPU with {torch.get_num_threads()} threads", advice)
+    threads = torch.get_num_threads()
+    return Check("GPU", "note", f"none; the CPU with {threads} thread{'s' * (threads > 1)}", advice)
 
 
 def _check_dataset(data_dir: Path | None) -> Check:
@@ -80,7 +81,7 @@ def _check_dataset(data_dir: Path | None) -> Check:
             return Check("CIFAR-10", "note", "not here", advice)
         images = data.load_dataset("cifar10", data_dir)
     except UserError as error:
-        return Check("CIFAR-10", "bad", str(error), "mend or remove what is named")
+        return Check("CIFAR-10", "bad", str(error), "repair or remove what is named")
     return Check(
         "CIFAR-10", "ok", f"{place}, {len(images.train_labels):,} + {len(images.test_labels):,} images, MD5s as published"
     )

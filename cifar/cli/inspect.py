@@ -68,10 +68,10 @@ def models(
         print_json({"device": str(torch_device), "models": networks})
         return 0
     columns = (
-        Column("model", min_width=12),
+        Column("model", min_width=max(len(name) for name, *_ in rows)),  # names are whole, other names of the same are not
         Column("parameters", is_number=True),
         Column("MACs", is_number=True),
-        Column("FLOPs", is_number=True, drop_order=1),
+        Column("FLOPs", is_number=True, drop_order=1, is_extra=True),
         Column("µs an image", is_number=True),
         Column("MACs verified", drop_order=2, can_be_shared=True),
         Column("keys", min_width=20, wraps=True),
@@ -327,7 +327,8 @@ def describe_device(device: torch.device) -> str:
     """A device in words."""
     import torch
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _format_ms(seconds: float) -> str:

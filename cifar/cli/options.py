@@ -1,4 +1,4 @@
-"""The options that several commands share: their types, names and help. And the options that travel together."""
+"""Options that several commands have: their types, names and help."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ Pack = Annotated[
 TimeLimit = Annotated[
     str, typer.Option("--time-limit", metavar="TIME", help="wall time, as in 50m or 2h: what runs at its end is given back")
 ]
-Split = Annotated[Literal["val", "test"], typer.Option("--split", help="test: only runs that scored it, apart")]
+Split = Annotated[Literal["val", "test"], typer.Option("--split", help="test: a report of the runs that scored the test set")]
 SweepId = Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=complete_sweep)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document, and messages to stderr")]
 

@@ -80,7 +80,7 @@ def report(
             document["published"] = {"report": published.report, "workspace": published.workspace}
         print_json(document)
     if open_:
-        webbrowser.open(result.page.as_uri())
+        webbrowser.open(result.page.resolve().as_uri())
     return 0
 
 
@@ -115,16 +115,25 @@ def print_report(result: ReportResult, runs: Path) -> None:
 
 def _make_columns(result: ReportResult) -> list[Column]:
     """The report's columns. Where there is little room, what tells the points apart and the accuracies stay."""
-    extras = {"params M": 5, "time a run": 4, "n": 3, "front": 2}  # name -> which goes first
+    drop_orders = {"params M": 5, "time a run": 4, "n": 3, "front": 2}
+    network_width = max(len(row["network"]) for row in result.rows)
     keys = list(result.comparison.points[0].values)  # `model` is the column network
     columns = []
     for name in result.columns:
         if name == "network" or name in keys:
             is_key = name != "network"
-            columns.append(Column(name, is_number=is_key, drop_order=int(is_key), min_width=8, can_be_shared=True))
+            min_width = 8 if is_key else network_width
+            columns.append(Column(name, is_number=is_key, drop_order=int(is_key), min_width=min_width, can_be_shared=True))
         else:
-            is_shared = name in ("MMACs", "params M", "n")
-            columns.append(Column(name, name != "front", drop_order=extras.get(name, 0), can_be_shared=is_shared))
+            columns.append(
+                Column(
+                    name,
+                    is_number=name != "front",
+                    drop_order=drop_orders.get(name, 0),
+                    is_extra=name == "params M",
+                    can_be_shared=name in ("MMACs", "params M", "± 95 %", "n"),
+                )
+            )
     return columns
 
 

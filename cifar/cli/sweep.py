@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from cifar.sweeps.local import LocalBackend
     from cifar.sweeps.spec import Sweep
 
-sweeps_app = typer.Typer(help="List, look into, stop, repeat and extend sweeps.")
+sweeps_app = typer.Typer(help="List, inspect, stop, retry and extend sweeps.")
 
 
 def sweep(

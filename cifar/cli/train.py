@@ -26,7 +26,7 @@ from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs, RunsDir
 from cifar.errors import UserError, name_program
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES, OPEN_RUN_STATES
 from cifar.system.durations import format_duration
-from cifar.system.terminal import Column
+from cifar.system.terminal import Column, Short
 from cifar.tracking import run_dir
 
 if TYPE_CHECKING:
@@ -207,10 +207,13 @@ def _print_config(layers: Layers, *, with_cost: bool, as_json: bool = False) -> 
         (
             Column("key"),
             Column("value", min_width=12),
-            Column("from", min_width=16),
-            Column("meaning", min_width=20, wraps=True),
+            Column("from", min_width=12),
+            Column("meaning", min_width=24, wraps=True),
         ),
-        [(key, "" if value is None else value, origin, meaning) for key, value, origin, meaning in rows],
+        [
+            (key, "" if value is None else value, Short(origin, Path(origin).name), meaning)
+            for key, value, origin, meaning in rows
+        ],
     )
     if with_cost:
         with spinner("counting MACs ..."):

@@ -34,7 +34,7 @@ class Settings(BaseModel):
     )
     test: Literal["never", "final"] = Field("never", description="final: score the test set once, after the last epoch")
     model: str = Field("worksheet1", description="a name of `python -m cifar models`")
-    optimizer: str = Field("adam", description="sgd, adam, adamw, muon, or a plug-in")
+    optimizer: str = Field("adam", description="a registered optimizer: sgd, adam, adamw, muon, or a plug-in")
     schedule: str = Field("constant", description="how lr moves with progress: cosine, linear, onecycle, step, ...")
     probes: str = Field("all", description="all, none, or names separated by commas")
     epochs: int = Field(25, ge=1, description="passes over the training images")

@@ -166,8 +166,10 @@ def pareto_front(metrics: Sequence[Metric], points: Sequence[Sequence[float]]) -
 def find_non_dominated(costs: Sequence[tuple[float, ...]]) -> list[int]:
     """The indices of the points that no other point dominates. Less is better in every coordinate; equal points all stay."""
     front: list[int] = []
-    for n in sorted(range(len(costs)), key=lambda n: costs[n]):  # only an earlier point of this order can dominate
+    for n in sorted(range(len(costs)), key=lambda n: costs[n]):  # only an earlier point in this order can dominate
         cost = costs[n]
-        if not any(costs[m] != cost and all(a <= b for a, b in zip(costs[m], cost, strict=True)) for m in reversed(front)):
+        # With two coordinates the last point of the front has the smallest second one, so the others need no comparison.
+        rivals = front[-1:] if len(cost) == 2 else front
+        if not any(costs[m] != cost and all(a <= b for a, b in zip(costs[m], cost, strict=True)) for m in rivals):
             front.append(n)
     return sorted(front)

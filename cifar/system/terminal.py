@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GAP = 2  # spaces between two columns
+NO_VALUES = ("", "–", "-")  # cells that say nothing
 MIN_TEXT_WIDTH = 6  # characters of a text column that are kept where nothing else helps
 
 
@@ -121,7 +122,13 @@ def fit_table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], width: i
         dropped.append(max(candidates, key=lambda index: (columns[index].drop_order, index)))
         kept.remove(dropped[-1])
     widths = _share_room(natural, least, width) if _total(least) <= width else _squeeze_text(columns, least, width)
-    return _lay_out(columns, texts, widths, {k: v for k, v in shared.items() if v}, [columns[i].name for i in sorted(dropped)])
+    return _lay_out(
+        columns,
+        texts,
+        widths,
+        {name: text for name, text in shared.items() if text not in NO_VALUES},
+        [columns[i].name for i in sorted(dropped)],
+    )
 
 
 def format_shared(shared: Mapping[str, str]) -> str:
@@ -140,7 +147,7 @@ def _find_shared(columns: Sequence[Column], texts: Sequence[Sequence[str]]) -> d
 
 
 def _says_something(texts: Sequence[Sequence[str]], index: int) -> bool:
-    return not texts or any(row[index] for row in texts)
+    return not texts or any(row[index] not in NO_VALUES for row in texts)
 
 
 def _natural_widths(columns: Sequence[Column], texts: Sequence[Sequence[str]], kept: Iterable[int]) -> dict[int, int]:

@@ -83,5 +83,6 @@ def test_a_pipe_gets_all_of_it() -> None:
 
 
 def test_a_column_that_is_empty_is_no_column() -> None:
+    assert fit_table([Column("a"), Column("± 95 %", can_be_shared=True)], [["x", "–"], ["y", "–"]], 80).lines == ["a", "x", "y"]
     assert fit_table([Column("a"), Column("b")], [["x", None], ["y", ""]], 80).lines == ["a", "x", "y"]
     assert fit_table([Column("a"), Column("b")], [], 80).lines == ["a  b"]
