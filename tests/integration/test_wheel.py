@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_python(installed: Path, runs: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+def run_python(installed: Path, runs: Path, tmp_path: Path) -> Callable[..., str]:
     """Runs `python ARGUMENTS` in a folder of its own, where the wheel is the only `cifar`."""
 
     def run(*arguments: str, folder: str = "empty") -> str:
@@ -58,7 +59,7 @@ def run_python(installed: Path, runs: Path, tmp_path: Path):  # type: ignore[no-
     return run
 
 
-def test_the_wheel_knows_its_experiments(run_python, installed: Path, runs: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_wheel_knows_its_experiments(run_python: Callable[..., str], installed: Path, runs: Path) -> None:
     assert run_python("-c", "import cifar; print(cifar.__file__)").strip() == str(installed / "cifar/__init__.py")
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert run_python("-m", "cifar", "--version") == f"cifar {version}\n"
@@ -69,7 +70,7 @@ def test_the_wheel_knows_its_experiments(run_python, installed: Path, runs: Path
     assert record.read_json("config")["experiment"] == record.read_json("config")["model"] == "worksheet1"
 
 
-def test_the_installed_command_runs_the_quickstart_by_name(run_python, installed: Path, runs: Path) -> None:  # type: ignore[no-untyped-def]
+def test_the_installed_command_runs_the_quickstart_by_name(run_python: Callable[..., str], installed: Path, runs: Path) -> None:
     options = ["--dataset", "stand-in", "--wandb", "disabled", "--workers", "1", *SETS]
     output = run_python(str(installed / "bin/cifar"), "sweep", "quickstart", *options)
     assert "7 finished" in output and len(list(runs.glob("*/weights.pt"))) == 7, output
@@ -77,7 +78,7 @@ def test_the_installed_command_runs_the_quickstart_by_name(run_python, installed
     assert "7 trials" in run_python(str(installed / "bin/cifar"), "sweep", "sweeps/quickstart.yaml", "--dry-run", *options)
 
 
-def test_its_sweep_runs_under_the_plain_agent(run_python, wandb_server: Server, runs: Path) -> None:  # type: ignore[no-untyped-def]
+def test_its_sweep_runs_under_the_plain_agent(run_python: Callable[..., str], wandb_server: Server, runs: Path) -> None:
     """Of what a sweep on W&B says, `command:` alone is used; `program:` names a file that is in no folder here."""
     run_python("-m", "cifar", "sweep", "quickstart", "--dataset", "stand-in", "--no-agent", *SETS)
     sweep = wandb_server.only_sweep()
