@@ -34,6 +34,9 @@ def read_series(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) ->
     return [epoch for epoch, _ in pairs], [value for _, value in pairs]
 
 
+series = read_series  # old name, for plug-ins
+
+
 @dataclass(frozen=True)
 class Line:
     label: str

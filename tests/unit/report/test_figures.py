@@ -256,3 +256,13 @@ def texts(drawn: style.DrawnFigure) -> str:
     from matplotlib.text import Text
 
     return " ".join(text.get_text() for text in drawn.figure.findobj(Text)).replace("\n", "")
+
+
+def test_old_names_stay_importable_for_figure_plugins() -> None:
+    from cifar.report import aggregate, load, points, runs
+    from cifar.report.figures import curves
+
+    assert points.Comparison is aggregate.Comparison and points.Point is aggregate.Point and runs.Run is load.Run
+    assert curves.series is curves.read_series
+    assert [runs.seconds_text(s) for s in (None, 9.94, 1234.5)] == ["–", "9.9", "1,234"]
+    assert runs.count(2, "run") == "2 runs" and runs.show(0.5) == "0.5"
