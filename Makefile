@@ -2,7 +2,7 @@
 # make report       draw what is in ./runs again                                   [RUNS="id id ..."]
 # make data         find CIFAR-10, or download it, and verify it
 # make test         the tests (minutes)
-# make check        what CI runs: lint, types, tests
+# make check        lint, types, tests; CI also runs make docs and make test-slow
 # make lint, types  ruff; mypy --strict
 # make bench        what is timed, as far as this machine can; benchmarks/results   [ARGS="--only 4 5", "--list"]
 # make docs         the documentation as HTML pages in docs/_build/html; warnings are errors

@@ -16,6 +16,9 @@ class DiskFullError(UserError):
     """No space is left on the disk. The run can go on once there is some."""
 
 
+DiskFull = DiskFullError  # old name, for plug-ins
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the most similar known names, up to three, then all of them."""
     known = sorted(known)
@@ -24,6 +27,9 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     if not similar:
         return listed
     return f"did you mean {' or '.join([', '.join(similar[:-1])] * (len(similar) > 1) + similar[-1:])}? ({listed})"
+
+
+choices = did_you_mean  # old name, for plug-ins
 
 
 def program_name() -> str:

@@ -49,3 +49,8 @@ FROM_WANDB: dict[str, RunState] = {  # W&B's word -> ours, for a run whose mirro
     "failed": "failed",
     "finished": "stopped",  # our own status is missing on W&B, so it did not come to its own end
 }
+
+
+def pack_failure_reason(reason: str, pack_size: int) -> str:
+    """The reason of a trial that was trained side by side with others when one of them failed."""
+    return f"side by side with {pack_size - 1} others: {reason}"

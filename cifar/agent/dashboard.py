@@ -83,6 +83,7 @@ class Dashboard(Protocol):
     """Where lines and the board are displayed."""
 
     def print_line(self, text: str) -> None: ...
+    def print_epoch_line(self, text: str) -> None: ...  # what the board shows, too
     def show_board(self, board: Board) -> None: ...
     def close(self) -> None: ...
 
@@ -92,6 +93,8 @@ class LineDashboard:
 
     def print_line(self, text: str) -> None:
         print(name_program(text), flush=True)
+
+    print_epoch_line = print_line
 
     def show_board(self, board: Board) -> None: ...
     def close(self) -> None: ...

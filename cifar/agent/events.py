@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cifar.agent.dashboard import BestTrial, Board, Dashboard, Row, format_metric, name_trial
-from cifar.agent.failures import FailureTracker, exit_code_event, pack_failure_reason
+from cifar.agent.failures import FailureTracker, exit_code_event
 from cifar.agent.packing import Packer
 from cifar.agent.worker_process import Assignment, WorkerProcess
 from cifar.sidecar import SidecarHandle
-from cifar.states import CONCLUSIVE_STATES, FAILURE_STATES, GIVEN_BACK_STATES
+from cifar.states import CONCLUSIVE_STATES, FAILURE_STATES, GIVEN_BACK_STATES, pack_failure_reason
 from cifar.sweeps.backend import Backend, Trial
 from cifar.system.disk import DiskSpaceGate
 from cifar.system.signals import TimeLimit
@@ -161,7 +161,7 @@ class EventHandler:
     def _show_epoch(self, trial: Trial, row: Row, event: Mapping[str, Any]) -> None:
         row.epoch, row.value, row.images_per_second = event["epoch"], event["value"], event["images_per_second"]
         row.fraction = row.epoch / row.epochs
-        self.dashboard.print_line(
+        self.dashboard.print_epoch_line(
             f"trial {trial.cell:03d} epoch {row.epoch}/{row.epochs}: {self._format_value(row.value)}, "
             f"{row.images_per_second:,.0f} images/s"
         )

@@ -23,11 +23,6 @@ def exit_code_event(code: int) -> dict[str, Any]:
     return {"state": "failed", "cause": f"exit code {code}", "reason": f"its process ended with code {code}"}
 
 
-def pack_failure_reason(reason: str, pack_size: int) -> str:
-    """The reason of a trial that was trained side by side with others when one of them failed."""
-    return f"side by side with {pack_size - 1} others: {reason}"
-
-
 class FailureTracker:
     """Failures of this agent: which worker slot met which cause in which cell, and how many came in a row."""
 

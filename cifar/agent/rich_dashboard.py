@@ -38,8 +38,10 @@ class RichDashboard:
         self.board: Board | None = None
 
     def print_line(self, text: str) -> None:
-        if " epoch " not in text:  # the table shows it
-            self.live.console.print(escape(name_program(text)), highlight=False)
+        self.live.console.print(escape(name_program(text)), highlight=False)
+
+    def print_epoch_line(self, text: str) -> None:
+        pass  # the table shows it
 
     def show_board(self, board: Board) -> None:
         self.board = board

@@ -110,8 +110,8 @@ class Worker:
 
     def _describe_failure(self, trial: dict[str, Any], error: Exception, pack_size: int) -> dict[str, Any]:
         """The content of the event "ended" of a trial whose training has raised an error."""
-        from cifar.agent.failures import pack_failure_reason
         from cifar.errors import UserError
+        from cifar.states import pack_failure_reason
         from cifar.system.disk import is_caused_by_full_disk
         from cifar.training.run import describe_out_of_memory
 

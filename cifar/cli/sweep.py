@@ -92,12 +92,12 @@ def sweep(
     agent_options = AgentOptions(count, workers, gpus, per_gpu, pack, _parse_time_limit(time_limit), storage or "", wandb)
     _check_agent_options(agent_options)
     paths = PathOptions(data_dir, runs_dir)
-    with contextlib.ExitStack() as early:
+    with contextlib.ExitStack() as exit_stack:
         if not (no_agent or dry_run):
             _refuse_torchrun()
             from cifar.agent.worker_process import prestart_worker
 
-            early.enter_context(prestart_worker())
+            exit_stack.enter_context(prestart_worker())
         name = _create_sweep(file, options, agent_options, paths)
         if not name:  # --dry-run
             return 0
@@ -308,7 +308,7 @@ def list_sweeps(runs_dir: RunsDir = None, as_json: Json = False) -> int:
     sweeps: list[dict[str, Any]] = []
     with redirect_messages(as_json):
         for info in local.list_sweeps(runs):
-            about = {key: info[key] for key in ("id", "name", "method", "dataset")} | {"engine": "local", "place": None}
+            about = {key: info[key] for key in ("id", "name", "method", "dataset")} | {"engine": "local", "wandb_path": None}
             try:
                 counts = local.LocalBackend(info["id"], runs).count_states()
                 sweeps.append({**about, "trials": counts, "error": ""})
@@ -317,7 +317,7 @@ def list_sweeps(runs_dir: RunsDir = None, as_json: Json = False) -> int:
         for folder in sorted(path.parent for path in (runs / "sweeps").glob("*/wandb.json")):
             if not (folder / "sweep.json").exists():
                 about = {"id": folder.name, "name": "", "method": "", "dataset": "", "engine": "wandb"}
-                sweeps.append({**about, "place": _find_wandb_place(folder), "trials": {}, "error": ""})
+                sweeps.append({**about, "wandb_path": _find_wandb_path(folder), "trials": {}, "error": ""})
     if as_json:
         print_json({"sweeps": sweeps})
         return 0
@@ -325,7 +325,7 @@ def list_sweeps(runs_dir: RunsDir = None, as_json: Json = False) -> int:
     for each in sweeps:
         counts_text = ", ".join(f"{n} {state}" for state, n in each["trials"].items())
         is_hosted = each["engine"] == "wandb"
-        last = each["place"] if is_hosted else each["error"] or counts_text
+        last = each["wandb_path"] if is_hosted else each["error"] or counts_text
         rows.append((each["id"], each["name"], "on W&B" if is_hosted else each["method"], each["dataset"], last))
     columns = (
         Column("sweep"),
@@ -441,12 +441,14 @@ def _open_local(name: str, storage: str | None, runs: Path) -> LocalBackend:
     sweep_id = local.find_sweep_id(name, runs)
     folder = runs / "sweeps" / sweep_id
     if (folder / "wandb.json").exists() and not (folder / "sweep.json").exists():
-        place = _find_wandb_place(folder)
-        raise UserError(f"sweep {sweep_id} is W&B's: look at it and stop it there; `python -m cifar report {place}` reads it")
+        wandb_path = _find_wandb_path(folder)
+        raise UserError(
+            f"sweep {sweep_id} is W&B's: look at it and stop it there; `python -m cifar report {wandb_path}` reads it"
+        )
     return local.LocalBackend(sweep_id, runs, storage or "")
 
 
-def _find_wandb_place(folder: Path) -> str:
+def _find_wandb_path(folder: Path) -> str:
     """ENTITY/PROJECT/ID of the sweep on W&B that this folder belongs to."""
-    place = run_dir.read_json(folder / "wandb.json")
-    return "/".join(str(place.get(part, "")) for part in ("entity", "project", "id"))
+    notes = run_dir.read_json(folder / "wandb.json")
+    return "/".join(str(notes.get(part, "")) for part in ("entity", "project", "id"))

@@ -65,7 +65,7 @@ def flatten_values(values: Mapping[str, Any], where: str = "") -> dict[str, Any]
 _TYPE_ADVICE = {"bool_type": "write true or false", "int_type": "write a whole number", "float_type": "write a number"}
 
 
-def format_value(value: Any) -> str:
+def format_name_value(value: Any) -> str:
     """A value as text for the name of a run or a trial: a float with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -143,16 +143,16 @@ def parse_probe_names(chosen: str) -> list[str]:
 def _select_entries(values: Mapping[str, Any]) -> list[Entry]:
     """The registered model, optimizer, schedule and probes that `values` choose, in this order. Missing ones: the defaults."""
     default = {name: field.default for name, field in Settings.model_fields.items()}
-    picked = []
+    selected = []
     for kind, known in PART_REGISTRIES.items():
         name = values.get(kind, default[kind])
         if not isinstance(name, str):
             raise UserError(f"{kind}: expected a name, got {name!r}")
-        picked.append(known[name])
+        selected.append(known[name])
     names = values.get("probes", default["probes"])
     if not isinstance(names, str):
         raise UserError(f"probes: expected 'all', 'none' or names separated by commas, got {names!r}")
-    return picked + [registry.probes[name] for name in parse_probe_names(names)]
+    return selected + [registry.probes[name] for name in parse_probe_names(names)]
 
 
 @functools.lru_cache(maxsize=256)

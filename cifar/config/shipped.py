@@ -24,7 +24,10 @@ def find_shipped(kind: str, name: str) -> Path | None:
     """The file of a shipped experiment or sweep by its name, as in `shipped_names`; None where there is none.
 
     Also by its path in a checkout: `sweeps/quickstart.yaml` is the shipped file in any folder that has none of that name.
+    A bare `quickstart.yaml` is a file of the current folder only, so that a wrong folder is noticed.
     """
+    if name.endswith(".yaml") and not name.removeprefix("./").startswith(f"{kind}/"):
+        return None
     name = strip_to_name(kind, name)
     return shipped_folder(kind) / f"{name}.yaml" if name in shipped_names(kind) else None
 

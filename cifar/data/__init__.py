@@ -15,6 +15,7 @@ from cifar.data.torch_dataset import CIFAR10Custom, make_dataloader
 from cifar.system.disk import cache_folder
 
 dataloader, load, split = make_dataloader, load_dataset, split_indices  # old names, for notebooks
+obtain, locate = find_or_download, find_cifar10
 
 __all__ = [
     "CLASSES",

@@ -177,7 +177,7 @@ def _is_private_chain(parent: nn.Module, row: Sequence[nn.Module], calls: Calls)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at its inputs or outputs."""
+    """Whether hooks are registered that see its inputs or outputs."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(len(registered) > 0 for registered in hooks)
 

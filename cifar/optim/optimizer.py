@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -99,11 +99,12 @@ class Group:
     state_names: tuple[str, ...] = ()
     freeze_after: float = 1.0
     counters: tuple[str, ...] = ()
-    until: InitVar[float | None] = None  # old name of `freeze_after`, for plug-ins
+    until: float | None = None  # old name of `freeze_after`, for plug-ins that give it or read it
 
-    def __post_init__(self, until: float | None) -> None:
-        if until is not None:
-            object.__setattr__(self, "freeze_after", until)
+    def __post_init__(self) -> None:
+        if self.until is not None:
+            object.__setattr__(self, "freeze_after", self.until)
+        object.__setattr__(self, "until", self.freeze_after)
 
 
 OLD_METHOD_NAMES = {

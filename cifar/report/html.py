@@ -114,7 +114,7 @@ def render_page(
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     # The policy protects even if a text was not escaped: the browser runs no script but ours and fetches nothing.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
-    first, rest = sections[:1], sections[1:]
+    first, other_sections = sections[:1], sections[1:]
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -126,7 +126,7 @@ def render_page(
         _render_answer(notes),
         *map(_render_figure, first),
         _render_points(comparison) if comparison.points else "",
-        *map(_render_figure, rest),
+        *map(_render_figure, other_sections),
         _render_excluded(comparison.excluded) if comparison.excluded else "",
         f"<section><h2>How it was made</h2><dl>{''.join(_render_fact(k, v) for k, v in provenance.items())}</dl></section>",
         f"</main><script>{SCRIPT}</script></body></html>\n",
@@ -137,8 +137,8 @@ def render_page(
 def _render_answer(notes: Sequence[str]) -> str:
     if not notes:
         return ""
-    rest = "".join(f"<p>{escape(note)}</p>" for note in notes[1:])
-    return f'<div class="answer"><p><strong>{escape(notes[0])}</strong></p>{rest}</div>'
+    other_notes = "".join(f"<p>{escape(note)}</p>" for note in notes[1:])
+    return f'<div class="answer"><p><strong>{escape(notes[0])}</strong></p>{other_notes}</div>'
 
 
 def _render_figure(section: Section) -> str:
@@ -186,7 +186,7 @@ def _render_excluded(excluded: Iterable[ExcludedRun]) -> str:
     )
     head = _render_header_row([("run", False), ("id", False), ("state", False), ("why", False)])
     return (
-        "<section><h2>What stands apart</h2><p class='caption'>Not in the figures and never the best.</p>"
+        "<section><h2>What is left out</h2><p class='caption'>Not in the figures and never the best.</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>'
     )
 
@@ -281,5 +281,5 @@ def write_sentences(comparison: Comparison) -> list[str]:
         notes.append(f"{gone}: its mean is over the rest and may be biased.")
     if len(biased) > MAX_BIASED_LISTED:
         more = pluralize(len(biased) - MAX_BIASED_LISTED, "more point")
-        notes.append(f"{more} also lost seeds: column n of the table says how many.")
+        notes.append(f"{more} have seeds that did not finish, too: column n of the table says how many.")
     return notes

@@ -74,3 +74,6 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
     return statistics.correlation(compute_ranks(x), compute_ranks(y))
+
+
+t_within, interval, front, ranks = t_probability, mean_interval, pareto_front, compute_ranks  # old names, for plug-ins

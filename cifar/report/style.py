@@ -153,7 +153,7 @@ def render_figure(entry: Entry, subject: Any) -> DrawnFigure:
             figure.set_layout_engine("none")  # so that saving it does not lay it out again
             return DrawnFigure(figure, header_inches=header_inches)
         except Exception as error:  # an error in one figure, perhaps a plug-in's, must not end the report
-            problem = f"figure '{entry.name}' failed ({type(error).__name__}: {error}); mend {entry.file}"
+            problem = f"figure '{entry.name}' failed ({type(error).__name__}: {error}); correct {entry.file}"
             figure = Figure(figsize=(SIZE[0], 2.2), layout="constrained")
             _draw_header(figure, "", "", subject.banner)
             _draw_message(figure, problem)
@@ -273,6 +273,14 @@ def layer_ticks(axis: Any, layers: Sequence[str], most: int = 32) -> None:
 class Mark(PointLabel):
     def __init__(self, x: float, y: float, text: str, colour: str = INK, must: bool = False, bold: bool = False) -> None:
         super().__init__(x, y, text, colour, must, bold)
+
+    @property
+    def must(self) -> bool:
+        return self.is_required
+
+    @property
+    def bold(self) -> bool:
+        return self.is_bold
 
 
 __all__ = [

@@ -270,9 +270,8 @@ class LocalBackend:
         trials = self._list_trials()
         counted = Counter(_state_of(trial) for trial in trials)
         if not self.stop_mode:
-            counted["waiting"] += max(
-                0, self.info["cells"] - len(trials)
-            )  # negative where another process has extended the sweep
+            # Negative where another process has extended the sweep.
+            counted["waiting"] += max(0, self.info["cells"] - len(trials))
         return {state: counted[state] for state in TRIAL_STATES if counted[state]}
 
     def retry_cells(self) -> int:

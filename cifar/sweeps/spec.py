@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar.config.resolve import flatten_values, format_value, resolve_config
+from cifar.config.resolve import flatten_values, format_name_value, resolve_config
 from cifar.config.schema import Settings
 from cifar.config.yaml_loader import read_yaml
 from cifar.errors import UserError, did_you_mean
@@ -260,4 +260,4 @@ def format_trial_name(values: Mapping[str, Any], swept_keys: Sequence[str]) -> s
 
 def format_values(values: Mapping[str, Any], swept_keys: Sequence[str]) -> dict[str, str]:
     """A trial's values of the swept keys, each as short as it can be read."""
-    return {key: format_value(values[key]) for key in swept_keys if key in values}
+    return {key: format_name_value(values[key]) for key in swept_keys if key in values}

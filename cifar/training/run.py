@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from cifar import data, flops, registry
-from cifar.config.resolve import format_value
+from cifar.config.resolve import format_name_value
 from cifar.config.schema import Settings
 from cifar.errors import DiskFullError, UserError
 from cifar.probes import weight_layers
+from cifar.states import pack_failure_reason
 from cifar.system import environment
 from cifar.system.disk import is_disk_full_error
 from cifar.tracking.run_dir import RunDir, generate_id, write_atomic
@@ -75,7 +76,7 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
     if (runs_dir / run_id / "run.json").exists():
         return RunDir(runs_dir / run_id)
     cost = measure_cost(config)
-    values = [f"{key}={format_value(getattr(config, key))}" for key in about.swept if key not in KEYS_NOT_IN_NAME]
+    values = [f"{key}={format_name_value(getattr(config, key))}" for key in about.swept if key not in KEYS_NOT_IN_NAME]
     name = about.name or " ".join([str(config.experiment or config.model), *values])
     stand_in = config.dataset == "stand-in"
     run = {
@@ -229,7 +230,7 @@ def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exceptio
     memory = describe_out_of_memory(error, config)
     state, reason = ("killed", memory) if memory else ("failed", f"{type(error).__name__}: {error}")
     if pack_size > 1:
-        state, reason = "interrupted", f"side by side with {pack_size - 1} others: {reason}"
+        state, reason = "interrupted", pack_failure_reason(reason, pack_size)
     with contextlib.suppress(OSError):
         write_atomic(run_dir.path / "traceback.txt", traceback.format_exc().encode())
         run_dir.set_status(state, reason=reason, **progress)

@@ -31,7 +31,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 DOORS = {  # package -> the files that may import it
     "wandb": ["integrations/wandb/"],
-    "wandb_workspaces": ["integrations/wandb/"],
+    "wandb_workspaces": ["integrations/wandb/report.py"],
     "thop": ["flops.py"],
     "matplotlib": ["report/", "cli/preview.py"],
     "optuna": ["sweeps/"],

@@ -77,7 +77,7 @@ class SchedulerProcess:
         message = f"W&B's sweep scheduler has ended: {redact_text(reason)[:300]}"
         if self._num_tries < MAX_TRIES:
             return f"{message}; trying again"
-        self.failure = f"{message} (whole in {self._log}); mend that and run the agent again"
+        self.failure = f"{message} (the whole log is {self._log}); correct that and run the agent again"
         return self.failure
 
     def close(self, *, is_sweep_over: bool) -> None:

@@ -50,16 +50,16 @@ def _locate_squares(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
     q = tl.program_id(0) // PARTS * BLOCK + tl.arange(0, BLOCK)
     c = tl.program_id(0) % PARTS * COLUMNS + tl.arange(0, COLUMNS)
-    there = (q < num_squares)[:, None] & (c < CHANNELS)[None, :]
-    return q, q // (ROWS * ACROSS), q // ACROSS % ROWS, q % ACROSS, c[None, :], there
+    mask = (q < num_squares)[:, None] & (c < CHANNELS)[None, :]
+    return q, q // (ROWS * ACROSS), q // ACROSS % ROWS, q % ACROSS, c[None, :], mask
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _take_larger(value, index, other, other_index: tl.constexpr):  # type: ignore[no-untyped-def]
+def _max_with_index(value, index, other, other_index: tl.constexpr):  # type: ignore[no-untyped-def]
     """The larger of two values and its index. As in torch: the first of two equal values, and NaN where there is one."""
     new = other.to(tl.float32)
-    take = (new > value.to(tl.float32)) | (new != new)
-    return tl.where(take, other, value), tl.where(take, other_index, index)
+    is_larger = (new > value.to(tl.float32)) | (new != new)
+    return tl.where(is_larger, other, value), tl.where(is_larger, other_index, index)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -68,18 +68,18 @@ def _max_pool_kernel(  # type: ignore[no-untyped-def]
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y[q, c] and argmax[q, c] of every square q; x (pixels, CHANNELS), channels last."""
-    q, image, row, column, c, there = _locate_squares(num_squares, HEIGHT // 2, WIDTH // 2, CHANNELS, COLUMNS, BLOCK)
+    q, image, row, column, c, mask = _locate_squares(num_squares, HEIGHT // 2, WIDTH // 2, CHANNELS, COLUMNS, BLOCK)
     sources = x + ((image * HEIGHT + 2 * row) * WIDTH + 2 * column)[:, None] * CHANNELS + c
-    first = tl.load(sources, mask=there)
-    second = tl.load(sources + CHANNELS, mask=there)
-    third = tl.load(sources + WIDTH * CHANNELS, mask=there)
-    fourth = tl.load(sources + (WIDTH + 1) * CHANNELS, mask=there)
-    value, index = _take_larger(first, 0, second, 1)
-    value, index = _take_larger(value, index, third, 2)
-    value, index = _take_larger(value, index, fourth, 3)
+    first = tl.load(sources, mask=mask)
+    second = tl.load(sources + CHANNELS, mask=mask)
+    third = tl.load(sources + WIDTH * CHANNELS, mask=mask)
+    fourth = tl.load(sources + (WIDTH + 1) * CHANNELS, mask=mask)
+    value, index = _max_with_index(first, 0, second, 1)
+    value, index = _max_with_index(value, index, third, 2)
+    value, index = _max_with_index(value, index, fourth, 3)
     targets = q[:, None] * CHANNELS + c
-    tl.store(y + targets, value, mask=there)
-    tl.store(argmax + targets, index.to(tl.int8), mask=there)
+    tl.store(y + targets, value, mask=mask)
+    tl.store(argmax + targets, index.to(tl.int8), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -91,19 +91,17 @@ def _max_unpool_kernel(  # type: ignore[no-untyped-def]
 
     Here an odd last row or column is in squares of its own, which have no gradient.
     """
-    _, image, row, column, c, there = _locate_squares(
-        num_squares, (HEIGHT + 1) // 2, (WIDTH + 1) // 2, CHANNELS, COLUMNS, BLOCK
-    )
-    whole = there & ((row < HEIGHT // 2) & (column < WIDTH // 2))[:, None]
+    _, image, row, column, c, mask = _locate_squares(num_squares, (HEIGHT + 1) // 2, (WIDTH + 1) // 2, CHANNELS, COLUMNS, BLOCK)
+    whole = mask & ((row < HEIGHT // 2) & (column < WIDTH // 2))[:, None]
     sources = ((image * (HEIGHT // 2) + row) * (WIDTH // 2) + column)[:, None] * CHANNELS + c
     gradient = tl.load(g + sources, mask=whole, other=0.0)
     winner = tl.load(argmax + sources, mask=whole, other=0)
     targets = y + ((image * HEIGHT + 2 * row) * WIDTH + 2 * column)[:, None] * CHANNELS + c
     right, below = (2 * column + 1 < WIDTH)[:, None], (2 * row + 1 < HEIGHT)[:, None]
-    tl.store(targets, tl.where(winner == 0, gradient, 0.0), mask=there)
-    tl.store(targets + CHANNELS, tl.where(winner == 1, gradient, 0.0), mask=there & right)
-    tl.store(targets + WIDTH * CHANNELS, tl.where(winner == 2, gradient, 0.0), mask=there & below)
-    tl.store(targets + (WIDTH + 1) * CHANNELS, tl.where(winner == 3, gradient, 0.0), mask=there & right & below)
+    tl.store(targets, tl.where(winner == 0, gradient, 0.0), mask=mask)
+    tl.store(targets + CHANNELS, tl.where(winner == 1, gradient, 0.0), mask=mask & right)
+    tl.store(targets + WIDTH * CHANNELS, tl.where(winner == 2, gradient, 0.0), mask=mask & below)
+    tl.store(targets + (WIDTH + 1) * CHANNELS, tl.where(winner == 3, gradient, 0.0), mask=mask & right & below)
 
 
 def _launch_pool(kernel: Any, tile: PoolTile, tensors: tuple[Tensor, ...], num_squares: int, shape: Shape) -> None:

@@ -152,7 +152,7 @@ def point_tooltip(point: Point) -> str:
     """The text that appears when the reader points at the point."""
     seeds = ", ".join(str(run.config.get("seed")) for run in point.runs)
     seconds = f"\n{format_duration(point.seconds)} a run" if point.seconds is not None else ""
-    place = {"front": "on the front", "dominated": "dominated", "views": "several views: apart from the front"}[
+    place = {"front": "on the front", "dominated": "dominated", "views": "several views: not compared with the front"}[
         point_kind(point)
     ]
     return (

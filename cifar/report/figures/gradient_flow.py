@@ -43,8 +43,8 @@ class GradientFlow:
     scope, order = "run", 10
     title = "Gradient flow across layers"
     caption = (
-        "Mean and largest |gradient| of each weight, from the input to the output, averaged over the looks of an epoch. A line "
-        "that falls by decades towards the input is a vanishing gradient; a cross is a layer that no gradient reaches."
+        "Mean and largest |gradient| of each weight, from the input to the output, averaged over the epoch's measured steps. "
+        "A line that falls by decades towards the input is a vanishing gradient; a cross is a layer that no gradient reaches."
     )
 
     def select(self, run: Run) -> Flow | Nothing:

@@ -103,8 +103,9 @@ def test_lines_scroll_above_it() -> None:
     console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True, color_system=None)
     dashboard = RichDashboard(console)
     dashboard.show_board(make_board(12, 3))
-    dashboard.print_line("trial 003 epoch 1/2: val/acc 50 %")
+    dashboard.print_epoch_line("trial 003 epoch 1/2: val/acc 50 %")
+    dashboard.print_line("trial 004 pruned: val/acc 10 % (stopped early after epoch 3)")
     dashboard.print_line("see `python -m cifar gc` [bold]")
     dashboard.close()
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "see `python -m cifar gc` [bold]" in text and "epoch 1/2" not in text
+    assert "see `python -m cifar gc` [bold]" in text and "stopped early after epoch 3" in text and "epoch 1/2" not in text
