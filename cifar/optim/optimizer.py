@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Annotated, Any
 
 import torch
@@ -84,6 +84,10 @@ def find_roles(model: nn.Module) -> dict[str, str]:
 roles = find_roles  # old name, for plug-ins
 
 
+class _ReadUntil(float):
+    """The value of `group.until`, which is told from one that a caller gives."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters that share a rule and its scalars. `state_names` are tensors like the parameters, `counters` are 0-d.
@@ -99,12 +103,15 @@ class Group:
     state_names: tuple[str, ...] = ()
     freeze_after: float = 1.0
     counters: tuple[str, ...] = ()
-    until: float | None = None  # old name of `freeze_after`, for plug-ins that give it or read it
+    until: InitVar[float | None] = None  # old name of `freeze_after`, for plug-ins
 
-    def __post_init__(self) -> None:
-        if self.until is not None:
-            object.__setattr__(self, "freeze_after", self.until)
-        object.__setattr__(self, "until", self.freeze_after)
+    def __post_init__(self, until: float | None) -> None:
+        if until is not None and not isinstance(until, _ReadUntil):  # else dataclasses.replace copies it
+            object.__setattr__(self, "freeze_after", until)
+
+
+# For plug-ins that read the old name.
+Group.until = property(lambda group: _ReadUntil(group.freeze_after))  # type: ignore[attr-defined]
 
 
 OLD_METHOD_NAMES = {

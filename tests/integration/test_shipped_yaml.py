@@ -26,7 +26,15 @@ def two_steps(settings: Settings, runs: Path) -> None:
     assert row["step"] == 2 and 0 <= row["val/acc"] <= 1 and any(key.startswith("gradient_norm/") for key in row)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+BIG_EXPERIMENTS = ("airbench96", "densenet", "preact_resnet18", "vgg")  # seconds each
+
+
+def experiment_files() -> list[Any]:
+    files = sorted((ROOT / "experiments").glob("*.yaml"))
+    return [pytest.param(file, id=file.stem, marks=[pytest.mark.slow] * (file.stem in BIG_EXPERIMENTS)) for file in files]
+
+
+@pytest.mark.parametrize("path", experiment_files())
 def test_experiments_train(path: Path, runs: Path) -> None:
     two_steps(resolve_config({"experiment": path.stem}, TWO_STEPS), runs)
 

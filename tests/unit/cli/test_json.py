@@ -102,10 +102,10 @@ def test_sweeps(read_json: Read, runs: Path) -> None:
     (runs / "sweeps" / "remote12" / "wandb.json").write_text('{"id": "remote12", "entity": "me", "project": "p"}')
     local, remote = read_json("sweeps", "list")["sweeps"]
     assert local == {
-        "id": backend.id, "name": "a sweep", "method": "grid", "dataset": "stand-in", "engine": "local", "place": None,
+        "id": backend.id, "name": "a sweep", "method": "grid", "dataset": "stand-in", "engine": "local", "wandb_path": None,
         "trials": {"waiting": 23, "finished": 1}, "error": "",
     }  # fmt: skip
-    assert remote.keys() == local.keys() and (remote["engine"], remote["place"]) == ("wandb", "me/p/remote12")
+    assert remote.keys() == local.keys() and (remote["engine"], remote["wandb_path"]) == ("wandb", "me/p/remote12")
 
     document = read_json("sweeps", "status", backend.id)
     assert set(document) == {"id", "name", "method", "counts", "metrics", "trials"}

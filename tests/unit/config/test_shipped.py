@@ -22,9 +22,9 @@ def test_a_checkout_ships_its_top_level_folders(kind: str) -> None:
     names = shipped.shipped_names(kind)
     assert names == sorted(path.stem for path in (ROOT / kind).glob("*.yaml")) and len(names) > 5
     for name in names:
-        for spelling in (name, f"{name}.yaml", f"{kind}/{name}.yaml", f"./{kind}/{name}", f"{kind}/{name}"):
+        for spelling in (name, f"{kind}/{name}.yaml", f"./{kind}/{name}", f"{kind}/{name}"):
             assert shipped.find_shipped(kind, spelling) == ROOT / kind / f"{name}.yaml"
-    for wrong in ("absent", f"other/{names[0]}.yaml", "", "../pyproject"):
+    for wrong in ("absent", f"{names[0]}.yaml", f"other/{names[0]}.yaml", "", "../pyproject"):
         assert shipped.find_shipped(kind, wrong) is None
 
 

@@ -34,7 +34,7 @@ ADDED = conv3x3.SUM_TILE, conv3x3.WIDE_SUM_TILE, conv3x3.WIDE_SUM_SIZE
 BUILT = [
     "conv",
     "densenet_bc",
-    "mobilenet_v2",
+    slow_here("mobilenet_v2"),
     "preact_resnet",
     "resnet",
     slow_here("shufflenet_v2"),
@@ -67,7 +67,7 @@ def test_each_kernel_gives_the_convolution_in_double_precision(
         assert measure_error(conv3x3.convolve_3x3_triton(g, weight, True), exact[0].grad) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("inner", "outer"), [(3, 16), (16, 16), (32, 64), slow_here(64, 64), (16, 48)])
+@pytest.mark.parametrize(("inner", "outer"), [(3, 16), (16, 16), slow_here(32, 64), slow_here(64, 64), slow_here(16, 48)])
 @pytest.mark.parametrize("height", [8, 7], ids=["fits", "odd"])
 def test_the_operators_have_torchs_gradients_whoever_computes_them(inner: int, outer: int, height: int) -> None:
     torch.manual_seed(0)
@@ -173,7 +173,7 @@ def test_only_convolutions_of_that_kind_are_exchanged(monkeypatch: pytest.Monkey
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
+@pytest.mark.parametrize("dtype", [slow_here(DTYPES[0])], ids=str)
 def test_compiled_and_with_batch_norm_it_learns_what_torchs_convolutions_learn(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

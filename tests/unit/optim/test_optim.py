@@ -383,7 +383,10 @@ def test_a_plug_in_written_with_the_old_names_still_works() -> None:
 
     optimizer = make()
     assert [group.freeze_after for group in optimizer.groups] == [0.5, 0.25]
-    assert dataclasses.replace(optimizer.groups[0], freeze_after=0.75).freeze_after == 0.75
+    first = optimizer.groups[0]
+    assert [group.until for group in optimizer.groups] == [0.5, 0.25]
+    for change in ({"freeze_after": 0.75}, {"until": 0.75}):
+        assert dataclasses.replace(first, **change).freeze_after == 0.75
     assert optimizer.rates(0.125) == [0.75, 0.5] and optimizer.stopping == [] and not optimizer.rests(0.6)
     optimizer.plan_lrs([0.0, 0.125])
     optimizer.set_lr_from_plan(torch.tensor([1]))

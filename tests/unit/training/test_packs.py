@@ -49,7 +49,11 @@ def alone(runs: Path, values: dict[str, Any]) -> RunDir:
 
 
 @pytest.mark.parametrize(
-    "base", [{**FULL}, {key: FULL[key] for key in TINY if key != "width"} | DROPOUT], ids=["conv", "dropout"]
+    "base",
+    [
+        pytest.param({**FULL}, id="conv"),
+        pytest.param({key: FULL[key] for key in TINY if key != "width"} | DROPOUT, id="dropout", marks=pytest.mark.slow),
+    ],
 )
 def test_a_pack_trains_each_trial_as_if_it_were_alone(runs: Path, base: dict[str, Any]) -> None:
     values = [{**base, "optimizer": "sgd", **changes} for changes in VARIED]
@@ -141,7 +145,7 @@ def test_steps_leave_out_the_gradients_of_what_has_stopped_learning() -> None:
     assert training.model.whiten.bias.requires_grad
 
 
-@pytest.mark.parametrize("changes", [{"whiten_until": 1.0}, {"whiten_until": 0.2}])
+@pytest.mark.parametrize("changes", [pytest.param({"whiten_until": 1.0}, marks=pytest.mark.slow), {"whiten_until": 0.2}])
 def test_parameters_freeze_on_time_in_a_trainer_that_is_used_again(runs: Path, changes: dict[str, Any]) -> None:
     values = {**TINY, "model": "airbench94", "optimizer": "muon", "whiten_until": 0.5, "label_smoothing": 0.1}
     both = [{**values, "seed": 3}, {**values, **changes}]
@@ -258,7 +262,7 @@ def test_the_lr_plan_stays_where_a_captured_step_reads_it() -> None:
     assert len(places) == 1 and training.optimizer._lrs.data_ptr() not in places
 
 
-@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("members", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_full_disk_leaves_every_run_to_go_on_with(runs: Path, members: int) -> None:
     configs = [configuration.resolve_config({**TINY, "seed": seed}) for seed in range(members)]
     records = [run.create_run(config, runs) for config in configs]

@@ -96,8 +96,16 @@ def test_a_run_that_compiles_nothing_does_not_import_the_compiler(runs: Path) ->
     assert done.stdout.splitlines()[-1] == "0 False", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.7], ids=["all", "kept"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "keep"),
+    [
+        ("sgd", 1.0),
+        ("adam", 1.0),
+        ("muon", 0.7),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("sgd", 0.7), ("adam", 0.7), ("muon", 1.0))),
+        *(pytest.param("adamw", keep, marks=pytest.mark.slow) for keep in (1.0, 0.7)),
+    ],
+)
 def test_a_run_that_is_interrupted_at_any_step_goes_on_bit_for_bit(runs: Path, optimizer: str, keep: float) -> None:
     values = {key: value for key, value in FULL.items() if key != "lr"} | {"optimizer": optimizer, "keep": keep}
     values |= {"mixup": 0.0} if keep < 1 else {}
