@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,27 +49,41 @@ def models(
     with redirect_messages(as_json):
         with spinner("importing PyTorch ..."):
             from cifar import flops, registry
-            from cifar.training import trainer
+            from cifar.training import run, trainer
         torch_device = trainer.resolve_device(device)
         rows = []
         with spinner("counting ...") as status:
             for entry, aliases, keys in group_equal_networks(registry.models):
                 status.update(f"counting {entry.name} ...")
-                model = entry.build()
-                cost = flops.measure_cost(model)
-                batch_size = max(1, min(256 if torch_device.type == "cuda" else 32, int(2e9 // max(cost.macs, 1))))
-                microseconds = flops.measure_microseconds_per_image(model, torch_device, batch_size) if time else None
-                rows.append((entry.name, aliases, keys, cost, microseconds))
-        rows.sort(key=lambda row: (row[3].macs, row[0]))
+                cost, microseconds, note = None, None, ""
+                try:
+                    model, cost = run.measure_network(entry, {})
+                    note = cost.note
+                    batch_size = max(1, min(256 if torch_device.type == "cuda" else 32, int(2e9 // max(cost.macs, 1))))
+                    microseconds = flops.measure_microseconds_per_image(model, torch_device, batch_size) if time else None
+                except UserError as error:  # the others are listed
+                    note = str(error)
+                except Exception as error:
+                    note = (
+                        f"a forward pass on {torch_device} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    )
+                rows.append(NetworkRow(entry.name, aliases, keys, cost, microseconds, note))
+        rows.sort(key=lambda row: (row.cost is None, row.cost.macs if row.cost else 0, row.name))
     if as_json:
         networks = [
-            {"name": name, "aliases": aliases, "keys": keys, **_describe_cost(cost), "microseconds_per_image": microseconds}
-            for name, aliases, keys, cost, microseconds in rows
+            {
+                "name": row.name,
+                "aliases": row.aliases,
+                "keys": row.keys,
+                **_describe_cost(row.cost, row.note),
+                "microseconds_per_image": row.microseconds,
+            }
+            for row in rows
         ]
         print_json({"device": str(torch_device), "models": networks})
         return 0
     columns = (
-        Column("model", min_width=max(len(name) for name, *_ in rows)),  # names are whole, other names of the same are not
+        Column("model", min_width=max(len(row.name) for row in rows)),  # names are whole, other names of the same are not
         Column("parameters", is_number=True),
         Column("MACs", is_number=True),
         Column("FLOPs", is_number=True, drop_order=1, is_extra=True),
@@ -76,29 +91,43 @@ def models(
         Column("MACs verified", drop_order=2, can_be_shared=True),
         Column("keys", min_width=20, wraps=True),
     )
-    print_table(
-        "",
-        columns,
-        [
-            (
-                _join_names(name, aliases),
-                _format_count(cost.params),
-                _format_count(cost.macs),
-                _format_count(cost.flops),
-                f"{microseconds:,.0f}" if microseconds else "-",
-                "yes" if cost.verified else "NO",
-                ", ".join(keys),
-            )
-            for name, aliases, keys, cost, microseconds in rows
-        ],
+    print_table("", columns, [row.format_cells() for row in rows])
+    print_sentence(
+        "\nMACs: multiply-adds of convolutions, linear and recurrent layers and other matrix products, one 3×32×32 image; "
+        "FLOPs = 2 × MACs."
     )
-    print_sentence("\nMACs: multiply-adds of convolutions, linear layers and attention, one 3×32×32 image; FLOPs = 2 × MACs.")
     if time:
         print_sentence(f"Time of a forward pass on {torch_device}.")
-    for name, aliases, _, cost, _ in rows:
-        if not cost.verified:
-            print_sentence(f"{_join_names(name, aliases)}: {cost.note}")
+    for row in rows:
+        if row.note:
+            print_sentence(f"{_join_names(row.name, row.aliases)}: {row.note}")
     return 0
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """What `models` says about a network. Without a cost, it cannot be counted, and `note` says why."""
+
+    name: str
+    aliases: Sequence[str]
+    keys: Sequence[str]
+    cost: Cost | None
+    microseconds: float | None
+    note: str
+
+    def format_cells(self) -> tuple[Any, ...]:
+        name, keys, cost = _join_names(self.name, self.aliases), ", ".join(self.keys), self.cost
+        if cost is None:
+            return (name, "-", "-", "-", "-", "FAILS", keys)
+        return (
+            name,
+            _format_count(cost.params),
+            _format_count(cost.macs),
+            _format_count(cost.flops),
+            f"{self.microseconds:,.0f}" if self.microseconds else "-",
+            "yes" if cost.verified else "NO",
+            keys,
+        )
 
 
 def group_equal_networks(entries: Iterable[Entry]) -> list[tuple[Entry, list[str], list[str]]]:
@@ -124,15 +153,15 @@ def _format_count(count: float) -> Short:
     return Short(f"{count:,}", f"{count / size:.3g}{prefix}")
 
 
-def _describe_cost(cost: Cost) -> dict[str, Any]:
-    """The cost of one image, for JSON."""
+def _describe_cost(cost: Cost | None, note: str) -> dict[str, Any]:
+    """The cost of one image, for JSON. Without one, the numbers are null, and `note` says why."""
     return {
-        "params": cost.params,
-        "macs": cost.macs,
-        "flops": cost.flops,
-        "activations": cost.activations,
-        "macs_verified": cost.verified,
-        "note": cost.note,
+        "params": cost and cost.params,
+        "macs": cost and cost.macs,
+        "flops": cost and cost.flops,
+        "activations": cost and cost.activations,
+        "macs_verified": cost is not None and cost.verified,
+        "note": note,
     }
 
 
@@ -191,7 +220,7 @@ def _profile_layers(config: Settings, *, as_json: bool) -> int:
             }
             for layer in cost.layers
         ]
-        print_json({"model": config.model, **_describe_cost(cost), "layers": layers})
+        print_json({"model": config.model, **_describe_cost(cost, cost.note), "layers": layers})
         return 0
     columns = (
         Column("layer", min_width=16),

@@ -13,13 +13,14 @@ import os
 import resource
 import shutil
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from cifar import data, flops, registry
 from cifar.config.resolve import format_name_value
@@ -112,8 +113,27 @@ def measure_cost(config: Settings) -> flops.Cost:
 
 @functools.lru_cache(maxsize=256)
 def _measure_model_cost(model: str, arguments: tuple[tuple[str, Any], ...]) -> flops.Cost:
-    with torch.random.fork_rng(devices=[]):
-        return flops.measure_cost(registry.models[model].build(**dict(arguments)))
+    return measure_network(registry.models[model], dict(arguments))[1]
+
+
+def measure_network(entry: registry.Entry, arguments: Mapping[str, Any]) -> tuple[nn.Module, flops.Cost]:
+    """Build a network and count it; the random state does not change.
+
+    Raises UserError with the network's name and file where its builder or its forward pass fails.
+    """
+    try:
+        with flops.keep_random_state():
+            model: nn.Module = entry.build(**arguments)
+            flops.materialize_lazy_modules(model)
+        return model, flops.measure_cost(model)
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model '{entry.name}' ({entry.file}) cannot be counted, as a forward pass of one image fails: "
+            f"{type(error).__name__}: {text}"
+        ) from error
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

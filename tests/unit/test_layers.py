@@ -15,6 +15,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "states"],
     ["registry", "system", "flops", "kernels"],
+    ["cost"],
     ["tracking"],
     ["config"],
     ["data", "models", "optim", "probes"],
@@ -32,7 +33,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DOORS = {  # package -> the files that may import it
     "wandb": ["integrations/wandb/"],
     "wandb_workspaces": ["integrations/wandb/report.py"],
-    "thop": ["flops.py"],
+    "thop": ["flops/"],
     "matplotlib": ["report/", "cli/preview.py"],
     "optuna": ["sweeps/"],
     "sqlalchemy": ["sweeps/"],

@@ -1,0 +1,211 @@
+"""The cost of a network: one forward pass, two counters, and what is said where they cannot be believed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cifar.flops.counters import (
+    CallCounter,
+    OperatorCounter,
+    Rule,
+    RunningModules,
+    find_tensors,
+    layer_kind,
+    spare_dynamo_import,
+)
+from cifar.flops.disguised import MAX_SHARE, ProductTracker
+from cifar.flops.networks import INPUT_SHAPE, borrow, keep_random_state, materialize_lazy_modules, read_random_state
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of one module, or of all products that are computed outside of counted modules."""
+
+    name: str
+    kind: str  # conv, linear, bilinear, recurrent, attention, product, norm
+    macs: int
+    params: int
+    activations: int
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model's cost for one input. `note` is empty if `verified`."""
+
+    macs: int
+    params: int
+    activations: int
+    norm_ops: int
+    layers: tuple[LayerCost, ...]
+    verified: bool
+    note: str
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: a multiply-add is two."""
+        return 2 * self.macs
+
+    def as_dict(self, *, layers: bool = False) -> dict[str, Any]:
+        """For JSON; with the layers only if `layers`."""
+        values = asdict(self) | {"flops": self.flops}
+        if not layers:
+            del values["layers"]
+        return values
+
+
+@dataclass(frozen=True)
+class Count:
+    """What both counters saw in one forward pass."""
+
+    calls: CallCounter
+    operators: OperatorCounter
+    tracker: ProductTracker
+    output: Any
+    used_chance: bool  # random numbers were drawn
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        return sum(self.calls.macs.values()), sum(self.operators.macs.values())
+
+    @property
+    def may_vary(self) -> bool:
+        """Whether another image could cost something else."""
+        return self.used_chance or self.operators.depends_on_values
+
+
+def measure_cost(
+    model: nn.Module, input_shape: tuple[int, ...] = INPUT_SHAPE, rules: Mapping[type[nn.Module], Rule] | None = None
+) -> Cost:
+    """Count on a copy in evaluation mode on the CPU: `model` and the random state do not change.
+
+    `rules` replace thop's for the given module types, and count their submodules too. What they count is checked like the rest.
+    Raises what the network's forward raises.
+    """
+    spare_dynamo_import()
+    with borrow(model) as network, _plain_pytorch(), keep_random_state(0):
+        materialize_lazy_modules(network, input_shape=input_shape)
+        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+        names = {module: name for name, module in network.named_modules()}
+        image = torch.rand(input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+        count = _count(network, image, rules or {}, seed=0)
+        notes = [*_find_unknown(count, names), *_find_differences(count, names), *_find_disguised_products(count)]
+        if count.may_vary:
+            again = _count(network, torch.zeros(input_shape, device=device), rules or {}, seed=1)
+            if again.totals != count.totals:
+                cause = "chance" if count.used_chance else "the image"
+                notes.append(f"the cost depends on {cause}: {count.totals[1]:,} MACs once and {again.totals[1]:,} another time")
+        return _describe(network, count, names, "; ".join(notes))
+
+
+@contextlib.contextmanager
+def _plain_pytorch() -> Iterator[None]:
+    """Nothing fused or compiled: attention as two products, since torch 2.11's fused kernel for CPUs hides them."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _count(network: nn.Module, image: Tensor, rules: Mapping[type[nn.Module], Rule], seed: int) -> Count:
+    running, tracker = RunningModules(tuple(rules)), ProductTracker(image)
+    calls, operators = CallCounter(rules, running, tracker), OperatorCounter(running, tracker)
+    with keep_random_state(seed):
+        before = read_random_state()
+        with running.watch(), operators:
+            calls.run(network, image)
+        used_chance = before != read_random_state()
+    return Count(calls, operators, tracker, running.output, used_chance)
+
+
+# -- why a count is not verified -----------------------------------------------------------------------------------------
+
+
+def _find_unknown(count: Count, names: Mapping[nn.Module, str]) -> Iterator[str]:
+    calls, operators = count.calls, count.operators
+    if operators.unknown:
+        places = [f"{name} in {_name(module, names)}" for name, module in operators.unknown.items()]
+        more = f" and {len(places) - 4} more" if len(places) > 4 else ""
+        yield f"no formula counts {', '.join(places[:4])}{more}"
+    if calls.exits:
+        yield f"what is computed after {', '.join(sorted(calls.exits))}, outside of PyTorch, is not counted"
+    elif not any(map(count.tracker.comes_from_image, find_tensors(count.output))):
+        yield "no operator of PyTorch leads from the image to the output, so that what is computed between them is not counted"
+    for rule in calls.failed_rules[:1]:
+        yield f"the rule for {rule} fails"
+
+
+def _find_differences(count: Count, names: Mapping[nn.Module, str]) -> Iterator[str]:
+    called, ran = count.calls.macs, count.operators.macs
+    for module, name in names.items():
+        if isinstance(module, nn.MultiheadAttention):
+            yield (
+                f"{name or 'the model'} is an nn.MultiheadAttention, whose softmax thop counts as products; "
+                "use nn.Linear and F.scaled_dot_product_attention"
+            )
+            return
+    different = [module for module in {**called, **ran} if called[module] != ran[module]]
+    if different:
+        worst = sorted(different, key=lambda module: -abs(called[module] - ran[module]))[:3]
+        where = "".join(f", in {_name(module, names)} {called[module]:,} and {ran[module]:,}" for module in worst)
+        total, reference = count.totals
+        yield (
+            f"thop counts {total:,} MACs and the operators that ran {reference:,}{where}; "
+            "compute in modules that thop knows, or give a rule"
+        )
+
+
+def _find_disguised_products(count: Count) -> Iterator[str]:
+    tracker, macs = count.tracker, max(count.totals)
+    if tracker.expanded_product:
+        yield (
+            f"a pointwise product of {tracker.expanded_product} is summed up, which is a matrix product; "
+            "write it as one (F.linear, torch.matmul)"
+        )
+    elif tracker.num_summed_products > MAX_SHARE * macs:
+        yield (
+            f"pointwise products that are summed up need {tracker.num_summed_products:,} multiply-adds, which are not in the "
+            f"{macs:,}; write them as matrix products (F.linear, torch.matmul)"
+        )
+
+
+def _name(module: nn.Module | None, names: Mapping[nn.Module, str]) -> str:
+    if module is None:
+        return "the model itself"
+    return names.get(module, type(module).__name__) or "the model itself"
+
+
+# -- layer by layer -----------------------------------------------------------------------------------------------------
+
+
+def _describe(network: nn.Module, count: Count, names: Mapping[nn.Module, str], note: str) -> Cost:
+    calls = count.calls
+    layers = []
+    for module, name in names.items():
+        kind = layer_kind(module)
+        if kind and module in calls.shapes:
+            shape = calls.shapes[module]
+            activations = torch.Size(shape).numel() if kind in ("conv", "linear") else 0
+            params = sum(p.numel() for p in module.parameters())
+            layers.append(LayerCost(name, kind, calls.macs[module], params, activations, shape))
+    macs = count.totals[0]
+    if functional := macs - sum(layer.macs for layer in layers):
+        layers.append(LayerCost("(functional products)", "product", functional, 0, 0, ()))
+    return Cost(
+        macs=macs,
+        params=sum(p.numel() for p in network.parameters()),
+        activations=sum(layer.activations for layer in layers),
+        norm_ops=calls.norm_ops,
+        layers=tuple(layers),
+        verified=not note,
+        note=note,
+    )

@@ -1,0 +1,133 @@
+"""Products that are no operator of their own: a pointwise product of two tensors, whose elements are then added up.
+
+`(x.unsqueeze(-1) * w).sum(1)` is a matrix product, but PyTorch runs a `mul` and a `sum`. The multiply-adds of pointwise
+products are not counted, as they are few: one an element. Two things tell a product in disguise from gating, layer scale and
+the like:
+
+- The product has more elements than there are different values from the image in it: the image's values were repeated, by
+  broadcasting, `expand`, `repeat` or `unfold`, to meet several weights each. So have squares of such differences (distances).
+- All products that are then summed have together more than MAX_SHARE of the multiply-adds that were counted.
+
+The image's values are followed through all operators, by the memory that they lie in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from cifar.flops.operators import Kind
+
+MAX_SHARE = 0.1  # of the multiply-adds that were counted, for pointwise products that are then summed
+KEEP_SUMS = {"add", "neg", "rsub", "sub"}  # pointwise operators that keep a product a product
+SQUARES = {"pow", "square", "linalg_vector_norm", "norm"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of the values in a piece of memory that come from the image."""
+
+    num_values: int  # different values, at most
+    product_size: int = 0  # elements of the pointwise product that they are; 0 if they are none
+    is_expanded: bool = False  # the product has more elements than it has values of the image
+    is_spread: bool = False  # differences of the image's values, each from several others
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator that ran. `kind` is None for one that contracts."""
+
+    kind: Kind | None
+    name: str  # without the underscore of in-place forms
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    writes: bool  # into one of its inputs
+
+
+class ProductTracker:
+    """Follows the image's values through the operators of a forward pass, and notes sums of pointwise products."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.expanded_product = ""  # the shapes of the factors of the first expanded product that was summed
+        self.num_summed_products = 0  # multiply-adds of all pointwise products that were summed
+        self._origins: dict[int, tuple[Any, Origin]] = {}  # place in memory -> (weak reference to it, origin)
+        self._factors: dict[int, str] = {}  # size of an expanded product -> the shapes of its factors
+        self._set(image, Origin(image.numel()))
+
+    def comes_from_image(self, tensor: Tensor) -> bool:
+        return self._get(tensor) is not None
+
+    def follow(self, step: Step) -> None:
+        origins = [origin for tensor in step.inputs if (origin := self._get(tensor))]
+        if not origins or step.kind is Kind.ASKING:
+            return
+        if step.kind is Kind.CREATING and step.name.startswith(("new_", "empty", "zeros", "ones", "full", "rand")):
+            return  # only the shape is taken from the inputs
+        places = {tensor.untyped_storage()._cdata for tensor in step.inputs if tensor.layout is torch.strided}
+        for output in step.outputs:
+            origin = self._derive(step, origins, output.numel())
+            if output.layout is torch.strided and output.untyped_storage()._cdata in places:
+                if not step.writes:
+                    continue  # a view: its memory's origin is known
+                origin = self._join(output, origin)
+            self._set(output, origin)
+
+    def _derive(self, step: Step, origins: Sequence[Origin], size: int) -> Origin:
+        """The origin of an output of `size` elements. `origins`: of those inputs that have one."""
+        if step.kind in (None, Kind.RESAMPLING):
+            return Origin(size)
+        total, most = sum(o.num_values for o in origins), max(o.num_values for o in origins)
+        product = max(origins, key=lambda o: (o.is_expanded, o.product_size))
+        if step.kind in (Kind.SHAPE, Kind.INDEXING):
+            return replace(product, num_values=min(size, total))
+        carried = replace(product, num_values=min(size, most))
+        factors = [tensor for tensor in step.inputs if tensor.numel() > 1]
+        is_square = step.name in SQUARES or (len(factors) > 1 and all(tensor is factors[0] for tensor in factors))
+        if is_square and any(o.is_spread for o in origins):
+            carried = replace(carried, product_size=step.inputs[0].numel(), is_expanded=True)
+        if step.kind is Kind.AVERAGING:
+            if size < step.inputs[0].numel():
+                self._note_sum(carried)
+            return Origin(min(size, most))
+        if len(factors) > 1 and not is_square and size > 1:
+            self._factors[size] = " and ".join("×".join(map(str, tensor.shape)) for tensor in factors)
+            if step.kind is Kind.PRODUCT:
+                return Origin(min(size, most), size, size > most)
+            if step.name == "sub" and size > most:
+                return replace(carried, is_spread=True)
+        if any(o.num_values >= size and not o.product_size for o in origins):
+            return Origin(min(size, most))  # added to as many values of the image: no bare product any more
+        is_linear = step.kind is Kind.PRODUCT or step.name in KEEP_SUMS
+        return carried if carried.is_expanded or is_linear else replace(carried, product_size=0)
+
+    def _note_sum(self, origin: Origin) -> None:
+        self.num_summed_products += origin.product_size
+        if origin.is_expanded and not self.expanded_product:
+            self.expanded_product = self._factors.get(origin.product_size, "repeated values")
+
+    def _join(self, output: Tensor, origin: Origin) -> Origin:
+        """The origin of memory that was partly written."""
+        size = output.untyped_storage().nbytes() // output.element_size()
+        before = self._get(output) or Origin(0)
+        return replace(
+            max(before, origin, key=lambda o: (o.is_expanded, o.product_size)),
+            num_values=min(size, before.num_values + origin.num_values),
+        )
+
+    def _get(self, tensor: Tensor) -> Origin | None:
+        if tensor.layout is not torch.strided:
+            return None
+        reference, origin = self._origins.get(tensor.untyped_storage()._cdata, (None, None))
+        if reference is None or origin is None or reference.expired():
+            return None
+        return replace(origin, num_values=min(origin.num_values, tensor.numel()))
+
+    def _set(self, tensor: Tensor, origin: Origin) -> None:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            self._origins[storage._cdata] = (StorageWeakRef(storage), origin)  # type: ignore[no-untyped-call]
