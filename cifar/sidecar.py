@@ -27,7 +27,10 @@ from typing import TYPE_CHECKING, Any
 from cifar.errors import UserError
 from cifar.states import ENDED_STATES
 from cifar.system.devices import num_cores
-from cifar.tracking.run_dir import RunDir, redact_text
+from cifar.system.names import escape_controls
+from cifar.system.redact import redact
+from cifar.system.redacted_streams import finish_output, install_redacted_output
+from cifar.tracking.run_dir import RunDir
 
 if TYPE_CHECKING:
     from cifar.integrations.wandb.mirror import Mirror
@@ -277,12 +280,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _draw_folders(int(options.draw[0]), options.draw[1:])
     from cifar.integrations.wandb.settings import mode_from_environment
 
+    install_redacted_output()
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a batch system may warn every process
     signal.signal(signal.SIGTERM, lambda *_: _exit_process(143))
     os.nice(5)  # training comes first
-    sidecar = Sidecar(mode_from_environment(options.wandb), lambda line: print(redact_text(line), flush=True))
+    sidecar = Sidecar(mode_from_environment(options.wandb), lambda line: print(escape_controls(redact(line)), flush=True))
 
     def is_orphaned() -> bool:
         return os.getppid() != parent
@@ -331,7 +335,7 @@ def _exit_process(code: int) -> None:
         process.kill()
     if mirror_process := sys.modules.get("cifar.integrations.wandb.mirror_process"):
         mirror_process.kill_core()
-    sys.stdout.flush()
+    finish_output()
     os._exit(code)
 
 

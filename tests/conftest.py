@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cifar.system.redact import forget_secrets
+
 if TYPE_CHECKING:
     from helpers.protocol import Server
 
@@ -31,6 +33,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:  # wandb itself leaves some behind
         monkeypatch.delenv(name)
     monkeypatch.delenv("CIFAR_PLUGINS", raising=False)
+    forget_secrets()  # those of the tests before
     yield tmp_path / "runs"
     left = [thread.name for thread in threading.enumerate() if "serve_forever" in thread.name]
     assert not left, "a server that goes on serving takes time from every test after this one"

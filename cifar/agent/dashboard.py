@@ -14,6 +14,8 @@ from cifar.sweeps import spec
 from cifar.sweeps.backend import Backend
 from cifar.sweeps.objectives import Metric, finite_or_none, pareto_front
 from cifar.sweeps.spec import Sweep
+from cifar.system.names import escape_controls
+from cifar.system.redact import redact
 
 
 @dataclass
@@ -88,11 +90,16 @@ class Dashboard(Protocol):
     def close(self) -> None: ...
 
 
+def clean_line(text: str) -> str:
+    """A line as it may be displayed: it names this program, has no secrets, and nothing that a terminal would obey."""
+    return escape_controls(redact(name_program(text)), keeps_lines=True)
+
+
 class LineDashboard:
     """Prints lines; has no board."""
 
     def print_line(self, text: str) -> None:
-        print(name_program(text), flush=True)
+        print(clean_line(text), flush=True)
 
     print_epoch_line = print_line
 

@@ -224,6 +224,7 @@ class EventHandler:
         if event.get("halt"):
             state.halt_reason = f"stopped: {event['reason']}"
         elif not state.halt_reason:
+            worker.wait_for_log()  # its end is shown
             state.halt_reason = state.failures.halt_reason(event, worker.log)
 
     def _format_value(self, value: float | None) -> str:

@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from cifar.agent.dashboard import Board, Dashboard, LineDashboard, Row, format_metric
-from cifar.errors import name_program
+from cifar.agent.dashboard import Board, Dashboard, LineDashboard, Row, clean_line, format_metric
 from cifar.system.durations import format_duration
+from cifar.system.names import escape_controls
 from cifar.system.terminal import Column, fit_table, shorten_text, text_width, wrap_text
 
 BAR_WIDTH = 12
@@ -38,7 +38,7 @@ class RichDashboard:
         self.board: Board | None = None
 
     def print_line(self, text: str) -> None:
-        self.live.console.print(escape(name_program(text)), highlight=False)
+        self.live.console.print(escape(clean_line(text)), highlight=False)
 
     def print_epoch_line(self, text: str) -> None:
         pass  # the table shows it
@@ -98,7 +98,7 @@ def format_footer(board: Board, width: int) -> list[str]:
     best = wrap_text(f"best {board.best}", width) if board.best else []
     if len(best) > 2:
         best = [best[0], shorten_text(" ".join(best[1:]), width)]
-    return [line for line in (*lines, *best) if line]
+    return [escape_controls(line) for line in (*lines, *best) if line]
 
 
 def _split_keys(rows: Sequence[Row]) -> tuple[list[str], str]:

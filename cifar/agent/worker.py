@@ -2,7 +2,7 @@
 
     python -m cifar.agent.worker        # started by cifar/agent/worker_process.py
 
-JSON lines in:  {"environment": {...}, "log": FILE}, first, if it was started early   {"trials": [{...}]}
+JSON lines in:  {"environment": {...}}, first, if it was started early   {"trials": [{...}]}
                 {"run_id", "stop": "interrupted", "when": "epoch" | "step"}   {"run_id", "go": true}
 JSON lines out: {"event": "started" | "progress" | "epoch" | "ended", "run_id", ...}
 The end of standard input means that the agent is gone: the worker ends at once, whatever it is doing.
@@ -24,6 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar.system.redact import redact
+from cifar.system.redacted_streams import install_redacted_output
+
 if TYPE_CHECKING:
     from cifar.config.schema import Settings
     from cifar.tracking.run_dir import RunDir
@@ -41,6 +44,7 @@ class Worker:
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # what a plug-in prints goes to the log, not between our lines
+        install_redacted_output()
         self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.trials: dict[str, dict[str, Any]] = {}  # by run id, until they have ended
         self.settings: Settings | None = None
@@ -55,8 +59,8 @@ class Worker:
     def _read_messages(self) -> None:
         for line in sys.stdin:
             message = json.loads(line)
-            if "log" in message:
-                self._adopt_environment(message)
+            if "environment" in message:
+                os.environ.update(message["environment"])  # started early; PyTorch reads the GPU variables at first use
             elif "stop" in message:
                 has_begun = self.step_index and message["run_id"] in self.trials  # else there is no epoch to finish
                 when = message.get("when", "step") if has_begun else "step"
@@ -65,18 +69,9 @@ class Worker:
                 self.inbox.put(message)
         os._exit(3)
 
-    def _adopt_environment(self, message: dict[str, Any]) -> None:
-        """Take over environment and log, if this process was started early. PyTorch reads the GPU variables at first use."""
-        os.environ.update(message["environment"])
-        try:
-            log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError:
-            os._exit(1)  # the agent starts another worker
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        os.close(log)
-
     def send_event(self, event: str, run_id: str, **content: Any) -> None:
+        if "reason" in content:
+            content["reason"] = redact(content["reason"])
         self._out.write(json.dumps({"event": event, "run_id": run_id, **content}) + "\n")
 
     def train_until_closed(self) -> None:

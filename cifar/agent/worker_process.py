@@ -6,16 +6,20 @@ import contextlib
 import json
 import os
 import queue
+import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from cifar.sweeps.backend import Trial
+from cifar.system.redacted_streams import LogRedactor
 
+LOG_SECONDS = 1.0  # that the end of a log is waited for
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,11 +51,14 @@ class WorkerProcess:
         self.assignments: dict[str, Assignment] = {}
         self.retiring = False  # it is ending, or dead, and gets no more trials
         self.exit_event: Mapping[str, Any] | None = None  # how the trials that it had ended when its process did
-        with open(log, "ab") as errors:
-            prestarted = _take_prestarted()
-            self.process = prestarted or _start_process({**_worker_environment(), **(environment or {})}, errors)
+        file = open(log, "ab", buffering=0)  # noqa: SIM115 (`_write_log` closes it)
+        prestarted = _take_prestarted()
+        self.process = prestarted or _start_process({**_worker_environment(), **(environment or {})})
         if prestarted:
-            self.send_message(environment=dict(environment or {}), log=str(log))
+            self.send_message(environment=dict(environment or {}))
+        self._is_log_behind = threading.Event()
+        self._log_writer = threading.Thread(target=self._write_log, args=(file,), daemon=True)
+        self._log_writer.start()
         threading.Thread(target=self._read_events, args=(events,), daemon=True).start()
 
     def _read_events(self, events: queue.SimpleQueue[tuple[WorkerProcess, dict[str, Any]]]) -> None:
@@ -60,7 +67,31 @@ class WorkerProcess:
             for line in lines:
                 with contextlib.suppress(ValueError):  # killed in the middle of a line
                     events.put((self, json.loads(line)))
-        events.put((self, {"event": "gone", "code": self.process.wait()}))
+        code = self.process.wait()
+        self._log_writer.join(LOG_SECONDS)  # a process that the worker has started may hold the pipe open for ever
+        events.put((self, {"event": "gone", "code": code}))
+
+    def _write_log(self, file: IO[bytes]) -> None:
+        """Write what the worker prints to its log, without secrets; also what its libraries print past Python."""
+        assert self.process.stderr
+        redactor = LogRedactor()
+        with self.process.stderr as pipe, file:
+            while piece := os.read(pipe.fileno(), 2**16):
+                self._is_log_behind.set()
+                with contextlib.suppress(OSError):  # the disk is full; what comes later may find space
+                    file.write(redactor.push(piece))
+                self._is_log_behind.clear()
+            with contextlib.suppress(OSError):
+                file.write(redactor.finish())
+
+    def wait_for_log(self) -> None:
+        """Wait until the log has what the worker has printed by now, for a second at most."""
+        deadline = time.monotonic() + LOG_SECONDS
+        pipe = self.process.stderr
+        assert pipe
+        with contextlib.suppress(OSError, ValueError):  # the pipe is closed: all is written
+            while time.monotonic() < deadline and (select.select([pipe], [], [], 0)[0] or self._is_log_behind.is_set()):
+                time.sleep(0.01)
 
     def send_message(self, **message: Any) -> None:
         assert self.process.stdin
@@ -90,12 +121,12 @@ def _worker_environment() -> dict[str, str]:
     return environment
 
 
-def _start_process(environment: Mapping[str, str], errors: IO[bytes] | int) -> subprocess.Popen[bytes]:
+def _start_process(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "cifar.agent.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=errors,
+        stderr=subprocess.PIPE,
         env=dict(environment),
         start_new_session=True,  # Ctrl-C is for the agent
     )
@@ -110,7 +141,7 @@ def prestart_worker() -> Iterator[None]:
     """Start the first worker's process now: it imports PyTorch while the agent reads the sweep and claims trials."""
     if not _prestarted:
         environment = _worker_environment()
-        _prestarted.append((environment, _start_process(environment, subprocess.DEVNULL)))
+        _prestarted.append((environment, _start_process(environment)))
     try:
         yield
     finally:
@@ -130,5 +161,5 @@ def _take_prestarted() -> subprocess.Popen[bytes] | None:
 def _kill_prestarted() -> None:
     for _, process in _prestarted:
         process.kill()
-        process.wait()
+        process.communicate()  # which closes the pipes
     _prestarted.clear()

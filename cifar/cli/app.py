@@ -8,12 +8,16 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
 
 from cifar.cli import inspect, maintenance, report, sweep, train
 from cifar.errors import UserError, name_program, program_name
+from cifar.system.names import escape_controls
+from cifar.system.redact import redact
+from cifar.system.redacted_streams import install_redacted_output, redact_output
 
 app = typer.Typer(
     name="cifar",
@@ -60,8 +64,15 @@ COMPLETION_OPTIONS = {"--install-completion", "--show-completion"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command -> its exit code: 2 with one sentence for bad input, 130 after Ctrl-C. Bugs keep their traceback."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command -> its exit code: 2 with one sentence for bad input, 130 after Ctrl-C. Bugs keep their traceback.
+
+    What is printed meanwhile has no secrets (`cifar.system.redact`).
+    """
+    with redact_output():
+        return _run_command(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run_command(arguments: list[str]) -> int:
     program = program_name()
     try:
         if program != "cifar" and COMPLETION_OPTIONS & set(arguments):
@@ -98,7 +109,7 @@ _DISK_ADVICE = {
 
 
 def _print_error(sentence: str) -> int:
-    print("error: " + " ".join(name_program(sentence).split()), file=sys.stderr)
+    print("error: " + escape_controls(" ".join(redact(name_program(sentence)).split())), file=sys.stderr)
     return 2
 
 
@@ -116,4 +127,10 @@ def run() -> None:
     # Large tensors in huge pages, where Linux has them: a CPU may spend half a step on the faults of small ones (LOG.md).
     # PyTorch reads this when it first allocates; workers inherit it.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    sys.exit(main())
+    install_redacted_output()
+    try:
+        code = main()
+    except Exception:
+        sys.stderr.write(escape_controls(redact(traceback.format_exc()), keeps_lines=True))
+        code = 1
+    sys.exit(code)

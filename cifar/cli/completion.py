@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+from cifar.system.names import is_id
+
 # key=value -> the variable of cifar.registry that its names are registered with, and the folder below cifar/
 _PARTS = {
     "model": ("models", "models"),
@@ -34,12 +36,12 @@ def complete_sweep_file(incomplete: str) -> list[str]:
 
 def complete_sweep(ctx: typer.Context) -> list[str]:
     """Ids of the sweeps of the runs folder."""
-    return sorted(path.name for path in (_find_runs_dir(ctx) / "sweeps").glob("*/"))
+    return sorted(path.name for path in (_find_runs_dir(ctx) / "sweeps").glob("*/") if is_id(path.name))
 
 
 def complete_run(ctx: typer.Context) -> list[str]:
     """Ids of the runs of the runs folder."""
-    return sorted(path.parent.name for path in _find_runs_dir(ctx).glob("*/run.json"))
+    return sorted(path.parent.name for path in _find_runs_dir(ctx).glob("*/run.json") if is_id(path.parent.name))
 
 
 def complete_sweep_or_run(ctx: typer.Context) -> list[str]:

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 
 from cifar.errors import name_program
+from cifar.system.names import escape_controls, escape_in_json
+from cifar.system.redact import mask_secrets, redact
 from cifar.system.terminal import Column, fit_table, format_shared, wrap_text
 
 # Rich wraps tables at 80 columns where there is no terminal; a log or a pipe has no such edge.
@@ -34,7 +36,7 @@ def print_table(title: str, columns: Sequence[str | Column], rows: Sequence[Sequ
     described = [Column(column) if isinstance(column, str) else column for column in columns]
     table = fit_table(described, rows, console.width if console.is_terminal else None)
     if title:
-        console.print(title, style="italic", markup=False)
+        console.print(clean_text(title), style="italic", markup=False)
     console.print(table.header, style="bold", markup=False, soft_wrap=True)
     for line in table.lines[1:]:
         console.print(line, markup=False, soft_wrap=True)
@@ -44,14 +46,19 @@ def print_table(title: str, columns: Sequence[str | Column], rows: Sequence[Sequ
         console.print(f"no room for: {', '.join(table.dropped)}", style="dim", markup=False)
 
 
+def clean_text(text: str) -> str:
+    """Text as it may be printed: without secrets, and without what a terminal would obey. Lines stay."""
+    return escape_controls(redact(text), keeps_lines=True)
+
+
 def echo(text: str = "") -> None:
     """Print text as it is: names of runs may hold what rich takes for markup."""
-    console.print(name_program(text), markup=False, soft_wrap=True)
+    console.print(clean_text(name_program(text)), markup=False, soft_wrap=True)
 
 
 def print_sentence(text: str) -> None:
     """Print text that is wrapped at words where the terminal is narrow. What has to be copied in one piece is for `echo`."""
-    text = name_program(text)
+    text = clean_text(name_program(text))
     lines = wrap_text(text, console.width, breaks_words=False) if console.is_terminal else [text]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
 
@@ -63,7 +70,8 @@ def redirect_messages(is_redirected: bool) -> contextlib.AbstractContextManager[
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print the one document of a command with --json. Paths become text; NaN and infinity, which JSON lacks, become null."""
-    print(json.dumps(_to_json(document), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_to_json(mask_secrets(document, mask_keys=False)), indent=2, ensure_ascii=False, allow_nan=False)
+    print(escape_in_json(text))
 
 
 def _to_json(value: Any) -> Any:

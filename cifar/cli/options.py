@@ -12,6 +12,16 @@ import typer
 
 from cifar.cli.completion import complete_experiment, complete_pair, complete_sweep
 from cifar.errors import UserError
+from cifar.system.names import check_name
+
+
+def refuse_empty(ctx: typer.Context, param: typer.CallbackParam, value: str) -> str:
+    """An option that names something and is given empty names nothing: a variable was not set. Raises UserError."""
+    source = ctx.get_parameter_source(param.name or "")
+    if source is not None and source.name == "COMMANDLINE":
+        check_name(value, param.opts[0])
+    return value
+
 
 Pairs = Annotated[
     list[str] | None,
@@ -20,7 +30,12 @@ Pairs = Annotated[
 Experiment = Annotated[
     str,
     typer.Option(
-        "--experiment", "-e", metavar="NAME", help="a file in experiments/, or a path", autocompletion=complete_experiment
+        "--experiment",
+        "-e",
+        metavar="NAME",
+        help="a file in experiments/, or a path",
+        autocompletion=complete_experiment,
+        callback=refuse_empty,
     ),
 ]
 Dataset = Annotated[
@@ -47,6 +62,8 @@ Workers = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", he
 
 
 def _refuse_password(url: str | None) -> str | None:
+    if url is not None and not url.strip():
+        raise UserError("--storage is empty: give a URL (a variable that is not set, perhaps), or leave the option out")
     if url and re.search(r"://[^/@:]*:[^@]+@|[?&][^=&]*pass[^=&]*=", url):
         raise UserError(
             "--storage holds a password, which others can read in the list of processes; export CIFAR_STORAGE=URL instead"

@@ -12,6 +12,7 @@ import typer
 
 from cifar.cli.completion import complete_sweep_or_run
 from cifar.cli.console import (
+    clean_text,
     echo,
     print_json,
     print_sentence,
@@ -157,8 +158,8 @@ def _publish_report(names: Sequence[str], result: ReportResult, runs: Path, spli
     run = best.runs[0] if best else None
     metric = next((m for m in ("gradient_norm", "gradient_mean") if run and run.layers_with(m)), "")
     content = publishing.ReportContent(
-        title=" – ".join(part for part in (result.banner, result.comparison.title) if part),
-        sentences=result.notes,
+        title=clean_text(" – ".join(part for part in (result.banner, result.comparison.title) if part)),
+        sentences=[clean_text(note) for note in result.notes],
         columns=result.columns,
         rows=result.rows,
         run_ids=[run.id for point in result.comparison.points for run in point.runs],

@@ -42,6 +42,7 @@ from cifar.cli.options import (
 )
 from cifar.errors import UserError, did_you_mean
 from cifar.system.durations import format_duration, parse_duration
+from cifar.system.names import check_id
 from cifar.system.terminal import Column, Short
 from cifar.tracking import run_dir
 
@@ -438,7 +439,7 @@ def _open_local(name: str, storage: str | None, runs: Path) -> LocalBackend:
     """A sweep of this machine, by its id, its name or the start of its id."""
     from cifar.sweeps import local
 
-    sweep_id = local.find_sweep_id(name, runs)
+    sweep_id = check_id(local.find_sweep_id(name, runs), "the sweep")
     folder = runs / "sweeps" / sweep_id
     if (folder / "wandb.json").exists() and not (folder / "sweep.json").exists():
         wandb_path = _find_wandb_path(folder)

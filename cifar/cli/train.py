@@ -22,10 +22,12 @@ from cifar.cli.console import (
     spinner,
     warn_of_stand_in,
 )
-from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs, RunsDir, Split, Wandb
+from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs, RunsDir, Split, Wandb, refuse_empty
 from cifar.errors import UserError, name_program
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES, OPEN_RUN_STATES
 from cifar.system.durations import format_duration
+from cifar.system.names import check_id
+from cifar.system.redact import reject_secrets
 from cifar.system.terminal import Column, Short
 from cifar.tracking import run_dir
 
@@ -42,10 +44,23 @@ def train(
     experiment: Experiment = "",
     from_run: Annotated[
         str,
-        typer.Option("--from", metavar="RUN", help="start from the values of a run: repeats it", autocompletion=complete_run),
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="start from the values of a run: repeats it",
+            autocompletion=complete_run,
+            callback=refuse_empty,
+        ),
     ] = "",
     resume: Annotated[
-        str, typer.Option("--resume", metavar="RUN", help="go on with an interrupted run", autocompletion=complete_run)
+        str,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="go on with an interrupted run",
+            autocompletion=complete_run,
+            callback=refuse_empty,
+        ),
     ] = "",
     trial: Annotated[Path | None, typer.Option("--trial", metavar="FILE.json", help="values of a W&B trial, typed")] = None,
     dataset: Dataset = None,
@@ -120,7 +135,14 @@ def config(
     pairs: Pairs = None,
     experiment: Experiment = "",
     from_run: Annotated[
-        str, typer.Option("--from", metavar="RUN", help="start from the values of a run", autocompletion=complete_run)
+        str,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="start from the values of a run",
+            autocompletion=complete_run,
+            callback=refuse_empty,
+        ),
     ] = "",
     runs_dir: RunsDir = None,
     as_json: Json = False,
@@ -162,6 +184,8 @@ def gather_layers(
         run = run_dir.find_run_dir(from_run, run_dir.resolve_runs_dir(runs_dir))
         changes = merge_layers(*(values for _, values in layers))
         layers.insert(0, (f"run {run.id}", _keep_valid_keys(run.read_json("config"), changes)))
+    for _, values in layers:
+        reject_secrets(values)
     return layers
 
 
@@ -247,6 +271,10 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
     from cifar.integrations.wandb.settings import mode_from_environment
 
     mode_from_environment(wandb)  # raises UserError now, before anything is made
+    reject_secrets({"--name": name, "--tags": tags})
+    for kind in ("SWEEP", "RUN"):
+        if swept and (given := os.environ.get(f"WANDB_{kind}_ID")):
+            check_id(given, f"WANDB_{kind}_ID")
     settings = resolve_config(*(values for _, values in layers))
     runs = paths.resolve_runs_dir()
     with spinner("importing PyTorch ..."):

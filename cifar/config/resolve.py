@@ -19,6 +19,7 @@ from cifar.config.shipped import find_shipped, shipped_names, strip_to_name
 from cifar.config.yaml_loader import parse_yaml, read_yaml
 from cifar.errors import UserError, did_you_mean
 from cifar.registry import Entry, Key
+from cifar.system.names import escape_controls
 
 # -- from layers to a configuration ------------------------------------------------------------------------------------
 
@@ -67,7 +68,7 @@ _TYPE_ADVICE = {"bool_type": "write true or false", "int_type": "write a whole n
 
 def format_name_value(value: Any) -> str:
     """A value as text for the name of a run or a trial: a float with four significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else escape_controls(str(value))
 
 
 def _describe_errors(error: ValidationError) -> str:

@@ -5,6 +5,7 @@ matplotlib is imported when the first figure is drawn. torch is never imported.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -29,7 +30,22 @@ from cifar.report.formatting import (
 )
 from cifar.report.load import RunCollection, collect_runs, load_run
 from cifar.system.durations import format_duration
+from cifar.system.redact import mask_secrets
 from cifar.tracking.run_dir import write_atomic
+
+FORMULA_STARTS = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+    "\N{FULLWIDTH EQUALS SIGN}",
+    "\N{FULLWIDTH PLUS SIGN}",
+    "\uff0d",
+    "\uff20",
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,8 @@ def write_report(
         out.mkdir(parents=True, exist_ok=True)
         paths = [out / "report.html", out / "report.csv", out / "report.json"]
         sections, drawn = _draw_figures(collection, comparison, out, notes)
-        write_atomic(paths[2], json.dumps(_build_json(comparison, notes), indent=1).encode())
+        document = mask_secrets(_build_json(comparison, notes), mask_keys=False)
+        write_atomic(paths[2], json.dumps(document, indent=1).encode())
         if comparison.points:
             write_atomic(paths[1], _format_csv(comparison).encode())
         else:
@@ -209,10 +226,23 @@ def _list_facts(comparison: Comparison) -> list[dict[str, Any]]:
 def _format_csv(comparison: Comparison) -> str:
     text = io.StringIO()
     facts = _list_facts(comparison)
-    writer = csv.DictWriter(text, list(facts[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "runs": " ".join(row["runs"])} for row in facts)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(format_csv_cell, facts[0]))
+    writer.writerows(map(format_csv_cell, {**row, "runs": " ".join(row["runs"])}.values()) for row in facts)
     return text.getvalue()
+
+
+def format_csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that begins like one has a ' before it. Numbers stay numbers.
+
+    The characters are those of OWASP's page on CSV injection, with their full-width forms.
+    """
+    if not isinstance(value, str):
+        return value
+    with contextlib.suppress(ValueError):
+        float(value)
+        return value
+    return f"'{value}" if value.lstrip(" ").startswith(FORMULA_STARTS) else value
 
 
 def _build_json(comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from cifar.errors import UserError
+from cifar.system.names import escape_controls
 
 
 def format_value(value: Any) -> str:
@@ -14,7 +15,7 @@ def format_value(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else escape_controls(str(value))
 
 
 def pluralize(n: int, word: str) -> str:
@@ -67,5 +68,5 @@ def format_power(value: float) -> str:
 
 def shorten_text(text: str, max_length: int) -> str:
     """On one line, cut to `max_length` characters, the last of which is then "…"."""
-    text = " ".join(text.split())
+    text = escape_controls(" ".join(text.split()))
     return text if len(text) <= max_length else text[: max_length - 1] + "…"

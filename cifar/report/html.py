@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape as escape_html
 from typing import Any
 
 from cifar.report.aggregate import Comparison, describe_settings
@@ -22,6 +22,8 @@ from cifar.report.formatting import (
 )
 from cifar.report.load import ExcludedRun, Run
 from cifar.system.durations import format_duration
+from cifar.system.names import escape_controls
+from cifar.system.redact import redact
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ for (const button of document.querySelectorAll('th button')) button.addEventList
   body.append(...[...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)));
 });
 """
+
+
+def escape(text: str) -> str:
+    """Text for the page: without secrets, markup, and what would turn the order of the letters beside it."""
+    return escape_html(escape_controls(redact(text), keeps_lines=True))
 
 
 def render_page(

@@ -17,6 +17,8 @@ from pydantic_core import from_json
 
 from cifar.errors import UserError
 from cifar.report.formatting import pluralize
+from cifar.system.names import check_name, escape_controls
+from cifar.system.redact import mask_secrets
 from cifar.tracking.run_dir import RunDir, find_run_dir, list_run_dirs, read_json
 
 STAND_IN_BANNER = "STAND-IN DATA, not CIFAR-10"
@@ -160,7 +162,7 @@ def load_run(path: Path) -> Run:
     """Read one run folder. Raises UserError that says what is damaged."""
     run_dir = RunDir(path)
     try:
-        run, config, status = map(run_dir.read_json, ("run", "config", "status"))
+        run, config, status = (_clean(run_dir.read_json(name)) for name in ("run", "config", "status"))
         if not run or not config:
             raise ValueError(f"{'config' if run else 'run'}.json is missing")
         cost = run.get("cost") or {}
@@ -198,6 +200,19 @@ def load_run(path: Path) -> Run:
         raise UserError(f"the run {path.name} is damaged and left out ({damage}); delete {path} or restore it") from None
 
 
+def _clean(value: Any) -> Any:
+    """A copy of a record's file as it may be shown: what an earlier version wrote may hold secrets, and names anything."""
+    return _escape(mask_secrets(value, mask_keys=False))
+
+
+def _escape(value: Any) -> Any:
+    if isinstance(value, str):
+        return escape_controls(" ".join(value.splitlines()))
+    if isinstance(value, dict):
+        return {escape_controls(str(key)): _escape(inner) for key, inner in value.items()}
+    return [_escape(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _read_rows(file: Path) -> tuple[Any, ...]:
     """The complete lines, as `RunDir.read_rows` yields them, read at once."""
     if not file.exists():
@@ -220,6 +235,7 @@ def collect_runs(names: Sequence[str], runs: Path, progress: Callable[[int, int]
     remote: dict[Path, None] = {}
     sweeps, damaged, download = [], [], None
     for given in [newest] if newest else names:
+        check_name(given, "the name of a run or sweep")
         name = find_sweep_id(given, runs) or given
         folder = Path(name)
         if _is_sweep(name, runs):

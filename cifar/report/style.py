@@ -50,6 +50,7 @@ from cifar.report.palette import (
     THEME_VARIABLES,
     ramp_colours,
 )
+from cifar.system.redact import redact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,7 +154,7 @@ def render_figure(entry: Entry, subject: Any) -> DrawnFigure:
             figure.set_layout_engine("none")  # so that saving it does not lay it out again
             return DrawnFigure(figure, header_inches=header_inches)
         except Exception as error:  # an error in one figure, perhaps a plug-in's, must not end the report
-            problem = f"figure '{entry.name}' failed ({type(error).__name__}: {error}); correct {entry.file}"
+            problem = redact(f"figure '{entry.name}' failed ({type(error).__name__}: {error}); correct {entry.file}")
             figure = Figure(figsize=(SIZE[0], 2.2), layout="constrained")
             _draw_header(figure, "", "", subject.banner)
             _draw_message(figure, problem)

@@ -33,6 +33,8 @@ from cifar.sweeps import sampler, spec, storage
 from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
 from cifar.sweeps.objectives import finite_or_none
 from cifar.sweeps.spec import Sweep
+from cifar.system.names import check_id, check_name, escape_controls
+from cifar.system.redact import redact
 from cifar.tracking.run_dir import RunDir, generate_id, read_json, write_atomic
 
 _CELL_DEFAULTS: dict[str, Any] = {"reason": "", "value": None, "objectives": [], "attempt": 0, "worker": ""}
@@ -108,7 +110,8 @@ class LocalBackend:
     """One local sweep, opened. Many processes may call its methods at the same time."""
 
     def __init__(self, sweep_id: str, runs_dir: Path, storage_url: str = "") -> None:
-        self.id, self.runs_dir, self.folder = sweep_id, runs_dir, runs_dir / "sweeps" / sweep_id
+        self.id, self.runs_dir = check_id(sweep_id, "the sweep"), runs_dir
+        self.folder = runs_dir / "sweeps" / sweep_id
         storage_url = storage_url or os.environ.get("CIFAR_STORAGE", "")
         if not (self.folder / "sweep.json").exists() and not (storage_url and self._fetch_definition(storage_url)):
             raise UserError(f"no sweep '{sweep_id}' in {runs_dir}; `python -m cifar sweeps list` shows what there is")
@@ -224,7 +227,7 @@ class LocalBackend:
         objectives: one value for each metric of the file [default: `value` alone]; retry: whether another try can help, of
         which there are MAX_RETRIES at most [default: if it was killed].
         """
-        objectives = list(objectives or [value])
+        objectives, reason = list(objectives or [value]), escape_controls(redact(reason), keeps_lines=True)
         with storage.lock_storage(self._storage, self.id):
             stored = self._find_claimed(trial)
             if stored is None:
@@ -436,12 +439,13 @@ def list_sweeps(runs_dir: Path) -> list[dict[str, Any]]:
     found = []
     for path in (runs_dir / "sweeps").glob("*/sweep.json"):
         with contextlib.suppress(UserError):  # a damaged one raises for the command that names it
-            found.append(read_json(path))
+            found.append({**read_json(path), "id": path.parent.name})  # whatever the file says: the folder is what is opened
     return sorted((info for info in found if "created" in info), key=lambda info: float(info["created"]))
 
 
 def find_sweep_id(name: str, runs_dir: Path) -> str:
     """The id of the sweep with this id, name or unique start of an id; `name` itself if there is none."""
+    check_name(name, "the sweep")
     sweeps = list_sweeps(runs_dir)
     exact = [info["id"] for info in sweeps if name in (info["id"], info["name"])]
     matches = exact or [info["id"] for info in sweeps if info["id"].startswith(name)]

@@ -23,6 +23,7 @@ from cifar.sweeps import objectives
 from cifar.sweeps.distributions import Parameter, parse_parameter
 from cifar.sweeps.early_stopping import Hyperband, parse_early_terminate
 from cifar.sweeps.objectives import Metric, Scheduler
+from cifar.system.redact import reject_secrets
 
 MAX_GRID_CELLS = 10_000  # a larger grid is a mistake in the file
 _STRUCTURE_KEYS = (
@@ -218,6 +219,7 @@ def resolve_trial(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> Settin
 
 def check_sweep(sweep: Sweep, fixed: Mapping[str, Any], sweep_seed: int = 0, count: int | None = None) -> str:
     """Check every value before anything runs -> the dataset (may be `auto`). Raises UserError."""
+    reject_secrets({"the sweep file": sweep.text, **{p.name: [p.values, p.options] for p in sweep.parameters}, **fixed})
     for key in fixed:
         if key in sweep.swept_keys:
             raise UserError(f"'{key}' is swept by the file and set on the command line; remove one of them")

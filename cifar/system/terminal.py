@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cifar.system.names import escape_controls
+from cifar.system.redact import redact
+
 GAP = 2  # spaces between two columns
 NO_VALUES = ("", "–", "-")  # cells that say nothing
 MIN_TEXT_WIDTH = 6  # characters of a text column that are kept where nothing else helps
@@ -59,7 +62,7 @@ def text_width(text: str) -> int:
 
 def shorten_text(text: str, width: int) -> str:
     """The text, or its beginning and an ellipsis, in at most `width` columns."""
-    text = " ".join(text.splitlines())
+    text = escape_controls(" ".join(text.splitlines()))
     if text_width(text) <= width:
         return text
     while text and text_width(text) > width - 1:
@@ -103,14 +106,17 @@ def fit_table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], width: i
     What gives way, in this order: columns that say nothing, or one thing in all rows; long forms of numbers; extra columns;
     prose is wrapped and text cut, both down to their least width; columns, by their `drop_order`; at last all text.
     """
-    texts = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    texts = [["" if cell is None else _clean_cell(cell) for cell in row] for row in rows]
     if width is None:
         widths = _natural_widths(columns, texts, range(len(columns)))
         return _lay_out(columns, texts, widths, {}, [])
     shared = _find_shared(columns, texts)
     kept = [index for index, column in enumerate(columns) if column.name not in shared and _says_something(texts, index)]
     if _total(_natural_widths(columns, texts, kept)) > width:
-        texts = [["" if cell is None else cell.short if isinstance(cell, Short) else str(cell) for cell in row] for row in rows]
+        texts = [
+            [cell.short if isinstance(cell, Short) else text for cell, text in zip(row, line, strict=True)]
+            for row, line in zip(rows, texts, strict=True)
+        ]
     dropped: list[int] = []
     while True:
         natural = _natural_widths(columns, texts, kept)
@@ -129,6 +135,10 @@ def fit_table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], width: i
         {name: text for name, text in shared.items() if text not in NO_VALUES},
         [columns[i].name for i in sorted(dropped)],
     )
+
+
+def _clean_cell(cell: Any) -> str:
+    return escape_controls(redact(str(cell)), keeps_lines=True)
 
 
 def format_shared(shared: Mapping[str, str]) -> str:

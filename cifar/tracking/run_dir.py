@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import re
 import secrets
 import shlex
 import tempfile
@@ -33,12 +31,12 @@ from typing import Any
 from cifar.errors import DiskFullError, UserError
 from cifar.states import RUN_STATES
 from cifar.system.disk import is_disk_full_error
+from cifar.system.names import check_id, check_name, escape_controls
+from cifar.system.redact import mask_secrets, redact
 
 SCHEMA = 1
-_SECRET = re.compile(r"(?i)(key|token|secret|passw|credential)")
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can be read only by setting it
-_URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*):[^@/\s]+@")
 
 
 class RunDir:
@@ -55,13 +53,13 @@ class RunDir:
     def name(self) -> str:
         """The run's name; "" if its folder is damaged."""
         with contextlib.suppress(UserError):
-            return str(self.read_json("run").get("name", ""))
+            return escape_controls(redact(str(self.read_json("run").get("name", ""))))
         return ""
 
     @classmethod
     def create(cls, runs_dir: Path, run_id: str, run: Mapping[str, Any], config: Mapping[str, Any]) -> RunDir:
         """Make the folder of a new run. Raises UserError if it cannot be written, and then leaves no part of it."""
-        run_dir = cls(runs_dir / run_id)
+        run_dir = cls(runs_dir / check_id(run_id, "the run's id"))
         is_new = not run_dir.path.exists()
         try:
             run_dir.path.mkdir(parents=True, exist_ok=True)
@@ -112,7 +110,7 @@ class RunDir:
             "status",
             {
                 "state": state,
-                "reason": redact_text(reason),
+                "reason": escape_controls(redact(reason), keeps_lines=True),
                 "epoch": epoch,
                 "epochs": epochs,
                 "time": time.time(),
@@ -163,10 +161,11 @@ def list_run_dirs(runs_dir: Path) -> list[RunDir]:
 
 def find_run_dir(name: str, runs_dir: Path) -> RunDir:
     """A run by its path, its id, a unique start of its id, or a unique name. Raises UserError."""
+    check_name(name, "the run")
     path = Path(name)
     if (path / "run.json").exists():
         return RunDir(path.resolve())
-    if name and (runs_dir / name / "run.json").exists():
+    if (runs_dir / name / "run.json").exists():
         return RunDir(runs_dir / name)
     run_dirs = list_run_dirs(runs_dir)
     matches = [r for r in run_dirs if r.id.startswith(name)] or [r for r in run_dirs if r.name == name]
@@ -219,24 +218,4 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
-def mask_secrets(value: Any, *, mask_keys: bool = True) -> Any:
-    """A copy for JSON without secrets: what `redact_text` finds, and with `mask_keys` text under secret-looking keys."""
-    if isinstance(value, Mapping):
-        secret = {k for k, v in value.items() if mask_keys and _SECRET.search(str(k)) and isinstance(v, str) and v}
-        return {str(k): "***" if k in secret else mask_secrets(v, mask_keys=mask_keys) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask_secrets(item, mask_keys=mask_keys) for item in value]
-    if isinstance(value, str):
-        return redact_text(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return value  # json writes NaN and Infinity, and reads them back
-    return value
-
-
-def redact_text(text: str) -> str:
-    """Mask passwords in URLs, and the values of secret-looking environment variables."""
-    text = _URL_PASSWORD.sub(r"\1:***@", text)
-    for name, secret in os.environ.items():
-        if _SECRET.search(name) and len(secret) >= 8 and secret in text:
-            text = text.replace(secret, "***")
-    return text
+redact_text = redact  # its old name, for plug-ins

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from cifar.system.durations import format_duration
+from cifar.system.names import escape_controls
 from cifar.system.terminal import shorten_text
 
 REFRESH_SECONDS = 0.1  # between two updates of a progress bar
@@ -68,7 +69,7 @@ class LineCallback(RunCallback):
         self.epochs = epochs
 
     def on_message(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
+        print(escape_controls(text, keeps_lines=True), file=self.out, flush=True)
 
     def on_epoch_end(self, row: Mapping[str, Any]) -> None:
         print(format_epoch_line(row, self.epochs), file=self.out, flush=True)
@@ -93,7 +94,7 @@ class ProgressBarCallback(RunCallback):
         self.progress.start()
 
     def on_message(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False, markup=False)
+        self.progress.console.print(escape_controls(text, keeps_lines=True), highlight=False, markup=False)
 
     def on_step_end(self, epoch: int, step: int) -> None:
         if step < self.steps and time.monotonic() < self.shown + REFRESH_SECONDS:

@@ -30,6 +30,8 @@ from cifar.probes import weight_layers
 from cifar.states import pack_failure_reason
 from cifar.system import environment
 from cifar.system.disk import is_disk_full_error
+from cifar.system.names import check_id, escape_controls
+from cifar.system.redact import redact, reject_secrets
 from cifar.tracking.run_dir import RunDir, generate_id, write_atomic
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
 from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
@@ -73,17 +75,19 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
     """Make the folder of a run, or find it if the run of that id exists. `config.dataset` may not be "auto"."""
     assert config.dataset != "auto"
     about = metadata or RunMetadata()
-    run_id = about.run_id or generate_id()
+    run_id = check_id(about.run_id, "the run's id") if about.run_id else generate_id()
     if (runs_dir / run_id / "run.json").exists():
         return RunDir(runs_dir / run_id)
+    reject_secrets({**config.to_dict(), "the name": about.name, "a tag": list(about.tags)})
     cost = measure_cost(config)
     values = [f"{key}={format_name_value(getattr(config, key))}" for key in about.swept if key not in KEYS_NOT_IN_NAME]
     name = about.name or " ".join([str(config.experiment or config.model), *values])
     stand_in = config.dataset == "stand-in"
     run = {
-        "name": ("stand-in " if stand_in else "") + name,
+        "name": ("stand-in " if stand_in else "") + escape_controls(name),
         "group": about.sweep,
-        "tags": [*about.tags, config.dataset, config.model] + ([] if cost.verified else ["macs unverified"]),
+        "tags": [*map(escape_controls, about.tags), config.dataset, config.model]
+        + ([] if cost.verified else ["macs unverified"]),
         "project": about.project or os.environ.get("WANDB_PROJECT") or "cifar",
         "entity": about.entity or os.environ.get("WANDB_ENTITY", ""),
         "sweep": about.sweep,
@@ -252,7 +256,8 @@ def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exceptio
     if pack_size > 1:
         state, reason = "interrupted", pack_failure_reason(reason, pack_size)
     with contextlib.suppress(OSError):
-        write_atomic(run_dir.path / "traceback.txt", traceback.format_exc().encode())
+        text = escape_controls(redact(traceback.format_exc()), keeps_lines=True)
+        write_atomic(run_dir.path / "traceback.txt", text.encode())
         run_dir.set_status(state, reason=reason, **progress)
 
 

@@ -157,6 +157,7 @@ def test_a_worker_that_was_started_early_is_the_first_one_and_has_its_place(
         deadline = time.monotonic() + 60
         while started.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
+        first.wait_for_log()
         assert "IndexError" in (tmp_path / "a.log").read_text() and not (tmp_path / "b.log").read_text()
 
 

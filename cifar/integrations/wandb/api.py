@@ -14,7 +14,7 @@ from typing import Any
 
 from cifar.errors import UserError
 from cifar.integrations.wandb.settings import server_url
-from cifar.tracking.run_dir import redact_text
+from cifar.system.redact import redact
 
 CALL_TIMEOUT_SECONDS = 60.0  # for one call, including the retries of wandb-core
 # The names are those of wandb 0.31's apis/public/sweeps.py and of wandb-core.
@@ -68,7 +68,7 @@ class GraphqlClient:
 
 def to_user_error(error: Exception) -> UserError:
     """wandb's error as one sentence that says what to check."""
-    reason = redact_text(f"{type(error).__name__}: {error}".replace("\n", " "))[:300]
+    reason = redact(f"{type(error).__name__}: {error}".replace("\n", " "))[:300]
     return UserError(f"W&B does not take it ({reason}); check the key, WANDB_BASE_URL and the network, or use --wandb offline")
 
 

@@ -32,7 +32,9 @@ from cifar.states import FAILURE_STATES, TRIAL_STATES
 from cifar.sweeps import spec
 from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
 from cifar.sweeps.spec import Sweep
-from cifar.tracking.run_dir import redact_text, write_atomic
+from cifar.system.names import check_id, is_id
+from cifar.system.redact import redact, reject_secrets
+from cifar.tracking.run_dir import write_atomic
 
 MAX_SILENT_SECONDS = 600.0  # how long an idle agent waits for a server that does not answer
 CLAIM_WAIT_SECONDS = 0.25  # how long `claim_trial` waits for an answer that is under way
@@ -56,7 +58,10 @@ def create_sweep(sweep: Sweep, runs: Path, *, fixed: Mapping[str, Any]) -> str:
         stop_core()
     created_sweep = created["upsertSweep"]["sweep"]
     created_project = created_sweep.get("project") or {}
-    notes = {"id": created_sweep["name"], "project": created_project.get("name", project)}
+    notes = {
+        "id": check_id(str(created_sweep["name"]), "the sweep's id from W&B"),
+        "project": created_project.get("name", project),
+    }
     notes["entity"] = (created_project.get("entity") or {}).get("name", entity)
     _write_sweep_folder(runs / "sweeps" / notes["id"], text, {**notes, "made": True})
     return f"{client.app_url}{notes['entity']}/{notes['project']}/sweeps/{notes['id']}"
@@ -66,6 +71,7 @@ def format_sweep_yaml(sweep: Sweep, fixed: Mapping[str, Any]) -> str:
     """The file for W&B: word for word, unless W&B's YAML parser would read other values (1e-5 is text to PyYAML)."""
     import yaml
 
+    reject_secrets({"the sweep file": sweep.text, **fixed})
     content = parse_yaml(sweep.text, "the sweep file")
     # W&B accepts either a scheduler or early_terminate, not both.
     has_both = sweep.scheduler is not None and content.pop("early_terminate", None) is not None
@@ -92,6 +98,7 @@ class WandbBackend:
 
     def __init__(self, name: str, runs: Path, *, slots: int = 1) -> None:
         entity, project, self.id = parse_sweep_path(name)
+        check_id(self.id, "the sweep")
         self.runs_dir, self.folder = runs, runs / "sweeps" / self.id
         self.client, notes = GraphqlClient(), read_sweep_notes(self.id, runs)
         entity = entity or notes.get("entity") or self.client.entity
@@ -261,7 +268,9 @@ class WandbBackend:
     def apply_command(self, slot: AgentSlot, command: dict[str, Any]) -> None:
         with self.lock:
             kind, run_id = command["type"], command.get("run_id", "")
-            if kind in ("run", "resume"):
+            if kind in ("run", "resume") and not is_id(str(run_id)):
+                self._messages.append(f"W&B gave a run whose id cannot be a folder's name, which is left out: {run_id!r}")
+            elif kind in ("run", "resume"):
                 values = flatten_values({name: given["value"] for name, given in command["args"].items()})
                 cell = self._cell_indices.setdefault(run_id, len(self._cell_indices))
                 slot.offered_trial, slot.wants_trial = Trial(cell, values, run_id, 1), False
@@ -296,9 +305,7 @@ class WandbBackend:
     def mark_server_silent(self, error: Exception) -> None:
         with self.lock:
             if not self._silent_since and not self.is_closed:
-                self._messages.append(
-                    redact_text(f"W&B does not answer ({type(error).__name__}); trials go on".replace("\n", " "))
-                )
+                self._messages.append(redact(f"W&B does not answer ({type(error).__name__}); trials go on".replace("\n", " ")))
             self._silent_since = self._silent_since or time.monotonic()
 
     # -- private; the caller holds the lock --

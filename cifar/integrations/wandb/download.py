@@ -32,7 +32,9 @@ from cifar.integrations.wandb.paths import WandbPath
 from cifar.integrations.wandb.settings import find_credentials
 from cifar.states import ENDED_STATES
 from cifar.system.disk import cache_folder
-from cifar.tracking.run_dir import read_json, redact_text
+from cifar.system.names import check_id
+from cifar.system.redact import redact
+from cifar.tracking.run_dir import read_json
 
 RUNS_PER_LIST_PAGE, RUNS_PER_FULL_PAGE = 500, 50  # without and with their configurations
 NUM_THREADS = 8
@@ -68,7 +70,11 @@ def download_runs(path: WandbPath, progress: Progress | None = None) -> Download
     import wandb
 
     project_folder = (
-        cache_folder() / "wandb" / quote(urlsplit(api.settings["base_url"]).netloc) / quote(path.entity) / quote(path.project)
+        cache_folder()
+        / "wandb"
+        / quote(urlsplit(api.settings["base_url"]).netloc.rpartition("@")[2])  # a password may stand before the host
+        / quote(path.entity, safe="")
+        / quote(path.project, safe="")
     )
     project_folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -77,6 +83,8 @@ def download_runs(path: WandbPath, progress: Progress | None = None) -> Download
         listed = {run.id: run for run in api.runs(f"{path.entity}/{path.project}", filters, per_page=RUNS_PER_LIST_PAGE)}
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read from W&B ({describe_error(error)}), and there is no such folder here") from None
+    for run_id in listed:
+        check_id(run_id, "a run's id on W&B")
     if path.item_id and not sweep and not listed:
         raise UserError(f"{path}: there is no sweep and no run '{path.item_id}' in this project on W&B")
     with FileLock(project_folder / "pull.lock"):
@@ -200,4 +208,4 @@ def _download_predictions(run: Any, folder: Path) -> None:
 
 def describe_error(error: BaseException) -> str:
     """wandb's error in one short line, without secrets."""
-    return redact_text(" ".join(str(error).split()) or type(error).__name__)[:200]
+    return redact(" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -28,7 +28,9 @@ from cifar.integrations.wandb.notes import read_notes, write_notes
 from cifar.integrations.wandb.run_file import wait_for_exit_record
 from cifar.integrations.wandb.settings import Mode
 from cifar.states import ENDED_STATES, OPEN_RUN_STATES, WANDB_FINISHED_STATES
-from cifar.tracking.run_dir import RunDir, redact_text, write_atomic
+from cifar.system.names import escape_controls
+from cifar.system.redact import mask_secrets, redact
+from cifar.tracking.run_dir import RunDir, write_atomic
 
 WRITE_TIMEOUT_SECONDS = 10.0  # how long to wait for the last block of an offline run's file
 INIT_TIMEOUT_SECONDS, FINISH_TIMEOUT_SECONDS = 10.0, 120.0  # how long to wait for a server when a run begins and ends
@@ -105,8 +107,8 @@ class Mirror:
         self._send_pictures(pictures)
         self._send_predictions()
         self._send_description()
-        summary = self.run_dir.read_json("summary")
-        status = {name: value for name, value in self.run_dir.read_json("status").items() if name != "pid"}
+        summary = self._read_clean("summary")
+        status = {name: value for name, value in self._read_clean("status").items() if name != "pid"}
         self._run.summary.update({**summary, "state": state, "cifar": json.dumps({"status": status, "summary": summary})})
         digest = self._compute_digest()
         run, self._run = self._run, None
@@ -141,12 +143,16 @@ class Mirror:
             _write_timeout = 1.0 if list_core_pids() else WRITE_TIMEOUT_SECONDS
             raise TimeoutError(f"wandb-core has not written the run's end to {file}")
 
+    def _read_clean(self, name: str) -> dict[str, Any]:
+        """A file of the record without secrets: an earlier version may have written some."""
+        return dict(mask_secrets(self.run_dir.read_json(name), mask_keys=False))
+
     def _send_description(self) -> None:
         """Send run.json and its neighbours as the key `cifar` of the W&B configuration. convert.py reads them back.
 
         They are sent as text, because W&B keeps neither the order of keys nor the difference between 1.0 and 1.
         """
-        description = json.dumps({name: self.run_dir.read_json(name) for name in ("run", "config", "labels", "environment")})
+        description = json.dumps({name: self._read_clean(name) for name in ("run", "config", "labels", "environment")})
         if description != self._sent_description:
             self._run.config.update({"cifar": description}, allow_val_change=True)
             self._sent_description = description
@@ -188,7 +194,7 @@ class Mirror:
                     with contextlib.suppress(OSError):  # a full disk; the address is not needed
                         write_atomic(self._folder / URL_FILE, str(self._run.url or "").encode())
                 except Exception as error:
-                    reason = redact_text(f"{type(error).__name__}: {error}".replace("\n", " "))[:200]
+                    reason = redact(f"{type(error).__name__}: {error}".replace("\n", " "))[:200]
                     self._on_message(
                         f"{self.run_dir.id}: W&B cannot be used ({reason}); writing an offline run for `wandb sync`"
                     )
@@ -211,18 +217,18 @@ class Mirror:
             os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
         import wandb
 
-        run = {**self.run_dir.read_json("run"), **self._target}
+        run = {**self._read_clean("run"), **self._target}
         sweep = run.get("sweep") or None
         wandb_run = wandb.init(
             id=self.run_dir.id,
             entity=run.get("entity") or None,
             project=run.get("project") or "cifar",
-            name=str(run.get("name") or self.run_dir.id)[:128],  # W&B's limits
+            name=escape_controls(str(run.get("name") or self.run_dir.id))[:128],  # W&B's limits
             group=run.get("group") or sweep,
-            tags=[str(tag)[:64] for tag in run.get("tags", []) if tag],
+            tags=[escape_controls(str(tag))[:64] for tag in run.get("tags", []) if tag],
             notes=run.get("command"),
             job_type="sweep" if sweep else "train",
-            config=self.run_dir.read_json("config"),
+            config=self._read_clean("config"),
             mode=self.mode,
             resume="allow" if self.mode == "online" else None,
             dir=str(self.run_dir.path),

@@ -12,6 +12,7 @@ from cifar.integrations.wandb import convert
 from cifar.integrations.wandb.mirror import PREDICTIONS_FILE
 from cifar.integrations.wandb.run_file import read_records
 from cifar.system.disk import cache_folder
+from cifar.system.names import is_id
 
 
 def unpack_runs(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str, str]]]:
@@ -59,6 +60,8 @@ def _read_run(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], list[dic
             exit_code = record.exit.exit_code
     if not run_id:
         raise ValueError("it holds no run")
+    if not is_id(run_id):
+        raise ValueError("its run's id cannot be the name of a folder")
     return run_id, config, summary, history, exit_code
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from cifar.errors import UserError
+from cifar.system.names import escape_controls
 
-_NAME = re.compile(r"[\w.][\w. -]*")
+_NAME = re.compile(r"(?!\.{1,2}$)[\w.][\w. -]*")  # not the names . and .., which are folders
 _PAGE_NAMES = ("workspace", "table", "overview", "sweeps", "runs", "reports", "groups", "artifacts")  # after ENTITY/PROJECT
 
 
@@ -52,7 +53,7 @@ def parse_sweep_path(name: str) -> tuple[str, str, str]:
             raise UserError(f"{name} is not a sweep's page; it looks like https://HOST/ENTITY/PROJECT/sweeps/ID")
         sweeps_index = parts.index("sweeps", 2)
         parts = [*parts[sweeps_index - 2 : sweeps_index], parts[sweeps_index + 1]]
-    if len(parts) > 3 or not all(parts):
+    if len(parts) > 3 or not all(parts) or any(part in (".", "..") or escape_controls(part) != part for part in parts):
         raise UserError(f"'{name}' names no sweep; write ID, PROJECT/ID, ENTITY/PROJECT/ID or the URL of its page")
     entity, project, sweep_id = ["", "", *parts][-3:]
     return entity, project, sweep_id

@@ -23,7 +23,8 @@ from typing import Any
 
 from cifar.errors import UserError
 from cifar.states import WORST_RESULT_STATES
-from cifar.tracking.run_dir import redact_text
+from cifar.system.redact import redact
+from cifar.system.redacted_streams import finish_output, install_redacted_output
 
 POLL_SECONDS = 5.0  # how often it asks for the sweep's runs; W&B's default is 10
 RETRY_SECONDS = 10.0  # after a failure, before it is started again
@@ -74,7 +75,7 @@ class SchedulerProcess:
         self._ended_at = time.monotonic()
         self._close_stdin()
         reason = (self._log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
-        message = f"W&B's sweep scheduler has ended: {redact_text(reason)[:300]}"
+        message = f"W&B's sweep scheduler has ended: {redact(reason)[:300]}"
         if self._num_tries < MAX_TRIES:
             return f"{message}; trying again"
         self.failure = f"{message} (the whole log is {self._log}); correct that and run the agent again"
@@ -163,8 +164,10 @@ def main(entity: str, project: str, sweep_id: str, lock: str, runs_ahead: str, r
         os.kill(os.getpid(), signal.SIGINT)  # W&B's scheduler finishes its step
         time.sleep(ORPHAN_GRACE_SECONDS)
         kill_core()
+        finish_output()
         os._exit(0)
 
+    install_redacted_output()
     threading.Thread(target=exit_with_agent, daemon=True).start()
     with FileLock(lock):
         from wandb.sdk.sweeps.scheduler import client, optimizer
@@ -187,5 +190,5 @@ if __name__ == "__main__":
     except (KeyboardInterrupt, UserError):
         sys.exit(0)
     except Exception as error:
-        print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
+        print(redact(f"{type(error).__name__}: {error}".replace("\n", " ")), flush=True)
         sys.exit(1)

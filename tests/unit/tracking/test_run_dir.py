@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cifar.errors import UserError
+from cifar.system.redact import is_secret_name
 from cifar.tracking import run_dir
 from cifar.tracking.run_dir import RunDir
 
 FLAT = st.dictionaries(
-    st.from_regex(r"[a-z_/]{1,12}", fullmatch=True).filter(lambda name: not run_dir._SECRET.search(name)),
+    st.from_regex(r"[a-z_/]{1,12}", fullmatch=True).filter(lambda name: not is_secret_name(name)),
     st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.booleans() | st.text('abcé✓ "\\\n', max_size=20),
     max_size=6,
 )
@@ -134,7 +135,13 @@ def test_runs_are_found_by_path_id_start_and_name(tmp_path: Path) -> None:
     assert run_dir.find_run_dir(str(tmp_path / "aaa1"), Path("/nowhere")).id == "aaa1"
     assert run_dir.find_run_dir("aaa2", tmp_path).id == "aaa2"
     assert run_dir.find_run_dir("two", tmp_path).id == "aaa2"
-    for name, why in [("aaa", "fits 2 runs"), ("three", "fits 2 runs"), ("zzz", "no run 'zzz'"), ("", "fits|no run")]:
+    for name, why in [
+        ("aaa", "fits 2 runs"),
+        ("three", "fits 2 runs"),
+        ("zzz", "no run 'zzz'"),
+        ("", "is empty"),
+        (" ", "is empty"),
+    ]:
         with pytest.raises(UserError, match=why):
             run_dir.find_run_dir(name, tmp_path)
 
