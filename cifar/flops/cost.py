@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,18 +99,17 @@ def measure_cost(
         image = torch.rand(input_shape, generator=torch.Generator().manual_seed(0)).to(device)
         count = _count(network, image, rules or {}, seed=0)
         notes = [*_find_unknown(count, names), *_find_differences(count, names), *_find_disguised_products(count)]
-        if count.may_vary:
-            again = _count(network, torch.zeros(input_shape, device=device), rules or {}, seed=1)
-            if again.totals != count.totals:
-                cause = "chance" if count.used_chance else "the image"
-                notes.append(f"the cost depends on {cause}: {count.totals[1]:,} MACs once and {again.totals[1]:,} another time")
+        if count.may_vary and (other := _find_other_total(network, image, rules or {}, count)) is not None:
+            cause = "chance" if count.used_chance else "the image"
+            notes.append(f"the cost depends on {cause}: {count.totals[1]:,} MACs once and {other:,} another time")
         return _describe(network, count, names, "; ".join(notes))
 
 
 @contextlib.contextmanager
 def _plain_pytorch() -> Iterator[None]:
-    """Nothing fused or compiled: attention as two products, since torch 2.11's fused kernel for CPUs hides them."""
-    with contextlib.ExitStack() as stack:
+    """Nothing fused or compiled, no warnings. Attention is two products, as torch 2.11's fused kernel for CPUs hides them."""
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a network's own are shown when it is trained
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -117,7 +117,7 @@ def _plain_pytorch() -> Iterator[None]:
 
 
 def _count(network: nn.Module, image: Tensor, rules: Mapping[type[nn.Module], Rule], seed: int) -> Count:
-    running, tracker = RunningModules(tuple(rules)), ProductTracker(image)
+    running, tracker = RunningModules(network, tuple(rules)), ProductTracker(image, [*network.parameters(), *network.buffers()])
     calls, operators = CallCounter(rules, running, tracker), OperatorCounter(running, tracker)
     with keep_random_state(seed):
         before = read_random_state()
@@ -127,21 +127,31 @@ def _count(network: nn.Module, image: Tensor, rules: Mapping[type[nn.Module], Ru
     return Count(calls, operators, tracker, running.output, used_chance)
 
 
+def _find_other_total(network: nn.Module, image: Tensor, rules: Mapping[type[nn.Module], Rule], count: Count) -> int | None:
+    """The MACs that ran in another pass, of another image and with other random numbers, if they are not the same."""
+    for seed, other in enumerate((torch.zeros_like(image), torch.ones_like(image), image, -image), 1):
+        again = _count(network, other, rules, seed)
+        if again.totals != count.totals:
+            return again.totals[1]
+    return None
+
+
 # -- why a count is not verified -----------------------------------------------------------------------------------------
 
 
 def _find_unknown(count: Count, names: Mapping[nn.Module, str]) -> Iterator[str]:
     calls, operators = count.calls, count.operators
-    if operators.unknown:
-        places = [f"{name} in {_name(module, names)}" for name, module in operators.unknown.items()]
-        more = f" and {len(places) - 4} more" if len(places) > 4 else ""
-        yield f"no formula counts {', '.join(places[:4])}{more}"
-    if calls.exits:
-        yield f"what is computed after {', '.join(sorted(calls.exits))}, outside of PyTorch, is not counted"
-    elif not any(map(count.tracker.comes_from_image, find_tensors(count.output))):
-        yield "no operator of PyTorch leads from the image to the output, so that what is computed between them is not counted"
     for rule in calls.failed_rules[:1]:
         yield f"the rule for {rule} fails"
+    if operators.unknown:
+        places = [f"{name} (in {_name(module, names)})" for name, module in operators.unknown.items()]
+        more = f" and {len(places) - 4} more" if len(places) > 4 else ""
+        yield f"no formula counts {', '.join(places[:4])}{more}"
+        return
+    if calls.exits:
+        yield f"what is computed after {', '.join(sorted(calls.exits))}, outside of PyTorch, is not counted"
+    elif count.tracker.met_stranger and not any(map(count.tracker.comes_from_image, find_tensors(count.output))):
+        yield "no operator of PyTorch leads from the image to the output, so that what is computed between them is not counted"
 
 
 def _find_differences(count: Count, names: Mapping[nn.Module, str]) -> Iterator[str]:
@@ -154,9 +164,13 @@ def _find_differences(count: Count, names: Mapping[nn.Module, str]) -> Iterator[
             )
             return
     different = [module for module in {**called, **ran} if called[module] != ran[module]]
-    if different:
+    if different and not count.operators.unknown:
         worst = sorted(different, key=lambda module: -abs(called[module] - ran[module]))[:3]
-        where = "".join(f", in {_name(module, names)} {called[module]:,} and {ran[module]:,}" for module in worst)
+        where = "".join(
+            f", in {_name(module, names)} {called[module]:,} and {ran[module]:,}"
+            f"{_list_operators(count.operators.contracting[module])}"
+            for module in worst
+        )
         total, reference = count.totals
         yield (
             f"thop counts {total:,} MACs and the operators that ran {reference:,}{where}; "
@@ -168,7 +182,7 @@ def _find_disguised_products(count: Count) -> Iterator[str]:
     tracker, macs = count.tracker, max(count.totals)
     if tracker.expanded_product:
         yield (
-            f"a pointwise product of {tracker.expanded_product} is summed up, which is a matrix product; "
+            f"a pointwise product ({tracker.expanded_product}) is summed up, which is a matrix product; "
             "write it as one (F.linear, torch.matmul)"
         )
     elif tracker.num_summed_products > MAX_SHARE * macs:
@@ -176,6 +190,10 @@ def _find_disguised_products(count: Count) -> Iterator[str]:
             f"pointwise products that are summed up need {tracker.num_summed_products:,} multiply-adds, which are not in the "
             f"{macs:,}; write them as matrix products (F.linear, torch.matmul)"
         )
+
+
+def _list_operators(operators: set[str]) -> str:
+    return f" ({', '.join(sorted(operators))})" if operators else ""
 
 
 def _name(module: nn.Module | None, names: Mapping[nn.Module, str]) -> str:

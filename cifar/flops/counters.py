@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -107,6 +107,12 @@ def _count_addbmm(args: Any, kwargs: Any, result: Tensor) -> int:
     return int(_argument(args, kwargs, 1, "batch1").numel()) * int(result.shape[-1])
 
 
+def _count_reflected_product(args: Any, kwargs: Any, result: Tensor) -> int:
+    """`x @ w`, called as a method of w."""
+    second = args[0]
+    return int(result.numel() * second.shape[-2 if second.dim() > 1 else 0])
+
+
 def _count_tensordot(args: Any, kwargs: Any, result: Tensor) -> int:
     """Both factors have the summed dimensions, the result has none of them."""
     a, b = _argument(args, kwargs, 0, "a"), _argument(args, kwargs, 1, "b")
@@ -153,6 +159,7 @@ FUNCTION_RULES: dict[Any, FunctionRule] = {
     **dict.fromkeys(_methods("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "__matmul__"), _count_product),
     **dict.fromkeys(_methods("addmm", "addmm_", "addmv", "addmv_", "baddbmm", "baddbmm_"), _count_added_product),
     **dict.fromkeys(_methods("addbmm", "addbmm_"), _count_addbmm),
+    torch.Tensor.__rmatmul__: _count_reflected_product,
     torch.tensordot: _count_tensordot,
     torch.einsum: _count_einsum,
     F.bilinear: _count_bilinear_function,
@@ -178,10 +185,12 @@ EXITS = set(_methods("numpy", "__array__", "__dlpack__", "data_ptr", "tolist", "
 class RunningModules:
     """The modules whose forward is running, outermost first."""
 
-    def __init__(self, ruled: tuple[Any, ...] = ()) -> None:
+    def __init__(self, network: nn.Module, ruled: tuple[Any, ...] = ()) -> None:
         """`ruled`: types whose rule counts all that runs in them."""
+        self._known = set(network.modules())  # a module that is made in a forward pass has no rule
         self._ruled: tuple[Any, ...] = (nn.MultiheadAttention, *ruled)
         self.stack: list[nn.Module] = []
+        self.is_paused = False  # while a rule looks at its module: weights may be computed anew when they are looked at
         self.output: Any = None  # of the network
 
     @contextmanager
@@ -209,10 +218,12 @@ class RunningModules:
 
     def is_counted_by_rule(self, function: Any) -> bool:
         """Whether the rule of a module that is running counts a call of `function`."""
-        if any(isinstance(module, self._ruled) for module in self.stack):
+        if any(isinstance(module, self._ruled) and module in self._known for module in self.stack):
             return True
         innermost = self.stack[-1] if self.stack else None
-        return innermost is not None and has_own_forward(innermost) and function in OWN_FUNCTIONS.get(layer_kind(innermost), ())
+        if innermost not in self._known or innermost is None or not has_own_forward(innermost):
+            return False
+        return function in OWN_FUNCTIONS.get(layer_kind(innermost), ())
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -250,13 +261,18 @@ class CallCounter(TorchFunctionMode):
             if tensors := find_tensors(output):
                 self.shapes[module] = tuple(tensors[0].shape)
             is_ruled = isinstance(module, self._rule_types)
+            if any(isinstance(parent, self._rule_types) for parent in self._running.stack):
+                return  # counted by the rule of a module that it is in
             if kind in ("linear", "bilinear", "recurrent") and not is_ruled and not has_own_forward(module):
                 return  # somebody's subclass, which is counted by the functions that it calls
             before = module.total_ops
+            self._running.is_paused = True
             try:
                 rule(module, inputs, output)
             except Exception as error:
                 self.failed_rules.append(f"{type(module).__name__} ({type(error).__name__}: {error})")
+            finally:
+                self._running.is_paused = False
             counted = round(float(module.total_ops - before))
             if kind == "norm":
                 self.norm_ops += counted
@@ -269,6 +285,8 @@ class CallCounter(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         rule = FUNCTION_RULES.get(func)
+        if self._running.is_paused:
+            return result
         if rule is not None and not self._running.is_counted_by_rule(func):
             self.macs[self._running.find_owner()] += int(rule(args, kwargs, result))
         elif func in EXITS and args and isinstance(args[0], Tensor) and self._is_exit(args[0]):
@@ -294,12 +312,15 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, running: RunningModules, tracker: ProductTracker) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.macs: Counter[nn.Module | None] = Counter()  # of the module that they are counted for
+        self.contracting: defaultdict[nn.Module | None, set[str]] = defaultdict(set)  # module -> operators counted in it
         self.unknown: dict[str, nn.Module | None] = {}  # operator -> the module in which it first ran
         self.depends_on_values = False  # an operator gave a shape, or a number to the host, that the values decide
         self._running, self._tracker = running, tracker
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._running.is_paused:
+            return func(*args, **kwargs)
         if isinstance(func, HigherOrderOperator):
             self._note_unknown(str(func))
             return func(*args, **kwargs)
@@ -318,7 +339,9 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if reason is not None:
                 self._note_unknown(f"{packet}{reason}")
             elif formula:
-                self.macs[self._running.find_owner()] += formula(args, kwargs, result)
+                owner = self._running.find_owner()
+                self.macs[owner] += formula(args, kwargs, result)
+                self.contracting[owner].add(str(packet))
             self._note_dependence(func, inputs)
             writes = func._schema.is_mutable
             name = str(packet.__name__).removesuffix("_") if writes else str(packet.__name__)

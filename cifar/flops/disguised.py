@@ -25,6 +25,7 @@ from cifar.flops.operators import Kind
 
 MAX_SHARE = 0.1  # of the multiply-adds that were counted, for pointwise products that are then summed
 KEEP_SUMS = {"add", "neg", "rsub", "sub"}  # pointwise operators that keep a product a product
+SCATTERED_SUMS = {"cumsum", "index_add", "scatter_add", "scatter_reduce", "index_reduce", "segment_reduce"}  # of any size
 SQUARES = {"pow", "square", "linalg_vector_norm", "norm"}
 
 
@@ -52,25 +53,32 @@ class Step:
 class ProductTracker:
     """Follows the image's values through the operators of a forward pass, and notes sums of pointwise products."""
 
-    def __init__(self, image: Tensor) -> None:
-        self.expanded_product = ""  # the shapes of the factors of the first expanded product that was summed
+    def __init__(self, image: Tensor, constants: Sequence[Tensor] = ()) -> None:
+        """`constants`: the network's parameters and buffers."""
+        self.met_stranger = False  # a tensor that no operator made, and that is no constant of the network
+        self.expanded_product = ""  # the first expanded product that was summed: its operator, and the shapes of its factors
         self.num_summed_products = 0  # multiply-adds of all pointwise products that were summed
         self._origins: dict[int, tuple[Any, Origin]] = {}  # place in memory -> (weak reference to it, origin)
-        self._factors: dict[int, str] = {}  # size of an expanded product -> the shapes of its factors
+        self._factors: dict[int, str] = {}  # size of an expanded product -> what made it
         self._set(image, Origin(image.numel()))
+        for constant in constants:
+            self._set(constant, Origin(0))
 
     def comes_from_image(self, tensor: Tensor) -> bool:
-        return self._get(tensor) is not None
+        origin = self._get(tensor)
+        return origin is not None and origin.num_values > 0
 
     def follow(self, step: Step) -> None:
-        origins = [origin for tensor in step.inputs if (origin := self._get(tensor))]
-        if not origins or step.kind is Kind.ASKING:
+        if step.kind is Kind.ASKING or "empty" in step.name:
             return
-        if step.kind is Kind.CREATING and step.name.startswith(("new_", "empty", "zeros", "ones", "full", "rand")):
-            return  # only the shape is taken from the inputs
+        found = [self._get(tensor) for tensor in step.inputs]
+        if not step.writes and any(o is None and t.numel() > 1 for o, t in zip(found, step.inputs, strict=True)):
+            self.met_stranger = True
+        origins = [origin for origin in found if origin and origin.num_values]
+        takes_shape = step.kind is Kind.CREATING and step.name.startswith(("new_", "zeros", "ones", "full", "rand"))
         places = {tensor.untyped_storage()._cdata for tensor in step.inputs if tensor.layout is torch.strided}
         for output in step.outputs:
-            origin = self._derive(step, origins, output.numel())
+            origin = self._derive(step, origins, output.numel()) if origins and not takes_shape else Origin(0)
             if output.layout is torch.strided and output.untyped_storage()._cdata in places:
                 if not step.writes:
                     continue  # a view: its memory's origin is known
@@ -91,11 +99,12 @@ class ProductTracker:
         if is_square and any(o.is_spread for o in origins):
             carried = replace(carried, product_size=step.inputs[0].numel(), is_expanded=True)
         if step.kind is Kind.AVERAGING:
-            if size < step.inputs[0].numel():
+            if size < step.inputs[0].numel() or step.name in SCATTERED_SUMS:
                 self._note_sum(carried)
             return Origin(min(size, most))
         if len(factors) > 1 and not is_square and size > 1:
-            self._factors[size] = " and ".join("×".join(map(str, tensor.shape)) for tensor in factors)
+            shapes = " and ".join("×".join(map(str, tensor.shape)) for tensor in factors)
+            self._factors[size] = f"aten.{step.name} of {shapes}"
             if step.kind is Kind.PRODUCT:
                 return Origin(min(size, most), size, size > most)
             if step.name == "sub" and size > most:
@@ -108,7 +117,7 @@ class ProductTracker:
     def _note_sum(self, origin: Origin) -> None:
         self.num_summed_products += origin.product_size
         if origin.is_expanded and not self.expanded_product:
-            self.expanded_product = self._factors.get(origin.product_size, "repeated values")
+            self.expanded_product = self._factors.get(origin.product_size, "aten.pow of repeated values")
 
     def _join(self, output: Tensor, origin: Origin) -> Origin:
         """The origin of memory that was partly written."""

@@ -73,8 +73,8 @@ _NAMES = {
     """,
     Kind.AVERAGING: """
         _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-        avg_pool1d avg_pool2d avg_pool3d col2im cumsum index_add linalg_vector_norm mean mkldnn_adaptive_avg_pool2d
-        nansum native_norm norm scatter_add segment_reduce sum trace
+        avg_pool1d avg_pool2d avg_pool3d col2im cumsum index_add index_reduce linalg_vector_norm mean mkldnn_adaptive_avg_pool2d
+        nansum native_norm norm scatter_add scatter_reduce segment_reduce sum trace
     """,
     Kind.REDUCING: """
         _aminmax _cummax_helper _cummin_helper _is_all_true _is_any_true _logcumsumexp _unique _unique2 all amax amin
@@ -106,8 +106,8 @@ _NAMES = {
     Kind.INDEXING: """
         _embedding_bag _embedding_bag_forward_only _index_put_impl _unsafe_index _unsafe_index_put
         _unsafe_masked_index _unsafe_masked_index_put_accumulate embedding gather index index_copy index_fill
-        index_put index_reduce index_select masked_scatter masked_select nonzero nonzero_static put repeat_interleave
-        scatter scatter_reduce take
+        index_put index_select masked_scatter masked_select nonzero nonzero_static put repeat_interleave
+        scatter take
     """,
     Kind.CREATING: """
         _efficientzerotensor _new_zeros_with_same_feature_meta _sample_dirichlet _standard_gamma arange
