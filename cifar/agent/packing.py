@@ -37,7 +37,7 @@ def best_pack_size(option: str, values: Mapping[str, Any]) -> int:
         return 1
     from cifar.training import run  # needs PyTorch, to count MACs
 
-    return max(1, min(MAX_PACK_SIZE, int(FULL_GPU_MACS / (run.measure_cost(config).macs * config.batch_size))))
+    return max(1, min(MAX_PACK_SIZE, int(FULL_GPU_MACS / max(1, run.measure_cost(config).macs * config.batch_size))))
 
 
 def can_pack(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -54,8 +54,8 @@ class AccuracyVsMacs:
     caption = (
         "Each point is one configuration. Bars are the 95 % Student-t interval of the mean over n seeds; a hollow point is a "
         "single seed. The line is the Pareto front: the best accuracy that so many multiply-adds have bought here. Points that "
-        "another one beats at no higher cost are dimmed. MACs: convolutions, linear layers and attention products, forward, "
-        "one 3×32×32 image; FLOPs are twice that."
+        "another one beats at no higher cost are dimmed. MACs: convolutions, linear and recurrent layers, other matrix "
+        "products, forward, one 3×32×32 image; FLOPs are twice that."
     )
 
     def select(self, comparison: Comparison) -> Data | Nothing:
