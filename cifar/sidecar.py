@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar.errors import UserError
-from cifar.states import ENDED_STATES
+from cifar.states import ENDED_STATES, FAILURE_STATES
 from cifar.system.devices import num_cores
 from cifar.system.names import escape_controls
 from cifar.system.redact import redact
@@ -40,6 +40,8 @@ POLL_SECONDS = 0.5
 ORPHAN_GRACE_SECONDS = 1.5  # to clean up after the parent was killed
 PING_TIMEOUT_SECONDS = 1.0  # at the end, for the server to answer a ping
 SERVER_TIMEOUT_SECONDS = 3.0  # the same for all pings together, including the name service
+PATIENCE_SECONDS = 0.1  # how long a run's mirror waits for its rows to arrive, before the other runs have their turn
+MAX_DEAD_CORES = 5  # how often a run is sent on after wandb-core was killed
 MAX_DRAWING_PROCESSES = 8  # at most, and at most one for two cores
 WAIT_MARGIN_SECONDS = 3.0  # that the parent waits beyond the sidecar's own limits
 
@@ -110,6 +112,9 @@ class _FollowedRun:
         self.drawn_end = 0.0  # time of the end whose pictures are drawn
         self.mirrored_end = -1.0  # time of the end that W&B has, or has refused; 0.0: it failed while the run was open
         self.is_incomplete = False  # W&B does not have all of it
+        self.is_waiting = False  # W&B has not got all rows yet; its mirror asks again
+        self.suspended_end = 0.0  # time of the failed end after which W&B has the final rows only: it may be tried again
+        self.num_dead_cores = 0  # how often wandb-core was killed while this run was being mirrored
 
     def end_time(self) -> float:
         """When the run ended; 0.0 while it is open, or if its status cannot be read."""
@@ -140,7 +145,7 @@ class Sidecar:
         if folder := message.get("run"):
             with self._lock:
                 run = self._followed.setdefault(folder, _FollowedRun(folder))
-                run.is_writer_gone, run.mirrored_end = False, -1.0
+                run.is_writer_gone, run.mirrored_end, run.is_waiting = False, -1.0, False
         elif (folder := message.get("close")) and folder in self._followed:
             self._followed[folder].is_writer_gone = True
 
@@ -191,11 +196,12 @@ class Sidecar:
             self._sleep()
 
     def _keep_mirroring(self, has_drawn: Callable[[], bool]) -> None:
-        is_last = False
-        while not is_last:
+        while True:
             is_last = has_drawn()
             for run in list(self._followed.values()):
                 self._mirror_run(run, is_last)
+            if is_last and not any(run.is_waiting for run in list(self._followed.values())):
+                return
             self._sleep()
 
     def _sleep(self) -> None:
@@ -244,7 +250,7 @@ class Sidecar:
 
     def _mirror_run(self, run: _FollowedRun, is_last: bool) -> None:
         end = run.end_time()
-        if end == run.mirrored_end:
+        if end == run.mirrored_end or (end and end == run.suspended_end and not is_last):
             return
         try:
             from cifar.integrations.wandb.mirror import Mirror
@@ -252,21 +258,40 @@ class Sidecar:
             run.mirror = run.mirror or Mirror(run.run_dir, self._mode, self._log)
             run.mirror.sync()
             if end and end == run.drawn_end:
-                if run.mirror.finish(sorted((run.run_dir.path / "pictures").glob("*.png"))):
-                    run.mirrored_end = end
+                if run.run_dir.state in FAILURE_STATES and run.mirror.holds_rows_back() and not is_last:
+                    run.mirror.suspend()  # it may be tried again, and then the rows after its checkpoint are made again
+                    run.suspended_end = end
+                elif run.mirror.finish(sorted((run.run_dir.path / "pictures").glob("*.png")), PATIENCE_SECONDS):
+                    run.mirrored_end, run.is_waiting = end, False
                     run.is_incomplete = run.mirror.mode != self._mode  # it has turned to offline: written to a file instead
+                else:
+                    run.is_incomplete, run.is_waiting = True, run.mirror.is_open
             elif run.is_writer_gone or is_last:
                 run.mirror.suspend()
+                run.is_waiting = False
                 with self._lock:  # the run may have gone on meanwhile
                     if not end and (is_last or run.is_writer_gone):
                         self._followed.pop(str(run.run_dir.path), None)
         except Exception as error:
-            self._log(f"{run.run_dir.id}: not mirrored to W&B ({type(error).__name__}: {error}); its record is whole")
-            run.mirrored_end, run.is_incomplete = end, True
+            has_new_core = run.num_dead_cores < MAX_DEAD_CORES and self._replace_dead_core(run)
+            if not has_new_core:
+                self._log(f"{run.run_dir.id}: not mirrored to W&B ({type(error).__name__}: {error}); its record is whole")
+                run.mirrored_end, run.is_incomplete, run.is_waiting = end, True, False
             with contextlib.suppress(Exception):
                 run.mirror, broken = None, run.mirror
                 if broken:
                     broken.suspend()
+
+    def _replace_dead_core(self, run: _FollowedRun) -> bool:
+        """If wandb-core is gone (the system may kill it), let the mirrors go on with another one. Whether that was so."""
+        from cifar.integrations.wandb.mirror_process import reset_dead_core
+
+        if not reset_dead_core():
+            return False
+        run.num_dead_cores += 1
+        run.is_waiting = True
+        self._log(f"{run.run_dir.id}: wandb-core was killed; another one is started")
+        return True
 
 
 def main(arguments: list[str] | None = None) -> int:

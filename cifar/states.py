@@ -39,7 +39,8 @@ CONCLUSIVE_STATES = ("finished", "diverged", "pruned", "skipped")  # another try
 WORST_RESULT_STATES = ("diverged", "pruned", "skipped")  # a search counts these as the worst result
 
 # W&B's words for the state of a run.
-WANDB_FINISHED_STATES = ("finished", "stopped", "pruned", "skipped")  # ours that W&B calls finished; other ended ones: failed
+WANDB_FINISHED_STATES = ("finished", "pruned", "skipped")  # ours that W&B calls finished; other ended ones: failed
+WANDB_STOPPED_CODE = 255  # what wandb itself says of a process that a person has interrupted; W&B does not call it finished
 WANDB_OPEN_STATES = ("pending", "running", "crashed")  # W&B's own; crashed: no heartbeat for some minutes
 FROM_WANDB: dict[str, RunState] = {  # W&B's word -> ours, for a run whose mirror did not write how it ended
     "running": "running",
@@ -54,3 +55,8 @@ FROM_WANDB: dict[str, RunState] = {  # W&B's word -> ours, for a run whose mirro
 def pack_failure_reason(reason: str, pack_size: int) -> str:
     """The reason of a trial that was trained side by side with others when one of them failed."""
     return f"side by side with {pack_size - 1} others: {reason}"
+
+
+def wandb_exit_code(state: str) -> int:
+    """The exit code that W&B is told of a run that has ended: 0 makes it finished there."""
+    return 0 if state in WANDB_FINISHED_STATES else WANDB_STOPPED_CODE if state == "stopped" else 1

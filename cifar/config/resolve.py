@@ -63,12 +63,20 @@ def flatten_values(values: Mapping[str, Any], where: str = "") -> dict[str, Any]
     return flat
 
 
+_KEYS_NOT_IN_NAME = ("model", "dataset", "experiment")  # swept keys that a run's name does not repeat
 _TYPE_ADVICE = {"bool_type": "write true or false", "int_type": "write a whole number", "float_type": "write a number"}
 
 
 def format_name_value(value: Any) -> str:
     """A value as text for the name of a run or a trial: a float with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else escape_controls(str(value))
+
+
+def format_run_name(config: Mapping[str, Any], swept_keys: Iterable[str], name: str = "") -> str:
+    """What a run is called: `name`, or its experiment or model and its values of the swept keys."""
+    values = [f"{key}={format_name_value(config[key])}" for key in swept_keys if key in config and key not in _KEYS_NOT_IN_NAME]
+    name = name or " ".join([str(config.get("experiment") or config.get("model")), *values])
+    return ("stand-in " if config.get("dataset") == "stand-in" else "") + escape_controls(name)
 
 
 def _describe_errors(error: ValidationError) -> str:

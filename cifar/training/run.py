@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from cifar import data, flops, registry
-from cifar.config.resolve import format_name_value
+from cifar.config.resolve import format_run_name
 from cifar.config.schema import Settings
 from cifar.errors import DiskFullError, UserError
 from cifar.probes import weight_layers
@@ -40,7 +40,6 @@ from cifar.training.trainer import Trainer
 from cifar.training.trainer_cache import clear_trainer_cache, get_step_runner, prepare_step_runner
 
 MAX_WORST_IMAGES = 25  # misclassified images that predictions.npz stores
-KEYS_NOT_IN_NAME = ("model", "dataset", "experiment")  # swept keys that a run's name does not repeat
 METRIC_LABELS = {
     "train/loss": ("training loss", "nats"),
     "train/acc": ("training accuracy", "fraction"),
@@ -80,11 +79,9 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
         return RunDir(runs_dir / run_id)
     reject_secrets({**config.to_dict(), "the name": about.name, "a tag": list(about.tags)})
     cost = measure_cost(config)
-    values = [f"{key}={format_name_value(getattr(config, key))}" for key in about.swept if key not in KEYS_NOT_IN_NAME]
-    name = about.name or " ".join([str(config.experiment or config.model), *values])
     stand_in = config.dataset == "stand-in"
     run = {
-        "name": ("stand-in " if stand_in else "") + escape_controls(name),
+        "name": format_run_name(config.to_dict(), about.swept, about.name),
         "group": about.sweep,
         "tags": [*map(escape_controls, about.tags), config.dataset, config.model]
         + ([] if cost.verified else ["macs unverified"]),

@@ -33,7 +33,7 @@ def put(server: Server, record: RunDir, sweep: str = "", project: str = "cifar")
         return
     summary = read("summary")
     run.summary = {**(rows[-1] if rows else {}), **summary, "state": status["state"]}
-    run.summary["cifar"] = json.dumps({"status": status, "summary": summary})
-    run.end(0 if status["state"] in ("finished", "stopped", "pruned", "skipped") else 1)
+    run.summary |= {"cifar": json.dumps({"status": status, "summary": summary}), "reason": status.get("reason", "")}
+    run.end(0 if status["state"] in ("finished", "pruned", "skipped") else 255 if status["state"] == "stopped" else 1)
     if sweep:
         server.sweeps[sweep].runs.append(record.id)

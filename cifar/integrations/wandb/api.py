@@ -37,9 +37,10 @@ SEND_HEARTBEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState
 
 
 class GraphqlClient:
-    """Sends GraphQL to W&B through wandb-core. Several threads may call it."""
+    """Sends GraphQL to W&B through wandb-core. Several threads may call it. `api`: wandb's public API."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> None:
+        self._timeout_seconds = timeout_seconds
         if "wandb" not in sys.modules:
             for name in ("SWEEP_ID", "RUN_ID", "SWEEP_PARAM_PATH", "SERVICE", "MODE"):
                 os.environ.pop(f"WANDB_{name}", None)
@@ -47,7 +48,7 @@ class GraphqlClient:
         import wandb
 
         try:
-            api = wandb.Api(timeout=int(CALL_TIMEOUT_SECONDS))
+            self.api = api = wandb.Api(timeout=int(timeout_seconds))
             self.settings: dict[str, Any] = api.settings
             self.app_url = api._service_api.app_url
             self._execute = api._service_api.execute_graphql
@@ -57,7 +58,7 @@ class GraphqlClient:
 
     def execute_graphql(self, query: str, **variables: Any) -> dict[str, Any]:
         """The `data` of the answer. Raises what wandb raises."""
-        data: dict[str, Any] = self._execute(query, variables, timeout=CALL_TIMEOUT_SECONDS)
+        data: dict[str, Any] = self._execute(query, variables, timeout=self._timeout_seconds)
         return data
 
     def fetch_sweep(self, entity: str, project: str, name: str) -> dict[str, Any]:

@@ -24,9 +24,11 @@ def build_run_files(
     if not all(isinstance(description.get(name), dict) for name in ("run", "config")):
         raise ValueError("it was not logged by this suite: its configuration has no `cifar`")
     content = {name: description.get(name) or {} for name in ("run", "config", "labels", "environment")}
-    end = _parse_object(summary.get("cifar"))
+    end = _parse_object(summary.get("cifar") or None)
     if end.get("status") and state not in ("running", "preempting"):  # a resumed run still has its earlier end
         return {**content, "status": end["status"], "summary": end.get("summary") or {}}
+    if summary.get("state") == "incomplete":  # it has ended where it ran, and W&B has not got all of it
+        return {**content, "status": {"state": "interrupted", "reason": str(summary.get("reason") or "incomplete on W&B")}}
     our_state = FROM_WANDB.get(state, "killed")
     return {**content, "status": {"state": our_state, "reason": "" if our_state == "running" else f"{state}, says W&B"}}
 
@@ -45,13 +47,19 @@ def build_rows(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """W&B's history -> the rows of metrics.jsonl by epoch, without W&B's own keys and media."""
     by_epoch: dict[int, dict[str, Any]] = {}
     for line in history:
-        row = {k: parse_number(v) for k, v in line.items() if k[0] != "_" and v is not None and not isinstance(v, Mapping)}
-        for key in _INTEGER_KEYS:
-            if isinstance(row.get(key), float) and row[key].is_integer():
-                row[key] = int(row[key])
+        row = build_row(line)
         if "epoch" in row:
             by_epoch[row["epoch"]] = dict(sorted(row.items(), key=lambda item: (item[0] not in _INTEGER_KEYS, item[0])))
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def build_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of W&B's history -> the row of metrics.jsonl, without W&B's own keys and media."""
+    row = {k: parse_number(v) for k, v in line.items() if k[:1] != "_" and v is not None and not isinstance(v, Mapping)}
+    for key in _INTEGER_KEYS:
+        if isinstance(row.get(key), float) and row[key].is_integer():
+            row[key] = int(row[key])
+    return row
 
 
 def write_run_dir(folder: Path, content: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:

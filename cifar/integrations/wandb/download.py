@@ -25,9 +25,10 @@ from filelock import FileLock
 
 from cifar.errors import UserError
 from cifar.integrations.wandb import convert
+from cifar.integrations.wandb.arrival import scan_history
 from cifar.integrations.wandb.mirror import PREDICTIONS_FILE
 from cifar.integrations.wandb.mirror_process import stop_core
-from cifar.integrations.wandb.notes import read_notes
+from cifar.integrations.wandb.notes import read_or_set_aside
 from cifar.integrations.wandb.paths import WandbPath
 from cifar.integrations.wandb.settings import find_credentials
 from cifar.states import ENDED_STATES
@@ -39,7 +40,6 @@ from cifar.tracking.run_dir import read_json
 RUNS_PER_LIST_PAGE, RUNS_PER_FULL_PAGE = 500, 50  # without and with their configurations
 NUM_THREADS = 8
 STALL_SECONDS = 60.0  # without an answer, after which the server is given up
-STEPS_PER_PAGE = 10_000  # of a history, in one request
 NOTES_FILE = "pulled.json"  # in the cached run folder: `_change_stamp` and last step when it was read
 
 Progress = Callable[[int, int], None]  # called with (done, total)
@@ -91,7 +91,7 @@ def download_runs(path: WandbPath, progress: Progress | None = None) -> Download
         stale = [
             run_id
             for run_id, run in listed.items()
-            if read_notes(project_folder / run_id / NOTES_FILE).get("stamp") != _change_stamp(run)
+            if read_or_set_aside(project_folder / run_id / NOTES_FILE).get("stamp") != _change_stamp(run)
         ]
         damaged = dict(
             _download_stale_runs(
@@ -178,20 +178,14 @@ def _download_stale_runs(
 
 def _download_run(run: Any, folder: Path, stamp: list[Any]) -> None:
     """Download one run into its folder in the cache, from the last step that the cache has."""
-    from wandb.apis.public import HistoryScan
-
     content = convert.build_run_files(run.id, run.config, run.summary_metrics, run.state)
     last = int((run.history_keys or {}).get("lastStep", -1))
-    notes = read_notes(folder / NOTES_FILE)
+    notes = read_or_set_aside(folder / NOTES_FILE)
     old_rows: list[dict[str, Any]] = []
     if notes and notes["stamp"][0] == stamp[0] and notes["stamp"][1] <= stamp[1] and notes["last"] <= last:  # it has grown
         old_rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first = notes["last"] + 1 if old_rows else 0
-    # run.scan_history() would ask for the last step again, one request for each run.
-    scan: Any = HistoryScan(
-        run, service_api=run._service_api, min_step=first, max_step=last + 1, page_size=STEPS_PER_PAGE, use_cache=False
-    )
-    rows = convert.build_rows([*old_rows, *scan]) if last >= first else old_rows
+    rows = convert.build_rows([*old_rows, *scan_history(run, first, last)]) if last >= first else old_rows
     if not old_rows and run.history_line_count and not rows:
         raise ValueError(f"W&B counts {run.history_line_count} rows and hands out none")
     convert.write_run_dir(folder, {**content, "pulled": {"stamp": stamp, "last": last}}, rows)

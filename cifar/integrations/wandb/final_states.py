@@ -1,7 +1,8 @@
-"""Sends W&B the final states of runs whose mirror could not do so.
+"""Tells W&B of runs that have ended here and whose mirror could not say so.
 
-On W&B, a run of a sweep is `running` from its claim on. Usually its mirror sends the end, with all metrics. If the mirror could
-not start, or was stopped, W&B would show the run as running and some minutes later as crashed. So the agent sends the state.
+On W&B, a run of a sweep is `running` from its claim on. Usually its mirror sends the end, once W&B has all rows. If the mirror
+could not start, or was stopped, W&B would show the run as running and some minutes later as crashed. W&B lacks something of
+such a run, so it may not be `finished` there: the agent ends it as failed, and its summary says `incomplete` until `push`.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cifar.states import ENDED_STATES, WANDB_FINISHED_STATES, WANDB_OPEN_STATES
+from cifar.states import ENDED_STATES, WANDB_OPEN_STATES
 
-UPSERT_RUN = """mutation UpsertBucket($name: String, $project: String, $entity: String, $sweep: String, $state: String) {
-  upsertBucket(input: {name: $name, modelName: $project, entityName: $entity, sweep: $sweep, state: $state}) {
+UPSERT_RUN = """mutation UpsertBucket(
+  $name: String, $project: String, $entity: String, $sweep: String, $state: String, $summaryMetrics: JSONString
+) {
+  upsertBucket(input: {
+    name: $name, modelName: $project, entityName: $entity, sweep: $sweep, state: $state, summaryMetrics: $summaryMetrics
+  }) {
     bucket { id }
     inserted
   }
 }"""  # the same as wandb-core's
 _GET_RUN_STATES = """query RunStates($project: String!, $entity: String!, $filters: JSONString, $first: Int) {
-  project(name: $project, entityName: $entity) { runs(filters: $filters, first: $first) { edges { node { name state } } } }
+  project(name: $project, entityName: $entity) {
+    runs(filters: $filters, first: $first) { edges { node { name state summaryMetrics } } }
+  }
 }"""
 RUNS_PER_PAGE = 500
 WAIT_SECONDS = 2.0  # how long to wait for W&B
@@ -30,7 +37,7 @@ WAIT_SECONDS = 2.0  # how long to wait for W&B
 def send_final_states(
     execute_graphql: Callable[..., dict[str, Any]], target: Mapping[str, str], sweep_id: str, states: Mapping[str, str]
 ) -> None:
-    """End the runs that have ended here and that are open on W&B. `states`: run id -> state here. Open ones stay open."""
+    """End the runs that have ended here and are open on W&B, as incomplete ones. `states`: run id -> state here."""
     sender = threading.Thread(target=_send_in_thread, args=(execute_graphql, target, sweep_id, states), daemon=True)
     sender.start()
     sender.join(WAIT_SECONDS)
@@ -49,5 +56,7 @@ def _send_in_thread(
             ]
             for run in (edge["node"] for edge in found):
                 if run["state"] in WANDB_OPEN_STATES:
-                    final_state = "finished" if states[run["name"]] in WANDB_FINISHED_STATES else "failed"
-                    execute_graphql(UPSERT_RUN, **project, name=run["name"], sweep=sweep_id, state=final_state)
+                    reason = f"{states[run['name']]} where it ran; `python -m cifar push {sweep_id}` there sends the rest"
+                    summary = {**json.loads(run["summaryMetrics"] or "{}"), "state": "incomplete", "reason": reason}
+                    ended_run = {"name": run["name"], "sweep": sweep_id, "summaryMetrics": json.dumps(summary)}
+                    execute_graphql(UPSERT_RUN, **project, **ended_run, state="failed")

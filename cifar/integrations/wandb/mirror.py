@@ -4,9 +4,17 @@
     mirror.sync()            # as often as you like, while the run trains
     mirror.finish(pictures)  # when the run has ended
 
-The row of epoch e is step e on W&B, so the server itself says which rows it has. An offline run is a file, which cannot be
-continued: if it was left incomplete, it is deleted and written again from the run folder. wandb is imported when the first run
-is opened. Only the process that calls the mirror waits for W&B; training never does.
+The row of epoch e is step e on W&B, so the server itself says which rows it has. Three rules keep what W&B says true:
+
+1. W&B gets a row once it is final: once no resume can train its epoch again (`tracking/final_rows.py`).
+2. W&B hears that a run has ended only after it was asked, and has answered that all rows are there (`arrival.py`). Until then
+   the run stays open, or its summary says `incomplete`.
+3. Where W&B has rows already, they are read back and compared. Rows that the record does not have any more are taken back
+   (W&B calls it rewinding a run). A server that cannot do that is sent the record's row of such an epoch once more, at a
+   later step.
+
+An offline run is a file, which cannot be continued: if it was left incomplete, it is deleted and written again from the run
+folder. wandb is imported when the first run is opened. Only the process that calls the mirror waits for W&B, never training.
 """
 
 from __future__ import annotations
@@ -17,23 +25,34 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cifar.integrations.wandb.mirror_process import list_core_pids, num_core_stops, stop_core
-from cifar.integrations.wandb.notes import read_notes, write_notes
+from cifar.integrations.wandb import arrival
+from cifar.integrations.wandb.api import GraphqlClient
+from cifar.integrations.wandb.arrival import INCOMPLETE
+from cifar.integrations.wandb.mirror_process import list_core_pids, num_core_stops, reset_dead_core, stop_core
+from cifar.integrations.wandb.naming import settle_name
+from cifar.integrations.wandb.notes import read_or_set_aside, write_notes
 from cifar.integrations.wandb.run_file import wait_for_exit_record
 from cifar.integrations.wandb.settings import Mode
-from cifar.states import ENDED_STATES, OPEN_RUN_STATES, WANDB_FINISHED_STATES
+from cifar.states import ENDED_STATES, OPEN_RUN_STATES, wandb_exit_code
 from cifar.system.names import escape_controls
 from cifar.system.redact import mask_secrets, redact
+from cifar.tracking.final_rows import FinalRows
 from cifar.tracking.run_dir import RunDir, write_atomic
 
 WRITE_TIMEOUT_SECONDS = 10.0  # how long to wait for the last block of an offline run's file
 INIT_TIMEOUT_SECONDS, FINISH_TIMEOUT_SECONDS = 10.0, 120.0  # how long to wait for a server when a run begins and ends
+QUERY_TIMEOUT_SECONDS = 10.0  # for one question to the server
+TRANSMIT_SECONDS = 1.0  # wandb-core sends what is new so often (below 1 it takes 15). Rows come at checkpoints, so it is seldom
+RETRY_SECONDS = 10.0  # the longest pause of wandb-core between two tries
+LOST_SECONDS = 15.0  # a row that has not arrived after this time, at a server that answers, is lost; above RETRY_SECONDS
+MAX_RESENDS = 2  # how often the rest is sent again in one `finish`
 PREDICTIONS_FILE, MAX_PREDICTIONS_BYTES = "predictions.npz", 1_000_000  # a larger file is not sent
 
 NOTES_FILE = "mirror.json"  # in RUN/wandb: target -> digest of what W&B has
@@ -44,6 +63,7 @@ _RUN_VARIABLES = ("RUN_ID", "NAME", "NOTES", "TAGS", "JOB_TYPE", "RUN_GROUP", "R
 _LOCATION_VARIABLES = ("SWEEP_ID", "SWEEP_PARAM_PATH", "DIR", "MODE", "SERVICE")
 
 _write_timeout = WRITE_TIMEOUT_SECONDS
+_client: tuple[int, GraphqlClient] | None = None  # the number of core stops when it was made, and the client
 
 
 class Mirror:
@@ -60,22 +80,38 @@ class Mirror:
         self.mode: Mode = mode
         self._folder = run_dir.path / "wandb"
         self._lock = FileLock(self._folder / "mirror.lock", timeout=0)
+        self._final_rows = FinalRows(run_dir)
         self._run: Any = None
         self._num_core_stops = 0
+        self._forget_session()
+
+    def _forget_session(self) -> None:
+        """Set what is known of the W&B run that is open now to that of a new one."""
         self._sent_digests: dict[int, bytes] = {}  # epoch -> digest of its line in metrics.jsonl
         self._offset = 0
         self._is_last_row_open = False  # the last row was sent but not committed, so that the pictures can be part of it
         self._sent_description = ""
+        self._has_sent_media = False
+        self._num_expected = 0  # history rows that W&B has once all that was sent has arrived
+        self._has_stale_rows = False  # W&B has rows that are not the record's, and cannot take them back
+        self._picture_hashes: dict[str, str] = {}  # pictures that W&B has: key -> SHA-256
+        self._progress = (-1, time.monotonic())  # rows that W&B had when it was asked, and since when
 
-    def sync(self) -> int:
-        """Send the rows that W&B lacks -> how many. 0 also if another process mirrors this run."""
+    @property
+    def is_open(self) -> bool:
+        return self._run is not None
+
+    def sync(self, *, everything: bool = False) -> int:
+        """Send the final rows that W&B lacks, or all rows -> how many. 0 also if another process mirrors this run."""
         if self._run is not None and self._num_core_stops != num_core_stops():
             self._run = None
         if self._run is None and not self._open_run():
             return 0
         num_before = len(self._sent_digests)
         epochs = self.run_dir.read_json("config").get("epochs", 0)
-        for line in self._read_lines():
+        # an offline file is written again if its rows are made again, so it need not wait
+        limit = None if everything or self.mode == "offline" else self._final_rows.num_bytes()
+        for line in self._read_lines(limit=limit):
             row = json.loads(line)
             epoch = int(row["epoch"])
             if epoch in self._sent_digests:
@@ -85,35 +121,36 @@ class Mirror:
             if epoch >= self._run.starting_step:  # the server has the earlier ones
                 self._is_last_row_open = epoch == epochs
                 self._run.log(row, step=epoch, commit=not self._is_last_row_open)
+                self._num_expected += 1
             self._sent_digests[epoch] = _hash_bytes(line)
         return len(self._sent_digests) - num_before
 
-    def finish(self, pictures: Sequence[Path] = ()) -> bool:
+    def holds_rows_back(self) -> bool:
+        """Whether the run has rows that are not sent yet, because another try of it would make them again."""
+        return self.mode == "online" and self._final_rows.num_bytes() < self.run_dir.metrics_bytes()
+
+    def finish(self, pictures: Sequence[Path] = (), patience: float = LOST_SECONDS) -> bool:
         """Send the rest, the summary and the pictures, and close the W&B run. True if W&B now has all of the run.
 
-        Does nothing if W&B has it already. False if the run has not ended, or if another process mirrors it.
+        Does nothing if W&B has it already. False if the run has not ended, if another process mirrors it, or if W&B does not
+        have all rows after `patience` seconds: then the W&B run stays open, and the next call goes on.
         """
         state = self.run_dir.state
         if state not in ENDED_STATES:
             return False
-        self.sync()
+        self.sync(everything=True)
         if self._run is None:
             return self.is_complete()
-        if self.mode == "offline" and self._sent_digests != {
-            int(json.loads(line)["epoch"]): _hash_bytes(line) for line in self._read_lines(0)
-        }:
-            self.suspend()  # a resume has removed rows that were written here, and trained those epochs again
-            self.sync()
-        self._send_pictures(pictures)
-        self._send_predictions()
-        self._send_description()
-        summary = self._read_clean("summary")
-        status = {name: value for name, value in self._read_clean("status").items() if name != "pid"}
-        self._run.summary.update({**summary, "state": state, "cifar": json.dumps({"status": status, "summary": summary})})
+        if self._sent_digests != {int(json.loads(line)["epoch"]): _hash_bytes(line) for line in self._read_lines(0)}:
+            self._reopen()  # a resume has removed rows that were sent here, and trained those epochs again
+        self._send_media(pictures)
+        if self.mode == "online" and not self._has_arrived(pictures, patience):
+            return False
+        self._run.summary.update(arrival.build_summary(self.run_dir))
         digest = self._compute_digest()
         run, self._run = self._run, None
         try:
-            self._finish_run(run, 0 if state in WANDB_FINISHED_STATES else 1)
+            self._finish_run(run, wandb_exit_code(state))
             self._write_digest(digest)
         finally:
             self._lock.release()
@@ -124,11 +161,37 @@ class Mirror:
         run, self._run = self._run, None
         try:
             if run is not None and self._num_core_stops == num_core_stops():
-                if self.run_dir.read_json("run").get("engine") == "wandb" and self.run_dir.state in OPEN_RUN_STATES:
+                state = self.run_dir.state
+                if self.run_dir.read_json("run").get("engine") == "wandb" and state in OPEN_RUN_STATES:
                     run.mark_preempting()  # so that W&B gives it to an agent again
+                reason = str(self.run_dir.read_json("status").get("reason") or "")
+                if state == "running":  # its process is gone and could not say so
+                    state, reason = "interrupted", "its process is gone; it can go on from its checkpoint"
+                run.summary.update({"state": state, "reason": redact(reason)})
                 self._finish_run(run, 1)
         finally:
             self._lock.release()
+
+    def forget(self) -> None:
+        """Forget that W&B has all of the run, because it was found that it has not. `finish` looks at every row then."""
+        self._write_digest("")
+
+    def release(self) -> None:
+        """Leave the W&B run open as it is, so that this or another process can go on with it later."""
+        self._run = None
+        stop_core()
+        self._lock.release()
+
+    def _reopen(self) -> None:
+        """Close the W&B run as incomplete and open it again: rows that it has are compared, and the others sent."""
+        run, self._run = self._run, None
+        try:
+            if run is not None and self._num_core_stops == num_core_stops():
+                run.summary.update({"state": INCOMPLETE, "reason": "its rows are being sent again"})
+                self._finish_run(run, 1)
+        finally:
+            self._lock.release()
+        self.sync(everything=True)
 
     def _finish_run(self, run: Any, exit_code: int) -> None:
         global _write_timeout
@@ -147,6 +210,85 @@ class Mirror:
         """A file of the record without secrets: an earlier version may have written some."""
         return dict(mask_secrets(self.run_dir.read_json(name), mask_keys=False))
 
+    # -- what has arrived --
+
+    def _has_arrived(self, pictures: Sequence[Path], patience: float) -> bool:
+        """Whether W&B has every row. Waits up to `patience` seconds; what is lost by then is sent again.
+
+        If W&B cannot be completed, its summary says `incomplete`.
+        """
+        deadline, num_resends = time.monotonic() + patience, 0
+        rows = list(self.run_dir.read_rows())
+        while True:
+            if self._has_stale_rows and (problem := self._repeat_rows(rows)):
+                return self._call_incomplete(problem)
+            missing = self._wait_for_rows(rows, deadline)
+            if not missing:
+                return True
+            if missing is None or time.monotonic() - self._progress[1] < LOST_SECONDS:
+                return False  # W&B does not answer, or the rows may still be on their way
+            if num_resends == MAX_RESENDS:
+                return self._call_incomplete(missing)
+            self._on_message(f"{self.run_dir.id}: {missing}; sending the rest again")
+            num_resends += 1
+            self._reopen()
+            if self._run is None or self.mode != "online":
+                return False
+            self._send_media(pictures)
+            deadline = time.monotonic() + patience
+
+    def _wait_for_rows(self, rows: Sequence[Mapping[str, Any]], deadline: float) -> str | None:
+        """Wait until W&B has all rows -> what it lacks, in words; "" if it lacks nothing, None if it does not answer."""
+        pause = 0.05
+        while True:
+            try:
+                arrived = arrival.fetch_run(_connect().execute_graphql, self._run.entity, self._run.project, self.run_dir.id)
+            except Exception:
+                if not list_core_pids():
+                    raise
+                self._progress = (-1, time.monotonic())
+                return None
+            missing = arrival.describe_missing_rows(arrived, self._num_expected, rows[-1] if rows else {})
+            if not missing:
+                return ""
+            num_rows = arrived.num_rows if arrived else -1
+            if num_rows != self._progress[0]:
+                self._progress = (num_rows, time.monotonic())
+            if time.monotonic() > deadline:
+                return missing
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+
+    def _repeat_rows(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """Send rows that are other ones on W&B again, at later steps, since W&B can take nothing back -> "" or a problem."""
+        difference, self._has_stale_rows = self._compare_with_server(rows), False
+        if difference.unknown_epochs:
+            epochs = ", ".join(map(str, difference.unknown_epochs[:6]))
+            return f"W&B has rows of epochs that the record does not have ({epochs}), and cannot take them back"
+        repeated = [row for row in rows if int(row["epoch"]) in difference.wrong_epochs]
+        step = max(difference.last_step, len(rows), self._run.step)
+        for row in [*repeated, *(rows[-1:] if repeated else ())]:  # the last epoch's row stays the last one
+            step += 1
+            self._run.log(dict(row), step=step, commit=True)
+            self._num_expected += 1
+        return ""
+
+    def _call_incomplete(self, problem: str) -> bool:
+        reason = redact(f"{self.run_dir.state} where it ran; {problem}")
+        self._run.summary.update({"state": INCOMPLETE, "reason": reason})
+        self._on_message(f"{self.run_dir.id}: incomplete on W&B: {problem}")
+        return False
+
+    def _compare_with_server(self, rows: Sequence[Mapping[str, Any]]) -> arrival.HistoryDifference:
+        return arrival.compare_history(arrival.read_history(_connect().api, *self._place(), self.run_dir.id), rows)
+
+    def _place(self) -> tuple[str, str]:
+        """Entity and project of the run on W&B."""
+        run = {**self.run_dir.read_json("run"), **self._target}
+        return run.get("entity") or _connect().entity, run.get("project") or "cifar"
+
+    # -- configuration, pictures, files --
+
     def _send_description(self) -> None:
         """Send run.json and its neighbours as the key `cifar` of the W&B configuration. convert.py reads them back.
 
@@ -157,21 +299,36 @@ class Mirror:
             self._run.config.update({"cifar": description}, allow_val_change=True)
             self._sent_description = description
 
-    def _send_pictures(self, pictures: Sequence[Path]) -> None:
+    def _send_media(self, pictures: Sequence[Path]) -> None:
+        """Send the pictures that W&B does not have, the predictions, and the rest of the description. Once for each session."""
+        if self._has_sent_media:
+            return
         import wandb
 
-        images = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in pictures}
+        keys = {f"pictures/{path.stem}": path for path in pictures}
+        images = {
+            key: wandb.Image(str(path))
+            for key, path in keys.items()
+            # in the last row they are part of it; the same picture at the same step is the same file
+            if self._is_last_row_open or self._picture_hashes.get(key) != _hash_bytes(path.read_bytes()).hex()
+        }
         if self._is_last_row_open:
             self._run.log(images, commit=True)
+            self._is_last_row_open = False
         elif images:
             # The run ended early. A row for the pictures would take the step of the next epoch, if the run is resumed.
             self._run.summary.update(images)
+        self._send_predictions()
+        self._send_description()
+        self._has_sent_media = True
 
     def _send_predictions(self) -> None:
         """Send predictions.npz (about 0.2 MB, like the pictures), so that the run's report can be drawn from W&B too."""
         file = self.run_dir.path / PREDICTIONS_FILE
         if file.exists() and file.stat().st_size <= MAX_PREDICTIONS_BYTES:
             self._run.save(str(file), base_path=str(self.run_dir.path), policy="now")
+
+    # -- opening --
 
     def _open_run(self) -> bool:
         """Open the W&B run. False if it is complete, if run.json does not exist yet, or if another process mirrors the run."""
@@ -186,11 +343,12 @@ class Mirror:
             if self.is_complete():  # completed by the process that held the lock
                 self._lock.release()
                 return False
-            self._sent_digests, self._offset, self._is_last_row_open, self._sent_description = {}, 0, False, ""
+            self._forget_session()
             self._write_digest("")
+            reset_dead_core()
             if self.mode == "online":
                 try:
-                    self._run = self._init_run()
+                    self._open_online()
                     with contextlib.suppress(OSError):  # a full disk; the address is not needed
                         write_atomic(self._folder / URL_FILE, str(self._run.url or "").encode())
                 except Exception as error:
@@ -200,16 +358,52 @@ class Mirror:
                     )
                     stop_core()  # otherwise the run's id stays in use
                     self._delete_folders("run-*")
-                    self.mode = "offline"
+                    self._run, self.mode = None, "offline"
             if self._run is None:
+                self._forget_session()
                 self._run = self._init_run()
+            is_over = self.run_dir.state in ENDED_STATES
+            word, reason = (INCOMPLETE, "its record is being sent") if is_over else ("running", "")
+            # `cifar` is how an earlier try ended
+            self._run.summary.update({"state": word, "reason": reason, **({"cifar": "{}"} if self._run.resumed else {})})
         except BaseException:
+            self._run = None
             self._lock.release()
             raise
         self._num_core_stops = num_core_stops()
         return True
 
-    def _init_run(self) -> Any:
+    def _open_online(self) -> None:
+        """Open the run on the server. If it has other rows than the record, they are taken back, or noted as stale."""
+        client, (entity, project) = _connect(), self._place()
+        settle_name(self.run_dir, client, entity, project)
+        arrived = arrival.fetch_run(client.execute_graphql, entity, project, self.run_dir.id)
+        if arrived:
+            media = {key: value for key, value in arrived.summary.items() if isinstance(value, Mapping)}
+            self._picture_hashes = {key: str(value.get("sha256", "")) for key, value in media.items()}
+        if not arrived or not arrived.num_rows:
+            self._run = self._init_run()
+            return
+        is_over = self.run_dir.state in ENDED_STATES
+        limit = None if is_over else self._final_rows.num_bytes()
+        rows = [json.loads(line) for line in self._read_lines(0, limit)]
+        difference = self._compare_with_server(rows)
+        self._num_expected = arrived.num_rows
+        if not difference.is_prefix:
+            num_equal = difference.num_equal
+            try:
+                self._run = self._init_run(rewind_to=int(rows[num_equal - 1]["epoch"]) if num_equal else 0)
+                self._num_expected, self._picture_hashes = num_equal, {}  # the summary is gone too
+                return
+            except Exception as error:
+                self._on_message(f"{self.run_dir.id}: W&B cannot take rows back ({type(error).__name__})")
+                stop_core()  # otherwise the run's id stays in use
+                self._delete_folders("run-*")
+                self._has_stale_rows = True
+        self._run = self._init_run()
+
+    def _init_run(self, rewind_to: int | None = None) -> Any:
+        """wandb.init. `rewind_to`: the step after which W&B forgets its rows of this run."""
         self._delete_folders("offline-run-*" if self.mode == "offline" else "run-*")
         if "wandb" not in sys.modules:
             for name in _RUN_VARIABLES + _LOCATION_VARIABLES:
@@ -219,6 +413,8 @@ class Mirror:
 
         run = {**self._read_clean("run"), **self._target}
         sweep = run.get("sweep") or None
+        is_online = self.mode == "online"
+        interval = os.environ.get("WANDB__FILE_STREAM_TRANSMIT_INTERVAL")
         wandb_run = wandb.init(
             id=self.run_dir.id,
             entity=run.get("entity") or None,
@@ -230,11 +426,12 @@ class Mirror:
             job_type="sweep" if sweep else "train",
             config=self._read_clean("config"),
             mode=self.mode,
-            resume="allow" if self.mode == "online" else None,
+            resume="allow" if is_online and rewind_to is None else None,
+            resume_from=f"{self.run_dir.id}?_step={rewind_to}" if rewind_to is not None else None,
             dir=str(self.run_dir.path),
             reinit="create_new",
             settings=wandb.Settings(
-                sweep_id=sweep if self.mode == "online" and run.get("engine") == "wandb" else None,
+                sweep_id=sweep if is_online and run.get("engine") == "wandb" else None,
                 silent=True,
                 quiet=True,
                 console="off",
@@ -254,6 +451,8 @@ class Mirror:
                 x_disable_machine_info=True,
                 x_save_requirements=False,
                 x_transaction_log_flush_interval=2.0,
+                x_file_stream_transmit_interval=float(interval or TRANSMIT_SECONDS),
+                x_file_stream_retry_wait_max_seconds=RETRY_SECONDS,
             ),
         )
         # step_sync=False: W&B must not add an epoch to a row that has none, so that the history has each epoch once.
@@ -265,8 +464,8 @@ class Mirror:
         for old in self._folder.glob(pattern):
             shutil.rmtree(old, ignore_errors=True)
 
-    def _read_lines(self, start: int | None = None) -> Iterator[bytes]:
-        """The complete lines of metrics.jsonl from byte `start`, or those that are new since the last call.
+    def _read_lines(self, start: int | None = None, limit: int | None = None) -> Iterator[bytes]:
+        """The complete lines of metrics.jsonl from byte `start` to `limit`, or those that are new since the last call.
 
         If the file was truncated in between, it is read from its beginning.
         """
@@ -277,7 +476,7 @@ class Mirror:
                 if file.read(1) != b"\n":
                     offset = file.seek(0)
             for line in file:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") or (limit is not None and offset + len(line) > limit):
                     break
                 offset += len(line)
                 if start is None:
@@ -301,7 +500,7 @@ class Mirror:
 
     def _read_digests(self) -> dict[str, str]:
         """Mode (and target) -> digest of the run folder when its W&B run was closed; "" while it is open."""
-        return read_notes(self._folder / NOTES_FILE)
+        return {str(key): str(value) for key, value in read_or_set_aside(self._folder / NOTES_FILE).items()}
 
     def _write_digest(self, digest: str) -> None:
         write_notes(self._folder / NOTES_FILE, {**self._read_digests(), self._digest_key: digest}, indent=None)
@@ -311,6 +510,14 @@ def read_run_url(run_dir: RunDir) -> str:
     """The address of this run's page on W&B; "" if no online run was opened."""
     file = run_dir.path / "wandb" / URL_FILE
     return file.read_text() if file.exists() else ""
+
+
+def _connect() -> GraphqlClient:
+    """The client for questions to the server; another one after wandb-core was stopped."""
+    global _client
+    if _client is None or _client[0] != num_core_stops():
+        _client = num_core_stops(), GraphqlClient(QUERY_TIMEOUT_SECONDS)
+    return _client[1]
 
 
 def _hash_bytes(content: bytes) -> bytes:

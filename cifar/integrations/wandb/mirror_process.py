@@ -36,6 +36,14 @@ def stop_core() -> None:
             wandb.teardown()
 
 
+def reset_dead_core() -> bool:
+    """If wandb-core was killed from outside, let the next run start another one. True if that was so."""
+    if "wandb" not in sys.modules or list_core_pids():
+        return False
+    stop_core()
+    return True
+
+
 def list_core_pids() -> list[int]:
     """The wandb-core processes that this process started and that have not ended."""
     if Path("/proc/self/stat").exists():

@@ -2,23 +2,26 @@
 
 First each run is sent by its mirror, which sends what W&B lacks. Then the sweep is created around them in one request. So there
 is never a second sweep: if this process dies between that request and writing it down, the runs on W&B name their sweep.
-<sweep folder>/push.json notes what was done.
+<sweep folder>/push.json notes what was done. Notes are no proof: what W&B has of each run is read back and compared with its
+folder, also if an earlier push has sent it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cifar.config.yaml_loader import parse_yaml
 from cifar.errors import UserError
-from cifar.integrations.wandb import backend
+from cifar.integrations.wandb import arrival, backend
+from cifar.integrations.wandb.api import GraphqlClient
 from cifar.integrations.wandb.download import Progress, connect_to_api, describe_error, ignore_progress
 from cifar.integrations.wandb.mirror import Mirror
 from cifar.integrations.wandb.notes import read_notes, write_notes
@@ -27,6 +30,8 @@ from cifar.states import ENDED_STATES
 from cifar.sweeps import spec
 from cifar.tracking.run_dir import RunDir
 
+PATIENCE_SECONDS = 60.0  # how long to wait for the rows of a run to arrive
+RUNS_AT_A_TIME = 8
 NOTES_FILE = "push.json"  # in the sweep's folder: "server/entity/project" -> sweep id and run id -> time of its end
 
 
@@ -67,23 +72,20 @@ def push_sweep(
     target = {"server": server, "entity": entity, "project": project, "group": folder.name}
     if done["sweep"]:
         target |= {"sweep": done["sweep"], "engine": "wandb"}
-    num_sent = 0
-    for n, run_dir in enumerate(ended):
-        progress(n, len(ended))
-        end_time = run_dir.read_json("status").get("time")
-        if done["runs"].get(run_dir.id) == end_time:
-            continue
-        _send_run(run_dir, target, on_message)
-        num_sent += 1
-        done["runs"][run_dir.id] = end_time
+    sent_before = [run_dir for run_dir in ended if done["runs"].get(run_dir.id) == run_dir.read_json("status").get("time")]
+    damaged = _forget_damaged(sent_before, target, on_message)
+    missing = [run_dir for run_dir in ended if run_dir not in sent_before or run_dir.id in damaged]
+    for n, run_dir in enumerate(_send_runs(missing, target, on_message)):
+        progress(n + 1, len(missing))
+        done["runs"][run_dir.id] = run_dir.read_json("status").get("time")
         write_notes(folder / NOTES_FILE, notes)
-    progress(len(ended), len(ended))
+    _ensure_arrived(missing, target)
     if not done["sweep"]:
         run_ids = [run_dir.id for run_dir in ended]
         existing = _find_sweep_id(api, f"{entity}/{project}", run_ids)
         done["sweep"] = existing or _create_sweep(backend.format_sweep_yaml(sweep, info["fixed"]), entity, project, run_ids)
         write_notes(folder / NOTES_FILE, notes)
-    return PushResult(api.sweep(f"{entity}/{project}/{done['sweep']}").url, num_sent, open_run_ids)
+    return PushResult(api.sweep(f"{entity}/{project}/{done['sweep']}").url, len(missing), open_run_ids)
 
 
 def push_runs(
@@ -96,24 +98,88 @@ def push_runs(
 ) -> int:
     """Send what W&B lacks of these runs -> how many lacked something. Raises UserError."""
     target = {name: value for name, value in (("entity", entity), ("project", project)) if value}
-    incomplete = [run_dir for run_dir in run_dirs if not Mirror(run_dir, "online", on_message, target).is_complete()]
-    for n, run_dir in enumerate(incomplete):
-        progress(n, len(incomplete))
-        _send_run(run_dir, target, on_message)
-    progress(len(incomplete), len(incomplete))
-    return len(incomplete)
+    connect_to_api()  # raises UserError if there is no key
+    complete = [run_dir for run_dir in run_dirs if Mirror(run_dir, "online", on_message, target).is_complete()]
+    damaged = _forget_damaged(complete, target, on_message)
+    missing = [run_dir for run_dir in run_dirs if run_dir not in complete or run_dir.id in damaged]
+    for n, _ in enumerate(_send_runs(missing, target, on_message)):
+        progress(n + 1, len(missing))
+    _ensure_arrived(missing, target)
+    return len(missing)
 
 
-def _send_run(run_dir: RunDir, target: Mapping[str, str], on_message: Callable[[str], None]) -> None:
-    mirror = Mirror(run_dir, "online", on_message, target)
+def _forget_damaged(run_dirs: Sequence[RunDir], target: Mapping[str, str], on_message: Callable[[str], None]) -> set[str]:
+    """Of runs that W&B should have: the ids of those that it does not have as they are here. They can be sent again then."""
+    differences = _find_differences(run_dirs, target)
+    for run_dir in run_dirs:
+        if run_dir.id in differences:
+            on_message(f"run {run_dir.id} is not on W&B as it is here: {differences[run_dir.id]}; sending it again")
+            Mirror(run_dir, "online", on_message, target).forget()
+    return set(differences)
+
+
+def _ensure_arrived(run_dirs: Sequence[RunDir], target: Mapping[str, str]) -> None:
+    """Read back what was sent. Raises UserError if W&B has something else."""
+    differences = _find_differences(run_dirs, target)
+    for run_dir in run_dirs:
+        if run_dir.id in differences:
+            Mirror(run_dir, "online", target=target).forget()
+    if differences:
+        run_id, difference = next(iter(differences.items()))
+        others = f" (and {len(differences) - 1} more runs)" if len(differences) > 1 else ""
+        raise UserError(f"run {run_id} is not on W&B as it is here: {difference}{others}; push again to send what is missing")
+
+
+def _find_differences(run_dirs: Sequence[RunDir], target: Mapping[str, str]) -> dict[str, str]:
+    """Run id -> how W&B's run differs from the folder, for those that do. One request for many runs."""
+    if not run_dirs:
+        return {}
+    places: dict[tuple[str, str], list[RunDir]] = {}
+    client = GraphqlClient()
+    for run_dir in run_dirs:
+        run = {**run_dir.read_json("run"), **target}
+        places.setdefault((run.get("entity") or client.entity, run.get("project") or "cifar"), []).append(run_dir)
+    found: dict[str, str] = {}
+    for (entity, project), there in places.items():
+        try:
+            arrived = arrival.fetch_runs(client.execute_graphql, entity, project, [run_dir.id for run_dir in there])
+            for run_dir in there:
+                read_history = functools.partial(arrival.read_history, client.api, entity, project, run_dir.id)
+                if difference := arrival.describe_difference(arrived.get(run_dir.id), run_dir, read_history):
+                    found[run_dir.id] = difference
+        except Exception as error:  # as above
+            raise UserError(f"W&B does not tell what it has ({describe_error(error)}); push again to go on") from None
+    return found
+
+
+def _send_runs(run_dirs: Sequence[RunDir], target: Mapping[str, str], on_message: Callable[[str], None]) -> Iterator[RunDir]:
+    """Send the runs, several at a time -> each one when W&B has it. While W&B takes the rows of one, others are sent."""
+    for start in range(0, len(run_dirs), RUNS_AT_A_TIME):
+        mirrors = [Mirror(run_dir, "online", on_message, target) for run_dir in run_dirs[start : start + RUNS_AT_A_TIME]]
+        for patience in (0.0, PATIENCE_SECONDS):
+            for mirror in mirrors:
+                if _finish_run(mirror, patience) or patience:
+                    yield mirror.run_dir
+            mirrors = [mirror for mirror in mirrors if not mirror.is_complete()]
+
+
+def _finish_run(mirror: Mirror, patience: float) -> bool:
+    """Send one run. False if W&B has not got all of it after `patience` seconds; an error if these are more than 0."""
+    run_dir = mirror.run_dir
     try:
-        is_complete = mirror.finish(sorted((run_dir.path / "pictures").glob("*.png")))
+        is_complete = mirror.finish(sorted((run_dir.path / "pictures").glob("*.png")), patience)
     except Exception as error:  # wandb raises many kinds of errors if its server does not answer
         raise UserError(f"W&B did not take run {run_dir.id} ({describe_error(error)}); push again to go on from here") from None
     if mirror.mode != "online":
         raise UserError(f"W&B did not take run {run_dir.id}; push again to go on from here")
+    if mirror.is_open and not patience:
+        return False
+    if mirror.is_open:
+        mirror.release()
+        raise UserError(f"W&B does not have all of run {run_dir.id}; its summary says so there; push again to go on from here")
     if not is_complete:
         raise UserError(f"run {run_dir.id} is being sent by another process; push again when that is done")
+    return True
 
 
 def _find_sweep_id(api: Any, path: str, run_ids: Sequence[str]) -> str:

@@ -263,6 +263,14 @@ class Root(RootViews):
             run.base_state, run.exit_code = input.get("state") or "running", None
         return {"bucket": RunNode(world, run), "inserted": inserted}
 
+    def rewindRun(self, info: Any, input: dict[str, Any]) -> dict[str, Any]:
+        place = (input.get("entityName") or self._world.entity, input.get("projectName") or "uncategorized")
+        run = self._world.run(*place, input["runName"])
+        if run is None or not self._world.rewinds:
+            raise ValueError(f"run {input['runName']} cannot be rewound")
+        run.rewind(int(input["metricValue"]))
+        return {"rewoundRun": RunNode(self._world, run)}
+
     def upsertSweep(self, info: Any, input: dict[str, Any]) -> dict[str, Any]:
         world, sweep = self._world, None
         if input.get("id"):

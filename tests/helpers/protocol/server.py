@@ -23,10 +23,11 @@ from helpers.protocol.world import Run, Sweep, World
 @dataclass
 class Fault:
     """What goes wrong: `slow` (value: seconds before each answer), `status` (429, 500, ...), `hang` (no answer while the
-    fault lasts), `drop` (the connection is closed in the middle of the answer). For `times` requests whose name (a GraphQL
+    fault lasts), `drop` (the connection is closed in the middle of the answer), `lose` (file stream: "thank you", and the rows
+    are forgotten). For `times` requests whose name (a GraphQL
     operation, `file_stream`, `storage`, `parquet`) holds `where`."""
 
-    kind: Literal["slow", "status", "hang", "drop"]
+    kind: Literal["slow", "status", "hang", "drop", "lose"]
     value: float = 0
     where: str = ""
     times: float = float("inf")
@@ -155,6 +156,9 @@ class Server:
         elif fault.kind == "hang":
             with self._lifted:
                 self._lifted.wait_for(lambda: self.fault is not fault or self._http is None)
+        elif fault.kind == "lose":
+            self.world.has_lost_rows = True
+            handler.send(200, {"exitcode": None, "limits": {}})
         elif fault.kind == "drop":
             handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
             handler.wfile.flush()
@@ -162,7 +166,7 @@ class Server:
             handler.close_connection = True
         else:
             handler.send(int(fault.value), {"error": f"fault {int(fault.value)}"}, {"Retry-After": "1"})
-        return fault.kind in ("status", "drop") or self._http is None
+        return fault.kind in ("status", "drop", "lose") or self._http is None
 
     def graphql(self, body: dict[str, Any]) -> tuple[int, Any]:
         status, found, strange = answer(Root(self.world, self.url), body["query"], body.get("variables") or {})
@@ -190,7 +194,7 @@ class Server:
         if name == "wandb-summary.json":
             run.summary = json.loads(lines[-1])
         elif name in kept:
-            if name == "wandb-history.jsonl" and offset > len(kept[name]):
+            if name == "wandb-history.jsonl" and offset > len(kept[name]) and not self.world.has_lost_rows:
                 self.unknown.append(f"run {run.id}: history rows {offset}.. sent where there are {len(kept[name])}")
             kept[name][offset : offset + len(lines)] = lines
         else:

@@ -7,6 +7,7 @@ offline run under an online agent); a run that said it is pre-empted and ended b
 from __future__ import annotations
 
 import base64
+import copy
 import importlib.util
 import itertools
 import json
@@ -86,6 +87,11 @@ class Run:
         if self.base_state == "running" and time.time() - self.beat > World.CRASH_SECONDS:
             return "crashed"
         return self.base_state
+
+    def rewind(self, step: int) -> None:
+        """Forget the history after this step."""
+        self.history_lines[:] = [line for line in self.history_lines if json.loads(line).get("_step", 0) <= step]
+        self.exported = min(self.exported, len(self.history_lines))
 
     def end(self, code: int) -> None:
         self.exit_code = code
@@ -218,6 +224,8 @@ class World:
         self.runs: dict[str, Run] = {}
         self.sweeps: dict[str, Sweep] = {}
         self.agents: dict[str, Agent] = {}
+        self.has_lost_rows = False  # so that a client may go on behind rows that are not here
+        self.rewinds = True  # W&B gives this to some accounts only
         self.views: dict[str, Any] = {}  # reports and saved workspaces, of views.py
         self._ids = random.Random(7)
 
@@ -257,6 +265,19 @@ class World:
         self.agents[agent.id] = agent
         sweep.agents.append(agent.id)
         return agent
+
+    def remember(self) -> dict[str, Run]:
+        """What it knows of the runs now, to be put back by `restore`."""
+        with self.lock:
+            return copy.deepcopy(self.runs)
+
+    def restore(self, runs: dict[str, Run]) -> None:
+        """Know of the runs what it knew then, as after a crash: what came later is lost. Sweeps and agents stay."""
+        with self.lock:
+            for run_id, run in self.runs.items():
+                old = runs.get(run_id) or Run(run.entity, run.project, run_id, agent=run.agent, raw_config=run.raw_config)
+                vars(run).update(vars(copy.deepcopy(old)))
+            self.has_lost_rows = True
 
     def stop(self, run_id: str) -> None:
         """The button on the run's page."""

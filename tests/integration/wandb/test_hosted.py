@@ -180,7 +180,9 @@ def test_wandb_hears_of_ends_that_no_mirror_told(make: Make, wandb_server: Serve
         backend.finish_trial(trial, state, retry=False)
     runs[2].end(1)  # its mirror's word stands
     backend.close()
-    assert [run.state for run in runs] == ["finished", "failed", "failed", "running"]
+    assert [run.state for run in runs] == ["failed", "failed", "failed", "running"]
+    assert [run.summary.get("state") for run in runs] == ["incomplete", "incomplete", None, None]  # none of their rows is there
+    assert "pruned where it ran" in runs[0].summary["reason"] and f"push {backend.id}" in runs[0].summary["reason"]
     assert all(run.sweep == backend.id for run in runs) and runs[2].exits == [1]
 
 
@@ -279,7 +281,12 @@ def test_a_run_whose_mirror_cannot_start_is_no_longer_running(wandb_server: Serv
     code, output = wait_for_exit(start_command(wandb_server, "-m", "cifar", "agent", f"me/cifar/{sweep.id}", "--workers", "1"))
     (run,) = wandb_server.runs.values()
     assert code == 0 and wandb_server.fault.met and list((runs / run.id).glob("wandb/offline-run-*")), output
-    assert run.state == "finished" and not run.exits and not run.rows, output
+    assert run.state == "failed" and not run.exits and not run.rows, output
+    assert run.summary["state"] == "incomplete" and "finished where it ran" in run.summary["reason"]
+    wandb_server.heal()
+    code, output = wait_for_exit(start_command(wandb_server, "-m", "cifar", "push", sweep.id))
+    assert code == 0 and run.state == "finished" and run.summary["state"] == "finished", output
+    assert_as_trained(wandb_server, runs, run.id, 1)
 
 
 @pytest.mark.slow
@@ -313,7 +320,8 @@ def test_two_agents_of_two_workers_share_twelve_cells(
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_on_the_server_is_stopped(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
-    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 100000}\n"
+    text = GRID.replace("[conv4, conv8]", "[conv4]").replace("[0.01, 0.02]", "[0.01]")
+    text += "  epochs: {value: 100000}\n  checkpoint_every: {value: 4}\n"
     (tmp_path / "tiny.yaml").write_text(text)
     process = start_command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
     run = wait_until(lambda: next(iter(wandb_server.runs.values()), None), 60)
@@ -322,7 +330,8 @@ def test_a_run_that_is_stopped_on_the_server_is_stopped(wandb_server: Server, ru
     code, output = wait_for_exit(process)
     record = RunDir(runs / run.id)
     assert code == 0 and record.state == "stopped" and "1 stopped" in output, output
-    assert run.summary["state"] == "stopped" and run.exits == [0] and run.rows == list(record.read_rows())
+    assert run.summary["state"] == "stopped" and "asked to end at step" in run.summary["reason"]
+    assert run.exits == [255] and run.state == "failed" and run.rows == list(record.read_rows())
 
 
 @pytest.mark.slow
@@ -373,6 +382,7 @@ def test_a_run_of_the_plain_agent_is_stopped(preemptible: str, wandb_server: Ser
     tools = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CIFAR_PREEMPTIBLE": preemptible}
     content = yaml.safe_load(GRID) | {key: yaml.safe_load((ROOT / "sweeps/quickstart.yaml").read_text())[key] for key in TOLD}
     content["parameters"] |= {"epochs": {"value": 100_000}, "model": {"value": "conv4"}, "lr": {"value": 0.01}}
+    content["parameters"]["checkpoint_every"] = {"value": 4}  # its rows are final after each epoch
     sweep = wandb_server.world.add_sweep("me", "plain", yaml.safe_dump(content))
     process = start_command(wandb_server, "-m", "wandb", "agent", "--count", "1", f"me/plain/{sweep.id}", **tools)
     run = wait_until(lambda: next(iter(wandb_server.runs.values()), None), 60)
@@ -381,7 +391,8 @@ def test_a_run_of_the_plain_agent_is_stopped(preemptible: str, wandb_server: Ser
     _, output = wait_for_exit(process)
     record = RunDir(runs / run.id)
     assert record.state == ("preempted" if preemptible else "stopped"), output
-    assert run.state == ("preempted" if preemptible else "finished") and run.rows == list(record.read_rows())
+    assert run.state == ("preempted" if preemptible else "failed") and run.rows == list(record.read_rows())
+    assert run.summary["state"] == record.state and "asked to end at step" in run.summary["reason"]
     assert sweep.requeued == ([run.id] if preemptible else [])
 
 

@@ -18,10 +18,10 @@ from cifar.integrations.wandb.mirror import Mirror
 from cifar.integrations.wandb.mirror_process import stop_core
 from cifar.integrations.wandb.settings import find_credentials, mode_from_environment
 from cifar.tracking.run_dir import RunDir
-from helpers.leet import draw_png, end_record, inspect_only, make_record, row, wandb_files
+from helpers.leet import draw_png, end_record, inspect_only, make_record, row, wandb_files, write_checkpoint
 from helpers.paths import ROOT
+from helpers.processes import wait_until
 from helpers.protocol import Fault, Server
-from helpers.wandb_server import WandbServer
 
 KEY = "0123456789abcdef" * 3
 
@@ -183,31 +183,29 @@ def test_two_records_side_by_side_and_a_core_that_dies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("server_has", [3, 0])
-def test_a_server_is_sent_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server_has: int) -> None:
-    stop_core()  # the next one reads the environment anew
-    server = WandbServer()
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+def test_a_server_is_sent_what_it_lacks(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, server_has: int
+) -> None:
     monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1" if server_has else "60")
     record = make_record(tmp_path, "online01")
     for epoch in (1, 2, 3):
         record.append_row(row(epoch))
+    write_checkpoint(record)
+    record.append_row(row(4))  # it may be made again, so it waits
     mirror = Mirror(record, "online")
     assert mirror.sync() == 3 and mirror.mode == "online"
-    deadline = time.monotonic() + 10
-    while len(server.rows) < server_has and time.monotonic() < deadline:
-        time.sleep(0.1)
+    run = server.runs[record.id]
+    wait_until(lambda: len(run.rows) >= server_has, 10)
     stop_core()
     mirror.suspend()
-    assert len(server.rows) == server_has
-    for epoch in (4, 5, 6):
+    assert len(run.rows) == server_has
+    monkeypatch.delenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL")
+    for epoch in (5, 6):
         record.append_row(row(epoch))
     end_record(record)
     for _ in range(2):
         assert Mirror(record, "online").finish([draw_png(record.path / "pictures" / "curves.png")])
-    assert server.rows == list(record.read_rows()) and server.exit_codes == [0]
-    stop_core()
-    server.close()
+    assert run.rows == list(record.read_rows()) and run.exits == [0]
 
 
 def test_a_server_answers_or_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from cifar.report.load import collect_runs
 from cifar.tracking.run_dir import RunDir
 from helpers.fake_runs import write
 from helpers.finished_sweeps import ID, TEXT, write_finished_sweep
-from helpers.leet import draw_png
+from helpers.leet import draw_png, write_checkpoint
 from helpers.on_server import send
 from helpers.paths import ROOT
 from helpers.protocol import Fault, Server
@@ -84,6 +84,7 @@ def test_a_run_that_w_and_b_has_half_of_is_completed(
 ) -> None:
     monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
     record = write(runs, "half0001", layers=2, state="running")
+    write_checkpoint(record)
     mirror = Mirror(record, "online")
     assert mirror.sync() == 2
     deadline = time.monotonic() + 20
@@ -143,7 +144,7 @@ main(["push", {ID!r}])
             time.sleep(0.02)
         killed.kill()
         killed.wait()
-        assert len(server.sweeps) == 0 and 2 <= len(server.runs) < 6
+        assert len(server.sweeps) == 0 and len(server.runs) >= 2
     if where == "after the sweep":
         assert len(server.sweeps) == 1
     assert main(["push", ID]) == 0

@@ -1,0 +1,200 @@
+"""What W&B has of a run, read back through its API and compared with the run's folder.
+
+    arrived = fetch_run(client.execute_graphql, place)     # state, number of rows, last row, summary; one request
+    describe_missing(arrived, num_rows, last_row)          # "" or what is missing, in words
+    compare_history(scan_history(run, 0, last), rows)      # row by row, where W&B had rows before this process
+
+Two rows are the same if all their metrics are. Times, throughput and memory (`system/`) may differ where an epoch was trained
+again: `compare_history` counts these apart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cifar.integrations.wandb.convert import build_row, parse_number
+from cifar.states import WANDB_FINISHED_STATES
+from cifar.system.redact import mask_secrets
+from cifar.tracking.run_dir import RunDir
+
+TIMES = "system/"  # prefix of what differs when the same epoch is trained again
+INCOMPLETE = "incomplete"  # the summary's `state` while W&B lacks something of a run that has ended here
+RUNS_PER_PAGE = 50
+STEPS_PER_PAGE = 10_000  # of a history, in one request
+_FIELDS = "name state historyLineCount historyTail summaryMetrics"
+GET_RUN = f"""query ArrivedRun($name: String!, $project: String!, $entity: String!) {{
+  project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_FIELDS} }} }}
+}}"""
+GET_RUNS = f"""query ArrivedRuns($project: String!, $entity: String!, $filters: JSONString, $first: Int) {{
+  project(name: $project, entityName: $entity) {{
+    runs(filters: $filters, first: $first) {{ edges {{ node {{ {_FIELDS} }} }} }}
+  }}
+}}"""
+
+Execute = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ArrivedRun:
+    """What W&B says of one run. `state` is W&B's word."""
+
+    state: str
+    num_rows: int
+    last_row: dict[str, Any]  # {} if there is none
+    summary: dict[str, Any]
+
+
+def fetch_run(execute_graphql: Execute, entity: str, project: str, run_id: str) -> ArrivedRun | None:
+    """The run as W&B has it now; None if there is no such run. Raises what wandb raises."""
+    found = execute_graphql(GET_RUN, name=run_id, project=project, entity=entity).get("project") or {}
+    return _parse_node(found["run"]) if found.get("run") else None
+
+
+def fetch_runs(execute_graphql: Execute, entity: str, project: str, run_ids: Sequence[str]) -> dict[str, ArrivedRun]:
+    """The same for many runs, by id; those that W&B does not have are left out."""
+    runs: dict[str, ArrivedRun] = {}
+    for start in range(0, len(run_ids), RUNS_PER_PAGE):
+        filters = json.dumps({"name": {"$in": list(run_ids[start : start + RUNS_PER_PAGE])}})
+        found = execute_graphql(GET_RUNS, project=project, entity=entity, filters=filters, first=RUNS_PER_PAGE).get("project")
+        for edge in ((found or {}).get("runs") or {}).get("edges", ()):
+            runs[edge["node"]["name"]] = _parse_node(edge["node"])
+    return runs
+
+
+def _parse_node(node: Mapping[str, Any]) -> ArrivedRun:
+    tail = json.loads(node.get("historyTail") or "[]")
+    last = json.loads(tail[-1]) if tail else {}
+    summary = json.loads(node.get("summaryMetrics") or "{}")
+    return ArrivedRun(str(node["state"]), int(node.get("historyLineCount") or 0), build_row(last), summary)
+
+
+def scan_history(run: Any, first_step: int, last_step: int) -> Iterable[dict[str, Any]]:
+    """Every row of a run's history, not a sample. `run`: of wandb's public API.
+
+    run.scan_history() would ask for the last step again, one request for each run.
+    """
+    from wandb.apis.public import HistoryScan
+
+    scan: Any = HistoryScan(
+        run,
+        service_api=run._service_api,
+        min_step=first_step,
+        max_step=last_step + 1,
+        page_size=STEPS_PER_PAGE,
+        use_cache=False,
+    )
+    return scan  # type: ignore[no-any-return]
+
+
+def read_history(api: Any, entity: str, project: str, run_id: str) -> Iterable[dict[str, Any]]:
+    """Every row that W&B has of this run now. `api`: wandb's public API."""
+    run = api.run(f"{entity}/{project}/{run_id}")
+    last_step = int(run.lastHistoryStep)  # asked for now: the API remembers runs
+    return scan_history(run, 0, last_step) if last_step >= 0 else ()
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def are_equal(a: Any, b: Any) -> bool:
+    """Whether two values are the same in JSON: NaN equals NaN, 1 equals 1.0."""
+    a, b = parse_number(a), parse_number(b)
+    both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    return both_nan or bool(a == b)
+
+
+def are_equal_rows(a: Mapping[str, Any], b: Mapping[str, Any], *, with_times: bool = False) -> bool:
+    """Whether two rows have the same keys and values; without the times if not `with_times`."""
+    keys = {key for key in {*a, *b} if with_times or not key.startswith(TIMES)}
+    return all(key in a and key in b and are_equal(a[key], b[key]) for key in keys)
+
+
+@dataclass(frozen=True)
+class HistoryDifference:
+    """How W&B's rows differ from those of the record. `num_equal`: leading rows that are the same to the last digit."""
+
+    num_equal: int
+    num_lines: int  # that W&B has
+    last_step: int  # W&B's; -1 if it has no rows
+    wrong_epochs: tuple[int, ...] = ()  # in the record, and other than on W&B, or missing there between two others
+    unknown_epochs: tuple[int, ...] = ()  # on W&B, and not in the record
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether W&B has the first rows of the record and nothing else, so that the others can be sent after them."""
+        return self.num_equal == self.num_lines
+
+
+def compare_history(lines: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> HistoryDifference:
+    """Compare W&B's history with the record's rows. Where W&B has an epoch twice, the later line counts."""
+    there: dict[int, dict[str, Any]] = {}
+    num_lines, num_equal, last_step = 0, 0, -1
+    for line in lines:
+        row = build_row(line)
+        last_step = max(last_step, int(line.get("_step", -1)))
+        if "epoch" not in row:
+            continue
+        if num_equal == num_lines < len(rows) and are_equal_rows(row, build_row(rows[num_lines]), with_times=True):
+            num_equal += 1
+        num_lines += 1
+        there[row["epoch"]] = row
+    here = {int(row["epoch"]): build_row(row) for row in rows}
+    last = max(there, default=0)
+    wrong = [e for e, row in here.items() if e <= last and not (e in there and are_equal_rows(there[e], row))]
+    return HistoryDifference(num_equal, num_lines, last_step, tuple(wrong), tuple(sorted(set(there) - set(here))))
+
+
+def describe_missing_rows(arrived: ArrivedRun | None, num_rows: int, last_row: Mapping[str, Any]) -> str:
+    """What W&B lacks of the rows, in words; "" if it has `num_rows` rows, and the last one is the record's."""
+    if arrived is None:
+        return "W&B does not have the run"
+    if arrived.num_rows != num_rows:
+        return f"W&B has {arrived.num_rows} of {num_rows} rows"
+    if last_row and not are_equal_rows(arrived.last_row, build_row(last_row)):
+        return f"W&B's last row is not that of epoch {last_row.get('epoch')}"
+    return ""
+
+
+# -- summary and state -------------------------------------------------------------------------------------------------
+
+
+def build_summary(run_dir: RunDir) -> dict[str, Any]:
+    """What the summary on W&B says of a run that has ended: its results, its state, and why it ended."""
+    # an earlier version may have written secrets
+    summary, status = (dict(mask_secrets(run_dir.read_json(name), mask_keys=False)) for name in ("summary", "status"))
+    status.pop("pid", None)
+    reason = str(status.get("reason") or "")
+    about = json.dumps({"status": status, "summary": summary})
+    return {**summary, "state": run_dir.state, "reason": reason, "cifar": about}
+
+
+def describe_wrong_end(arrived: ArrivedRun, run_dir: RunDir) -> str:
+    """How W&B's word for the state of an ended run, or its summary, differs from the record; "" if it does not."""
+    state = run_dir.state
+    is_finished = state in WANDB_FINISHED_STATES
+    if (arrived.state == "finished") != is_finished or arrived.state in ("running", "pending"):
+        return f"W&B calls the run {arrived.state}, and it is {state}"
+    there = {"reason": "", **arrived.summary}  # earlier versions sent no reason
+    wrong = [key for key, value in build_summary(run_dir).items() if key not in there or not are_equal(there[key], value)]
+    return f"W&B's summary has other values of {', '.join(wrong[:4])}" if wrong else ""
+
+
+def describe_difference(
+    arrived: ArrivedRun | None, run_dir: RunDir, read_history: Callable[[], Iterable[dict[str, Any]]]
+) -> str:
+    """How a run on W&B differs from its record, in words; "" if it does not.
+
+    Looks at the number of rows, the last row, state and summary. `read_history` is called if there are too many rows: those of
+    epochs that were sent twice may be right.
+    """
+    rows = list(run_dir.read_rows())
+    difference = describe_missing_rows(arrived, len(rows), rows[-1] if rows else {})
+    if arrived is not None and difference and arrived.num_rows > len(rows):
+        compared = compare_history(read_history(), rows)
+        if not compared.wrong_epochs and not compared.unknown_epochs and compared.num_lines >= len(rows):
+            difference = ""
+    return difference or (describe_wrong_end(arrived, run_dir) if arrived is not None else "")
