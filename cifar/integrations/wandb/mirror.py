@@ -172,6 +172,11 @@ class Mirror:
         finally:
             self._lock.release()
 
+    def note_complete(self) -> None:
+        """Note that W&B has all of the run, because it was asked."""
+        with contextlib.suppress(OSError), contextlib.suppress(Timeout), self._lock:
+            self._write_digest(self._compute_digest())
+
     def forget(self) -> None:
         """Forget that W&B has all of the run, because it was found that it has not. `finish` looks at every row then."""
         self._write_digest("")
@@ -414,7 +419,6 @@ class Mirror:
         run = {**self._read_clean("run"), **self._target}
         sweep = run.get("sweep") or None
         is_online = self.mode == "online"
-        interval = os.environ.get("WANDB__FILE_STREAM_TRANSMIT_INTERVAL")
         wandb_run = wandb.init(
             id=self.run_dir.id,
             entity=run.get("entity") or None,
@@ -451,7 +455,7 @@ class Mirror:
                 x_disable_machine_info=True,
                 x_save_requirements=False,
                 x_transaction_log_flush_interval=2.0,
-                x_file_stream_transmit_interval=float(interval or TRANSMIT_SECONDS),
+                x_file_stream_transmit_interval=TRANSMIT_SECONDS,
                 x_file_stream_retry_wait_max_seconds=RETRY_SECONDS,
             ),
         )

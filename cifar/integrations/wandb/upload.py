@@ -72,9 +72,8 @@ def push_sweep(
     target = {"server": server, "entity": entity, "project": project, "group": folder.name}
     if done["sweep"]:
         target |= {"sweep": done["sweep"], "engine": "wandb"}
-    sent_before = [run_dir for run_dir in ended if done["runs"].get(run_dir.id) == run_dir.read_json("status").get("time")]
-    damaged = _forget_damaged(sent_before, target, on_message)
-    missing = [run_dir for run_dir in ended if run_dir not in sent_before or run_dir.id in damaged]
+    sent_before = [run_dir.id for run_dir in ended if done["runs"].get(run_dir.id) == run_dir.read_json("status").get("time")]
+    missing = _find_missing(ended, sent_before, target, on_message)
     for n, run_dir in enumerate(_send_runs(missing, target, on_message)):
         progress(n + 1, len(missing))
         done["runs"][run_dir.id] = run_dir.read_json("status").get("time")
@@ -99,23 +98,32 @@ def push_runs(
     """Send what W&B lacks of these runs -> how many lacked something. Raises UserError."""
     target = {name: value for name, value in (("entity", entity), ("project", project)) if value}
     connect_to_api()  # raises UserError if there is no key
-    complete = [run_dir for run_dir in run_dirs if Mirror(run_dir, "online", on_message, target).is_complete()]
-    damaged = _forget_damaged(complete, target, on_message)
-    missing = [run_dir for run_dir in run_dirs if run_dir not in complete or run_dir.id in damaged]
+    sent_before = [run_dir.id for run_dir in run_dirs if Mirror(run_dir, "online", on_message, target).is_complete()]
+    missing = _find_missing(run_dirs, sent_before, target, on_message)
     for n, _ in enumerate(_send_runs(missing, target, on_message)):
         progress(n + 1, len(missing))
     _ensure_arrived(missing, target)
     return len(missing)
 
 
-def _forget_damaged(run_dirs: Sequence[RunDir], target: Mapping[str, str], on_message: Callable[[str], None]) -> set[str]:
-    """Of runs that W&B should have: the ids of those that it does not have as they are here. They can be sent again then."""
-    differences = _find_differences(run_dirs, target)
+def _find_missing(
+    run_dirs: Sequence[RunDir], sent_before: Sequence[str], target: Mapping[str, str], on_message: Callable[[str], None]
+) -> list[RunDir]:
+    """The runs that W&B does not have as they are here. `sent_before`: ids of those that our notes say it has."""
+    differences, missing = _find_differences(run_dirs, target), []
     for run_dir in run_dirs:
-        if run_dir.id in differences:
-            on_message(f"run {run_dir.id} is not on W&B as it is here: {differences[run_dir.id]}; sending it again")
-            Mirror(run_dir, "online", on_message, target).forget()
-    return set(differences)
+        mirror, difference = Mirror(run_dir, "online", on_message, target), differences.get(run_dir.id)
+        engine = target.get("engine") or run_dir.read_json("run").get("engine")
+        if run_dir.id in sent_before and difference:
+            on_message(f"run {run_dir.id} is not on W&B as it is here: {difference}; sending it again")
+            mirror.forget()
+        elif run_dir.id in sent_before:
+            continue
+        elif not difference and engine != "wandb":  # `wandb sync` has sent it; it could not put it into a sweep
+            mirror.note_complete()
+            continue
+        missing.append(run_dir)
+    return missing
 
 
 def _ensure_arrived(run_dirs: Sequence[RunDir], target: Mapping[str, str]) -> None:

@@ -30,10 +30,7 @@ def held_when_mirrored(agent: int, run: Run, runs: Path) -> int:
 
 
 @pytest.mark.parametrize("victim", ["cifar.agent.worker", "cifar.sidecar"])
-def test_a_killed_worker_or_mirror_costs_its_run_nothing(
-    wandb_server: Server, runs: Path, tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+def test_a_killed_worker_or_mirror_costs_its_run_nothing(wandb_server: Server, runs: Path, tmp_path: Path, victim: str) -> None:
     (tmp_path / "tiny.yaml").write_text(ONE_RUN)
     process = start_command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
     run = wait_until(lambda: next(iter(wandb_server.runs.values()), None), 60)
@@ -80,9 +77,8 @@ def test_an_agent_that_is_told_to_end_gives_its_run_back(
 
 
 def test_a_killed_agent_leaves_nothing_behind_and_its_run_can_be_finished(
-    wandb_server: Server, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wandb_server: Server, runs: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
     (tmp_path / "tiny.yaml").write_text(ONE_RUN)
     process = start_command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--workers", "1", "--no-report")
     run = wait_until(lambda: next(iter(wandb_server.runs.values()), None), 60)

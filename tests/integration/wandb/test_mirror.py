@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cifar.errors import UserError
+from cifar.integrations.wandb import mirror as mirror_module
 from cifar.integrations.wandb.api import is_server_reachable
 from cifar.integrations.wandb.mirror import Mirror
 from cifar.integrations.wandb.mirror_process import stop_core
@@ -186,7 +187,7 @@ def test_two_records_side_by_side_and_a_core_that_dies(tmp_path: Path) -> None:
 def test_a_server_is_sent_what_it_lacks(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, server_has: int
 ) -> None:
-    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1" if server_has else "60")
+    monkeypatch.setattr(mirror_module, "TRANSMIT_SECONDS", 1.0 if server_has else 60.0)
     record = make_record(tmp_path, "online01")
     for epoch in (1, 2, 3):
         record.append_row(row(epoch))
@@ -199,7 +200,7 @@ def test_a_server_is_sent_what_it_lacks(
     stop_core()
     mirror.suspend()
     assert len(run.rows) == server_has
-    monkeypatch.delenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL")
+    monkeypatch.setattr(mirror_module, "TRANSMIT_SECONDS", 1.0)
     for epoch in (5, 6):
         record.append_row(row(epoch))
     end_record(record)

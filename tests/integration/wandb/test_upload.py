@@ -79,10 +79,7 @@ def test_what_comes_later_joins_the_sweep(runs: Path, server: Server, capsys: py
 
 
 @pytest.mark.slow
-def test_a_run_that_w_and_b_has_half_of_is_completed(
-    runs: Path, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+def test_a_run_that_w_and_b_has_half_of_is_completed(runs: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     record = write(runs, "half0001", layers=2, state="running")
     write_checkpoint(record)
     mirror = Mirror(record, "online")
