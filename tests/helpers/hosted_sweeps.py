@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from cifar.tracking.run_dir import RunDir
 from helpers.paths import ROOT
@@ -22,11 +23,11 @@ TINY = """  dataset: {value: stand-in}
 GRID = HEAD + "parameters:\n" + TINY + "  model: {values: [conv4, conv8]}\n  lr: {values: [0.01, 0.02]}\n"
 
 
-def start_command(server: Server, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start_command(server: Server, *arguments: str, stdout: Any = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         [sys.executable, *arguments], env=environment, cwd=ROOT, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 

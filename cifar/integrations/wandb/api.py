@@ -8,11 +8,13 @@ from __future__ import annotations
 import http.client
 import os
 import sys
+import threading
 import urllib.error
 import urllib.request
 from typing import Any
 
 from cifar.errors import UserError
+from cifar.integrations.wandb.mirror_process import reset_dead_core
 from cifar.integrations.wandb.settings import server_url
 from cifar.system.redact import redact
 
@@ -37,28 +39,42 @@ SEND_HEARTBEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState
 
 
 class GraphqlClient:
-    """Sends GraphQL to W&B through wandb-core. Several threads may call it. `api`: wandb's public API."""
+    """Sends GraphQL to W&B through wandb-core. Several threads may call it. `api`: wandb's public API.
 
-    def __init__(self, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> None:
-        self._timeout_seconds = timeout_seconds
+    `restarts_core`: if wandb-core was killed, start another one and ask again. Not where runs are open in this process.
+    """
+
+    def __init__(self, timeout_seconds: float = CALL_TIMEOUT_SECONDS, *, restarts_core: bool = False) -> None:
+        self._timeout_seconds, self._restarts_core = timeout_seconds, restarts_core
+        self._lock = threading.Lock()
         if "wandb" not in sys.modules:
             for name in ("SWEEP_ID", "RUN_ID", "SWEEP_PARAM_PATH", "SERVICE", "MODE"):
                 os.environ.pop(f"WANDB_{name}", None)
             os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
-        import wandb
-
         try:
-            self.api = api = wandb.Api(timeout=int(timeout_seconds))
-            self.settings: dict[str, Any] = api.settings
-            self.app_url = api._service_api.app_url
-            self._execute = api._service_api.execute_graphql
-            self.entity = str(api.settings["entity"] or api.default_entity or "")
+            self._connect()
+            self.settings: dict[str, Any] = self.api.settings
+            self.app_url = self.api._service_api.app_url
+            self.entity = str(self.api.settings["entity"] or self.api.default_entity or "")
         except Exception as error:
             raise to_user_error(error) from error
 
+    def _connect(self) -> None:
+        import wandb
+
+        self.api = wandb.Api(timeout=int(self._timeout_seconds))
+        self._execute = self.api._service_api.execute_graphql
+
     def execute_graphql(self, query: str, **variables: Any) -> dict[str, Any]:
         """The `data` of the answer. Raises what wandb raises."""
-        data: dict[str, Any] = self._execute(query, variables, timeout=self._timeout_seconds)
+        try:
+            data: dict[str, Any] = self._execute(query, variables, timeout=self._timeout_seconds)
+        except Exception:
+            with self._lock:  # one thread finds wandb-core gone; the others ask again later
+                if not (self._restarts_core and reset_dead_core()):
+                    raise
+                self._connect()
+            data = self._execute(query, variables, timeout=self._timeout_seconds)
         return data
 
     def fetch_sweep(self, entity: str, project: str, name: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class WandbBackend:
         entity, project, self.id = parse_sweep_path(name)
         check_id(self.id, "the sweep")
         self.runs_dir, self.folder = runs, runs / "sweeps" / self.id
-        self.client, notes = GraphqlClient(), read_sweep_notes(self.id, runs)
+        self.client, notes = GraphqlClient(restarts_core=True), read_sweep_notes(self.id, runs)
         entity = entity or notes.get("entity") or self.client.entity
         project = project or notes.get("project") or str(self.client.settings["project"] or DEFAULT_PROJECT)
         self.wandb_target, self.shared_storage = {"project": project, "entity": entity, "engine": "wandb"}, True

@@ -27,7 +27,10 @@ def build_run_files(
     end = _parse_object(summary.get("cifar") or None)
     if end.get("status") and state not in ("running", "preempting"):  # a resumed run still has its earlier end
         return {**content, "status": end["status"], "summary": end.get("summary") or {}}
-    if summary.get("state") == "incomplete" and state not in ("running", "preempting"):  # it has ended where it ran, and W&B has not got all of it
+    if summary.get("state") == "incomplete" and state not in (
+        "running",
+        "preempting",
+    ):  # it has ended where it ran, and W&B has not got all of it
         return {**content, "status": {"state": "interrupted", "reason": str(summary.get("reason") or "incomplete on W&B")}}
     our_state = FROM_WANDB.get(state, "killed")
     return {**content, "status": {"state": our_state, "reason": "" if our_state == "running" else f"{state}, says W&B"}}
