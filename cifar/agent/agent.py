@@ -32,6 +32,7 @@ from cifar.sweeps import local, spec
 from cifar.sweeps.backend import Backend, Trial
 from cifar.sweeps.local import LocalBackend
 from cifar.system import devices
+from cifar.system.ownership import lease_seconds
 from cifar.system.signals import PREEMPTION_SIGNALS, TimeLimit, capture_signals, stop_request
 from cifar.tracking.run_dir import format_repeat_command
 
@@ -137,7 +138,8 @@ class Agent:
                 self._send_heartbeats()
                 if time.monotonic() >= state.next_count_time:
                     self.board.counts, state.next_count_time = self.backend.count_states(), math.inf
-            state.messages.extend(self.backend.pop_messages())
+            state.messages.extend([*self.backend.pop_messages(), *self.packer.messages])
+            self.packer.messages.clear()
             self._print_messages()
             self.dashboard.show_board(self.board)
             if event := state.events.next_event(0.25):
@@ -242,7 +244,7 @@ class Agent:
     def _send_heartbeats(self) -> None:
         if time.monotonic() < self.next_heartbeat_time:
             return
-        self.next_heartbeat_time = time.monotonic() + local.lease_seconds() / 5
+        self.next_heartbeat_time = time.monotonic() + lease_seconds() / 5
         self.packer.send_heartbeats()
         for worker in self.state.busy_workers():
             for assigned in list(worker.assignments.values()):

@@ -18,6 +18,7 @@ from cifar.sidecar import SidecarHandle
 from cifar.states import CONCLUSIVE_STATES, FAILURE_STATES, GIVEN_BACK_STATES, pack_failure_reason
 from cifar.sweeps.backend import Backend, Trial
 from cifar.system.disk import DiskSpaceGate
+from cifar.system.ownership import OwnershipError
 from cifar.system.signals import TimeLimit
 from cifar.tracking.run_dir import RunDir
 
@@ -121,7 +122,7 @@ class EventHandler:
                 if status.get("state") in CONCLUSIVE_STATES:
                     run_event = run_dir.read_outcome(self.sweep.metric.name, [metric.name for metric in self.sweep.metrics])
                 else:
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, OwnershipError), run_dir.own("reset"):
                         progress = {key: status.get(key, 0) for key in ("epoch", "epochs")}
                         run_dir.set_status(event["state"], reason=event["reason"], **progress)
                 if self.state.sidecar:
@@ -185,6 +186,13 @@ class EventHandler:
     def _end_trial(self, worker: WorkerProcess, assigned: Assignment, event: dict[str, Any]) -> None:
         """A trial has ended as `event` says: write it to the sweep, print it, and decide what follows for the agent."""
         state, trial = self.state, assigned.trial
+        if event.get("held"):  # another process has its run: it waits, and this agent keeps it
+            worker.retiring = True
+            worker.assignments.pop(trial.run_id)
+            self.board.rows.pop(trial.cell, None)
+            self.packer.set_aside.append(trial)
+            self.dashboard.print_line(f"trial {trial.cell:03d} waits: {event['reason']}")
+            return
         value, reason, event_state = event.get("value"), event.get("reason", ""), event["state"]
         is_failure = event_state in FAILURE_STATES
         worker.retiring |= is_failure or event.get("full", False) or event.get("halt", False)  # its process ends itself

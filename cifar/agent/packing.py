@@ -11,6 +11,7 @@ from cifar.errors import UserError
 from cifar.states import CLAIMABLE_STATES
 from cifar.sweeps.backend import Backend, Trial, TrialFilter
 from cifar.system.devices import has_gpu
+from cifar.system.ownership import LeaseObserver
 
 MAX_PACK_SIZE = 16
 FULL_GPU_MACS = 16e9  # MACs of a forward pass over a batch, from which on one trial fills a GPU by itself (LOG.md)
@@ -51,7 +52,10 @@ class Packer:
     def __init__(self, backend: Backend, worker: str, option: str, count: float) -> None:
         self.backend, self.worker, self.option = backend, worker, option
         self.num_left = count  # trials that may still be claimed; inf: any number
-        self.set_aside: list[Trial] = []  # claimed, but not packable with those that were handed out
+        # claimed, but not packable with those that were handed out, or another process trains the run
+        self.set_aside: list[Trial] = []
+        self.messages: list[str] = []  # to print
+        self._observers: dict[str, LeaseObserver] = {}  # run id -> of the process that has the run of a trial set aside
         self._single_cells: set[int] = set()  # cells that failed in a pack: each is trained alone from now on
         self._max_size = MAX_PACK_SIZE  # of a pack, as far as failures have shown
 
@@ -107,11 +111,31 @@ class Packer:
     def _next_trial(self, num_wanted: int, trial_filter: TrialFilter | None = None) -> Trial | Literal["wait"] | None:
         """A trial that was set aside, else a newly claimed one. num_wanted: how many will be claimed one after the other."""
         for trial in self.set_aside:
-            if trial_filter is None or (trial.cell not in self._single_cells and trial_filter(trial.values)):
+            is_wanted = trial_filter is None or (trial.cell not in self._single_cells and trial_filter(trial.values))
+            if is_wanted and not self._find_owner(trial):
                 self.set_aside.remove(trial)
                 return trial
-        if self.num_left <= 0:
-            return None
-        claimed = self.backend.claim_trial(self.worker, int(min(self.num_left, num_wanted)), trial_filter)
-        self.num_left -= isinstance(claimed, Trial)
-        return claimed
+        while self.num_left > 0:
+            claimed = self.backend.claim_trial(self.worker, int(min(self.num_left, num_wanted)), trial_filter)
+            if not isinstance(claimed, Trial):
+                return claimed
+            self.num_left -= 1
+            owner = self._find_owner(claimed)
+            if not owner:
+                return claimed
+            self.set_aside.append(claimed)
+            self.messages.append(f"trial {claimed.cell:03d} waits: {owner}")
+        return None
+
+    def _find_owner(self, trial: Trial) -> str:
+        """Which other process has the trial's run, in words; "" if the run is free."""
+        folder = self.backend.runs_dir / trial.run_id
+        observer = self._observers.setdefault(trial.run_id, LeaseObserver(folder))
+        try:
+            found = observer.find_owner()
+        except (OSError, UserError):  # the worker that gets it reports what is wrong
+            found = None
+        if found is None:
+            del self._observers[trial.run_id]
+            return ""
+        return found[0].describe(folder)

@@ -29,6 +29,7 @@ from cifar.system.redacted_streams import install_redacted_output
 
 if TYPE_CHECKING:
     from cifar.config.schema import Settings
+    from cifar.system.ownership import OwnershipError
     from cifar.tracking.run_dir import RunDir
     from cifar.training.callbacks import RunCallback
     from cifar.training.loop import RunLoop
@@ -108,10 +109,13 @@ class Worker:
         from cifar.errors import UserError
         from cifar.states import pack_failure_reason
         from cifar.system.disk import is_caused_by_full_disk
+        from cifar.system.ownership import OwnershipError
         from cifar.training.run import describe_out_of_memory
 
         if is_caused_by_full_disk(error):
             return {"state": "interrupted", "reason": "no space left on the disk", "full": True}
+        if isinstance(error, OwnershipError):
+            return _describe_ownership(trial, error)
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
             return {
                 "state": "interrupted",
@@ -214,6 +218,18 @@ class Worker:
         answer = self.inbox.get()
         assert answer["run_id"] == run_id, answer
         return bool(answer["go"])
+
+
+def _describe_ownership(trial: dict[str, Any], error: OwnershipError) -> dict[str, Any]:
+    """The content of the event "ended" of a trial whose run, or one beside it, is another process's or was deleted."""
+    from cifar.system.ownership import OwnershipLostError
+
+    is_its_own = error.folder.name == trial["run_id"]
+    if is_its_own and isinstance(error, OwnershipLostError) and error.is_removed:
+        return {"state": "failed", "reason": str(error), "cause": "", "whole": ""}
+    if isinstance(error, OwnershipLostError) and not is_its_own:
+        return {"state": "interrupted", "reason": f"side by side with {error.folder.name}, which was lost"}
+    return {"state": "interrupted", "reason": str(error), "held": True}  # held: the trial waits until its run is free
 
 
 def _make_progress_callback(worker: Worker, run_id: str) -> RunCallback:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated, Any
@@ -95,11 +96,16 @@ def _run_command(arguments: list[str]) -> int:
             raise
         name = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
         return _print_error(f"{message().rstrip('.')}; see `python -m cifar {name}--help`")
-    if code in (130, 138, 143):
-        print("interrupted", file=sys.stderr)
+    if code in _SIGNAL_ENDS:
+        print(_SIGNAL_ENDS[code], file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
+_SIGNAL_ENDS = {
+    128 + signal.SIGINT: "interrupted",
+    128 + signal.SIGUSR1: "pre-empted by SIGUSR1",
+    128 + signal.SIGTERM: "pre-empted by SIGTERM",
+}  # exit code -> what is said last
 _FREE_SPACE = "free some space, or name another place with --runs-dir"
 _OTHER_PLACE = "name another place with --runs-dir, or repair this one"
 _DISK_ADVICE = {

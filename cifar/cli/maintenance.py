@@ -27,13 +27,16 @@ def gc(
 
     runs = resolve_runs_dir(runs_dir)
     leftovers = find_leftovers(runs, days=days, finished=finished)
+    removed = []
     for leftover in leftovers:
+        if not dry_run and (obstacle := remove_leftover(leftover)):
+            echo(f"kept  {leftover.path}  ({obstacle})")
+            continue
         verb = "would remove" if dry_run else "removed"
         echo(f"{verb}  {leftover.path}  ({leftover.reason}, {leftover.size / MIB:.1f} MiB)")
-        if not dry_run:
-            remove_leftover(leftover)
-    total = sum(leftover.size for leftover in leftovers) / MIB
-    things = "1 thing" if len(leftovers) == 1 else f"{len(leftovers)} things"
+        removed.append(leftover)
+    total = sum(leftover.size for leftover in removed) / MIB
+    things = "1 thing" if len(removed) == 1 else f"{len(removed)} things"
     echo(f"{things}, {total:.1f} MiB {'could be freed' if dry_run else 'freed'} in {runs}")
     return 0
 

@@ -25,6 +25,7 @@ from cifar.cli.console import (
 from cifar.cli.options import Json, RunsDir, Split
 from cifar.errors import UserError
 from cifar.states import ENDED_STATES
+from cifar.system.ownership import find_owner
 from cifar.system.terminal import Column
 from cifar.tracking import run_dir
 
@@ -191,6 +192,8 @@ def push(
     if not (folder / "sweep.json").exists():
         records = records or [run_dir.find_run_dir(name, runs)]
         ended = [record for record in records if record.state in ENDED_STATES]
+        if len(records) == 1 and (owner := find_owner(records[0].path)):
+            raise UserError(f"{owner.describe(records[0].path)}; push it when it has ended")
         with progress_bar(f"sending {name} to W&B", "runs") as progress:
             num_sent = upload.push_runs(ended, entity=entity, project=project, progress=progress, on_message=echo)
         echo(f"{len(ended)} run{'s' * (len(ended) != 1)} of {name} on W&B ({num_sent} sent now)")

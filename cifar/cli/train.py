@@ -288,16 +288,22 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
         context.validate_config(settings.to_dict())
         prepare_data(settings, paths.data_dir)
         record = context.rank_zero_call(lambda: _create_run_dir(settings, runs, swept, name, tags))
-        return _train_run(settings, record, paths.data_dir, wandb, context)
+        try:
+            return _train_run(settings, record, paths.data_dir, wandb, context)
+        finally:
+            record.release()
 
 
 def _create_run_dir(settings: Settings, runs: Path, swept: list[str], name: str, tags: list[str]) -> RunDir:
+    """The run's folder, which this process owns from now on."""
     from cifar.training import run
 
     sweep, run_id = (os.environ.get(f"WANDB_{kind}_ID", "") if swept else "" for kind in ("SWEEP", "RUN"))
     engine = "wandb" if sweep else ""  # the plain `wandb agent` started this process
     metadata = run.RunMetadata(run_id=run_id, name=name, swept=swept, sweep=sweep, engine=engine, tags=tags)
-    return run.create_run(settings, runs, metadata)
+    record = run.create_run(settings, runs, metadata)
+    record.acquire(on_wait=echo)
+    return record
 
 
 def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) -> int:
@@ -309,28 +315,41 @@ def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) 
     with init_distributed() as context:
         set_quiet(context.rank > 0)
         record, values = context.rank_zero_call(
-            lambda: _find_resumable(name, paths.resolve_runs_dir(), has_changes=has_changes)
+            lambda: _acquire_resumable(name, paths.resolve_runs_dir(), has_changes=has_changes)
         )
-        settings = resolve_config(values)
-        context.validate_config(settings.to_dict())
-        prepare_data(settings, paths.data_dir)
-        return _train_run(settings, record, paths.data_dir, wandb, context)
+        try:
+            settings = resolve_config(values)
+            context.validate_config(settings.to_dict())
+            prepare_data(settings, paths.data_dir)
+            return _train_run(settings, record, paths.data_dir, wandb, context)
+        finally:
+            record.release()
 
 
-def _find_resumable(name: str, runs: Path, *, has_changes: bool) -> tuple[RunDir, dict[str, Any]]:
-    """The run to go on with, and its values. Raises UserError where it cannot."""
+def _acquire_resumable(name: str, runs: Path, *, has_changes: bool) -> tuple[RunDir, dict[str, Any]]:
+    """The run to go on with, which this process owns from now on, and its values. Raises UserError where it cannot."""
     from cifar.tracking.cleanup import is_being_written
 
     record = run_dir.find_run_dir(name, runs)
     if has_changes:
         raise UserError(f"a resumed run keeps its values; for other ones: python -m cifar train --from {record.id} KEY=VALUE")
-    if record.state in CONCLUSIVE_STATES:
-        raise UserError(f"run {record.id} is {record.state}; to repeat it: python -m cifar train --from {record.id}")
+    _check_resumable(record)
     if is_being_written(record):
         raise UserError(
             f"run {record.id} is being trained by process {record.read_json('status').get('pid')}; stop that one first"
         )
-    return record, record.read_json("config")
+    record.acquire(on_wait=echo)
+    try:
+        _check_resumable(record)  # another process may have finished it before it let go
+        return record, record.read_json("config")
+    except BaseException:
+        record.release()
+        raise
+
+
+def _check_resumable(record: RunDir) -> None:
+    if (state := record.state) in CONCLUSIVE_STATES:
+        raise UserError(f"run {record.id} is {state}; to repeat it: python -m cifar train --from {record.id}")
 
 
 def prepare_data(settings: Settings, data_dir: Path | None) -> None:

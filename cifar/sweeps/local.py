@@ -34,6 +34,7 @@ from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
 from cifar.sweeps.objectives import finite_or_none
 from cifar.sweeps.spec import Sweep
 from cifar.system.names import check_id, check_name, escape_controls
+from cifar.system.ownership import RunOwnedError, lease_seconds
 from cifar.system.redact import redact
 from cifar.tracking.run_dir import RunDir, generate_id, read_json, write_atomic
 
@@ -42,11 +43,6 @@ _CELL_DEFAULTS: dict[str, Any] = {"reason": "", "value": None, "objectives": [],
 _OPTUNA_STATES = {"finished": TrialState.COMPLETE, **dict.fromkeys(WORST_RESULT_STATES, TrialState.PRUNED)}
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def lease_seconds() -> float:
-    """Seconds without a heartbeat after which a cell is offered again."""
-    return float(os.environ.get("CIFAR_LEASE", "15"))
 
 
 def create_sweep(
@@ -287,10 +283,11 @@ class LocalBackend:
             for cell in cells:
                 run_dir = RunDir(self.runs_dir / cell["run_id"])
                 if run_dir.path.exists():  # it is elsewhere if the runs folder is not shared
-                    if cell["state"] == "diverged":
-                        (run_dir.path / "checkpoint.pt").unlink(missing_ok=True)
-                        run_dir.truncate_metrics(0)
-                    run_dir.set_status("interrupted", reason="to be tried again")
+                    with contextlib.suppress(RunOwnedError), run_dir.own("reset", wait=False):
+                        if cell["state"] == "diverged":
+                            run_dir.remove_file("checkpoint.pt")
+                            run_dir.truncate_metrics(0)
+                        run_dir.set_status("interrupted", reason="to be tried again")
                 self._offer_cell(cell["cell"], cell["values"], attempt=cell["attempt"])
             if cells:
                 self._reopen_sweep()

@@ -9,11 +9,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar.errors import UserError
+from cifar.errors import DiskFullError, UserError
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES
+from cifar.system.ownership import LEASE_FILE, LeaseObserver, OwnershipLostError, RunLock, lease_seconds
 from cifar.tracking.run_dir import RunDir, list_run_dirs
 
 HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class _Run:
+    run_dir: RunDir
+    state: str  # when it was found
+    observer: LeaseObserver
 
 
 @dataclass(frozen=True)
@@ -23,13 +31,19 @@ class Leftover:
     path: Path
     reason: str
     size: int  # bytes
+    run: _Run  # that it is, or belongs to
 
 
 def is_being_written(run_dir: RunDir) -> bool:
-    """Whether the process that last wrote the status still runs. A pid that another program has got since does not count."""
+    """Whether a process without a lease, of a version that had none, trains this run.
+
+    It is the one that last wrote the status, if that still runs. A pid that another program has got since does not count.
+    """
+    if (run_dir.path / LEASE_FILE).exists():
+        return False  # its owner is known
     status = run_dir.read_json("status")
     pid = status.get("pid", 0)
-    if status.get("state") != "running" or not pid or pid == os.getpid():
+    if status.get("state") != "running" or not isinstance(pid, int) or pid <= 0 or pid == os.getpid():
         return False
     with contextlib.suppress(OSError):
         return b"cifar" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -43,41 +57,70 @@ def is_being_written(run_dir: RunDir) -> bool:
 def find_leftovers(runs_dir: Path, *, days: float, finished: bool = False, now: float | None = None) -> list[Leftover]:
     """Checkpoints of ended runs, temporary files older than an hour, unfinished runs untouched for `days`.
 
-    With `finished`, whole runs that ended more than `days` ago too.
+    With `finished`, whole runs that ended more than `days` ago too. Nothing of a run that a process owns. Where another
+    machine may own one, that one's lease is watched for its whole time, once for all such runs.
     """
     now = time.time() if now is None else now
-    found = []
+    found: list[Leftover] = []
     for run_dir in list_run_dirs(runs_dir):
+        observer = LeaseObserver(run_dir.path)
         try:
             state = run_dir.state
+            owner = observer.find_owner()
         except UserError:  # damaged: its owner decides
             continue
         age = (now - max(file.stat().st_mtime for file in [run_dir.path, *run_dir.path.iterdir()])) / (24 * HOUR)
-        if is_being_written(run_dir):
+        if is_being_written(run_dir) or (owner and owner[1]):
             continue
+        run = _Run(run_dir, state, observer)
         if state not in ENDED_STATES and age > days:
-            found.append(_measure_leftover(run_dir.path, f"{state}, untouched for {age:.0f} days"))
+            found.append(_measure_leftover(run, run_dir.path, f"{state}, untouched for {age:.0f} days"))
         elif state in ENDED_STATES and finished and age > days:
-            found.append(_measure_leftover(run_dir.path, f"{state} {age:.0f} days ago"))
+            found.append(_measure_leftover(run, run_dir.path, f"{state} {age:.0f} days ago"))
         else:
             checkpoint = run_dir.path / "checkpoint.pt"
             is_unneeded = state in CONCLUSIVE_STATES or (state in ENDED_STATES and age > days)
             if is_unneeded and checkpoint.exists():
-                found.append(_measure_leftover(checkpoint, f"the run is {state}"))
+                found.append(_measure_leftover(run, checkpoint, f"the run is {state}"))
             for file in run_dir.path.glob(".*.*"):
                 if file.is_file() and now - file.stat().st_mtime > HOUR:
-                    found.append(_measure_leftover(file, "a write that never ended"))
-    return found
+                    found.append(_measure_leftover(run, file, "a write that never ended"))
+    return _keep_free(found)
 
 
-def remove_leftover(leftover: Leftover) -> None:
-    """Delete it. It is no error if it is gone already."""
-    if leftover.path.is_dir():
-        shutil.rmtree(leftover.path, ignore_errors=True)
-    else:
-        leftover.path.unlink(missing_ok=True)
+def _keep_free(leftovers: list[Leftover]) -> list[Leftover]:
+    """Those whose run no other machine has: it has shown no sign of life for the time of a lease."""
+    deadline = time.monotonic() + lease_seconds() + 1.0
+    while (held := [each for each in leftovers if each.run.observer.find_owner()]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return [each for each in leftovers if each not in held]
 
 
-def _measure_leftover(path: Path, reason: str) -> Leftover:
+def remove_leftover(leftover: Leftover) -> str:
+    """Delete it -> "", or why it was kept. It is no error if it is gone already."""
+    run = leftover.run
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(DiskFullError):  # no space even for the lock's file: what is found free is deleted
+            try:
+                lock = RunLock(run.run_dir.path, "removed", run.observer)
+                lock.acquire(wait=False)
+                stack.callback(lock.release)
+                if run.run_dir.state != run.state:
+                    return f"run {run.run_dir.id} has gone on meanwhile"
+            except OwnershipLostError:
+                return ""
+            except UserError as error:
+                return str(error)
+        if leftover.path.is_dir():
+            shutil.rmtree(leftover.path, ignore_errors=True)
+        else:
+            leftover.path.unlink(missing_ok=True)
+    if leftover.path == run.run_dir.path:
+        with contextlib.suppress(OSError):  # a network file system keeps the lock's file until it is closed
+            leftover.path.rmdir()
+    return ""
+
+
+def _measure_leftover(run: _Run, path: Path, reason: str) -> Leftover:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    return Leftover(path, reason, sum(file.stat().st_size for file in files))
+    return Leftover(path, reason, sum(file.stat().st_size for file in files), run)

@@ -11,6 +11,7 @@
       checkpoint.pt     while unfinished; weights.pt once finished
       predictions.npz   what the final evaluation predicted, and its worst mistakes
       pictures/         drawn by the report
+      owner.json, owner.lock   while a process owns the folder (system/ownership.py): the one that may write to it
 
 Every file but metrics.jsonl is replaced atomically. metrics.jsonl is only appended to, or cut back to a checkpoint's length.
 """
@@ -24,7 +25,7 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from cifar.errors import DiskFullError, UserError
 from cifar.states import RUN_STATES
 from cifar.system.disk import is_disk_full_error
 from cifar.system.names import check_id, check_name, escape_controls
+from cifar.system.ownership import RunLock
 from cifar.system.redact import mask_secrets, redact
 
 SCHEMA = 1
@@ -40,10 +42,18 @@ os.umask(_UMASK)  # it can be read only by setting it
 
 
 class RunDir:
-    """A run's folder. Files are read when they are asked for; writing is atomic."""
+    """A run's folder. Files are read when they are asked for; writing is atomic.
+
+    While this object owns the folder (`acquire`, `release`), each write makes sure first that it still does, and raises
+    OwnershipLostError if not. Reading needs no ownership.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._lock: RunLock | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_lock": None}  # a copy in another process owns nothing
 
     @property
     def id(self) -> str:
@@ -78,17 +88,59 @@ class RunDir:
             ) from error
         return run_dir
 
+    # -- owning --
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether this object owns the folder."""
+        return self._lock is not None and self._lock.is_held
+
+    def acquire(self, doing: str = "trained", *, wait: bool = True, on_wait: Callable[[str], None] | None = None) -> None:
+        """Own the folder until `release`, as `RunLock.acquire` describes. Nothing happens if this object owns it already."""
+        if not self.is_owned:
+            lock = RunLock(self.path, doing)
+            lock.acquire(wait=wait, on_wait=on_wait)
+            self._lock = lock
+
+    def release(self) -> None:
+        """Give the folder back. Nothing happens if this object does not own it."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    @contextlib.contextmanager
+    def own(self, doing: str, *, wait: bool = True) -> Iterator[None]:
+        """Own the folder while this is open."""
+        self.acquire(doing, wait=wait)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def _check_ownership(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
+
     # -- writing --
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Replace a file as a whole."""
+        self._check_ownership()
+        write_atomic(self.path / name, content, before_replacing=self._check_ownership)
+
+    def remove_file(self, name: str) -> None:
+        """Delete a file, if there is one."""
+        self._check_ownership()
+        (self.path / name).unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Mapping[str, Any], *, mask_keys: bool = True) -> None:
         """Replace NAME.json as a whole, without secrets; `mask_keys=False` keeps text under names that look like secrets."""
-        write_atomic(
-            self.path / f"{name}.json", json.dumps(mask_secrets(value, mask_keys=mask_keys), indent=1, allow_nan=True).encode()
-        )
+        self.write_file(f"{name}.json", json.dumps(mask_secrets(value, mask_keys=mask_keys), indent=1, allow_nan=True).encode())
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Add one metrics row; it is on disk when this returns."""
         line = json.dumps(mask_secrets(row), separators=(",", ":")) + "\n"
+        self._check_ownership()
         with open(self.path / "metrics.jsonl", "ab") as file:
             file.write(line.encode())
             file.flush()
@@ -101,6 +153,7 @@ class RunDir:
 
     def truncate_metrics(self, length: int) -> None:
         """Cut metrics.jsonl back to the length that it had at a checkpoint, in bytes."""
+        self._check_ownership()
         with open(self.path / "metrics.jsonl", "ab") as file:
             file.truncate(length)
 
@@ -202,8 +255,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside `path`, then replace it, so that a reader or a crash sees the old file or the new one."""
+def write_atomic(path: Path, content: bytes, *, before_replacing: Callable[[], None] | None = None) -> None:
+    """Write beside `path`, then replace it, so that a reader or a crash sees the old file or the new one.
+
+    before_replacing: called when all is written; if it raises, the old file stays.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -211,6 +267,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if before_replacing:
+            before_replacing()
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -9,7 +9,7 @@ import zipfile
 import torch
 
 from cifar.errors import UserError
-from cifar.tracking.run_dir import RunDir, write_atomic
+from cifar.tracking.run_dir import RunDir
 from cifar.training.trainer import Trainer
 
 CORRUPTION_ERRORS = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError)  # what reading a damaged checkpoint raises
@@ -19,7 +19,7 @@ def save_checkpoint(trainer: Trainer, run_dir: RunDir) -> None:
     """Replace the checkpoint atomically. It stores the length of the metrics file, which tells what rows belong to it."""
     buffer = io.BytesIO()
     torch.save({"metrics_bytes": run_dir.metrics_bytes(), **trainer.state_dict()}, buffer)
-    write_atomic(run_dir.path / "checkpoint.pt", buffer.getvalue())
+    run_dir.write_file("checkpoint.pt", buffer.getvalue())
 
 
 def resume_from_checkpoint(trainer: Trainer, run_dir: RunDir) -> None:

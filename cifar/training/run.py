@@ -31,8 +31,9 @@ from cifar.states import pack_failure_reason
 from cifar.system import environment
 from cifar.system.disk import is_disk_full_error
 from cifar.system.names import check_id, escape_controls
+from cifar.system.ownership import OwnershipError
 from cifar.system.redact import redact, reject_secrets
-from cifar.tracking.run_dir import RunDir, generate_id, write_atomic
+from cifar.tracking.run_dir import RunDir, generate_id
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
 from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
 from cifar.training.loop import RunHooks, RunLoop, train_epochs
@@ -166,8 +167,14 @@ def train_runs(
     num_planned_runs: int = 1,
     context: DistributedContext = SINGLE_PROCESS,
 ) -> None:
-    """Train several runs side by side, each into its own folder. `trainer_cache.can_pack` has to be true of them."""
+    """Train several runs side by side, each into its own folder. `trainer_cache.can_pack` has to be true of them.
+
+    This process owns the folders meanwhile. Raises RunOwnedError if another one has a folder; then nothing has changed.
+    """
     with contextlib.ExitStack() as stack:
+        for run in runs:
+            stack.callback(run.run_dir.release)
+        context.rank_zero_call(lambda: _acquire_folders(runs))
         for run in runs:
             stack.enter_context(record_failures(run, len(runs)))
         live = [run for run in runs if not _skip_if_over_budget(run)]
@@ -175,7 +182,7 @@ def train_runs(
             for run in live:
                 epoch = run.run_dir.read_json("status").get("epoch", 0)
                 run.run_dir.set_status("running", epoch=epoch, epochs=run.config.epochs)
-                (run.run_dir.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier attempt
+                run.run_dir.remove_file("traceback.txt")  # of an earlier attempt
             configs = [run.config for run in live]
             step_runner = get_step_runner(configs, data_dir, context)
             for run, trainer in zip(live, step_runner.trials, strict=True):
@@ -184,6 +191,11 @@ def train_runs(
             for run in live:
                 _write_description(run, step_description)
             train_epochs(step_runner, live, _record_end)
+
+
+def _acquire_folders(runs: Sequence[RunLoop]) -> None:
+    for run in runs:
+        run.run_dir.acquire()
 
 
 def _skip_if_over_budget(run: RunLoop) -> bool:
@@ -232,7 +244,12 @@ def record_failures(run: RunLoop, pack_size: int = 1) -> Iterator[None]:
 
 def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exception, pack_size: int) -> None:
     run_dir, config = run.run_dir, run.config
+    if isinstance(error, OwnershipError) and error.folder.name == run_dir.id:
+        return  # the folder is another process's now, or gone
     progress = {"epoch": run_dir.read_json("status").get("epoch", 0), "epochs": config.epochs}
+    if isinstance(error, OwnershipError):
+        run_dir.set_status("interrupted", reason=f"side by side with {error.folder.name}, which was lost", **progress)
+        return
     if is_disk_full_error(error):
         with contextlib.suppress(OSError):
             run_dir.set_status("interrupted", reason="no space left on the disk", **progress)
@@ -247,6 +264,9 @@ def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exceptio
             run_dir.write_json("status", status_before)
         elif not run_dir.metrics_bytes() and not (run_dir.path / "checkpoint.pt").exists():  # an empty run is deleted
             shutil.rmtree(run_dir.path, ignore_errors=True)
+            run_dir.release()
+            with contextlib.suppress(OSError):
+                run_dir.path.rmdir()  # a network file system keeps the lock's file until it is closed
         return
     memory = describe_out_of_memory(error, config)
     state, reason = ("killed", memory) if memory else ("failed", f"{type(error).__name__}: {error}")
@@ -254,7 +274,7 @@ def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exceptio
         state, reason = "interrupted", pack_failure_reason(reason, pack_size)
     with contextlib.suppress(OSError):
         text = escape_controls(redact(traceback.format_exc()), keeps_lines=True)
-        write_atomic(run_dir.path / "traceback.txt", text.encode())
+        run_dir.write_file("traceback.txt", text.encode())
         run_dir.set_status(state, reason=reason, **progress)
 
 
@@ -281,12 +301,14 @@ def _record_end(run: RunLoop) -> None:
         run.summary = _write_results(run)
     run_dir.set_status(run.state, reason=run.reason, epoch=epoch, epochs=run.config.epochs)
     if run.state in ("finished", "diverged"):
-        (run_dir.path / "checkpoint.pt").unlink(missing_ok=True)
+        run_dir.remove_file("checkpoint.pt")
     _notify_end(run)
 
 
 def _notify_end(run: RunLoop) -> None:
+    """All is written: give the folder back, then tell the callbacks, since an agent may hand the run out again at once."""
     run.end_recorded = True
+    run.run_dir.release()
     for callback in run.hooks.callbacks:
         callback.on_run_end(run.state, run.reason, run.summary)
 
@@ -316,7 +338,7 @@ def _write_results(run: RunLoop) -> dict[str, Any]:
         _write_predictions(trainer, run_dir, split)
     buffer = io.BytesIO()
     torch.save(trainer.eval_model.state_dict(), buffer)
-    write_atomic(run_dir.path / "weights.pt", buffer.getvalue())
+    run_dir.write_file("weights.pt", buffer.getvalue())
     run_dir.write_json("summary", summary)
     return summary
 
@@ -339,4 +361,4 @@ def _write_predictions(trainer: Trainer, run_dir: RunDir, split: str) -> None:
         worst_index=worst.cpu().numpy(),
         worst_images=trainer.splits[split][0][worst].cpu().numpy(),
     )
-    write_atomic(run_dir.path / "predictions.npz", buffer.getvalue())
+    run_dir.write_file("predictions.npz", buffer.getvalue())

@@ -28,6 +28,7 @@ from cifar.integrations.wandb.notes import read_notes, write_notes
 from cifar.integrations.wandb.paths import WandbPath
 from cifar.states import ENDED_STATES
 from cifar.sweeps import spec
+from cifar.system.ownership import find_owner
 from cifar.tracking.run_dir import RunDir
 
 PATIENCE_SECONDS = 60.0  # how long to wait for the rows of a run to arrive
@@ -57,8 +58,9 @@ def push_sweep(
     text = (folder / "sweep.yaml").read_text(encoding="utf-8")
     info = json.loads((folder / "sweep.json").read_text())
     sweep = spec.parse_sweep(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", info["name"])
-    ended = [run_dir for run_dir in run_dirs if run_dir.state in ENDED_STATES]
-    open_run_ids = tuple(run_dir.id for run_dir in run_dirs if run_dir.state not in ENDED_STATES)
+    ended = [run_dir for run_dir in run_dirs if run_dir.state in ENDED_STATES and not find_owner(run_dir.path)]
+    ended_ids = {run_dir.id for run_dir in ended}
+    open_run_ids = tuple(run_dir.id for run_dir in run_dirs if run_dir.id not in ended_ids)
     if not ended:
         raise UserError(f"no run of sweep {folder.name} has ended yet; push it when one has")
     api = connect_to_api()
@@ -164,11 +166,14 @@ def _send_runs(run_dirs: Sequence[RunDir], target: Mapping[str, str], on_message
     """Send the runs, several at a time -> each one when W&B has it. While W&B takes the rows of one, others are sent."""
     for start in range(0, len(run_dirs), RUNS_AT_A_TIME):
         mirrors = [Mirror(run_dir, "online", on_message, target) for run_dir in run_dirs[start : start + RUNS_AT_A_TIME]]
-        for patience in (0.0, PATIENCE_SECONDS):
-            for mirror in mirrors:
-                if _finish_run(mirror, patience) or patience:
-                    yield mirror.run_dir
-            mirrors = [mirror for mirror in mirrors if not mirror.is_complete()]
+        with contextlib.ExitStack() as stack:
+            for mirror in mirrors:  # nobody can go on with these runs meanwhile
+                stack.enter_context(mirror.run_dir.own("sent to W&B"))
+            for patience in (0.0, PATIENCE_SECONDS):
+                for mirror in mirrors:
+                    if _finish_run(mirror, patience) or patience:
+                        yield mirror.run_dir
+                mirrors = [mirror for mirror in mirrors if not mirror.is_complete()]
 
 
 def _finish_run(mirror: Mirror, patience: float) -> bool:
