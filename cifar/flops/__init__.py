@@ -5,9 +5,9 @@ products, in one forward pass of one 3x32x32 image; `flops` = 2 macs. `activatio
 linear layers put out (pycls: Radosavovic et al. 2020, arXiv:2003.13678). thop's operations of normalisation layers are
 counted separately, as `norm_ops`; pooling, softmax, interpolation and element-wise functions are left out.
 
-Two counters watch the pass (counters.py): one what the network calls, by thop's rules; one the operators that really ran, by
-their formulas (operators.py). Where they disagree in any module, where an operator is unknown, or where a product hides in
-another form (disguised.py), the cost is not `verified` and `note` says where to look.
+Two counters watch the pass: one what the network calls, by thop's rules (calls.py); one the operators that really ran
+(dispatch.py), by their formulas (operators.py). Where they disagree in any module, where an operator is unknown, or where a
+product hides in another form (disguised.py), the cost is not `verified` and `note` says where to look.
 """
 
 from thop.profile import register_hooks  # type: ignore[import-untyped, unused-ignore]

@@ -13,16 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cifar.flops.counters import (
-    CallCounter,
-    OperatorCounter,
-    Rule,
-    RunningModules,
-    find_tensors,
-    layer_kind,
-    spare_dynamo_import,
-)
+from cifar.flops.calls import CallCounter, Rule
 from cifar.flops.disguised import MAX_SHARE, ProductTracker
+from cifar.flops.dispatch import OperatorCounter, spare_dynamo_import
+from cifar.flops.modules import RunningModules, find_tensors, layer_kind
 from cifar.flops.networks import INPUT_SHAPE, borrow, keep_random_state, materialize_lazy_modules, read_random_state
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cifar import registry
 from cifar.cli.app import main
 from cifar.tracking.run_dir import RunDir
 from helpers.zoo import NETWORKS
@@ -34,6 +35,8 @@ def test_each_trains_or_is_refused(
 ) -> None:
     (tmp_path / "plugins" / "models").mkdir(parents=True)
     (tmp_path / "plugins" / "models" / "zoo.py").write_text("from helpers.zoo import register_all\n\nregister_all()\n")
+    registry.models.load()
+    monkeypatch.setattr(registry.models, "_entries", dict(registry.models._entries))  # the names are gone after the test
     monkeypatch.setenv("CIFAR_PLUGINS", str(tmp_path / "plugins"))
     network = NETWORKS[name]
     code = main(["train", f"model=zoo_{name}", *OPTIONS, "--wandb", "disabled"])
