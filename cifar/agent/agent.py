@@ -14,12 +14,21 @@ import math
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cifar import data
-from cifar.agent.dashboard import Board, Dashboard, LineDashboard, Row, greeting_lines, name_trial
+from cifar.agent.dashboard import (
+    Board,
+    Dashboard,
+    LineDashboard,
+    Row,
+    describe_counts,
+    greeting_lines,
+    name_trial,
+)
 from cifar.agent.events import AgentState, EventHandler
 from cifar.agent.options import AgentOptions, PathOptions
 from cifar.agent.packing import Packer
@@ -27,7 +36,7 @@ from cifar.agent.worker_process import Assignment, WorkerProcess
 from cifar.errors import name_program
 from cifar.integrations.wandb.settings import mode_from_environment
 from cifar.sidecar import SidecarHandle
-from cifar.states import CLAIMABLE_STATES, OPEN_TRIAL_STATES
+from cifar.states import CLAIMABLE_STATES, ENDED_STATES, OPEN_TRIAL_STATES, TRIAL_STATES
 from cifar.sweeps import local, spec
 from cifar.sweeps.backend import Backend, Trial
 from cifar.sweeps.local import LocalBackend
@@ -137,7 +146,8 @@ class Agent:
                     self._hand_out_trials()
                 self._send_heartbeats()
                 if time.monotonic() >= state.next_count_time:
-                    self.board.counts, state.next_count_time = self.backend.count_states(), math.inf
+                    state.update_progress(self.backend.list_cells())
+                    state.next_count_time = math.inf
             state.messages.extend([*self.backend.pop_messages(), *self.packer.messages])
             self.packer.messages.clear()
             self._print_messages()
@@ -210,14 +220,14 @@ class Agent:
         for trial in trials:
             worker.assignments[trial.run_id] = Assignment(trial, time.monotonic())
             values = self._training_values(trial.values)
-            texts = spec.format_values(values, self.sweep.swept_keys)
-            self.board.rows[trial.cell] = Row(trial.cell, name_trial(values, self.sweep), values=texts)
+            texts = spec.format_values(values, self.state.swept_keys)
+            self.board.rows[trial.cell] = Row(trial.cell, name_trial(values, self.state.swept_keys), values=texts)
         early_stopping = self.sweep.early_stopping
         common = {
             "sweep": self.backend.id,
             "place": self.backend.wandb_target,
             "runs": str(self.backend.runs_dir),
-            "swept": self.sweep.swept_keys,
+            "swept": self.state.swept_keys,
             "metric": self.sweep.metric.name,
             "objectives": [metric.name for metric in self.sweep.metrics],
             "early": dataclasses.asdict(early_stopping) if early_stopping else None,
@@ -279,19 +289,20 @@ class Agent:
             self.dashboard.print_line(state.messages.pop(0))
 
     def _print_greeting(self) -> None:
-        counts = self.backend.count_states()
-        self.board.counts = counts
+        self.state.update_progress(self.backend.list_cells())
+        counts = self.board.counts
         self.board.num_done_before = sum(n for state, n in counts.items() if state not in OPEN_TRIAL_STATES)
-        for cell in self.backend.list_cells():
-            self.state.update_best(cell)
         for line in greeting_lines(self.backend, counts, self.num_workers, self.threads):
             self.dashboard.print_line(line)
 
     def _print_summary(self) -> int:
         """Print how it ended -> the exit code."""
         state = self.state
-        counts = ", ".join(f"{n} {trial_state}" for trial_state, n in self.backend.count_states().items())
-        self.dashboard.print_line(f"sweep {self.backend.id}: {counts}")
+        state.update_progress(self.backend.list_all_cells())  # other agents have gone on meanwhile
+        for message in self.backend.pop_messages():
+            self.dashboard.print_line(message)
+        self.dashboard.print_line(f"sweep {self.backend.id}: {describe_counts(self.board.counts)}")
+        self.dashboard.print_line(f"this agent: {self._describe_own_trials()}")
         if self.board.best:
             self.dashboard.print_line(f"best {self.board.best}")
         if (folder := self.backend.runs_dir / self.board.best_run) != self.backend.runs_dir and folder.is_dir():
@@ -304,3 +315,9 @@ class Agent:
         if state.signals or is_late:
             self.dashboard.print_line(name_program(f"go on with: python -m cifar agent {self.backend.id}"))
         return 1 if state.halt_reason else 128 + state.signals[0] if state.signals else 0
+
+    def _describe_own_trials(self) -> str:
+        """How the trials of this agent ended: "3 trials (2 finished, 1 failed)"."""
+        counts = Counter(row.state if row.state in ENDED_STATES else "interrupted" for row in self.board.rows.values())
+        ends = ", ".join(f"{counts[state]} {state}" for state in TRIAL_STATES if counts[state])
+        return f"{len(self.board.rows)} trial{'s' * (len(self.board.rows) != 1)}" + (f" ({ends})" if ends else "")

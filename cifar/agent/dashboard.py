@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from cifar.report.load import STAND_IN_BANNER
 from cifar.states import OPEN_TRIAL_STATES
 from cifar.sweeps import spec
 from cifar.sweeps.backend import Backend
+from cifar.sweeps.early_stopping import Hyperband
 from cifar.sweeps.objectives import Metric, finite_or_none, pareto_front
 from cifar.sweeps.spec import Sweep
 from cifar.system.names import escape_controls
@@ -66,19 +68,50 @@ class BestTrial:
     metrics: Sequence[Metric]
     metric: Metric  # the one that is displayed
     value: float | None = None
-    text: str = ""
+    run_id: str = ""
+    trial_name: str = ""
     points: list[list[float]] = field(default_factory=list)
 
     def add_trial(self, value: float | None, objectives: Sequence[float | None], trial_name: str) -> str:
         """Take a finished trial into account -> the text to display."""
-        if value is not None and (self.value is None or self.metric.as_cost(value) < self.metric.as_cost(self.value)):
-            self.value, self.text = value, f"{self.metric.name} {format_metric(value, self.metric.name)} by {trial_name}"
-        if len(self.metrics) == 1:
-            return self.text
-        if point := finite_or_none(objectives):
+        if self._take_values(value, objectives):
+            self.trial_name = trial_name
+        return self.describe()
+
+    def add_cell(self, cell: Mapping[str, Any], swept_keys: Sequence[str]) -> None:
+        """Take a finished cell into account."""
+        if self._take_values(cell["value"], cell["objectives"]):
+            self.run_id = str(cell["run_id"])
+            self.trial_name = f"{self.run_id} ({name_trial(cell['values'], swept_keys)})"
+
+    def _take_values(self, value: float | None, objectives: Sequence[float | None]) -> bool:
+        """Whether they are the best so far."""
+        if len(self.metrics) > 1 and (point := finite_or_none(objectives)):
             self.points.append(point)
+        if value is None or not math.isfinite(value):
+            return False
+        if self.value is not None and self.metric.as_cost(value) >= self.metric.as_cost(self.value):
+            return False
+        self.value = value
+        return True
+
+    def describe(self) -> str:
+        """The text to display; "" if no trial has finished."""
+        best = f"{self.metric.name} {format_metric(self.value, self.metric.name)} by {self.trial_name}"
+        text = "" if self.value is None else best
+        if len(self.metrics) == 1 or not self.points:
+            return text
         names = " and ".join(metric.name for metric in self.metrics)
-        return f"{self.text}; {len(pareto_front(self.metrics, self.points))} of {len(self.points)} on the front of {names}"
+        return f"{text}; {len(pareto_front(self.metrics, self.points))} of {len(self.points)} on the front of {names}"
+
+
+def find_best_trial(sweep: Sweep, cells: Iterable[Mapping[str, Any]], swept_keys: Sequence[str]) -> BestTrial:
+    """The best of a sweep's cells that have finished, whichever agent has trained them."""
+    best = BestTrial(sweep.metrics, sweep.metric)
+    for cell in cells:
+        if cell["state"] == "finished":
+            best.add_cell(cell, swept_keys)
+    return best
 
 
 class Dashboard(Protocol):
@@ -128,15 +161,42 @@ def greeting_lines(backend: Backend, counts: Mapping[str, int], num_workers: int
         )
     if info["dataset"] == "stand-in":
         yield STAND_IN_BANNER
-    if early_stopping := backend.sweep.early_stopping:
+    if gone := backend.list_cells_without_folder():
+        yield f"{describe_lost_folders(gone, 'the trials that have ended')}; {advise_on_lost_folders(gone, backend.id)}"
+    if backend.sweep.early_stopping:
         planned = [cell["values"] for cell in backend.list_cells()]
         if not planned:  # a search has no cells yet: a sampled trial stands for all of them
             planned = [spec.sample_trial(backend.sweep, 0, info["sweep_seed"])]
-        epochs = max(spec.resolve_trial(values, info["fixed"]).epochs for values in planned)
-        rungs = ", ".join(map(str, early_stopping.rung_epochs(epochs))) or "none: its runs are too short"
-        yield f"early termination (hyperband, eta {early_stopping.eta:g}): after epochs {rungs}"
+        yield describe_early_stopping(backend.sweep.early_stopping, spec.list_epochs(planned, info["fixed"]))
 
 
-def name_trial(values: Mapping[str, Any], sweep: Sweep) -> str:
-    """A trial by its swept values, or by its model where the sweep sweeps nothing."""
-    return spec.format_trial_name(values, sweep.swept_keys) or str(values.get("model", "default model"))
+def describe_early_stopping(early_stopping: Hyperband, epochs: Collection[int]) -> str:
+    """After which epochs trials are judged. `epochs`: how long they are."""
+    by_length = {length: early_stopping.rung_epochs(length) for length in sorted(epochs)}
+    rungs = ", ".join(map(str, by_length[max(by_length)])) or "none: its runs are too short"
+    too_short = [str(length) for length, found in by_length.items() if not found]
+    some = f"; trials of {' or '.join(too_short)} epochs are too short" if 0 < len(too_short) < len(by_length) else ""
+    return f"early termination (hyperband, eta {early_stopping.eta:g}): after epochs {rungs}{some}"
+
+
+def describe_lost_folders(cells: Sequence[Mapping[str, Any]], whole: str = "them") -> str:
+    """Which trials have ended and have no run folder any more: "1 of them has no folder: 3k9x2m1p-001"."""
+    listed = ", ".join(cell["run_id"] for cell in cells[:6]) + (f" and {len(cells) - 6} more" if len(cells) > 6 else "")
+    return f"{len(cells)} of {whole} {'has' if len(cells) == 1 else 'have'} no folder: {listed}"
+
+
+def advise_on_lost_folders(cells: Sequence[Mapping[str, Any]], sweep_id: str) -> str:
+    """What to do about trials without a run folder."""
+    it = "it" if len(cells) == 1 else "them"
+    return f"if moved away, move {it} back, else have {it} trained again: python -m cifar sweeps retry {sweep_id}"
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """A sweep's trials by state, as an agent says them at its end, when it runs none any more."""
+    words = {"running": "running elsewhere", "pruned": "pruned by early termination"}
+    return ", ".join(f"{n} {words.get(state, state)}" for state, n in counts.items())
+
+
+def name_trial(values: Mapping[str, Any], swept_keys: Sequence[str]) -> str:
+    """A trial by its swept values, or by its model where nothing is swept."""
+    return spec.format_trial_name(values, swept_keys) or str(values.get("model", "default model"))

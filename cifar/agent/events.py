@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cifar.agent.dashboard import BestTrial, Board, Dashboard, Row, format_metric, name_trial
+from cifar.agent.dashboard import Board, Dashboard, Row, find_best_trial, format_metric
 from cifar.agent.failures import FailureTracker, exit_code_event
 from cifar.agent.packing import Packer
 from cifar.agent.worker_process import Assignment, WorkerProcess
@@ -69,24 +69,21 @@ class AgentState:
     halt_reason: str = ""  # why the agent starts no more trials
     messages: list[str] = field(default_factory=list)  # to print
     next_count_time: float = 0.0  # when to ask the backend for the numbers of trials; inf: not before something changes
-    best: BestTrial = field(init=False)
+    swept_keys: list[str] = field(default_factory=list)  # by which the sweep's trials are told apart
     disk_gate: DiskSpaceGate = field(init=False)
 
     def __post_init__(self) -> None:
-        self.best = BestTrial(self.backend.sweep.metrics, self.backend.sweep.metric)
         self.disk_gate = DiskSpaceGate(self.backend.folder)
 
     def busy_workers(self) -> list[WorkerProcess]:
         return [worker for worker in self.workers if worker.assignments]
 
-    def update_best(self, ended: Mapping[str, Any]) -> None:
-        """Take an ended trial (run_id, values, state, value, objectives) into account."""
-        if ended["state"] == "finished":
-            name = f"{ended['run_id']} ({name_trial(ended['values'], self.backend.sweep)})"
-            best_before = self.best.value
-            self.board.best = self.best.add_trial(ended["value"], ended["objectives"], name)
-            if self.best.value != best_before:
-                self.board.best_run = ended["run_id"]
+    def update_progress(self, cells: Sequence[Mapping[str, Any]]) -> None:
+        """Show how far the sweep has come. `cells`: all that are known, also those of other agents."""
+        self.swept_keys = self.backend.list_swept_keys(cells)
+        best = find_best_trial(self.backend.sweep, cells, self.swept_keys)
+        self.board.counts = self.backend.count_states(cells)
+        self.board.best, self.board.best_run = best.describe(), best.run_id
 
 
 class EventHandler:
@@ -217,7 +214,6 @@ class EventHandler:
         self.dashboard.print_line(f"trial {trial.cell:03d} {event_state}: {self._format_value(row.value)}{suffix}")
         if trial_state == "finished":
             state.time_limit.record_trial_seconds(row.seconds)
-        state.update_best({**trial.__dict__, "state": trial_state, "value": value, "objectives": objectives})
         state.next_count_time = 0.0  # counted once the worker has its next trial, since it waits for that one
         state.failures.count_trial(trial_state, is_failure=is_failure and trial_state != "lost")
         self._check_machine(worker, trial, event)

@@ -117,11 +117,8 @@ class Worker:
         if isinstance(error, OwnershipError):
             return _describe_ownership(trial, error)
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
-            return {
-                "state": "interrupted",
-                "reason": str(error),
-                "halt": True,
-            }  # halt: no value can be wrong, since they were all checked before
+            # Every value was checked before, so it is the machine that is at fault: the agent starts no more trials ("halt").
+            return {"state": "interrupted", "reason": str(error), "halt": True}
         traceback_path = Path(trial["runs"]) / trial["run_id"] / "traceback.txt"
         memory = describe_out_of_memory(error, self.settings) if self.settings else ""
         cause = "memory" if memory else "device" if str(error).startswith("CUDA error") else ""
@@ -171,7 +168,12 @@ class Worker:
         settings = self.settings = resolve_config(trial["values"])
         swept = [key for key in trial["swept"] if key in flatten_values(trial["values"])]
         metadata = run.RunMetadata(
-            run_id=trial["run_id"], swept=swept, sweep=trial["sweep"], cell=trial["cell"], **trial["place"]
+            run_id=trial["run_id"],
+            swept=swept,
+            sweep_keys=trial["swept"],
+            sweep=trial["sweep"],
+            cell=trial["cell"],
+            **trial["place"],
         )
         run_dir = run.create_run(settings, Path(trial["runs"]), metadata)
         self._send_started(run_dir, trial)

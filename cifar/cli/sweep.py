@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from cifar.cli.console import (
     echo,
     ensure_dataset,
     print_json,
+    print_sentence,
     print_table,
     redirect_messages,
     spinner,
@@ -176,7 +177,7 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
     """
     from cifar.config.resolve import parse_pairs
     from cifar.integrations.wandb.settings import mode_from_environment
-    from cifar.sweeps import spec
+    from cifar.sweeps import idle_settings, spec
 
     runs = paths.resolve_runs_dir()
     has_storage = bool(agent_options.storage or os.environ.get("CIFAR_STORAGE"))
@@ -188,11 +189,15 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
     with spinner("checking every trial ..."):
         try:
             count = agent_options.count or (parsed.run_cap or 20 if is_hosted else None)
-            fixed["dataset"] = spec.check_sweep(parsed, fixed, options.seed, count)
+            trials = spec.bind_trials(parsed, fixed, options.seed, count)
+            fixed["dataset"] = trials[0][1].dataset
+            notes = idle_settings.find_idle_settings(parsed, trials, fixed=fixed, count=count, is_hosted=is_hosted)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     if options.dry_run:
         _print_plan(parsed, fixed, options.seed, agent_options.count)
+    _print_notes(notes)
+    if options.dry_run:
         return ""
     with spinner("importing PyTorch ..."):
         import cifar.data  # noqa: F401 (PyTorch takes seconds)
@@ -247,13 +252,20 @@ def _prepare_dataset(dataset: str, data_dir: Path | None) -> str:
     return dataset
 
 
+def _print_notes(notes: Sequence[str]) -> None:
+    """Print what of a sweep file can never act."""
+    for note in notes:
+        print_sentence(f"note: {note}")
+
+
 def _print_plan(parsed: Sweep, fixed: Mapping[str, Any], seed: int, count: int | None) -> None:
     from cifar.sweeps.plan import plan_sweep
     from cifar.sweeps.spec import format_values
 
     with spinner("timing a step of each network ..."):
         plan = plan_sweep(parsed, fixed, sweep_seed=seed, count=count)
-    keys = [key for key in parsed.swept_keys if key not in ("model", "epochs")]  # they have columns of their own
+    swept_keys = dict.fromkeys(key for trial in plan for key in trial.values)
+    keys = [key for key in swept_keys if key not in ("model", "epochs")]  # they have columns of their own
     columns = (
         Column("cell", is_number=True),
         Column("model", min_width=8, can_be_shared=True),
@@ -344,34 +356,39 @@ def list_sweeps(runs_dir: RunsDir = None, as_json: Json = False) -> int:
 @sweeps_app.command("status")
 def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = None, as_json: Json = False) -> int:
     """The trials of a sweep and what became of them."""
-    from cifar.agent.dashboard import format_metric
-    from cifar.sweeps.spec import format_values
+    from cifar.agent.dashboard import advise_on_lost_folders, describe_lost_folders, format_metric
+    from cifar.sweeps.spec import format_values, list_swept_values
 
     runs = run_dir.resolve_runs_dir(runs_dir)
-    # JSON: {"id", "name", "method", "counts": {state: trials}, "metrics": [names], "trials": [one of these, ...]}
+    # JSON: {"id", "name", "method", "counts": {state: trials}, "without_folder": [runs that ended and whose folder is gone],
+    # "metrics": [names], "trials": [one of these, ...]}
     trials: list[dict[str, Any]] = []
     with redirect_messages(as_json):
         backend = _open_local(sweep_id, storage, runs)
         names = [metric.name for metric in backend.sweep.metrics]
-        for cell in backend.list_cells():
+        cells = backend.list_cells()
+        keys = backend.list_swept_keys(cells)
+        swept_values = list_swept_values([cell["values"] for cell in cells], keys, backend.info["fixed"])
+        for cell, values_of_cell in zip(cells, swept_values, strict=True):
             values = dict(zip(names, cell["objectives"], strict=False)) or {backend.sweep.metric.name: cell["value"]}
             trials.append(
                 {
                     "cell": cell["cell"],
                     "run": cell["run_id"],
-                    "values": {key: cell["values"][key] for key in backend.sweep.swept_keys if key in cell["values"]},
+                    "values": values_of_cell,
                     "state": cell["state"],
                     "epoch": run_dir.RunDir(runs / cell["run_id"]).read_json("status").get("epoch"),
                     "metrics": {name: values.get(name) for name in names},
                     "reason": cell["reason"],
                 }
             )
-        counts = backend.count_states()
+        counts = backend.count_states(cells)
+        gone = backend.list_cells_without_folder()
     if as_json:
         about = {"id": backend.id, "name": backend.sweep.name, "method": backend.sweep.method}
-        print_json({**about, "counts": counts, "metrics": names, "trials": trials})
+        without_folder = [cell["run_id"] for cell in gone]
+        print_json({**about, "counts": counts, "without_folder": without_folder, "metrics": names, "trials": trials})
         return 0
-    keys = backend.sweep.swept_keys
     columns = (
         Column("cell", is_number=True, drop_order=2),  # a run's id ends in it
         Column("run"),
@@ -388,7 +405,10 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
         row = (trial["cell"], trial["run"], *(values.get(key) for key in keys), trial["state"], trial["epoch"], *scores)
         rows.append((*row, trial["reason"]))
     print_table("", columns, rows)
-    echo(f"\n{backend.id}: {', '.join(f'{n} {state}' for state, n in counts.items())}")
+    counts_text = ", ".join(f"{n} {state}" for state, n in counts.items())
+    echo(f"\n{backend.id}: {counts_text}" + (f", {describe_lost_folders(gone)}" if gone else ""))
+    if gone:
+        print_sentence(advise_on_lost_folders(gone, backend.id))
     return 0
 
 
@@ -404,9 +424,14 @@ def stop_sweep(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = N
 
 @sweeps_app.command("retry")
 def retry_trials(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = None) -> int:
-    """Offer its failed, killed and diverged trials once more."""
+    """Offer its failed, killed and diverged trials once more, and those that ended and whose folder is gone."""
     backend = _open_local(sweep_id, storage, run_dir.resolve_runs_dir(runs_dir))
-    return _print_change(backend.id, backend.retry_cells(), "to be tried again")
+    gone = backend.list_cells_without_folder()
+    code = _print_change(backend.id, backend.retry_cells(), "to be tried again")
+    if gone:
+        listed = ", ".join(cell["run_id"] for cell in gone)
+        print_sentence(f"of a finished trial without a folder the record is lost, so it is trained from the start: {listed}")
+    return code
 
 
 @sweeps_app.command("extend")
@@ -423,9 +448,19 @@ def extend_sweep(
 ) -> int:
     """Add the cells of a larger grid; what is done stays done."""
     backend = _open_local(sweep_id, storage, run_dir.resolve_runs_dir(runs_dir))
+    from cifar.agent.dashboard import advise_on_lost_folders, describe_lost_folders
+    from cifar.sweeps import idle_settings, spec
+
     with spinner("checking every trial ..."):
-        num_added = backend.extend_sweep(find_sweep_file(file))
-    return _print_change(backend.id, num_added, "added")
+        path, fixed = find_sweep_file(file), backend.info["fixed"]
+        num_added = backend.extend_sweep(path)
+        new = spec.read_sweep(path)
+        notes = idle_settings.find_idle_settings(new, spec.bind_trials(new, fixed), fixed=fixed)
+    code = _print_change(backend.id, num_added, "added")
+    if gone := backend.list_cells_without_folder():  # they are the sweep's already, so they are not added once more
+        print_sentence(f"{describe_lost_folders(gone, 'its cells')}; {advise_on_lost_folders(gone, backend.id)}")
+    _print_notes(notes)
+    return code
 
 
 def _print_change(sweep_id: str, num_cells: int, what: str) -> int:
@@ -444,7 +479,8 @@ def _open_local(name: str, storage: str | None, runs: Path) -> LocalBackend:
     if (folder / "wandb.json").exists() and not (folder / "sweep.json").exists():
         wandb_path = _find_wandb_path(folder)
         raise UserError(
-            f"sweep {sweep_id} is W&B's: look at it and stop it there; `python -m cifar report {wandb_path}` reads it"
+            f"sweep {sweep_id} is W&B's: look at it and stop it there; `python -m cifar report {wandb_path}` reads it; "
+            "to have a cell of a grid again, delete its run there and resume the sweep"
         )
     return local.LocalBackend(sweep_id, runs, storage or "")
 

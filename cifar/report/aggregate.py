@@ -14,7 +14,7 @@ from typing import Any
 from cifar.config.schema import Settings
 from cifar.errors import UserError
 from cifar.report import stats
-from cifar.report.formatting import format_value, pluralize
+from cifar.report.formatting import format_percent, format_value, pluralize
 from cifar.report.load import SPLIT_NAMES, ExcludedRun, Run, find_banner, training_caveats
 from cifar.states import ENDED_STATES
 
@@ -25,6 +25,9 @@ _ALWAYS_LISTED = ("epochs", "optimizer", "lr", "schedule", "batch_size")
 _NEVER_LISTED = (
     "experiment", "dataset", "test", "probes", "probe_every", "checkpoint_every", "device", "threads", "max_macs", "seed",
 )  # fmt: skip
+
+# With two seeds Student's t is 12.7: an interval of 40 points says less than the two accuracies, which are shown instead.
+MIN_SEEDS_OF_INTERVAL = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Point:
     num_views: int
     accuracies: tuple[float, ...]
     mean: float
-    ci_half_width: float | None  # of the 95 % Student-t interval of the mean over seeds; None for a single seed
+    ci_half_width: float | None  # of the 95 % Student-t interval of the mean over seeds; None for fewer than three seeds
     on_front: bool = False
     num_lost: int = 0  # seeds that ended without a result: diverged, pruned, failed, ...
 
@@ -70,9 +73,35 @@ class Point:
         return statistics.fmean(known) if known else None
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean, cut at 0 and 1, which no accuracy passes. None for fewer than three seeds."""
+        if self.ci_half_width is None:
+            return None
+        return max(0.0, self.mean - self.ci_half_width), min(1.0, self.mean + self.ci_half_width)
+
+    @property
+    def seed_accuracies(self) -> tuple[float, ...]:
+        """The accuracies that are shown in place of an interval: both, with two seeds."""
+        return self.accuracies if self.num_seeds == 2 else ()
+
+    @property
+    def interval_text(self) -> str:
+        """For a column headed "± 95 %": half the interval's width, both sides of one that is cut, or both accuracies."""
+        if self.seed_accuracies:
+            return ", ".join(map(format_percent, self.seed_accuracies))
+        if self.interval is None or self.ci_half_width is None:
+            return format_percent(None)
+        below, above = self.mean - self.interval[0], self.interval[1] - self.mean
+        if self.ci_half_width - min(below, above) < 0.0005:  # not to be seen
+            return format_percent(self.ci_half_width)
+        return f"-{format_percent(below)} +{format_percent(above)}"
+
+    @property
     def accuracy_text(self) -> str:
-        interval = f" ± {100 * self.ci_half_width:.1f}" if self.ci_half_width is not None else ""
-        return f"{100 * self.mean:.1f}{interval} % (n = {self.num_seeds_text})"
+        both = f": {self.interval_text}" if self.seed_accuracies else ""
+        sign = "" if self.interval_text.startswith("-") else "± "
+        interval = f" {sign}{self.interval_text}" if self.interval else ""
+        return f"{100 * self.mean:.1f}{interval} % (n = {self.num_seeds_text}{both})"
 
     # Old names, for plug-ins.
     n, n_text = num_seeds, num_seeds_text
@@ -253,9 +282,9 @@ def _make_points(runs: Iterable[Run], split: str) -> list[Point]:
     for views, scored in by_views.items():
         members, accuracies = zip(*scored, strict=True)
         first = members[0]
-        points.append(
-            Point("", {}, members, first.macs * views, first.params, views, accuracies, *stats.mean_interval(accuracies))
-        )
+        mean, half = stats.mean_interval(accuracies)
+        half = half if len(accuracies) >= MIN_SEEDS_OF_INTERVAL else None
+        points.append(Point("", {}, members, first.macs * views, first.params, views, accuracies, mean, half))
     return points
 
 
@@ -272,9 +301,16 @@ def _label_points(points: list[Point]) -> list[Point]:
             needed = fewer
     columns = ["model", *(key for key in differing if key != "model" and (key in needed or key in swept))]
     # In a sweep of several networks a key may be swept for some of them only. For the others it has its default value, which
-    # need not be in the label.
+    # need not be in the label. But a sweep that was extended may vary a key that earlier runs had fixed.
+    is_noted = any(run.sweep_keys for point in points for run in point.runs)
+
+    def is_own(key: str, point: Point) -> bool:
+        if key not in swept or key == "model" or any(key in run.swept_keys for run in point.runs):
+            return True
+        return is_noted and not any(key in run.sweep_keys for run in point.runs)
+
     own_configs = [
-        {k: v for k, v in config.items() if k not in swept or any(k in run.swept_keys for run in point.runs) or k == "model"}
+        {key: value for key, value in config.items() if is_own(key, point)}
         for point, config in zip(points, configs, strict=True)
     ]
     if len({_format_label(config, needed) for config in own_configs}) < num_different:

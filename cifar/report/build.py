@@ -191,7 +191,7 @@ def _format_row(comparison: Comparison, point: Point) -> dict[str, str]:
         "MMACs": format_mega_macs(point.macs),
         "params M": format_mega_params(point.params),
         f"{comparison.split} acc %": format_percent(point.mean),
-        "± 95 %": format_percent(point.ci_half_width),
+        "± 95 %": point.interval_text,
         "n": point.num_seeds_text,
         "time a run": format_duration(point.seconds),
         "front": "*" if point.on_front else "",
@@ -215,6 +215,9 @@ def _list_facts(comparison: Comparison) -> list[dict[str, Any]]:
             f"{comparison.split}/acc": point.mean,
             "std": point.std,
             "interval95_half": point.ci_half_width,
+            "interval95_low": point.interval[0] if point.interval else None,
+            "interval95_high": point.interval[1] if point.interval else None,
+            "accuracies": list(point.accuracies),
             "seconds": point.seconds,
             "front": point.on_front,
             "runs": [run.id for run in point.runs],
@@ -226,9 +229,12 @@ def _list_facts(comparison: Comparison) -> list[dict[str, Any]]:
 def _format_csv(comparison: Comparison) -> str:
     text = io.StringIO()
     facts = _list_facts(comparison)
+    lists = ("runs", "accuracies")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(format_csv_cell, facts[0]))
-    writer.writerows(map(format_csv_cell, {**row, "runs": " ".join(row["runs"])}.values()) for row in facts)
+    for row in facts:
+        joined = {name: " ".join(map(str, row[name])) for name in lists}
+        writer.writerow(map(format_csv_cell, {**row, **joined}.values()))
     return text.getvalue()
 
 

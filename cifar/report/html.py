@@ -169,7 +169,7 @@ def _render_points(comparison: Comparison) -> str:
             _render_cell(format_mega_macs(point.macs), point.macs),
             _render_cell(format_mega_params(point.params), point.params),
             _render_cell(format_percent(point.mean), point.mean),
-            _render_cell(format_percent(point.ci_half_width), -1 if point.ci_half_width is None else point.ci_half_width),
+            _render_cell(point.interval_text, -1 if point.ci_half_width is None else point.ci_half_width),
             _render_cell(point.num_seeds_text, point.num_seeds),
             _render_cell(format_duration(point.seconds), -1 if point.seconds is None else point.seconds),
             _render_cell("front" if point.on_front else ""),
@@ -181,6 +181,10 @@ def _render_points(comparison: Comparison) -> str:
         "Accuracy of the last epoch, mean over n seeds. A click on a heading sorts. "
         "Grey: another point has at least this accuracy for at most these multiply-adds."
     )
+    if any(point.interval for point in comparison.points):
+        note += " The interval ends at 0 and 100 %, which no accuracy passes."
+    if any(point.seed_accuracies for point in comparison.points):
+        note += " With two seeds both accuracies stand in its place."
     if any(point.num_lost for point in comparison.points):
         note += " n = 1 of 3: two more seeds came to an end without a result, and are not in the mean."
     return f'<section><h2>{escape(title)}</h2>{table}<p class="caption">{note}</p></section>'
@@ -282,6 +286,10 @@ def write_sentences(comparison: Comparison) -> list[str]:
         notes.append(f"Rank correlation of MACs and accuracy: {rho:.2f} (Spearman, {len(xs)} points {spread}).")
     if comparison.points and all(point.num_seeds == 1 for point in comparison.points):
         notes.append("One seed a point: differences of a point or so may be luck; repeat with seed: {values: [0, 1, 2]}.")
+    if any(point.seed_accuracies for point in comparison.points):
+        notes.append(
+            "Two seeds make no useful interval (Student's t is 12.7): both accuracies are shown; three seeds make one."
+        )
     biased = [point for point in comparison.configurations if point.num_lost]
     for point in biased[:MAX_BIASED_LISTED]:
         gone = f"{point.num_lost} of {pluralize(point.num_seeds + point.num_lost, 'seed')} of {point.label} did not finish"

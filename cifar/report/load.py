@@ -45,7 +45,8 @@ class Run:
     reason: str
     epoch: int
     epochs: int
-    swept_keys: tuple[str, ...]
+    swept_keys: tuple[str, ...]  # that the sweep varies and that this run was given
+    sweep_keys: tuple[str, ...]  # all that the sweep varied when the run was made; empty: not noted
     sweep: str
     cell: int | None
     created: float
@@ -186,6 +187,7 @@ def load_run(path: Path) -> Run:
             epoch=int(status.get("epoch") or 0),
             epochs=int(status.get("epochs") or config.get("epochs") or 0),
             swept_keys=tuple(map(str, run.get("swept") or ())),
+            sweep_keys=tuple(map(str, run.get("sweep_keys") or ())),
             sweep=str(run.get("sweep") or ""),
             cell=run.get("cell"),
             created=float(run.get("created") or 0),

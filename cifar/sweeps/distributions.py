@@ -39,6 +39,8 @@ DISTRIBUTION_OPTIONS: dict[str, dict[str, Any]] = {
     "q_beta": _BETA | _Q,
 }
 TAIL_PROBABILITY = 1e-3  # of each tail that is left out where an unbounded distribution is checked
+EDGE = 2.0**-53  # the smallest step of a random number in [0, 1)
+NEVER_DRAWN = 1e-12  # a listed value with a smaller probability is not drawn in the life of any sweep
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,14 @@ class Parameter:
 
     @property
     def values(self) -> list[Any] | None:
-        """The list of values without repeats, or None for a range."""
+        """The listed values that can be drawn, without repeats, or None for a range."""
         if self.distribution == "constant":
             return [self.options["value"]]
         if self.distribution in ("categorical", "categorical_w_probabilities"):
-            return self._distinct_values()
+            listed = self.options["values"]
+            weights = self.options.get("probabilities", [1.0] * len(listed))
+            drawn = [value for value, weight in zip(listed, weights, strict=True) if weight >= NEVER_DRAWN]
+            return [value for i, value in enumerate(drawn) if not any(is_same_value(value, other) for other in drawn[:i])]
         return None
 
     @property
@@ -71,17 +76,36 @@ class Parameter:
 
     @property
     def boundary_values(self) -> list[Any]:
-        """The values to check, which stand for all others: every listed value, or both ends of the range."""
-        edge = (
-            0.0 if "min" in self.options else TAIL_PROBABILITY
-        )  # a beta distribution has no min and max, and never reaches 0 and 1
-        return self.values or [self.value_at(edge), self.value_at(1.0 - edge)]
+        """The values to check, which stand for all others: every listed one, or the smallest and the largest that is drawn."""
+        return self.values or [self.value_at(u) for u in self._edges]
 
-    def _distinct_values(self) -> list[Any]:
-        return [value for i, value in enumerate(self.options["values"]) if value not in self.options["values"][:i]]
+    @property
+    def boundary_names(self) -> list[Any]:
+        """The `boundary_values` as an error names them: the ends of a range as the file writes them."""
+        if self.distribution.startswith("q_"):
+            return self.boundary_values
+        return self.values or [self._value_at(u) for u in self._edges]
+
+    @property
+    def _edges(self) -> tuple[float, float]:
+        """Where the cumulative distribution is looked at for the boundaries. Without `min` and `max` there are tails."""
+        edge = 0.0 if "min" in self.options else TAIL_PROBABILITY
+        return edge, 1.0 - edge
+
+    @property
+    def has_exponents(self) -> bool:
+        """Whether `min` and `max` are exponents of e, and not limits of the value."""
+        return self.distribution.endswith("log_uniform")
 
     def value_at(self, u: float) -> Any:
-        """The value at which the cumulative distribution is `u`."""
+        """The value at which the cumulative distribution is `u`. The ends of a continuous range are open: never drawn."""
+        return self._value_at(min(max(u, EDGE), 1.0 - EDGE), has_open_ends=True) if self._is_continuous else self._value_at(u)
+
+    @property
+    def _is_continuous(self) -> bool:
+        return self.distribution.removeprefix("q_") in _ICDFS
+
+    def _value_at(self, u: float, has_open_ends: bool = False) -> Any:
         options, kind = self.options, self.distribution
         if kind == "constant":
             return options["value"]
@@ -94,10 +118,17 @@ class Parameter:
         if kind == "int_uniform":
             return options["min"] + max(math.ceil(u * (options["max"] - options["min"] + 1)) - 1, 0)
         value = _ICDFS[kind.removeprefix("q_")](u, options)
+        if has_open_ends and kind.removeprefix("q_") in _LIMITED_BY_VALUES:  # rounding may have met an end
+            value = min(max(value, math.nextafter(options["min"], math.inf)), math.nextafter(options["max"], -math.inf))
         if kind.startswith("q_"):
             steps = round(value / options["q"])
             return steps * options["q"]  # an int where q is an int
         return value
+
+
+def is_same_value(one: Any, other: Any) -> bool:
+    """Whether two values are one. To Python `true` equals 1, but to a configuration key it does not."""
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def parse_parameter(name: str, spec: Any) -> Parameter:
@@ -152,9 +183,12 @@ def _check_options(where: str, kind: str, options: Mapping[str, Any]) -> None:
     if min(weights) < 0 or abs(sum(weights) - 1.0) > 1e-8:
         raise UserError(f"{where}: the probabilities are at least 0 and their sum is 1, not {sum(weights):g}")
     if "min" in options and options["min"] >= options["max"]:
-        raise UserError(f"{where}: min {options['min']} is not less than max {options['max']}")
+        advice = f"; for one value write {{value: {options['min']}}}" if options["min"] == options["max"] else ""
+        raise UserError(f"{where}: min {options['min']} is not less than max {options['max']}{advice}")
     if kind.endswith("log_uniform_values") and options["min"] <= 0:
-        raise UserError(f"{where}: '{kind}' needs a min above 0, not {options['min']}")
+        exponents = kind.removesuffix("_values")
+        advice = f"; for exponents of e use '{exponents}'" if options["min"] < 0 else ""
+        raise UserError(f"{where}: '{kind}' needs a min above 0, not {options['min']}{advice}")
     if kind.endswith("log_uniform") and max(abs(options["min"]), abs(options["max"])) > 700:
         raise UserError(f"{where}: '{kind}' takes exponents of e; for limits of the value use '{kind}_values'")
     for option in ("q", "a", "b"):
@@ -190,3 +224,4 @@ _ICDFS: dict[str, Callable[[float, Mapping[str, Any]], float]] = {
     "log_normal": lambda u, o: math.exp(_normal_icdf(u, o)),
     "beta": _beta_icdf,
 }
+_LIMITED_BY_VALUES = ("uniform", "log_uniform_values", "inv_log_uniform_values")  # whose `min` and `max` are values

@@ -11,6 +11,8 @@ from typing import Any
 
 from cifar.errors import UserError, did_you_mean
 
+MAX_BANDS = 100  # as many as W&B's engine makes of `min_iter`
+MAX_BANDS_FROM_ABOVE = 10_000  # of `max_iter` and `s`: more are a mistake in the file
 _OPTIONS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 
 
@@ -26,14 +28,18 @@ class Hyperband:
 
     def rung_epochs(self, epochs: int) -> list[int]:
         """The epochs after which a run of `epochs` epochs is judged. Never its last one: stopping there would save nothing."""
+        bands: list[int] = []
+        band: float = self.max_iter or self.min_iter
         if self.max_iter:
-            bands, band = [], float(self.max_iter)
-            for _ in range(self.s):
+            for _ in range(min(self.s, MAX_BANDS_FROM_ABOVE)):
                 band /= self.eta
+                if band < 1:
+                    break
                 bands.append(int(band))
         else:
-            bands, band = [], float(self.min_iter)
-            while band < epochs:
+            for _ in range(MAX_BANDS):
+                if band >= epochs:
+                    break
                 bands.append(int(band))
                 band *= self.eta
         return sorted({band for band in bands if 1 <= band < epochs})

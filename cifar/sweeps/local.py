@@ -5,7 +5,10 @@ out once. The agent that has claimed a cell sends heartbeats. If another agent s
 by its own clock, the cell is open again, with the same run id. Every claim has a number (`attempt`), so an agent that comes
 back late with an old claim is told that it has lost the cell.
 
-    <runs>/sweeps/<id>/   sweep.yaml (word for word) · sweep.json · study.db · logs/
+    <runs>/sweeps/<id>/   sweep.yaml (word for word) · sweep.json · study.db · place.json · logs/
+
+place.json has an id of this runs folder. It is noted with each trial that ends, because with a database elsewhere agents may
+write their runs to several runs folders: only in its own can it be said that a run's folder is gone.
 """
 
 from __future__ import annotations
@@ -24,11 +27,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
 
 from cifar.config.yaml_loader import parse_yaml
 from cifar.errors import UserError
-from cifar.states import FAILURE_STATES, GIVEN_BACK_STATES, RETRIABLE_STATES, TRIAL_STATES, WORST_RESULT_STATES
+from cifar.states import (
+    CONCLUSIVE_STATES,
+    FAILURE_STATES,
+    GIVEN_BACK_STATES,
+    RETRIABLE_STATES,
+    TRIAL_STATES,
+    WORST_RESULT_STATES,
+)
 from cifar.sweeps import sampler, spec, storage
 from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
 from cifar.sweeps.objectives import finite_or_none
@@ -38,9 +49,10 @@ from cifar.system.ownership import RunOwnedError, lease_seconds
 from cifar.system.redact import redact
 from cifar.tracking.run_dir import RunDir, generate_id, read_json, write_atomic
 
+PLACE_FILE = "place.json"  # in the sweep's folder
 _CELL_DEFAULTS: dict[str, Any] = {"reason": "", "value": None, "objectives": [], "attempt": 0, "worker": ""}
 # what a search learns from an ended trial: its values (COMPLETE), that it was bad (PRUNED), or nothing (FAIL, the default)
-_OPTUNA_STATES = {"finished": TrialState.COMPLETE, **dict.fromkeys(WORST_RESULT_STATES, TrialState.PRUNED)}
+_OPTUNA_STATES = {"finished": OptunaState.COMPLETE, **dict.fromkeys(WORST_RESULT_STATES, OptunaState.PRUNED)}
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -118,6 +130,7 @@ class LocalBackend:
         recorded_url = self.info["storage"]
         if recorded_url and "***" in recorded_url and not storage_url:
             raise UserError(f"sweep {sweep_id} is kept in {recorded_url}; give the whole URL by CIFAR_STORAGE")
+        self._has_own_storage = not recorded_url  # in the sweep's folder: then all agents share the runs folder
         self._storage_url = (storage_url or recorded_url) if recorded_url else storage.default_url(self.folder)
         self.shared_storage = not self._storage_url.startswith("sqlite")
         self._storage = storage.open_storage(self._storage_url)
@@ -156,25 +169,25 @@ class LocalBackend:
             if self.stop_mode:
                 return None
             trials = self._list_trials()
-            lapsed = [trial for trial in trials if trial.state == TrialState.RUNNING and self._has_lapsed(trial)]
+            lapsed = [trial for trial in trials if trial.state == OptunaState.RUNNING and self._has_lapsed(trial)]
             for trial in lapsed:
                 self._give_back(trial, "its agent was lost")
             if lapsed:
                 trials = self._list_trials()
-            waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+            waiting = [trial for trial in trials if trial.state == OptunaState.WAITING]
             if not waiting and len(trials) < self.info["cells"]:
                 suggested = sampler.suggest_trial(self.sweep, trials, self.info["sweep_seed"])
                 self._storage.create_new_trial(self._study, _make_waiting_trial(len(trials), *suggested))
-                waiting = [trial for trial in self._list_trials() if trial.state == TrialState.WAITING]
+                waiting = [trial for trial in self._list_trials() if trial.state == OptunaState.WAITING]
             if not waiting:
-                return "wait" if any(trial.state == TrialState.RUNNING for trial in trials) else None
+                return "wait" if any(trial.state == OptunaState.RUNNING for trial in trials) else None
             waiting = [trial for trial in waiting if trial_filter is None or trial_filter(trial.user_attrs["values"])]
             if not waiting:
                 return "wait"
             chosen = min(waiting, key=lambda trial: _read_mutable(trial).get("kills", 0))  # cells that failed come last
             attempt = _read_mutable(chosen).get("attempt", 0) + 1
             self._update_trial(chosen, attempt=attempt, worker=worker, beat=f"{attempt}.0", state="running", reason="")
-            self._storage.set_trial_state_values(chosen._trial_id, TrialState.RUNNING)
+            self._storage.set_trial_state_values(chosen._trial_id, OptunaState.RUNNING)
             cell = _cell_of(chosen)
             self._optuna_ids[cell, attempt] = chosen._trial_id
             return Trial(cell, chosen.user_attrs["values"], self.run_id(cell), attempt)
@@ -253,42 +266,57 @@ class LocalBackend:
 
     def list_cells(self) -> list[dict[str, Any]]:
         """Every cell: cell, run_id, state, reason, values, value, attempt, worker."""
-        return [
-            {
-                "cell": _cell_of(trial),
-                "run_id": self.run_id(_cell_of(trial)),
-                "state": _state_of(trial),
-                "values": trial.user_attrs["values"],
-                **{name: _read_mutable(trial).get(name, empty) for name, empty in _CELL_DEFAULTS.items()},
-            }
-            for trial in self._list_trials()
-        ]
+        return [self._describe_cell(trial) for trial in self._list_trials()]
 
-    def count_states(self) -> dict[str, int]:
-        """State -> number of cells. Cells that Bayesian search has not suggested yet are waiting."""
-        trials = self._list_trials()
-        counted = Counter(_state_of(trial) for trial in trials)
+    def list_cells_without_folder(self) -> list[dict[str, Any]]:
+        """The cells that came to their own end here and whose run's folder is gone: removed or moved away.
+
+        A run of another runs folder is not among them. Nor is one behind a link whose disk is not there.
+        """
+        return [self._describe_cell(trial) for trial in self._list_trials() if self._has_lost_folder(trial)]
+
+    def list_all_cells(self) -> list[dict[str, Any]]:
+        """`list_cells`. Other engines know here what they have to ask for."""
+        return self.list_cells()
+
+    def list_swept_keys(self, cells: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+        """The keys by which the sweep's trials are told apart: those in which all cells, old and new, differ.
+
+        `cells`: what `list_cells` has just returned, so that they need not be read again.
+        """
+        cells = self.list_cells() if cells is None else cells
+        return spec.list_swept_keys(self.sweep, [cell["values"] for cell in cells], self.info["fixed"])
+
+    def count_states(self, cells: Sequence[Mapping[str, Any]] | None = None) -> dict[str, int]:
+        """State -> number of cells. Cells that Bayesian search has not suggested yet are waiting. `cells`: as above."""
+        cells = self.list_cells() if cells is None else cells
+        counted = Counter(cell["state"] for cell in cells)
         if not self.stop_mode:
             # Negative where another process has extended the sweep.
-            counted["waiting"] += max(0, self.info["cells"] - len(trials))
+            counted["waiting"] += max(0, self.info["cells"] - len(cells))
         return {state: counted[state] for state in TRIAL_STATES if counted[state]}
 
     def retry_cells(self) -> int:
-        """Offer the failed, killed and diverged cells once more, with the same run ids -> how many.
+        """Offer the failed, killed and diverged cells once more, and those whose run's folder is gone -> how many.
 
-        A run goes on from its checkpoint where there is one. One that diverged starts anew.
+        They keep their run ids. A run goes on from its checkpoint where there is one. One that diverged starts anew. What the
+        database knew of a cell before stays there as history.
         """
         with storage.lock_storage(self._storage, self.id):
-            cells = [cell for cell in self.list_cells() if cell["state"] in RETRIABLE_STATES]
-            for cell in cells:
-                run_dir = RunDir(self.runs_dir / cell["run_id"])
-                if run_dir.path.exists():  # it is elsewhere if the runs folder is not shared
+            cells = [
+                (trial, is_gone)
+                for trial in self._list_trials()
+                if (is_gone := self._has_lost_folder(trial)) or _state_of(trial) in RETRIABLE_STATES
+            ]
+            for trial, is_gone in cells:
+                run_dir = RunDir(self.runs_dir / self.run_id(_cell_of(trial)))
+                if run_dir.path.exists() and not is_gone:  # it is elsewhere if the runs folder is not shared
                     with contextlib.suppress(RunOwnedError), run_dir.own("reset", wait=False):
-                        if cell["state"] == "diverged":
+                        if _state_of(trial) == "diverged":
                             run_dir.remove_file("checkpoint.pt")
                             run_dir.truncate_metrics(0)
                         run_dir.set_status("interrupted", reason="to be tried again")
-                self._offer_cell(cell["cell"], cell["values"], attempt=cell["attempt"])
+                self._offer_cell(_cell_of(trial), trial.user_attrs["values"], before=trial)
             if cells:
                 self._reopen_sweep()
         return len(cells)
@@ -342,11 +370,45 @@ class LocalBackend:
 
     # -- under the lock ------------------------------------------------------------------------------------------------
 
-    def _offer_cell(self, cell: int, values: Mapping[str, Any], **now: Any) -> None:
-        """Add a new cell, or offer an ended one again."""
+    def _describe_cell(self, trial: FrozenTrial) -> dict[str, Any]:
+        now = _read_mutable(trial)
+        return {
+            "cell": _cell_of(trial),
+            "run_id": self.run_id(_cell_of(trial)),
+            "state": _state_of(trial),
+            "values": trial.user_attrs["values"],
+            **{name: now.get(name, empty) for name, empty in _CELL_DEFAULTS.items()},
+        }
+
+    def _has_lost_folder(self, trial: FrozenTrial) -> bool:
+        """Whether the cell came to its own end in this runs folder, and the run's folder is gone."""
+        if _state_of(trial) not in CONCLUSIVE_STATES or RunDir(self.runs_dir / self.run_id(_cell_of(trial))).exists():
+            return False
+        place = _read_mutable(trial).get("place")
+        if self._has_own_storage:
+            return place is None or bool(place)  # None: an earlier version has written it; "": there was no folder
+        return bool(place) and place == self._read_place()
+
+    def _offer_cell(self, cell: int, values: Mapping[str, Any], *, before: FrozenTrial | None = None) -> None:
+        """Add a new cell, or offer an ended one again. `before`: its last trial; a search goes on knowing the cell by it."""
         trial = _make_waiting_trial(cell, values)
-        trial.set_user_attr("now", {"state": "waiting", **now})
+        if before:
+            trial = _make_waiting_trial(cell, values, before.params, before.distributions)
+        trial.set_user_attr("now", {"state": "waiting", "attempt": _read_mutable(before).get("attempt", 0) if before else 0})
         self._storage.create_new_trial(self._study, trial)
+
+    def _read_place(self, *, create: bool = False) -> str:
+        """The id of this runs folder, as far as this sweep knows it. "" if there is none, or if its file is damaged."""
+        file = self.folder / PLACE_FILE
+        with contextlib.suppress(UserError, OSError):
+            if place := str(read_json(file).get("id", "")):
+                return place
+        with contextlib.suppress(OSError):
+            if create:
+                place = generate_id()
+                write_atomic(file, json.dumps({"id": place}).encode())
+                return place
+        return ""
 
     def _reopen_sweep(self) -> None:
         """Hand out trials again, whatever has stopped the sweep."""
@@ -370,23 +432,21 @@ class LocalBackend:
         if optuna_id is None:  # claimed through another LocalBackend
             optuna_id = next(stored._trial_id for stored in self._list_trials() if _cell_of(stored) == trial.cell)
         stored = self._storage.get_trial(optuna_id)
-        return stored if stored.state == TrialState.RUNNING and _read_mutable(stored)["attempt"] == trial.attempt else None
+        return stored if stored.state == OptunaState.RUNNING and _read_mutable(stored)["attempt"] == trial.attempt else None
 
     def _has_lapsed(self, trial: FrozenTrial) -> bool:
         last_heartbeat, now = _read_mutable(trial).get("beat"), time.monotonic()
         if self._optuna_ids.get((_cell_of(trial), _read_mutable(trial).get("attempt", 0))) == trial._trial_id:
             return False  # our own claim: however long this process was suspended, no other agent has the trial
         if self._last_heartbeats.get(_cell_of(trial), (None,))[0] != last_heartbeat:
-            self._last_heartbeats[_cell_of(trial)] = (
-                last_heartbeat,
-                now,
-            )  # the clocks of two machines differ, so only our own is used
+            # When we first saw it, by our own clock: the clocks of two machines differ.
+            self._last_heartbeats[_cell_of(trial)] = (last_heartbeat, now)
         return now - self._last_heartbeats[_cell_of(trial)][1] > lease_seconds()
 
     def _give_back(self, trial: FrozenTrial, reason: str, **changes: Any) -> str:
         state = changes.pop("state", "interrupted")
         self._update_trial(trial, state=state, reason=reason, **changes)
-        self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
         return str(state)
 
     def _end_trial(
@@ -395,15 +455,17 @@ class LocalBackend:
         if value is not None and not math.isfinite(value):
             value = None
         values = finite_or_none(objectives) if state == "finished" else None
-        self._update_trial(trial, state=state, reason=reason, value=value, objectives=values or [])
+        has_folder = RunDir(self.runs_dir / self.run_id(_cell_of(trial))).exists()
+        place = self._read_place(create=True) if has_folder else ""
+        self._update_trial(trial, state=state, reason=reason, value=value, objectives=values or [], place=place)
         # Optuna has no COMPLETE trial without values; our own `state` says what it is
-        optuna_state = _OPTUNA_STATES.get(state, TrialState.FAIL) if state != "finished" or values else TrialState.FAIL
+        optuna_state = _OPTUNA_STATES.get(state, OptunaState.FAIL) if state != "finished" or values else OptunaState.FAIL
         self._storage.set_trial_state_values(trial._trial_id, optuna_state, values)
 
     def _stop_claims(self, reason: str, *, cancel: bool = False) -> None:
         self._storage.set_study_user_attr(self._study, "stopped", "cancel" if cancel else "stop")
         for trial in self._list_trials():
-            if trial.state == TrialState.WAITING:
+            if trial.state == OptunaState.WAITING:
                 self._end_trial(trial, "stopped", None, reason)
 
 
@@ -411,7 +473,7 @@ def _make_waiting_trial(
     cell: int, values: Mapping[str, Any], params: Mapping[str, Any] | None = None, space: Mapping[str, Any] | None = None
 ) -> FrozenTrial:
     return optuna.trial.create_trial(
-        state=TrialState.WAITING,
+        state=OptunaState.WAITING,
         params=dict(params or {}),
         distributions=dict(space or {}),
         user_attrs={"cell": cell, "values": dict(values)},
@@ -423,7 +485,7 @@ def _cell_of(trial: FrozenTrial) -> int:
 
 
 def _state_of(trial: FrozenTrial) -> str:
-    return "running" if trial.state == TrialState.RUNNING else str(_read_mutable(trial).get("state", "waiting"))
+    return "running" if trial.state == OptunaState.RUNNING else str(_read_mutable(trial).get("state", "waiting"))
 
 
 def _read_mutable(trial: FrozenTrial) -> dict[str, Any]:

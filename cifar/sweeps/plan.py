@@ -36,6 +36,7 @@ def plan_sweep(sweep: Sweep, fixed: Mapping[str, Any], *, sweep_seed: int = 0, c
     trials = spec.list_known_trials(sweep, sweep_seed, count)
     if not trials:
         trials = [spec.sample_trial(sweep, k, sweep_seed) for k in range(spec.num_trials(sweep, count))]
+    swept_values = spec.list_swept_values(trials, spec.list_swept_keys(sweep, trials, fixed), fixed)
     seconds_per_image: dict[str, float] = {}  # by architecture
     plan = []
     for cell, values in enumerate(trials):
@@ -47,8 +48,8 @@ def plan_sweep(sweep: Sweep, fixed: Mapping[str, Any], *, sweep_seed: int = 0, c
         if not is_skipped and architecture not in seconds_per_image:
             seconds_per_image[architecture] = _measure_seconds_per_image(config, cost.macs)
         seconds = 0.0 if is_skipped else config.epochs * num_images * seconds_per_image[architecture]
-        swept_values = {key: values[key] for key in sweep.swept_keys if key in values}
-        plan.append(PlannedTrial(cell, swept_values, config.model, cost.macs, cost.params, config.epochs, seconds, is_skipped))
+        known = (swept_values[cell], config.model, cost.macs, cost.params, config.epochs)
+        plan.append(PlannedTrial(cell, *known, seconds, is_skipped))
     return plan
 
 

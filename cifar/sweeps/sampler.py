@@ -13,7 +13,8 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
 
 from cifar.config.resolve import flatten_values
 from cifar.sweeps.spec import Sweep
@@ -50,10 +51,10 @@ def _as_sampler_input(sweep: Sweep, trial: FrozenTrial, trials: Sequence[FrozenT
     TPE ranks pruned trials with one objective only. With several, a bad trial (pruned, diverged, or skipped because it needs
     too many MACs) counts as the worst of all finished ones in every objective.
     """
-    finished = [each.values for each in trials if each.state == TrialState.COMPLETE]
-    if len(sweep.metrics) == 1 or trial.state != TrialState.PRUNED:
+    finished = [each.values for each in trials if each.state == OptunaState.COMPLETE]
+    if len(sweep.metrics) == 1 or trial.state != OptunaState.PRUNED:
         return trial
-    state = TrialState.COMPLETE if finished else TrialState.FAIL
+    state = OptunaState.COMPLETE if finished else OptunaState.FAIL
     worst = [
         max(column, key=metric.as_cost) for metric, column in zip(sweep.metrics, zip(*finished, strict=True), strict=False)
     ]

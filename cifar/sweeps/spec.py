@@ -20,7 +20,7 @@ from cifar.config.schema import Settings
 from cifar.config.yaml_loader import read_yaml
 from cifar.errors import UserError, did_you_mean
 from cifar.sweeps import objectives
-from cifar.sweeps.distributions import Parameter, parse_parameter
+from cifar.sweeps.distributions import Parameter, is_same_value, parse_parameter
 from cifar.sweeps.early_stopping import Hyperband, parse_early_terminate
 from cifar.sweeps.objectives import Metric, Scheduler
 from cifar.system.redact import reject_secrets
@@ -68,7 +68,7 @@ class Sweep:
 
     @property
     def swept_keys(self) -> list[str]:
-        """The configuration keys whose values differ between trials, in the file's order."""
+        """The configuration keys that the file varies, in its order. Those in which trials differ: `list_swept_keys`."""
         keys: list[str] = []
         for parameter in self.parameters:
             values = parameter.values
@@ -219,40 +219,141 @@ def resolve_trial(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> Settin
 
 def check_sweep(sweep: Sweep, fixed: Mapping[str, Any], sweep_seed: int = 0, count: int | None = None) -> str:
     """Check every value before anything runs -> the dataset (may be `auto`). Raises UserError."""
+    return bind_trials(sweep, fixed, sweep_seed, count)[0][1].dataset
+
+
+def bind_trials(
+    sweep: Sweep, fixed: Mapping[str, Any], sweep_seed: int = 0, count: int | None = None
+) -> list[tuple[dict[str, Any], Settings]]:
+    """Check every value before anything runs -> the values and the configuration of each trial. Raises UserError.
+
+    The trials of a search are not known in advance: one at each boundary of its parameters stands for them.
+    """
     reject_secrets({"the sweep file": sweep.text, **{p.name: [p.values, p.options] for p in sweep.parameters}, **fixed})
     for key in fixed:
         if key in sweep.swept_keys:
             raise UserError(f"'{key}' is swept by the file and set on the command line; remove one of them")
-    datasets = set()
-    for values in (
-        [*_boundary_trials(sweep), *list_known_trials(sweep, sweep_seed, count)]
-        if sweep.method != "grid"
-        else list_grid_cells(sweep)
-    ):
-        if {**values, **fixed}.get("test", "never") != "never":
-            raise UserError("'test' is set: a sweep's trials never score the test set; remove it")
-        config = resolve_trial(values, fixed)
-        if not config.val_size:
-            raise UserError("val_size is 0: a sweep compares by validation accuracy; add val_size: {value: 5000}")
-        datasets.add(config.dataset)
+    known = list_known_trials(sweep, sweep_seed, count)
+    boundary = [] if sweep.method == "grid" else _bind_boundary_trials(sweep, fixed)
+    trials = [(values, _bind_trial(values, fixed)) for values in known]
+    datasets = {config.dataset for _, config in [*boundary, *trials]}
     if len(datasets) > 1:
         raise UserError(f"one sweep, one dataset: it names {' and '.join(sorted(datasets))}; make two sweeps")
-    return datasets.pop()
+    return trials or boundary
 
 
-def _boundary_trials(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    """Every combination of the structure keys, with each of the other parameters at each of its boundary values in turn."""
+def _bind_trial(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> Settings:
+    if {**values, **fixed}.get("test", "never") != "never":
+        raise UserError("'test' is set: a sweep's trials never score the test set; remove it")
+    config = resolve_trial(values, fixed)
+    if not config.val_size:
+        raise UserError("val_size is 0: a sweep compares by validation accuracy; add val_size: {value: 5000}")
+    return config
+
+
+def _bind_boundary_trials(sweep: Sweep, fixed: Mapping[str, Any]) -> list[tuple[dict[str, Any], Settings]]:
+    bound = []
+    for drawn, named in _boundary_trials(sweep):
+        try:
+            bound.append((drawn, _bind_trial(drawn, fixed)))
+        except UserError as error:
+            said = str(error)
+            subject = re.split(r"[ =]", said)[0]
+            if (at_end := _error_of(named, fixed)).startswith(f"{subject} "):  # about the same key: shorter
+                said = at_end
+            taken_for_values = [p.distribution for p in sweep.parameters if p.has_exponents and p.name == subject]
+            for kind in taken_for_values[:1]:
+                said += f"; min and max of {kind} are exponents of e, for limits of the value use {kind}_values"
+            raise UserError(said) from None
+    return bound
+
+
+def _error_of(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> str:
+    try:
+        _bind_trial(values, fixed)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _boundary_trials(sweep: Sweep) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every combination of the structure keys, with each of the other parameters at each of its boundary values in turn.
+
+    Yields the values that can be drawn, and the same ones as an error names them: with the ends that the file gives a range.
+    """
     deciding = [
         p for p in sweep.parameters if p.values and (p.name in _STRUCTURE_KEYS or any(isinstance(v, Mapping) for v in p.values))
     ]
-    others = [p for p in sweep.parameters if p not in deciding]
+    ranges = [p for p in sweep.parameters if p not in deciding]
+    others = {p.name: list(zip(p.boundary_values, p.boundary_names, strict=True)) for p in ranges}
+    first = {name: boundaries[0] for name, boundaries in others.items()}
     for combination in itertools.islice(itertools.product(*(p.values or [] for p in deciding)), MAX_GRID_CELLS):
         base = {p.name: value for p, value in zip(deciding, combination, strict=True)}
-        base |= {p.name: p.boundary_values[0] for p in others}
-        yield flatten_values(base)
-        for parameter in others:
-            for value in parameter.boundary_values[1:]:
-                yield flatten_values({**base, parameter.name: value})
+        for changed in [{}, *({name: pair} for name, boundaries in others.items() for pair in boundaries[1:])]:
+            pairs = {**first, **changed}
+            drawn, named = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
+            yield flatten_values({**base, **drawn}), flatten_values({**base, **named})
+
+
+# -- swept keys --------------------------------------------------------------------------------------------------------
+
+_NOT_TAKEN = object()  # the "value" of a key in a trial whose parts do not take it
+
+
+def list_swept_keys(sweep: Sweep, trials: Sequence[Mapping[str, Any]], fixed: Mapping[str, Any]) -> list[str]:
+    """The keys by which the trials of a sweep are told apart. `trials`: the values of all that are known, old and new.
+
+    The cells of a grid are all known: the keys in which they differ. A search may yet try what its file lists.
+    """
+    differing = [key for key, values in _spread_values(trials, fixed).items() if not _are_same(values)]
+    from_file = [] if sweep.method == "grid" else [key for key in sweep.swept_keys if key not in fixed]
+    return list(dict.fromkeys([*from_file, *differing]))
+
+
+def list_swept_values(
+    trials: Sequence[Mapping[str, Any]], keys: Sequence[str], fixed: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Each trial's values of these keys. A key that a trial does not give has its default there, if its parts take the key."""
+    spread = _spread_values(trials, fixed)
+    return [
+        {key: spread[key][n] for key in keys if key in spread and spread[key][n] is not _NOT_TAKEN} for n in range(len(trials))
+    ]
+
+
+def list_epochs(trials: Sequence[Mapping[str, Any]], fixed: Mapping[str, Any]) -> list[int]:
+    """How many epochs the trials have: each length once, the shortest first."""
+    found = [values["epochs"] for values in _complete_values(trials, ["epochs"], fixed)]
+    return sorted({int(epochs) for epochs in found if epochs is not _NOT_TAKEN})
+
+
+def _spread_values(trials: Sequence[Mapping[str, Any]], fixed: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Key -> its value in each trial, for every key that any of them gives and that the command line does not fix."""
+    keys = [key for key in dict.fromkeys(key for values in trials for key in values) if key not in fixed]
+    complete = _complete_values(trials, keys, fixed)
+    return {key: [values[key] for values in complete] for key in keys}
+
+
+def _complete_values(
+    trials: Sequence[Mapping[str, Any]], keys: Sequence[str], fixed: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The value of each key in each trial: the one that it is given, else its default, which depends on the trial's parts."""
+    defaults: dict[str, Settings | None] = {}  # by the parts of a trial
+
+    def find_default(key: str, values: Mapping[str, Any]) -> Any:
+        parts = {name: values[name] for name in _STRUCTURE_KEYS if name in values}
+        if repr(parts) not in defaults:
+            try:
+                defaults[repr(parts)] = resolve_trial(parts, fixed)
+            except UserError:  # a plug-in is gone
+                defaults[repr(parts)] = None
+        return getattr(defaults[repr(parts)], key, _NOT_TAKEN)
+
+    given = [{**values, **fixed} for values in trials]
+    return [{key: values[key] if key in values else find_default(key, values) for key in keys} for values in given]
+
+
+def _are_same(values: Sequence[Any]) -> bool:
+    return all(is_same_value(value, values[0]) for value in values)
 
 
 def format_trial_name(values: Mapping[str, Any], swept_keys: Sequence[str]) -> str:

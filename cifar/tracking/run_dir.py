@@ -1,7 +1,7 @@
 """A run's folder: its configuration, where it ran, what was measured, how it ended. Everything else is made from it.
 
     RUN/
-      run.json          schema, id, name, group, tags, sweep, cell, swept keys, dataset, cost, created, command
+      run.json          schema, id, name, group, tags, sweep, cell, swept and sweep_keys, dataset, cost, created, command
       config.json       the flat configuration, every key
       environment.json  versions, device, git state, data fingerprint
       labels.json       metric -> {"label", "unit"}; "layers" lists the layers in the network's order
@@ -33,7 +33,7 @@ from cifar.errors import DiskFullError, UserError
 from cifar.states import RUN_STATES
 from cifar.system.disk import is_disk_full_error
 from cifar.system.names import check_id, check_name, escape_controls
-from cifar.system.ownership import RunLock
+from cifar.system.ownership import LEASE_FILE, LOCK_FILE, RunLock
 from cifar.system.redact import mask_secrets, redact
 
 SCHEMA = 1
@@ -65,6 +65,16 @@ class RunDir:
         with contextlib.suppress(UserError):
             return escape_controls(redact(str(self.read_json("run").get("name", ""))))
         return ""
+
+    def exists(self) -> bool:
+        """Whether there is anything at its place. An empty folder is nothing; a link to a disk that is away is something."""
+        try:
+            with os.scandir(self.path) as entries:
+                return any(entry.name not in (LOCK_FILE, LEASE_FILE) for entry in entries)
+        except FileNotFoundError:
+            return self.path.is_symlink()
+        except OSError:  # not a folder, or it cannot be read
+            return True
 
     @classmethod
     def create(cls, runs_dir: Path, run_id: str, run: Mapping[str, Any], config: Mapping[str, Any]) -> RunDir:

@@ -68,7 +68,8 @@ class RunMetadata:
     sweep: str = ""  # id of the sweep that the run belongs to
     engine: str = ""  # "wandb" where W&B gave out the run, so that it belongs to the sweep of that id on W&B
     cell: int | None = None  # its place in the sweep's grid
-    swept: Sequence[str] = ()  # the keys that the sweep varies
+    swept: Sequence[str] = ()  # the keys that the sweep varies and that this run was given
+    sweep_keys: Sequence[str] = ()  # all keys that the sweep varies, as known when the run was made
 
 
 def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = None) -> RunDir:
@@ -92,6 +93,7 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
         "engine": about.engine,
         "cell": about.cell,
         "swept": list(about.swept),
+        "sweep_keys": list(about.sweep_keys),
         "dataset": config.dataset,
         "official": not stand_in,
         "cost": cost.as_dict(),

@@ -28,6 +28,7 @@ from cifar.integrations.wandb.mirror_process import stop_core
 from cifar.integrations.wandb.notes import read_notes, write_notes
 from cifar.integrations.wandb.paths import parse_sweep_path
 from cifar.integrations.wandb.scheduler import SchedulerProcess
+from cifar.integrations.wandb.sweep_runs import fetch_sweep_cells
 from cifar.states import FAILURE_STATES, TRIAL_STATES
 from cifar.sweeps import spec
 from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
@@ -123,6 +124,7 @@ class WandbBackend:
         self._cells: dict[str, dict[str, Any]] = {}  # run id -> as `list_cells` returns it
         self._cell_indices: dict[str, int] = {}  # run id -> its number in this agent, in the order of the claims
         self._num_failures: Counter[str] = Counter()
+        self._has_all_cells = False  # whether W&B has answered `list_all_cells`
         self._messages: deque[str] = deque()
         self._sweep_state, self._silent_since = str(found["state"]), 0.0  # 0.0: W&B answers
         self._update_run_counts(found)
@@ -231,13 +233,39 @@ class WandbBackend:
         with self.lock:
             return list(self._cells.values())
 
-    def count_states(self) -> dict[str, int]:
-        """State -> number of this agent's trials. `elsewhere`: other agents' trials; `waiting`: trials of a grid to come."""
+    def list_all_cells(self) -> list[dict[str, Any]]:
+        """The trials of all agents, as far as W&B has them. Waits for W&B some seconds. What is ours is as it ended here."""
+        names = [self.sweep.metric.name, *(metric.name for metric in self.sweep.metrics)]
+        own = {cell["run_id"]: cell for cell in self.list_cells()}
+        found = fetch_sweep_cells(self.client.execute_graphql, self.wandb_target, self.id, names)
         with self.lock:
-            counted = Counter(cell["state"] for cell in self._cells.values())
-            num_runs = max(self._num_runs, len(self._cells))
+            if found is None:
+                self._messages.append("W&B does not answer: what follows is of this agent's trials only")
+            self._has_all_cells = found is not None
+        listed = [own.pop(cell["run_id"], cell) for cell in found or []]
+        return [*listed, *own.values()]
+
+    def list_cells_without_folder(self) -> list[dict[str, Any]]:
+        """None: the record of a trial is on W&B, too, and W&B alone offers a cell again."""
+        return []
+
+    def list_swept_keys(self, cells: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+        """The keys by which trials are told apart. The cells of a whole grid are known here too."""
+        is_whole_grid = self.sweep.method == "grid" and not self.sweep.run_cap
+        known = spec.list_grid_cells(self.sweep) if is_whole_grid else []
+        return spec.list_swept_keys(self.sweep, known, self.info["fixed"]) if known else self.sweep.swept_keys
+
+    def count_states(self, cells: Sequence[Mapping[str, Any]] | None = None) -> dict[str, int]:
+        """State -> number of trials, of those in `cells` [default: this agent's]. `waiting`: trials of a grid to come.
+
+        `elsewhere`: trials of other agents that are not in `cells`.
+        """
+        with self.lock:
+            cells = list(self._cells.values()) if cells is None else cells
+            counted = Counter(cell["state"] for cell in cells)
+            num_runs = len(cells) if self._has_all_cells else max(self._num_runs, len(cells))
             counted["waiting"] += max(0, (self._num_expected_runs or 0) - num_runs)
-            counted["elsewhere"] = num_runs - len(self._cells)
+            counted["elsewhere"] = num_runs - len(cells)
         return {state: counted[state] for state in (*TRIAL_STATES, "elsewhere") if counted[state]}
 
     def pop_messages(self) -> list[str]:

@@ -26,7 +26,9 @@ MAX_NAMED = 24  # if there are more points, only the front is named
 class Dot:
     x: float  # MACs
     y: float  # accuracy in percent
-    error: float | None  # half-width of the interval, percentage points
+    error: float | None  # half-width of the interval, percentage points; None for fewer than three seeds
+    bar: tuple[float, float] | None  # the ends of the interval in percent, cut at 0 and 100
+    seeds: tuple[float, ...]  # both accuracies in percent, if there are two seeds
     num_seeds: int
     num_seeds_text: str  # the number, or "1 of 3" if two seeds ended without a result
     label: str
@@ -52,10 +54,11 @@ class AccuracyVsMacs:
     scope, order = "sweep", 0
     title = "Accuracy against multiply-adds"
     caption = (
-        "Each point is one configuration. Bars are the 95 % Student-t interval of the mean over n seeds; a hollow point is a "
-        "single seed. The line is the Pareto front: the best accuracy that so many multiply-adds have bought here. Points that "
-        "another one beats at no higher cost are dimmed. MACs: convolutions, linear and recurrent layers, other matrix "
-        "products, forward, one 3×32×32 image; FLOPs are twice that."
+        "Each point is one configuration. Bars are the 95 % Student-t interval of the mean over n seeds, cut at 0 and 100 %; "
+        "with two seeds, small dots show both; a hollow point is a single seed. The line is the Pareto front: the best "
+        "accuracy that so many multiply-adds have bought here. Points that another one beats at no higher cost are dimmed. "
+        "MACs: convolutions, linear and recurrent layers, other matrix products, forward, one 3×32×32 image; FLOPs are twice "
+        "that."
     )
 
     def select(self, comparison: Comparison) -> Data | Nothing:
@@ -66,6 +69,8 @@ class AccuracyVsMacs:
                 p.macs,
                 100 * p.mean,
                 None if p.ci_half_width is None else 100 * p.ci_half_width,
+                (100 * p.interval[0], 100 * p.interval[1]) if p.interval else None,
+                tuple(100 * accuracy for accuracy in p.seed_accuracies),
                 p.num_seeds,
                 p.num_seeds_text,
                 p.label,
@@ -94,7 +99,10 @@ class AccuracyVsMacs:
         for dot in data.dots:
             colour, shape = STYLES[dot.kind]
             height = 5 if dot.is_on_front else 3
-            axes.errorbar(dot.x, dot.y, yerr=dot.error, color=colour, elinewidth=1.1, capsize=2.5, zorder=height)
+            if dot.bar:
+                yerr = [[dot.y - dot.bar[0]], [dot.bar[1] - dot.y]]
+                axes.errorbar(dot.x, dot.y, yerr=yerr, color=colour, elinewidth=1.1, capsize=2.5, zorder=height)
+            axes.plot([dot.x] * len(dot.seeds), dot.seeds, "o", ms=3.2, mec=PAPER, mew=0.5, color=colour, zorder=height + 2)
             face = PAPER if dot.num_seeds == 1 else colour
             (point,) = axes.plot(dot.x, dot.y, shape, ms=6.5, mec=colour, mfc=face, mew=1.5, zorder=height + 1)
             point.set_gid(f"tip:{dot.tip}")
@@ -108,7 +116,7 @@ class AccuracyVsMacs:
         axes.set_xlabel("multiply-adds (MACs) for one image, log scale")
         axes.set_ylabel(f"{data.axis} (%)")
         self._draw_legend(axes, data)
-        bars = [[(d.x, d.y - (d.error or 0)), (d.x, d.y + (d.error or 0))] for d in data.dots]
+        bars = [[(d.x, min(ends)), (d.x, max(ends))] for d in data.dots for ends in [d.bar or d.seeds or (d.y,)]]
         is_same_n = len({dot.num_seeds_text for dot in data.dots}) == 1
         ordered = sorted(data.dots, key=lambda dot: not dot.is_on_front)
         named = [dot for dot in ordered if dot.is_on_front or len(ordered) <= MAX_NAMED]
@@ -131,8 +139,10 @@ class AccuracyVsMacs:
         """Draw a legend of the kinds of points that exist. It is above the axes, so that it covers no point."""
         colour = STYLES[data.dots[0].kind][0]
         handles = {"Pareto front": axes.lines[0]} if data.steps else {}
-        if any(dot.num_seeds > 1 for dot in data.dots):
+        if any(dot.bar for dot in data.dots):
             handles["mean ± 95 %, n seeds"] = axes.plot([], [], "o", ms=5.5, color=colour)[0]
+        if any(dot.seeds for dot in data.dots):
+            handles["mean of two seeds and both"] = axes.plot([], [], "o", ms=5.5, color=colour)[0]
         if any(dot.num_seeds == 1 for dot in data.dots):
             handles["one seed"] = axes.plot([], [], "o", ms=5.5, mec=colour, mfc=PAPER, mew=1.5)[0]
         for kind, name in (("dominated", "dominated"), ("views", "several views (MACs × views)")):

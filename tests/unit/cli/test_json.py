@@ -108,7 +108,8 @@ def test_sweeps(read_json: Read, runs: Path) -> None:
     assert remote.keys() == local.keys() and (remote["engine"], remote["wandb_path"]) == ("wandb", "me/p/remote12")
 
     document = read_json("sweeps", "status", backend.id)
-    assert set(document) == {"id", "name", "method", "counts", "metrics", "trials"}
+    assert set(document) == {"id", "name", "method", "counts", "without_folder", "metrics", "trials"}
+    assert document["without_folder"] == []
     assert document["counts"] == {"waiting": 23, "finished": 1} and document["metrics"] == ["val/acc"]
     trials = document["trials"]
     assert [trial["cell"] for trial in trials] == list(range(24))

@@ -70,10 +70,10 @@ def test_a_pipe_gets_whole_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def reported(runs: Path) -> Path:
-    """Runs of two networks with two seeds and three learning rates each."""
+    """Runs of two networks with three seeds and three learning rates each."""
     for model in ("resnet20", "preact_resnet18"):
         for lr in (0.1, 0.05, 0.025):
-            for seed in (0, 1):
+            for seed in (0, 1, 2):
                 swept = ("model", "lr", "label_smoothing", "weight_decay", "seed")
                 values: dict[str, Any] = {"lr": lr, "label_smoothing": lr / 10, "weight_decay": lr / 1000}
                 fake_runs.write(runs, f"{model[:4]}{lr}s{seed}", model=model, seed=seed, swept=swept, **values)
@@ -84,10 +84,10 @@ def test_report_fits_and_says_what_all_have_in_common(screen: Screen, reported: 
     text = screen.run("report")
     lines = find_table(text, "network ")
     assert_fits(lines)
-    assert "n 2" in next(line for line in lines if line.startswith("in all: ")) and " n " not in lines[0]
+    assert "n 3" in next(line for line in lines if line.startswith("in all: ")) and " n " not in lines[0]
     assert "val acc %" in lines[0] and "time a run" in lines[0] and "params M" not in lines[0]
-    assert all(re.search(r"(40\.81|557) +\d\d\.\d +63 s", line) for line in lines[1:7]), text
-    assert "± 95 % 8.4" in text and "preact_resnet18 " in lines[-3]
+    assert all(re.search(r"(40\.81|557) +\d\d\.\d +64 s", line) for line in lines[1:7]), text
+    assert "± 95 % 2.7" in text and "preact_resnet18 " in lines[-3]
     assert "no room for: params M" in lines
 
 
@@ -96,7 +96,7 @@ def test_report_names_the_best_run_and_how_to_repeat_it(
 ) -> None:
     lines = screen.run("report", width=200).splitlines()
     place = next(n for n, line in enumerate(lines) if line.startswith("Best: "))
-    found = re.fullmatch(r" +run (\S+), the first of 2 seeds; repeat it: python -m cifar train --from (\S+)", lines[place + 1])
+    found = re.fullmatch(r" +run (\S+), the first of 3 seeds; repeat it: python -m cifar train --from (\S+)", lines[place + 1])
     assert found and found[1] == found[2] and (reported / found[1]).is_dir(), lines[place + 1]
     monkeypatch.delenv("CIFAR_RUNS")
     text = screen.run("report", "--runs-dir", str(reported), width=200)

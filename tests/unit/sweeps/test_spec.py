@@ -28,6 +28,7 @@ from cifar.sweeps.spec import (
 from helpers.paths import ROOT
 
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+STUDY_SWEEPS = sorted((ROOT / "experiments" / "studies").glob("**/sweeps/*.yaml"))
 VALID = (
     "method: grid\nmetric: {name: val/acc, goal: maximize}\nparameters:\n  model: {value: conv}\n  lr: {values: [1e-3, 1e-2]}\n"
 )
@@ -41,6 +42,16 @@ def checked(text: str, **fixed: Any) -> Sweep:
     found = parsed(text)
     check_sweep(found, fixed)
     return found
+
+
+@pytest.mark.parametrize("path", STUDY_SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_of_a_study_resolves(path: Path) -> None:
+    read = read_sweep(path)
+    assert check_sweep(read, {}) == "cifar10" and num_trials(read, None) > 0
+
+
+def test_there_are_sweeps_of_studies() -> None:
+    assert {"baselines_small", "baselines_large"} <= {path.stem for path in STUDY_SWEEPS}
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -100,12 +111,56 @@ def test_what_is_swept_cannot_be_fixed_as_well() -> None:
 
 
 def test_a_bad_end_of_a_range_is_found_before_anything_runs() -> None:
-    text = "method: random\nrun_cap: 1\nparameters: {model: {value: conv}, label_smoothing: {min: 0.0, max: 1.0}}"
-    with pytest.raises(UserError, match=r"label_smoothing = 1\.0"):
+    text = "method: random\nrun_cap: 1\nparameters: {model: {value: conv}, label_smoothing: {min: 0.0, max: 1.5}}"
+    with pytest.raises(UserError, match=r"label_smoothing = 1\.5: "):
         checked(text)
-    text = text.replace("label_smoothing: {min: 0.0, max: 1.0}", "optimizer: {values: [adam, {optimizer: sgd, momentun: 1}]}")
+    text = text.replace("label_smoothing: {min: 0.0, max: 1.5}", "optimizer: {values: [adam, {optimizer: sgd, momentun: 1}]}")
     with pytest.raises(UserError, match="momentun"):
         checked(text)
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+@pytest.mark.parametrize(
+    ("parameter", "said"),
+    [
+        ("label_smoothing: {min: 0.0, max: 1.0}", ""),  # below 1: the end of the range is never drawn
+        ("keep: {min: 0.0, max: 1.0}", "batch_size 128 is more than the images"),  # of a share that is near 0
+        ("ema: {distribution: q_uniform, min: 0.0, max: 1.0, q: 0.25}", "ema = 1.0: "),  # rounding does draw it
+        ("ema: {distribution: q_uniform, min: 0.0, max: 1.25, q: 0.5}", "ema = 1.0: "),
+        ("ema: {distribution: q_uniform, min: 0.0, max: 0.75, q: 0.5}", ""),  # 0.75 alone would be rounded to 1.0
+        ("cutout: {min: 0, max: 33}", "cutout = 33: "),  # a whole number: both ends are drawn
+        ("crop: {values: [0, 17], probabilities: [1.0, 0.0]}", ""),  # never drawn
+        ("crop: {values: [0, 17], probabilities: [0.99, 0.01]}", "crop = 17: "),
+    ],
+)
+def test_an_end_that_is_never_drawn_is_no_error(method: str, parameter: str, said: str) -> None:
+    head = f"method: {method}\nrun_cap: 3\nmetric: {{name: val/acc, goal: maximize}}\n"
+    text = f"{head}parameters: {{model: {{value: conv}}, {parameter}}}"
+    if not said:
+        checked(text)
+        return
+    with pytest.raises(UserError, match=said):
+        checked(text)
+
+
+@pytest.mark.parametrize("spec", [{"min": 0.0, "max": 1.0}, {"min": 1.0, "max": 2.0}, {"min": -3.0, "max": 0.0}])
+@pytest.mark.parametrize("u", [0.0, 2.0**-53, 1 - 2.0**-53, 1.0])
+def test_a_continuous_range_is_open(spec: dict[str, float], u: float) -> None:
+    assert spec["min"] < distributions.parse_parameter("x", spec).value_at(u) < spec["max"]
+    if spec["min"] > 0:
+        logarithmic = {"distribution": "log_uniform_values", **spec}
+        assert spec["min"] < distributions.parse_parameter("x", logarithmic).value_at(u) < spec["max"]
+
+
+def test_exponents_are_named_where_a_value_comes_out_wrong() -> None:
+    sizes = "{distribution: q_log_uniform, min: 16, max: 128}"
+    text = f"method: random\nrun_cap: 1\nparameters: {{model: {{value: conv}}, batch_size: {sizes}}}"
+    with pytest.raises(UserError, match=r"batch_size .*q_log_uniform are exponents of e, .* use q_log_uniform_values"):
+        checked(text)
+    with pytest.raises(UserError, match="for exponents of e use 'log_uniform'"):
+        distributions.parse_parameter("lr", {"distribution": "log_uniform_values", "min": -9.2, "max": -2.3})
+    with pytest.raises(UserError, match=r"for one value write \{value: 3\}"):
+        distributions.parse_parameter("x", {"min": 3, "max": 3})
 
 
 def test_cells_are_the_product_with_mappings_merged_and_nothing_twice() -> None:
@@ -241,6 +296,8 @@ def test_a_wrong_parameter_is_refused(spec: dict[str, Any], said: str) -> None:
 
 def test_bands_are_those_of_wandbs_documentation() -> None:
     by_min = early_stopping.parse_early_terminate({"type": "hyperband", "min_iter": 3})  # eta 3: 3, 9, 27, 81
+    assert early_stopping.Hyperband(min_iter=1, eta=1.01).rung_epochs(50) == [1, 2]  # W&B makes a hundred bands: 1.01^99 is 2.7
+    assert early_stopping.Hyperband(max_iter=27, s=10**12).rung_epochs(27) == [1, 3, 9], "those below one epoch end the list"
     assert by_min.rung_epochs(100) == [3, 9, 27, 81] and by_min.rung_epochs(81) == [3, 9, 27] and by_min.rung_epochs(3) == []
     by_max = early_stopping.parse_early_terminate({"type": "hyperband", "max_iter": 27, "s": 2})  # 27/3, 27/9
     assert by_max.rung_epochs(27) == [3, 9] and by_max.rung_epochs(5) == [3]
