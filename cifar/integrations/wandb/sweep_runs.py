@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cifar.config.resolve import flatten_values
+from cifar.errors import UserError
 from cifar.integrations.wandb.convert import parse_number
 from cifar.states import FROM_WANDB, RUN_STATES
 
@@ -65,14 +67,18 @@ def _describe_run(run: Mapping[str, Any], cell: int, metrics: Sequence[str]) -> 
     state = str(summary.get("state"))
     if state not in RUN_STATES or FROM_WANDB.get(run["state"]) == "running":
         state = FROM_WANDB.get(run["state"], "killed")
+        if summary.get("state") == "incomplete" and state != "running":  # it has ended, and W&B has not got all of it
+            state = "interrupted"
     values = {name: given.get("value") for name, given in config.items() if isinstance(given, Mapping) and name[:1] != "_"}
     values.pop("cifar", None)
+    with contextlib.suppress(UserError):  # two leaves of one name
+        values = flatten_values(values)
     objectives = [_read_metric(summary, name) for name in metrics]
     return {
         "cell": cell,
         "run_id": run["name"],
         "state": state,
-        "values": flatten_values(values),
+        "values": values,
         "value": objectives[0],
         "objectives": objectives[1:],
         "reason": "",
