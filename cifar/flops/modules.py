@@ -68,11 +68,11 @@ class RunningModules:
     def watch(self) -> Iterator[None]:
         def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             while self.stack and self.stack.pop() is not module:
-                pass  # a forward that ended with an exception
+                pass
             self.output = output
 
         before = register_module_forward_pre_hook(lambda module, inputs: self.stack.append(module))
-        after = register_module_forward_hook(leave)
+        after = register_module_forward_hook(leave, always_call=True)  # also where a forward raises what the network catches
         try:
             yield
         finally:

@@ -132,7 +132,7 @@ def measure_network(entry: registry.Entry, arguments: Mapping[str, Any]) -> tupl
         return model, flops.measure_cost(model)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())[:300]
         raise UserError(
             f"model '{entry.name}' ({entry.file}) cannot be counted, as a forward pass of one image fails: "

@@ -33,6 +33,10 @@ PLUGIN = """
     def fails_build() -> nn.Module:
         raise OSError("no file")
 
+    @models.register("fails_exit")
+    def fails_exit() -> nn.Module:
+        raise SystemExit(3)
+
     @models.register("doubtful")
     def doubtful() -> nn.Module:
         return Doubtful(nn.Flatten(), nn.LazyLinear(10))
@@ -74,7 +78,7 @@ def test_models_as_a_document(plugin: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert str(plugin) in wrong["note"] and networks["conv4"]["note"] == ""
 
 
-@pytest.mark.parametrize("name", ["fails_forward", "fails_build"])
+@pytest.mark.parametrize("name", ["fails_forward", "fails_build", "fails_exit"])
 def test_profile_names_the_file_in_one_sentence(name: str, plugin: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", name]) == 2
     error = capsys.readouterr().err

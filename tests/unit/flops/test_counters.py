@@ -40,6 +40,14 @@ def grouped_queries(s: Any, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True).mean((1, 2)) @ s.out  # type: ignore[no-any-return]
 
 
+def with_a_second_try(s: Any, x: Tensor) -> Tensor:
+    try:
+        features = s.conv(x[:, :2])  # a channel is missing
+    except RuntimeError:
+        features = s.conv(x)
+    return s.second(features.mean((2, 3)))  # type: ignore[no-any-return]
+
+
 class HandmadeLSTM(nn.LSTM):
     """A type that thop has a rule for, with a forward of its own."""
 
@@ -87,6 +95,7 @@ COUNTED: dict[str, tuple[Run, int]] = {
     "handmade LSTM": (lambda s, x: s.second(s.handmade(rows(x))), 32 * 4 * 8 * (96 + 8) + 80),
     "cells": (lambda s, x: s.cells[1](s.cells[0](rows(x)[:, 0])), 3 * 8 * (96 + 8) + 10 * (8 + 10)),
     "bilinear of sequences": (lambda s, x: s.bilinear(rows(x), rows(x)).mean(1), 32 * 97 * 96 * 10),
+    "second try": (with_a_second_try, 27 * 8 * 900 + 80),
     "unbatched": (lambda s, x: torch.stack([s.second(s.conv(image).mean((1, 2))) for image in x]), 27 * 8 * 900 + 80),
 }  # fmt: skip
 
