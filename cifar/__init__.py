@@ -42,12 +42,12 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
 
     It takes images (B, 3, 32, 32) normalised as the run's `normalize` says: `cifar.data.normalize(uint8, kind)`.
     """
-    import torch
-
     from cifar import registry
     from cifar.config.resolve import resolve_config
     from cifar.errors import UserError
+    from cifar.models.limits import limit_size
     from cifar.tracking import run_dir
+    from cifar.training.weights import load_weights
 
     found = run_dir.find_run_dir(str(run), run_dir.resolve_runs_dir(Path(runs_dir) if runs_dir else None))
     weights = found.path / "weights.pt"
@@ -56,8 +56,9 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
             f"run {found.id} has no weights, it is {found.state}; go on with `python -m cifar train --resume {found.id}`"
         )
     settings = resolve_config(found.read_json("config"))
-    model: nn.Module = registry.models[settings.model].build(**settings.kwargs_for("model"))
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    with limit_size(settings.model):
+        model: nn.Module = registry.models[settings.model].build(**settings.kwargs_for("model"))
+    load_weights(model, weights)
     return model.eval()
 
 

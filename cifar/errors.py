@@ -7,9 +7,16 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+MAX_MESSAGE = 4000  # characters; a longer message quotes a value of megabytes, and loses its middle
+
 
 class UserError(Exception):
     """Bad input. Its text is one clear sentence that says what to do; the command line prints it and exits with 2."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        text = text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()  # halves of characters
+        return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 600]} … {text[-500:]}"
 
 
 class DiskFullError(UserError):
@@ -21,7 +28,7 @@ DiskFull = DiskFullError  # old name, for plug-ins
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the most similar known names, up to three, then all of them."""
-    known = sorted(known)
+    known, wrong = sorted(known), wrong[:100]
     similar = [f"'{name}'" for name in difflib.get_close_matches(wrong, known, n=3, cutoff=0.6)]
     listed = f"known: {', '.join(known)}"
     if not similar:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar.errors import UserError, did_you_mean
+from cifar.system.variables import read_words
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 
@@ -115,9 +116,9 @@ class Registry:
 
 def plugin_directories() -> list[Path]:
     """The directories of CIFAR_PLUGINS, each of which has to exist."""
-    directories = [Path(part).resolve() for part in os.environ.get("CIFAR_PLUGINS", "").split(os.pathsep) if part]
+    directories = [Path(os.path.realpath(part)) for part in read_words("CIFAR_PLUGINS", os.pathsep)]
     for directory in directories:
-        if not directory.is_dir():
+        if not os.path.isdir(directory):  # False also for a name that is too long
             raise UserError(f"CIFAR_PLUGINS names '{directory}', which is not a folder; correct or unset the variable")
     return directories
 

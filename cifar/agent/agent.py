@@ -43,6 +43,7 @@ from cifar.sweeps.local import LocalBackend
 from cifar.system import devices
 from cifar.system.ownership import lease_seconds
 from cifar.system.signals import PREEMPTION_SIGNALS, TimeLimit, capture_signals, stop_request
+from cifar.system.variables import read_variable
 from cifar.tracking.run_dir import format_repeat_command
 
 POLL_SECONDS = 1.0  # between two claims while other agents hold all open trials
@@ -80,7 +81,7 @@ def open_backend(name: str, options: AgentOptions, paths: PathOptions, num_worke
     runs_dir = paths.resolve_runs_dir()
     sweep_id = local.find_sweep_id(name, runs_dir)
     is_known = bool(
-        options.storage or os.environ.get("CIFAR_STORAGE") or (runs_dir / "sweeps" / sweep_id / "sweep.json").exists()
+        options.storage or read_variable("CIFAR_STORAGE") or (runs_dir / "sweeps" / sweep_id / "sweep.json").exists()
     )
     if "/" not in name and (is_known or mode_from_environment(options.wandb) != "online"):
         return LocalBackend(sweep_id, runs_dir, options.storage)

@@ -141,7 +141,10 @@ class Worker:
         to_train = []
         for trial in trials:
             run_dir = RunDir(Path(trial["runs"]) / trial["run_id"])
-            if run_dir.read_json("status").get("state", "") in CONCLUSIVE_STATES:
+            if damage := _find_damage(run_dir):  # of its folder, which other trials have nothing to do with
+                self.trials.pop(trial["run_id"])
+                self.send_event("ended", trial["run_id"], state="failed", reason=damage)
+            elif run_dir.read_json("status").get("state", "") in CONCLUSIVE_STATES:
                 self._send_started(run_dir, trial)
                 self.send_ended(trial["run_id"])
             else:
@@ -232,6 +235,18 @@ def _describe_ownership(trial: dict[str, Any], error: OwnershipError) -> dict[st
     if isinstance(error, OwnershipLostError) and not is_its_own:
         return {"state": "interrupted", "reason": f"side by side with {error.folder.name}, which was lost"}
     return {"state": "interrupted", "reason": str(error), "held": True}  # held: the trial waits until its run is free
+
+
+def _find_damage(run_dir: RunDir) -> str:
+    """What is wrong with the folder of a run that was begun before; "" if nothing is, or if there is none."""
+    from cifar.errors import UserError
+
+    try:
+        if (run_dir.path / "run.json").exists():
+            run_dir.check_resumable()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _make_progress_callback(worker: Worker, run_id: str) -> RunCallback:

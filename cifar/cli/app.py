@@ -5,6 +5,7 @@ Started for `--help` or for shell completion, it imports nothing that takes long
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -16,6 +17,7 @@ import typer
 
 from cifar.cli import inspect, maintenance, report, sweep, train
 from cifar.errors import UserError, name_program, program_name
+from cifar.system.files import check_text
 from cifar.system.names import escape_controls
 from cifar.system.redact import redact
 from cifar.system.redacted_streams import install_redacted_output, redact_output
@@ -78,6 +80,7 @@ def _run_command(arguments: list[str]) -> int:
     try:
         if program != "cifar" and COMPLETION_OPTIONS & set(arguments):
             raise UserError("shells complete the installed command only: give this option to `cifar` (pip install -e .)")
+        _prepare_text(arguments)
         command = typer.main.get_command(app)
         _name_program_in_help(command)
         code = command.main(arguments or ["--help"], prog_name=program, standalone_mode=False)
@@ -90,6 +93,8 @@ def _run_command(arguments: list[str]) -> int:
             raise
         place = f" at {error.filename}" if error.filename else ""
         return _print_error(f"{(error.strerror or 'cannot write').lower()}{place}; {_DISK_ADVICE[error.errno]}")
+    except MemoryError:
+        return _print_error("the memory does not hold what was given; take smaller values or a smaller file")
     except Exception as error:
         message = getattr(error, "format_message", None)  # Typer's own usage errors; their class is private
         if message is None:
@@ -111,7 +116,20 @@ _OTHER_PLACE = "name another place with --runs-dir, or repair this one"
 _DISK_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE_SPACE),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), _OTHER_PLACE),
+    **dict.fromkeys((errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO), _OTHER_PLACE),
 }
+
+
+def _prepare_text(arguments: list[str]) -> None:
+    """Refuse arguments that are no text. Let whatever is printed be printed, also where the terminal lacks its letters."""
+    for argument in arguments:
+        try:
+            check_text(argument)
+        except ValueError as error:
+            raise UserError(f"an argument cannot be read: {error}; write it in UTF-8") from None
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a stream of a test, or one that is closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _print_error(sentence: str) -> int:

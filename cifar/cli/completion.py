@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 import typer
 
+from cifar.errors import UserError
+from cifar.system.files import read_text
 from cifar.system.names import is_id
+from cifar.system.variables import read_words
 
 # key=value -> the variable of cifar.registry that its names are registered with, and the folder below cifar/
 _PARTS = {
@@ -71,10 +75,13 @@ def complete_pair(ctx: typer.Context, incomplete: str) -> list[str]:
 def list_registered_names(part: str) -> list[str]:
     """Names of models, optimizers, ..., of plug-ins too, read from the source text: importing it would import PyTorch."""
     variable, folder = _PARTS[part]
-    plugins = [Path(name) for name in os.environ.get("CIFAR_PLUGINS", "").split(os.pathsep) if name]
+    plugins = [Path(name) for name in read_words("CIFAR_PLUGINS", os.pathsep)]
     folders = [_PACKAGE / folder, *(plugin / name for plugin in plugins for name in (folder, variable))]
     pattern = re.compile(rf"^@(?:registry\.)?{variable}\.register\(\s*[\"']([^\"']+)", re.M)
-    names = {name for each in folders for file in each.glob("*.py") for name in pattern.findall(file.read_text("utf-8"))}
+    names = set()
+    for file in (file for each in folders for file in each.glob("*.py")):
+        with contextlib.suppress(UserError):
+            names.update(pattern.findall(read_text(file)))
     return sorted(names)
 
 

@@ -26,7 +26,8 @@ def gc(
     from cifar.tracking.cleanup import find_leftovers, remove_leftover
 
     runs = resolve_runs_dir(runs_dir)
-    leftovers = find_leftovers(runs, days=days, finished=finished)
+    damaged: list[str] = []
+    leftovers = find_leftovers(runs, days=days, finished=finished, damaged=damaged)
     removed = []
     for leftover in leftovers:
         if not dry_run and (obstacle := remove_leftover(leftover)):
@@ -35,6 +36,8 @@ def gc(
         verb = "would remove" if dry_run else "removed"
         echo(f"{verb}  {leftover.path}  ({leftover.reason}, {leftover.size / MIB:.1f} MiB)")
         removed.append(leftover)
+    for sentence in damaged:
+        echo(f"left alone  {sentence}")
     total = sum(leftover.size for leftover in removed) / MIB
     things = "1 thing" if len(removed) == 1 else f"{len(removed)} things"
     echo(f"{things}, {total:.1f} MiB {'could be freed' if dry_run else 'freed'} in {runs}")

@@ -32,6 +32,7 @@ from cifar.tracking import run_dir
 if TYPE_CHECKING:
     from cifar.integrations.wandb.report import PublishedUrls
     from cifar.report import ReportResult
+    from cifar.tracking.run_dir import RunDir
 
 
 def report(
@@ -188,7 +189,7 @@ def push(
     runs = run_dir.resolve_runs_dir(runs_dir)
     sweep_id = local.find_sweep_id(name, runs)
     folder = runs / "sweeps" / sweep_id
-    records = [record for record in run_dir.list_run_dirs(runs) if record.read_json("run").get("sweep") == sweep_id]
+    records = _list_readable(runs, sweep_id)
     if not (folder / "sweep.json").exists():
         records = records or [run_dir.find_run_dir(name, runs)]
         ended = [record for record in records if record.state in ENDED_STATES]
@@ -204,6 +205,22 @@ def push(
     echo(f"{len(records) - len(pushed.open_run_ids)} runs of {sweep_id} are on W&B ({pushed.num_sent} sent now): {pushed.url}")
     _print_open_runs(pushed.open_run_ids)
     return 0
+
+
+def _list_readable(runs: Path, sweep_id: str) -> list[RunDir]:
+    """The runs of a sweep that can be read. Those that cannot are named and left out."""
+    found = []
+    for record in run_dir.list_run_dirs(runs):
+        try:
+            about = record.read_json("run")
+            if about.get("sweep") == sweep_id:
+                for name in ("config", "status", "summary"):
+                    record.read_json(name)
+                found.append(record)
+        except UserError as error:
+            if record.id.startswith(f"{sweep_id}-"):
+                echo(f"left out: {error}")
+    return found
 
 
 def _print_open_runs(ids: Sequence[str]) -> None:

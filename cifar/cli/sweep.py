@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,6 +44,7 @@ from cifar.errors import UserError, did_you_mean
 from cifar.system.durations import format_duration, parse_duration
 from cifar.system.names import check_id
 from cifar.system.terminal import Column, Short
+from cifar.system.variables import read_variable, read_whole_number
 from cifar.tracking import run_dir
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _check_agent_options(options: AgentOptions) -> None:
 
 def _refuse_torchrun() -> None:
     """An agent starts its own processes. Those of torchrun would each be one, and each of their trials wait for the others."""
-    if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+    if (size := read_whole_number("WORLD_SIZE", 1, low=1, high=65536)) != 1:
         raise UserError(
             f"WORLD_SIZE is {size}: an agent starts its own processes, so start it once and without torchrun "
             "(--gpus all uses every GPU; one run on several GPUs: torchrun -m cifar train); else unset WORLD_SIZE"
@@ -180,7 +180,7 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
     from cifar.sweeps import idle_settings, spec
 
     runs = paths.resolve_runs_dir()
-    has_storage = bool(agent_options.storage or os.environ.get("CIFAR_STORAGE"))
+    has_storage = bool(agent_options.storage or read_variable("CIFAR_STORAGE"))
     is_hosted = mode_from_environment(agent_options.wandb) == "online" and not has_storage
     file = find_sweep_file(file)
     parsed = spec.read_sweep(file)
@@ -320,17 +320,23 @@ def list_sweeps(runs_dir: RunsDir = None, as_json: Json = False) -> int:
     # JSON: {"sweeps": [one of these dictionaries, ...]}; `trials` counts trials by state
     sweeps: list[dict[str, Any]] = []
     with redirect_messages(as_json):
-        for info in local.list_sweeps(runs):
+        damaged: list[tuple[str, str]] = []
+        for info in local.list_sweeps(runs, damaged):
             about = {key: info[key] for key in ("id", "name", "method", "dataset")} | {"engine": "local", "wandb_path": None}
             try:
                 counts = local.LocalBackend(info["id"], runs).count_states()
                 sweeps.append({**about, "trials": counts, "error": ""})
             except UserError as error:
                 sweeps.append({**about, "trials": {}, "error": str(error)})
-        for folder in sorted(path.parent for path in (runs / "sweeps").glob("*/wandb.json")):
-            if not (folder / "sweep.json").exists():
-                about = {"id": folder.name, "name": "", "method": "", "dataset": "", "engine": "wandb"}
-                sweeps.append({**about, "wandb_path": _find_wandb_path(folder), "trials": {}, "error": ""})
+        unknown: dict[str, Any] = {"name": "", "method": "", "dataset": "", "wandb_path": None, "trials": {}}
+        sweeps += [{"id": name, **unknown, "engine": "local", "error": error} for name, error in damaged]
+        for folder in run_dir.list_folders(runs / "sweeps"):
+            if (folder / "wandb.json").exists() and not (folder / "sweep.json").exists():
+                about = {**unknown, "id": folder.name, "engine": "wandb", "error": ""}
+                try:
+                    sweeps.append({**about, "wandb_path": _find_wandb_path(folder)})
+                except UserError as error:
+                    sweeps.append({**about, "error": str(error)})
     if as_json:
         print_json({"sweeps": sweeps})
         return 0
@@ -338,7 +344,7 @@ def list_sweeps(runs_dir: RunsDir = None, as_json: Json = False) -> int:
     for each in sweeps:
         counts_text = ", ".join(f"{n} {state}" for state, n in each["trials"].items())
         is_hosted = each["engine"] == "wandb"
-        last = each["wandb_path"] if is_hosted else each["error"] or counts_text
+        last = each["error"] or (each["wandb_path"] if is_hosted else counts_text)
         rows.append((each["id"], each["name"], "on W&B" if is_hosted else each["method"], each["dataset"], last))
     columns = (
         Column("sweep"),
@@ -377,7 +383,7 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
                     "run": cell["run_id"],
                     "values": values_of_cell,
                     "state": cell["state"],
-                    "epoch": run_dir.RunDir(runs / cell["run_id"]).read_json("status").get("epoch"),
+                    "epoch": _read_epoch(runs / cell["run_id"]),
                     "metrics": {name: values.get(name) for name in names},
                     "reason": cell["reason"],
                 }
@@ -410,6 +416,14 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
     if gone:
         print_sentence(advise_on_lost_folders(gone, backend.id))
     return 0
+
+
+def _read_epoch(folder: Path) -> int | None:
+    """The epoch that a run has come to; None if that is not known, or if its folder is damaged."""
+    with contextlib.suppress(UserError):
+        epoch = run_dir.RunDir(folder).read_json("status").get("epoch")
+        return None if epoch is None else int(epoch)
+    return None
 
 
 @sweeps_app.command("stop")

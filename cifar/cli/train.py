@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +24,11 @@ from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs, RunsDir
 from cifar.errors import UserError, name_program
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES, OPEN_RUN_STATES
 from cifar.system.durations import format_duration
+from cifar.system.files import UnreadableFileError, parse_json, read_bytes
 from cifar.system.names import check_id
 from cifar.system.redact import reject_secrets
 from cifar.system.terminal import Column, Short
+from cifar.system.variables import read_variable
 from cifar.tracking import run_dir
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def evaluate(
         trainer.eval_model.load_state_dict(model.state_dict())
         logits, labels = trainer.evaluate(split, tta)
     loss, accuracy = compute_loss_and_accuracy(logits, labels)
-    echo(f"{record.id} {record.read_json('run')['name']}")
+    echo(f"{record.id} {record.name}")
     echo(f"{split}: accuracy {100 * accuracy:.2f} %, loss {loss:.4f}, {len(labels):,} images, {VIEWS[tta][0]} view(s)")
     if settings.dataset == "stand-in":
         warn_of_stand_in()
@@ -201,9 +201,10 @@ def _keep_valid_keys(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
 
 def _read_trial(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--trial: {path} is not a readable JSON file ({error}); W&B's ${{args_json_file}} names one") from None
+        values = parse_json(read_bytes(path))
+    except (UnreadableFileError, ValueError) as error:
+        why = error.reason if isinstance(error, UnreadableFileError) else error
+        raise UserError(f"--trial: {path} is not a readable JSON file ({why}); W&B's ${{args_json_file}} names one") from None
     if not isinstance(values, dict):
         raise UserError(f"--trial: {path} has to hold one JSON object of keys and values")
     return values
@@ -273,7 +274,7 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
     mode_from_environment(wandb)  # raises UserError now, before anything is made
     reject_secrets({"--name": name, "--tags": tags})
     for kind in ("SWEEP", "RUN"):
-        if swept and (given := os.environ.get(f"WANDB_{kind}_ID")):
+        if swept and (given := read_variable(f"WANDB_{kind}_ID")):
             check_id(given, f"WANDB_{kind}_ID")
     settings = resolve_config(*(values for _, values in layers))
     runs = paths.resolve_runs_dir()
@@ -298,7 +299,7 @@ def _create_run_dir(settings: Settings, runs: Path, swept: list[str], name: str,
     """The run's folder, which this process owns from now on."""
     from cifar.training import run
 
-    sweep, run_id = (os.environ.get(f"WANDB_{kind}_ID", "") if swept else "" for kind in ("SWEEP", "RUN"))
+    sweep, run_id = (read_variable(f"WANDB_{kind}_ID") if swept else "" for kind in ("SWEEP", "RUN"))
     engine = "wandb" if sweep else ""  # the plain `wandb agent` started this process
     metadata = run.RunMetadata(run_id=run_id, name=name, swept=swept, sweep=sweep, engine=engine, tags=tags)
     record = run.create_run(settings, runs, metadata)
@@ -331,6 +332,7 @@ def _acquire_resumable(name: str, runs: Path, *, has_changes: bool) -> tuple[Run
     from cifar.tracking.cleanup import is_being_written
 
     record = run_dir.find_run_dir(name, runs)
+    record.check_resumable()
     if has_changes:
         raise UserError(f"a resumed run keeps its values; for other ones: python -m cifar train --from {record.id} KEY=VALUE")
     _check_resumable(record)
@@ -372,7 +374,8 @@ def _train_run(settings: Settings, record: RunDir, data_dir: Path | None, wandb:
     from cifar.training import callbacks, run
     from cifar.training.loop import RunHooks
 
-    started_by_wandb = "WANDB_SWEEP_ID" in os.environ and context.rank_zero_call(lambda: record.read_json("run")["sweep"] != "")
+    is_in_sweep = context.rank_zero_call(lambda: bool(record.read_json("run").get("sweep")))
+    started_by_wandb = is_in_sweep and read_variable("WANDB_SWEEP_ID") != ""
     if context.rank:
         with context.rank_run_dir(record) as scratch, StopSignals(started_by_wandb) as stop:
             hooks = RunHooks(poll_stop=stop)
@@ -382,9 +385,9 @@ def _train_run(settings: Settings, record: RunDir, data_dir: Path | None, wandb:
         warn_of_stand_in()
     about = record.read_json("run")
     cost = about["cost"]
-    echo(f"run {record.id}: {about['name']}, {cost['macs'] / 1e6:.2f} MMACs, {cost['params']:,} parameters")
+    echo(f"run {record.id}: {record.name}, {cost['macs'] / 1e6:.2f} MMACs, {cost['params']:,} parameters")
     if not cost["verified"]:
-        echo(f"MACs UNVERIFIED: {cost['note']}")
+        echo(f"MACs UNVERIFIED: {cost.get('note', '')}")
     callback = callbacks.ProgressBarCallback() if sys.stdout.isatty() else callbacks.LineCallback()
     mode, is_complete = mode_from_environment(wandb), True
     sidecar = SidecarHandle(mode, log=record.path / "mirror.log")
@@ -417,8 +420,8 @@ def _print_result(record: RunDir, state: str) -> None:
         echo(f"picture   {picture}")
     if state in OPEN_RUN_STATES:
         echo(f"go on     python -m cifar train --resume {record.id}")
-    echo(f"repeat    {record.read_json('run')['command']}")
-    if record.read_json("run")["dataset"] == "stand-in":
+    echo(f"repeat    {record.read_json('run').get('command', '')}")
+    if record.read_json("run").get("dataset") == "stand-in":
         warn_of_stand_in()
 
 

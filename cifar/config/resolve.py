@@ -19,6 +19,7 @@ from cifar.config.shipped import find_shipped, shipped_names, strip_to_name
 from cifar.config.yaml_loader import parse_yaml, read_yaml
 from cifar.errors import UserError, did_you_mean
 from cifar.registry import Entry, Key
+from cifar.system.files import MAX_DEPTH, MAX_SHOWN, shorten_repr
 from cifar.system.names import escape_controls
 
 # -- from layers to a configuration ------------------------------------------------------------------------------------
@@ -47,18 +48,22 @@ def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
         merged.update(flatten_values(layer))
     name = merged.get("experiment")
     if name and not isinstance(name, str):
-        raise UserError(f"experiment: expected a name or a path, got {name!r}")
+        raise UserError(f"experiment: expected a name or a path, got {shorten_repr(name)}")
     return {**load_experiment(name), **merged} if name else merged
 
 
 def flatten_values(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Nested mappings become leaf names. Two leaves of one name with different values are an error."""
+    if where.count(".") > MAX_DEPTH:
+        raise UserError(f"'{where[:MAX_SHOWN]}...': mappings are nested too deeply; write the keys side by side")
     flat: dict[str, Any] = {}
     for name, value in values.items():
         inner = flatten_values(value, f"{where}{name}.") if isinstance(value, Mapping) else {str(name): value}
         for leaf, leaf_value in inner.items():
             if leaf in flat and flat[leaf] != leaf_value:
-                raise UserError(f"'{leaf}' is set twice ({flat[leaf]!r} and {leaf_value!r}); keep one of them")
+                raise UserError(
+                    f"'{leaf}' is set twice ({shorten_repr(flat[leaf])} and {shorten_repr(leaf_value)}); keep one of them"
+                )
             flat[leaf] = leaf_value
     return flat
 
@@ -84,7 +89,7 @@ def _describe_errors(error: ValidationError) -> str:
     for problem in error.errors():
         name = ".".join(str(p) for p in problem["loc"][:1])
         message = _TYPE_ADVICE.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-        parts.append(f"{name} = {problem['input']!r}: {message[0].lower()}{message[1:]}" if name else message)
+        parts.append(f"{name} = {shorten_repr(problem['input'])}: {message[0].lower()}{message[1:]}" if name else message)
     return "; ".join(parts)
 
 
@@ -156,11 +161,11 @@ def _select_entries(values: Mapping[str, Any]) -> list[Entry]:
     for kind, known in PART_REGISTRIES.items():
         name = values.get(kind, default[kind])
         if not isinstance(name, str):
-            raise UserError(f"{kind}: expected a name, got {name!r}")
+            raise UserError(f"{kind}: expected a name, got {shorten_repr(name)}")
         selected.append(known[name])
     names = values.get("probes", default["probes"])
     if not isinstance(names, str):
-        raise UserError(f"probes: expected 'all', 'none' or names separated by commas, got {names!r}")
+        raise UserError(f"probes: expected 'all', 'none' or names separated by commas, got {shorten_repr(names)}")
     return selected + [registry.probes[name] for name in parse_probe_names(names)]
 
 
@@ -183,7 +188,10 @@ def _strip_annotated(annotation: Any) -> Any:
 
 def _whole_float_to_int(value: Any) -> Any:
     """128.0 -> 128: W&B's server and JSON turn whole numbers into floats, so such a float is a valid int."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("a whole number has to be less than 2**63")
+    return value
 
 
 # -- experiments and KEY=VALUE -----------------------------------------------------------------------------------------

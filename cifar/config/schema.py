@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from cifar import registry
 
+MAX_THREADS = 4096  # PyTorch starts as many as it is told
 PART_REGISTRIES = {"model": registry.models, "optimizer": registry.optimizers, "schedule": registry.schedules}
 
 
@@ -21,7 +22,7 @@ def _bool_to_on_off(value: Any) -> Any:
 class Settings(BaseModel):
     """The keys that every run has, with their limits. `cifar.config.resolve` adds those of the chosen parts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=False, allow_inf_nan=False)
 
     experiment: str = Field("", description="name of a file in experiments/, or a path: the values to start from")
     dataset: Literal["cifar10", "stand-in", "auto"] = Field(
@@ -37,7 +38,7 @@ class Settings(BaseModel):
     optimizer: str = Field("adam", description="a registered optimizer: sgd, adam, adamw, muon, or a plug-in")
     schedule: str = Field("constant", description="how lr moves with progress: cosine, linear, onecycle, step, ...")
     probes: str = Field("all", description="all, none, or names separated by commas")
-    epochs: int = Field(25, ge=1, description="passes over the training images")
+    epochs: int = Field(25, ge=1, le=10**6, description="passes over the training images")
     max_steps: int = Field(0, ge=0, description="end every epoch after N steps; 0: no limit (for trying things out)")
     batch_size: int = Field(128, ge=1, description="images a step")
     seed: int = Field(0, ge=0, lt=2**63, description="weights, order, augmentation; the validation cut's own is fixed")
@@ -61,7 +62,7 @@ class Settings(BaseModel):
     )
     capture: bool = Field(True, description="on a GPU, replay the step as a CUDA graph")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: int = Field(0, ge=0, description="CPU threads of a trial; 0: torch's choice (a sweep fixes it)")
+    threads: int = Field(0, ge=0, le=MAX_THREADS, description="CPU threads of a trial; 0: torch's choice (a sweep fixes it)")
     probe_every: int = Field(50, ge=1, description="the probes measure one of N steps")
     checkpoint_every: int = Field(0, ge=0, description="steps between two checkpoints; 0: about every 30 s")
     max_macs: float = Field(0.0, ge=0.0, description="skip the run if its model needs more MACs than this; 0: no limit")

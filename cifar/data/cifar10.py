@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import os
@@ -10,6 +11,7 @@ import shutil
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from cifar.data import synthetic
 from cifar.data.download import Progress, compute_md5, download_file, measure_rate
 from cifar.errors import UserError
 from cifar.system.disk import cache_folder
+from cifar.system.files import MIB, UnreadableFileError, read_bytes
+from cifar.system.variables import read_path, read_variable, read_words
 
 # Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"; address, names and sums as torchvision has them.
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -36,6 +40,7 @@ BATCHES = {  # in the order of the training set, the test set last
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MAX_BATCH_BYTES, MAX_UNPACKED_BYTES = 64 * MIB, 512 * MIB  # a batch has 30 MiB, the archive's content 178 MiB
 MAX_DOWNLOAD_SECONDS = 600.0  # `auto` takes the generated data if a download would take longer
 NEEDED_BYTES = 400 << 20  # for the archive and its content
 STAND_IN_OPTION = "--dataset stand-in"
@@ -59,6 +64,8 @@ def find_cifar10(data_dir: Path | None = None) -> Path | None:
     """The folder of batch files, or the archive: in `data_dir`, else CIFAR_DATA, else the cache. None if it is nowhere."""
     for place in _search_folders(data_dir):
         try:
+            if place.exists() and not place.is_dir() and not place.is_file():
+                raise UserError(f"{place} is neither a folder nor a file; name another one with --data-dir")
             for candidate in (place / FOLDER, place, place / ARCHIVE):
                 if candidate.is_dir() and (candidate.name == FOLDER or any((candidate / name).exists() for name in BATCHES)):
                     return candidate
@@ -71,13 +78,13 @@ def find_cifar10(data_dir: Path | None = None) -> Path | None:
 
 def _search_folders(data_dir: Path | None) -> list[Path]:
     """Folders to search. A download goes to the first."""
-    given_dir = data_dir or os.environ.get("CIFAR_DATA")
-    return ([Path(given_dir).expanduser().absolute()] if given_dir else []) + [cache_folder()]
+    given_dir = data_dir or (read_path("CIFAR_DATA", "") if read_variable("CIFAR_DATA") else None)
+    return ([Path(os.path.expanduser(given_dir)).absolute()] if given_dir else []) + [cache_folder()]
 
 
 def list_urls(mirrors: Sequence[str] = ()) -> list[str]:
     """The official address, then `mirrors`, then those of CIFAR_MIRRORS (separated by spaces)."""
-    return list(dict.fromkeys([URL, *mirrors, *os.environ.get("CIFAR_MIRRORS", "").split()]))
+    return list(dict.fromkeys([URL, *mirrors, *read_words("CIFAR_MIRRORS")]))
 
 
 def find_or_download(data_dir: Path | None = None, *, mirrors: Sequence[str] = (), progress: Progress | None = None) -> Path:
@@ -157,7 +164,7 @@ def load_dataset(
         )
     assert dataset == "cifar10", f"'{dataset}' has to be resolved first"
     path = find_or_download(data_dir, mirrors=mirrors, progress=progress)
-    parts = [read_batch(content, str(path / name)) for name, content in _read_verified(path).items()]
+    parts = [read_batch(content, str(path / name), is_official=True) for name, content in _read_verified(path).items()]
     images, labels = [images for images, _ in parts], [labels for _, labels in parts]
     digest = hashlib.sha256(" ".join(BATCHES.values()).encode()).hexdigest()  # of the MD5 sums that were just checked
     return Dataset10(
@@ -205,9 +212,9 @@ def _read_verified(path: Path) -> dict[str, bytes]:
 
 def _read_file(path: Path, remedy: str) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+        return read_bytes(path, MAX_BATCH_BYTES)
+    except UnreadableFileError as error:
+        raise UserError(f"{path} cannot be read ({error.reason}); {remedy}") from None
 
 
 def _read_archive(archive: Path) -> dict[str, bytes]:
@@ -215,18 +222,33 @@ def _read_archive(archive: Path) -> dict[str, bytes]:
     expected = {f"{FOLDER}/{name}": name for name in BATCHES}
     content = {}
     try:
-        with tarfile.open(archive, "r|gz") as tar:  # a stream: read once, from front to back
+        # a stream: read once, from front to back
+        with gzip.open(archive) as unpacked, tarfile.open(fileobj=_LimitedReader(unpacked), mode="r|") as tar:  # type: ignore[call-overload]
             for member in tar:
-                if member.name in expected and member.isreg() and member.size < 1 << 26:
+                if member.name in expected and member.isreg() and member.size <= MAX_BATCH_BYTES:
                     file = tar.extractfile(member)
                     assert file
                     content[expected[member.name]] = file.read()
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
         raise UserError(f"{archive} is damaged ({error}); delete it and run again to download it") from None
     missing = [name for name in BATCHES if name not in content]
     if missing:
         raise UserError(f"{archive} lacks {', '.join(missing)}; delete it and run again to download it")
     return {name: content[name] for name in BATCHES}
+
+
+class _LimitedReader:
+    """What an archive unpacks to, up to MAX_UNPACKED_BYTES: a small archive can unpack to anything."""
+
+    def __init__(self, file: gzip.GzipFile) -> None:
+        self._file, self._left = file, MAX_UNPACKED_BYTES
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
+        return content
 
 
 class _PickledArray:
@@ -252,8 +274,11 @@ class _PickledDtype:
         """Ignored: byte order and the like do not matter for single bytes."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows only the names of a pickled array, and replaces them by the two harmless classes above."""
+class _Unpickler(pickle._Unpickler):
+    """Knows only the names of a pickled array, and replaces them by the two harmless classes above.
+
+    pickle's reader in Python: the one in C makes room for as many memos as a file asks for, tens of gigabytes.
+    """
 
     known: Mapping[tuple[str, str], Any] = {
         ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
@@ -271,12 +296,24 @@ class _Unpickler(pickle.Unpickler):
         raise UserError("it refers to something outside of the file")
 
 
-def read_batch(content: bytes, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """A pickled batch -> images (N, 3, 32, 32) and labels (N,). Runs no code from the file; `name` is for error messages."""
+class _FastUnpickler(pickle.Unpickler):
+    """The same in C, for the official files."""
+
+    find_class, persistent_load, known = _Unpickler.find_class, _Unpickler.persistent_load, _Unpickler.known
+
+
+def read_batch(content: bytes, name: str, *, is_official: bool = False) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """A pickled batch -> images (N, 3, 32, 32) and labels (N,). Runs no code from the file; `name` is for error messages.
+
+    is_official: its MD5 is the published one.
+    """
     try:
-        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-        images = batch[b"data"].value
-        labels = np.array(batch[b"labels"], dtype=np.int64)
+        unpickler = _FastUnpickler if is_official else _Unpickler
+        batch = unpickler(io.BytesIO(content), encoding="bytes").load()
+        images, listed = batch[b"data"].value, batch[b"labels"]
+        if not isinstance(listed, list) or not set(map(type, listed)) <= {int}:
+            raise ValueError("labels that are no whole numbers")
+        labels = np.array(listed, dtype=np.int64)
         if images.shape != (len(labels), 3072) or not ((labels >= 0) & (labels < len(CLASSES))).all():
             raise ValueError("wrong shapes or labels")
     except Exception as error:  # a hostile file can raise anything

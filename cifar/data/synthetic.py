@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar.system.files import read_arrays
+
 Floats = NDArray[np.float32]
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
 
@@ -28,6 +30,7 @@ SEED, TRAIN, TEST, SIDE, CHUNK = 10, 50_000, 10_000, 32, 100
 FINGERPRINT = (
     "3b5bca02f11e220e8400dffa498858bf57a2b82dce0ebf7907b5fff43531b7ae"  # SHA-256 of the four arrays' bytes, on every machine
 )
+MAX_CACHE_BYTES = 2**28  # its arrays have 185 MB
 VERSION = 1  # part of the cached file's name; raise it when a picture changes
 
 
@@ -93,8 +96,8 @@ def load_or_generate(folder: Path) -> Arrays:
 
 def _read_cache(path: Path) -> Arrays | None:
     with contextlib.suppress(Exception):  # whatever is wrong with a cached file, the answer is to make it again
-        with np.load(path, allow_pickle=False) as file:
-            arrays: Arrays = (file["train_images"], file["train_labels"], file["test_images"], file["test_labels"])
+        file = read_arrays(path, MAX_CACHE_BYTES)
+        arrays: Arrays = (file["train_images"], file["train_labels"], file["test_images"], file["test_labels"])
         if hash_arrays(arrays) == FINGERPRINT:
             return arrays
     return None

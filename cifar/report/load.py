@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,17 +13,19 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json
-
+from cifar.config.recorded import check_config
 from cifar.errors import UserError
 from cifar.report.formatting import pluralize
+from cifar.system.files import read_text
 from cifar.system.names import check_name, escape_controls
 from cifar.system.redact import mask_secrets
-from cifar.tracking.run_dir import RunDir, find_run_dir, list_run_dirs, read_json
+from cifar.tracking.records import UnknownSchemaError, is_text
+from cifar.tracking.run_dir import RunDir, find_run_dir, list_folders, list_run_dirs, read_json
 
 STAND_IN_BANNER = "STAND-IN DATA, not CIFAR-10"
 UNOFFICIAL_BANNER = "NOT THE OFFICIAL CIFAR-10 FILES"
 SPLIT_NAMES = {"val": "validation", "test": "test"}
+MAX_SCATTERED = 2_000_000  # cells of a table of rows and metrics, from which on not more than 9 of 10 may be empty
 LEGACY_DEFAULTS = {"keep": 1.0}  # settings that runs of earlier versions lack, with the value that those versions used
 
 
@@ -97,7 +99,7 @@ class Run:
     def layers_with(self, metric: str) -> list[str]:
         """The layers that have `metric` in some row, in the network's order."""
         present = {key.removeprefix(f"{metric}/") for key in self.metric_keys if key.startswith(f"{metric}/")}
-        order = {name: i for i, name in enumerate(self.labels.get("layers", []))}
+        order = {name: i for i, name in enumerate(self.labels.get("layers") or [])}
         first_seen = {key.removeprefix(f"{metric}/"): i for i, key in enumerate(self.rows[-1])} if self.rows else {}
         return sorted(present, key=lambda name: (order.get(name, len(order)), first_seen.get(name, 0)))
 
@@ -167,18 +169,18 @@ def load_run(path: Path) -> Run:
         if not run or not config:
             raise ValueError(f"{'config' if run else 'run'}.json is missing")
         cost = run.get("cost") or {}
-        rows = _read_rows(path / "metrics.jsonl")
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("metrics.jsonl holds a line that is no row")
+        check_config(config)
+        rows = tuple(run_dir.read_rows())
+        _check_columns(rows)
         dataset = str(run.get("dataset") or config.get("dataset"))
         return Run(
             id=path.name,
             name=str(run.get("name") or path.name),
             path=path,
             config={**LEGACY_DEFAULTS, **config, "dataset": dataset},
-            macs=float(cost.get("macs", 0)),
-            params=int(cost.get("params", 0)),
-            verified=bool(cost.get("verified", False)) and float(cost.get("macs", 0)) > 0,
+            macs=float(cost.get("macs") or 0),
+            params=int(cost.get("params") or 0),
+            verified=bool(cost.get("verified", False)) and float(cost.get("macs") or 0) > 0,
             cost_note=str(cost.get("note") or ("" if cost else "no MACs in its record")),
             dataset=dataset,
             official=bool(run.get("official", False)),
@@ -197,7 +199,9 @@ def load_run(path: Path) -> Run:
             labels=run_dir.read_json("labels"),
             environment=run_dir.read_json("environment"),
         )
-    except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
+    except UnknownSchemaError as error:
+        raise UserError(f"the run {path.name} is left out: {error}") from None
+    except (OSError, ValueError, UserError) as error:
         damage = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the run {path.name} is damaged and left out ({damage}); delete {path} or restore it") from None
 
@@ -215,15 +219,13 @@ def _escape(value: Any) -> Any:
     return [_escape(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _read_rows(file: Path) -> tuple[Any, ...]:
-    """The complete lines, as `RunDir.read_rows` yields them, read at once."""
-    if not file.exists():
-        return ()
-    lines = file.read_bytes().split(b"\n")[:-1]  # the part after the last newline is still being written
-    try:
-        return tuple(map(from_json, lines))  # in a quarter of the time of the json module
-    except ValueError:  # json accepts more (NaN, say), and its errors say better where a file is damaged
-        return tuple(json.loads(b"[" + b",".join(lines) + b"]"))
+def _check_columns(rows: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError for rows that name so many different metrics that a table of them would fill the memory."""
+    num_values = sum(map(len, rows))
+    if len(rows) * num_values <= MAX_SCATTERED:  # at least the size of the table
+        return
+    if len(rows) * len(set[str]().union(*rows)) > max(MAX_SCATTERED, 10 * num_values):
+        raise ValueError("metrics.jsonl has other metrics in nearly every row")
 
 
 def collect_runs(names: Sequence[str], runs: Path, progress: Callable[[int, int], None] | None = None) -> RunCollection:
@@ -303,8 +305,10 @@ def _find_wandb_files(path: Path) -> list[Path]:
 
 def _list_run_folders(folder: Path) -> list[Path]:
     intact = [run_dir.path for run_dir in list_run_dirs(folder)]
-    damaged = {path.parent for path in folder.glob("*/config.json")} - set(intact)  # without run.json; reported as damaged
-    return intact + sorted(damaged)
+    known = set(intact)
+    others = [path for path in list_folders(folder) if path not in known]
+    # without a run.json, or with a link to nothing in its place; reported as damaged
+    return intact + [path for path in others if any(os.path.lexists(path / f"{name}.json") for name in ("run", "config"))]
 
 
 def _is_sweep(name: str, runs: Path) -> bool:
@@ -319,8 +323,8 @@ def _list_sweep_folders(sweep: str, runs: Path) -> list[Path]:
     folders = []
     for path in _list_run_folders(runs):
         try:
-            sweep_of_run = str(json.loads((path / "run.json").read_text()).get("sweep") or "")
-        except (OSError, ValueError, AttributeError):
+            sweep_of_run = str(RunDir(path).read_json("run")["sweep"] or "")
+        except (UserError, KeyError):
             sweep_of_run = path.name.rpartition("-")[0]  # the folder's name is SWEEP-CELL
         if sweep_of_run == sweep:
             folders.append(path)
@@ -329,14 +333,14 @@ def _list_sweep_folders(sweep: str, runs: Path) -> list[Path]:
 
 def find_sweep_id(name: str, runs: Path) -> str:
     """The id of the sweep with this name or this start of its id, by the same rules as `agent`. "" if there is none."""
-    known = sorted(path.name for path in (runs / "sweeps").glob("*/"))
+    known = [path.name for path in list_folders(runs / "sweeps")]
     if not name or Path(name).name != name or name in known or (runs / name).exists() or _list_run_folders(Path(name)):
         return ""  # an id, a run or a folder
     named = [sweep for sweep in known if _read_sweep_info(sweep, runs).get("name") == name]
     matches = named or [sweep for sweep in known if sweep.startswith(name)]
     if len(matches) > 1:
         raise UserError(f"'{name}' fits {pluralize(len(matches), 'sweep')} ({', '.join(matches[:6])}); give the id")
-    run_ids = [path.name for path in runs.glob("*/") if path.name.startswith(name)] if matches and not named else []
+    run_ids = [path.name for path in list_folders(runs) if path.name.startswith(name)] if matches and not named else []
     if others := [run_id for run_id in run_ids if run_id != "sweeps" and not run_id.startswith(f"{matches[0]}-")]:
         raise UserError(f"'{name}' fits the sweep {matches[0]} and the run {others[0]}; give more of the id")
     return matches[0] if matches else ""
@@ -348,18 +352,22 @@ def _read_sweep_info(sweep: str, runs: Path) -> dict[str, Any]:
 
     info: dict[str, Any] = {}
     with contextlib.suppress(UserError):
-        info = read_json(runs / "sweeps" / sweep / "sweep.json")
-    with contextlib.suppress(OSError, ValueError, UserError):
-        text = (runs / "sweeps" / sweep / "sweep.yaml").read_text(encoding="utf-8")
+        info = read_json(runs / "sweeps" / sweep / "sweep.json", "sweep")
+    with contextlib.suppress(UserError):
+        text = read_text(runs / "sweeps" / sweep / "sweep.yaml")
         content = parse_yaml(text, "sweep.yaml")
-        info |= {"text": text, **{key: content[key] for key in ("name", "description") if content.get(key)}}
+        known = content if isinstance(content, dict) else {}
+        info |= {"text": text, **{key: known[key] for key in ("name", "description") if is_text(known.get(key)) and known[key]}}
     return info
 
 
 def find_newest_sweep(runs: Path) -> str:
     """The id of the sweep that was created last, or ""."""
-    files = [*(runs / "sweeps").glob("*/sweep.yaml")]
-    return max(files, key=lambda path: path.stat().st_mtime).parent.name if files else ""
+    times = []
+    for folder in list_folders(runs / "sweeps"):
+        with contextlib.suppress(OSError):
+            times.append(((folder / "sweep.yaml").stat().st_mtime, folder.name))
+    return max(times, default=(0.0, ""))[1]
 
 
 def _describe_sweep(sweep: str, runs: Path) -> tuple[str, str, int]:

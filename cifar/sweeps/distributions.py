@@ -11,10 +11,12 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any
 
 from cifar.errors import UserError, did_you_mean
+from cifar.system.files import MAX_INTEGER, shorten_repr
 
 _NEEDED, _MU_SIGMA, _BETA, _Q = {"min": None, "max": None}, {"mu": 0.0, "sigma": 1.0}, {"a": 1.0, "b": 1.0}, {"q": 1.0}
 # distribution -> its options and their defaults; None: the option is required
@@ -38,6 +40,7 @@ DISTRIBUTION_OPTIONS: dict[str, dict[str, Any]] = {
     "beta": _BETA,
     "q_beta": _BETA | _Q,
 }
+MAX_VALUES = 10_000  # of a list: each is checked before anything runs
 TAIL_PROBABILITY = 1e-3  # of each tail that is left out where an unbounded distribution is checked
 EDGE = 2.0**-53  # the smallest step of a random number in [0, 1)
 NEVER_DRAWN = 1e-12  # a listed value with a smaller probability is not drawn in the life of any sweep
@@ -51,7 +54,7 @@ class Parameter:
     distribution: str
     options: dict[str, Any]
 
-    @property
+    @cached_property
     def values(self) -> list[Any] | None:
         """The listed values that can be drawn, without repeats, or None for a range."""
         if self.distribution == "constant":
@@ -60,7 +63,10 @@ class Parameter:
             listed = self.options["values"]
             weights = self.options.get("probabilities", [1.0] * len(listed))
             drawn = [value for value, weight in zip(listed, weights, strict=True) if weight >= NEVER_DRAWN]
-            return [value for i, value in enumerate(drawn) if not any(is_same_value(value, other) for other in drawn[:i])]
+            found: dict[Any, Any] = {}
+            for value in drawn:
+                found.setdefault(freeze_value(value), value)
+            return list(found.values())
         return None
 
     @property
@@ -131,6 +137,19 @@ def is_same_value(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
+def freeze_value(value: Any) -> Any:
+    """Something that can be the key of a mapping, the same for values that are one (`is_same_value`)."""
+    return isinstance(value, bool), _freeze(value)
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return frozenset((key, _freeze(inner)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return (type(value), *map(_freeze, value))
+    return frozenset(value) if isinstance(value, set) else value
+
+
 def parse_parameter(name: str, spec: Any) -> Parameter:
     """Parse one entry of `parameters:`. Raises UserError that says what W&B accepts."""
     where = f"parameters.{name}"
@@ -138,7 +157,7 @@ def parse_parameter(name: str, spec: Any) -> Parameter:
         shown = f"values: {spec}" if isinstance(spec, list) else f"value: {'...' if spec is None else spec}"
         raise UserError(f"{where}: write a mapping, for example {{{shown}}}")
     kind = spec.get("distribution") or _infer_distribution(where, spec)
-    if kind not in DISTRIBUTION_OPTIONS:
+    if not isinstance(kind, str) or kind not in DISTRIBUTION_OPTIONS:
         raise UserError(f"{where}: unknown distribution '{kind}': {did_you_mean(str(kind), DISTRIBUTION_OPTIONS)}")
     form = DISTRIBUTION_OPTIONS[kind]
     for option in spec:
@@ -149,7 +168,9 @@ def parse_parameter(name: str, spec: Any) -> Parameter:
         raise UserError(f"{where}: '{kind}' needs '{missing[0]}'; add it")
     options = {**form, **{str(option): value for option, value in spec.items() if option != "distribution"}}
     _check_options(where, kind, options)
-    return Parameter(name, kind, options)
+    parameter = Parameter(name, kind, options)
+    _check_reach(where, parameter)
+    return parameter
 
 
 def _infer_distribution(where: str, spec: Mapping[str, Any]) -> str:
@@ -170,14 +191,17 @@ def _check_options(where: str, kind: str, options: Mapping[str, Any]) -> None:
     values = options.get("values", [None])
     if not isinstance(values, list) or not values:
         raise UserError(f"{where}: 'values' is a list with at least one value")
+    if len(values) > MAX_VALUES:
+        raise UserError(f"{where}: {len(values):,} values are more than the {MAX_VALUES:,} that are tried; give a range")
     weights = options.get("probabilities", [1.0 / len(values)] * len(values))
     if not isinstance(weights, list) or len(weights) != len(values):
         raise UserError(f"{where}: 'probabilities' needs one number for each of the {len(values)} values")
     numbers = {f"probabilities[{i}]": weight for i, weight in enumerate(weights)}
     numbers |= {option: value for option, value in options.items() if option not in ("value", "values", "probabilities")}
     for option, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise UserError(f"{where}: {option} = {number!r} is not a number")
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not -MAX_INTEGER <= number <= MAX_INTEGER:
+            raise UserError(f"{where}: {option} = {shorten_repr(number)} is not a number, or far too large")
         if kind == "int_uniform" and option in ("min", "max") and not _is_int(number):
             raise UserError(f"{where}: {option} = {number!r}: 'int_uniform' takes whole numbers; use 'uniform'")
     if min(weights) < 0 or abs(sum(weights) - 1.0) > 1e-8:
@@ -196,6 +220,18 @@ def _check_options(where: str, kind: str, options: Mapping[str, Any]) -> None:
             raise UserError(f"{where}: {option} is above 0, not {options[option]}")
     if options.get("sigma", 0) < 0:
         raise UserError(f"{where}: sigma is at least 0, not {options['sigma']}")
+
+
+def _check_reach(where: str, parameter: Parameter) -> None:
+    """Raise UserError where a draw may be beyond all numbers, or nothing of a range is left between its steps."""
+    if parameter.values is not None or parameter.distribution.endswith("beta"):
+        return
+    try:
+        ends = [parameter.value_at(u) for u in (2.0**-53, 1 - 2.0**-53)]  # as far out as a random number comes
+    except (OverflowError, ValueError):
+        ends = [math.inf]
+    if not all(map(math.isfinite, ends)):
+        raise UserError(f"{where}: its values go beyond all numbers; take smaller limits, a smaller mu or sigma, or a larger q")
 
 
 def _uniform_icdf(u: float, low: float, high: float) -> float:

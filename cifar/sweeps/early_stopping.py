@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar.errors import UserError, did_you_mean
+from cifar.system.files import shorten_repr
 
 MAX_BANDS = 100  # as many as W&B's engine makes of `min_iter`
 MAX_BANDS_FROM_ABOVE = 10_000  # of `max_iter` and `s`: more are a mistake in the file
@@ -70,8 +71,8 @@ def parse_early_terminate(spec: Any) -> Hyperband:
         if not whole or isinstance(value, bool) or value < 1:
             raise UserError(f"early_terminate: {option} = {value!r}: expected a whole number of epochs, at least 1")
     eta, strict = spec.get("eta", 3), spec.get("strict", True)
-    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 1 < eta < float("inf"):
-        raise UserError(f"early_terminate: eta = {eta!r}: expected a number above 1")
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 1 < eta <= 1e300:
+        raise UserError(f"early_terminate: eta = {shorten_repr(eta)}: expected a number above 1")
     if not isinstance(strict, bool):
         raise UserError(f"early_terminate: strict = {strict!r}: expected true or false")
     by_max = "max_iter" in spec and "s" in spec  # W&B looks at max_iter first

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from cifar.config.yaml_loader import parse_yaml
 from cifar.errors import did_you_mean
 from cifar.registry import Entry
 from cifar.sweeps import spec
-from cifar.sweeps.distributions import NEVER_DRAWN, Parameter, is_same_value
+from cifar.sweeps.distributions import NEVER_DRAWN, Parameter, freeze_value, is_same_value
 from cifar.sweeps.early_stopping import MAX_BANDS_FROM_ABOVE, Hyperband
 from cifar.sweeps.objectives import Metric
 from cifar.sweeps.spec import Sweep
@@ -170,10 +171,8 @@ def _check_listed_values(parameter: Parameter, method: str) -> Iterator[str]:
     never = [value for value, weight in zip(listed, weights, strict=True) if weight < NEVER_DRAWN]
     if never:
         yield f"{where}: {_list_values(never, 'and')} {'has' if len(never) == 1 else 'have'} probability 0: never drawn"
-    repeated: list[Any] = []
-    for n, value in enumerate(listed):
-        if any(is_same_value(value, other) for other in listed[:n]) and not any(is_same_value(value, r) for r in repeated):
-            repeated.append(value)
+    counts = Counter(map(freeze_value, listed))
+    repeated = list({key: value for value in listed if counts[key := freeze_value(value)] > 1}.values())
     if repeated:
         effect = "counts once" if method == "grid" else "is drawn as often as it stands there"
         yield f"{where}: {_list_values(repeated, 'and')} stand{'s' * (len(repeated) == 1)} there more than once; each {effect}"

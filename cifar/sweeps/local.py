@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -42,12 +41,15 @@ from cifar.states import (
 )
 from cifar.sweeps import sampler, spec, storage
 from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
+from cifar.sweeps.folder import read_sweep_info, read_sweep_text
 from cifar.sweeps.objectives import finite_or_none
 from cifar.sweeps.spec import Sweep
 from cifar.system.names import check_id, check_name, escape_controls
 from cifar.system.ownership import RunOwnedError, lease_seconds
 from cifar.system.redact import redact
-from cifar.tracking.run_dir import RunDir, generate_id, read_json, write_atomic
+from cifar.system.variables import read_variable
+from cifar.tracking.records import is_count
+from cifar.tracking.run_dir import RunDir, generate_id, list_folders, read_json, write_atomic
 
 PLACE_FILE = "place.json"  # in the sweep's folder
 _CELL_DEFAULTS: dict[str, Any] = {"reason": "", "value": None, "objectives": [], "attempt": 0, "worker": ""}
@@ -72,12 +74,13 @@ def create_sweep(
     fixed: values for all trials, which win over the file's; the dataset is known, not "auto". count: the number of trials
     where the file has none. threads: CPU threads of each trial; 0: the first agent decides.
     """
+    lease_seconds()  # raises UserError for a wrong CIFAR_LEASE now, and not in an agent
     if sweep.scheduler:
         sweep.scheduler.check_runs_locally()
     dataset = spec.check_sweep(sweep, fixed, sweep_seed, count)
     assert dataset != "auto"
     known_trials = spec.list_known_trials(sweep, sweep_seed, count)
-    sweep_id, storage_url = generate_id(), storage_url or os.environ.get("CIFAR_STORAGE", "")
+    sweep_id, storage_url = generate_id(), storage_url or read_variable("CIFAR_STORAGE")
     folder = runs_dir / "sweeps" / sweep_id
     info = {
         "id": sweep_id,
@@ -118,13 +121,14 @@ class LocalBackend:
     """One local sweep, opened. Many processes may call its methods at the same time."""
 
     def __init__(self, sweep_id: str, runs_dir: Path, storage_url: str = "") -> None:
+        lease_seconds()  # raises UserError for a wrong CIFAR_LEASE
         self.id, self.runs_dir = check_id(sweep_id, "the sweep"), runs_dir
         self.folder = runs_dir / "sweeps" / sweep_id
-        storage_url = storage_url or os.environ.get("CIFAR_STORAGE", "")
+        storage_url = storage_url or read_variable("CIFAR_STORAGE")
         if not (self.folder / "sweep.json").exists() and not (storage_url and self._fetch_definition(storage_url)):
             raise UserError(f"no sweep '{sweep_id}' in {runs_dir}; `python -m cifar sweeps list` shows what there is")
-        self.info: dict[str, Any] = read_json(self.folder / "sweep.json")
-        text = (self.folder / "sweep.yaml").read_text(encoding="utf-8")
+        self.info: dict[str, Any] = read_sweep_info(self.folder)
+        text = read_sweep_text(self.folder)
         self.sweep = spec.parse_sweep(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", self.info["name"])
         self.wandb_target = {"project": self.sweep.project} if self.sweep.project else {}
         recorded_url = self.info["storage"]
@@ -151,6 +155,8 @@ class LocalBackend:
         except KeyError:
             return False
         if definition:
+            if not (isinstance(definition, dict) and isinstance(definition.get("yaml"), str)):
+                raise UserError(f"what the database says of sweep {self.id} is damaged; restore it from a copy")
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / "sweep.yaml", definition["yaml"].encode())
             write_atomic(self.folder / "sweep.json", json.dumps(definition["info"], indent=1).encode())
@@ -401,7 +407,7 @@ class LocalBackend:
         """The id of this runs folder, as far as this sweep knows it. "" if there is none, or if its file is damaged."""
         file = self.folder / PLACE_FILE
         with contextlib.suppress(UserError, OSError):
-            if place := str(read_json(file).get("id", "")):
+            if place := str(read_json(file).get("id") or ""):
                 return place
         with contextlib.suppress(OSError):
             if create:
@@ -421,6 +427,8 @@ class LocalBackend:
     def _list_trials(self) -> list[FrozenTrial]:
         """One trial for each cell. Of a cell that was offered again, the latest."""
         trials = sorted(self._storage.get_all_trials(self._study, deepcopy=False), key=lambda trial: trial.number)
+        for trial in trials:
+            _check_trial(trial)
         return sorted({_cell_of(trial): trial for trial in trials}.values(), key=_cell_of)
 
     def _update_trial(self, trial: FrozenTrial, **changes: Any) -> None:
@@ -480,6 +488,15 @@ def _make_waiting_trial(
     )
 
 
+def _check_trial(trial: FrozenTrial) -> None:
+    """Raise UserError for a trial that no version of this program has written."""
+    about = trial.user_attrs
+    cell, values, now = about.get("cell", trial.number), about.get("values", {}), about.get("now", {})
+    is_whole = is_count(cell) and isinstance(values, dict) and isinstance(now, dict)
+    if not is_whole or not all(is_count(now.get(name) or 0) for name in ("attempt", "kills")):
+        raise UserError(f"trial {trial.number} of the sweep's database is damaged; restore the database from a copy")
+
+
 def _cell_of(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get("cell", trial.number))
 
@@ -493,13 +510,17 @@ def _read_mutable(trial: FrozenTrial) -> dict[str, Any]:
     return dict(trial.user_attrs.get("now", {}))
 
 
-def list_sweeps(runs_dir: Path) -> list[dict[str, Any]]:
-    """The sweep.json of every local sweep, oldest first."""
+def list_sweeps(runs_dir: Path, damaged: list[tuple[str, str]] | None = None) -> list[dict[str, Any]]:
+    """The sweep.json of every local sweep, oldest first. `damaged` gets (id, what is wrong) of those that cannot be read."""
     found = []
-    for path in (runs_dir / "sweeps").glob("*/sweep.json"):
-        with contextlib.suppress(UserError):  # a damaged one raises for the command that names it
-            found.append({**read_json(path), "id": path.parent.name})  # whatever the file says: the folder is what is opened
-    return sorted((info for info in found if "created" in info), key=lambda info: float(info["created"]))
+    for folder in list_folders(runs_dir / "sweeps"):
+        if (folder / "sweep.json").exists():
+            try:
+                found.append(read_sweep_info(folder))
+            except UserError as error:  # it also raises for the command that names it
+                if damaged is not None:
+                    damaged.append((folder.name, str(error)))
+    return sorted(found, key=lambda info: float(info["created"]))
 
 
 def find_sweep_id(name: str, runs_dir: Path) -> str:

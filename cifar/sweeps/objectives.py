@@ -14,6 +14,7 @@ from cifar import registry
 from cifar.errors import UserError, did_you_mean
 
 ACCURACY = "val/acc"
+MAX_METRICS = 20
 _METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 _EPOCH_METRICS = (
     "train/loss", "train/acc", "val/loss", "val/acc", "system/seconds", "system/images_per_second", "system/memory_gib",
@@ -88,6 +89,10 @@ def parse_objectives(content: Mapping[str, Any], *, stops_early: bool) -> tuple[
     block = content["metrics"]
     if not isinstance(block, list) or len(block) < 2:
         raise UserError("metrics: write a list of two or more, for example [{name: val/acc, goal: maximize}, {name: macs}]")
+    if len(block) > MAX_METRICS:
+        raise UserError(
+            f"metrics: {len(block):,} are more than the {MAX_METRICS} that can be compared; keep the ones that matter"
+        )
     metrics = tuple(_parse_metric(spec, each_epoch=False) for spec in block)
     names = [metric.name for metric in metrics]
     for name in names:

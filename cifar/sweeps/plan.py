@@ -57,11 +57,13 @@ def _measure_seconds_per_image(config: Settings, macs: float) -> float:
     """Time a forward and backward pass, of about 2 GMACs forward, so that it takes seconds with a large model too."""
     import torch
 
+    from cifar.models.limits import limit_size
     from cifar.training.trainer import resolve_device
 
     device = resolve_device(config.device)
     with torch.random.fork_rng(devices=[]):
-        model = registry.models[config.model].build(**config.kwargs_for("model")).to(device)
+        with limit_size(config.model):
+            model = registry.models[config.model].build(**config.kwargs_for("model")).to(device)
         images = torch.randn(max(8, min(config.batch_size, int(2e9 / max(macs, 1)))), 3, 32, 32, device=device)
         best = math.inf
         for _ in range(5):  # the best of five: other programs can only make it slower

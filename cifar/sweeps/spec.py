@@ -17,15 +17,17 @@ from typing import Any
 
 from cifar.config.resolve import flatten_values, format_name_value, resolve_config
 from cifar.config.schema import Settings
-from cifar.config.yaml_loader import read_yaml
+from cifar.config.yaml_loader import parse_yaml, read_yaml_text
 from cifar.errors import UserError, did_you_mean
 from cifar.sweeps import objectives
 from cifar.sweeps.distributions import Parameter, is_same_value, parse_parameter
 from cifar.sweeps.early_stopping import Hyperband, parse_early_terminate
 from cifar.sweeps.objectives import Metric, Scheduler
+from cifar.system.files import shorten_repr
 from cifar.system.redact import reject_secrets
 
 MAX_GRID_CELLS = 10_000  # a larger grid is a mistake in the file
+MAX_PARAMETERS = 500
 _STRUCTURE_KEYS = (
     "experiment",
     "model",
@@ -85,8 +87,8 @@ class Sweep:
 
 def read_sweep(path: Path) -> Sweep:
     """Read a sweep file. Raises UserError with what to do."""
-    content = read_yaml(path)
-    return parse_sweep(content, path.read_text(encoding="utf-8"), str(path), path.stem)
+    text = read_yaml_text(path)
+    return parse_sweep(parse_yaml(text, str(path)), text, str(path), path.stem)
 
 
 def parse_sweep(content: Any, text: str, where: str = "sweep", default_name: str = "") -> Sweep:
@@ -135,6 +137,8 @@ def _parse_content(content: dict[str, Any], text: str, default_name: str) -> Swe
 
 def _parse_parameters(block: Any, method: str) -> tuple[Parameter, ...]:
     found = list(_iterate_parameters(block))
+    if len(found) > MAX_PARAMETERS:
+        raise UserError(f"parameters: {len(found):,} are more than the {MAX_PARAMETERS} that a sweep may have; list fewer")
     if method == "custom" and any(isinstance(spec, Mapping) and "parameters" in spec for spec in block.values()):
         raise UserError("parameters: W&B's scheduler takes no nested 'parameters'; write them side by side")
     owners: dict[str, str] = {}
@@ -209,7 +213,10 @@ def num_trials(sweep: Sweep, count: int | None) -> int:
         return len(list_grid_cells(sweep))
     if not (sweep.run_cap or count):
         raise UserError(f"method: {sweep.method} has no end of its own; add run_cap: 20 to the file, or give --count 20")
-    return sweep.run_cap or count or 0
+    number = sweep.run_cap or count or 0
+    if number > MAX_GRID_CELLS:
+        raise UserError(f"run_cap or --count is {shorten_repr(number)}: a sweep has at most {MAX_GRID_CELLS:,} trials")
+    return number
 
 
 def resolve_trial(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> Settings:
@@ -287,6 +294,9 @@ def _boundary_trials(sweep: Sweep) -> Iterator[tuple[dict[str, Any], dict[str, A
     ranges = [p for p in sweep.parameters if p not in deciding]
     others = {p.name: list(zip(p.boundary_values, p.boundary_names, strict=True)) for p in ranges}
     first = {name: boundaries[0] for name, boundaries in others.items()}
+    total = math.prod(len(p.values or []) for p in deciding) * (1 + sum(len(pairs) - 1 for pairs in others.values()))
+    if total > MAX_GRID_CELLS:
+        raise UserError(f"{shorten_repr(total)} combinations of values are too many to check; list fewer values")
     for combination in itertools.islice(itertools.product(*(p.values or [] for p in deciding)), MAX_GRID_CELLS):
         base = {p.name: value for p, value in zip(deciding, combination, strict=True)}
         for changed in [{}, *({name: pair} for name, boundaries in others.items() for pair in boundaries[1:])]:

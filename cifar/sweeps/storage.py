@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import sqlite3
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from filelock import FileLock
 from optuna.storages import RDBStorage
 
 from cifar.errors import UserError
+from cifar.system.files import is_regular_file
+from cifar.system.redact import redact
 
+CONNECT_SECONDS = 8  # to wait for a server that does not answer
 LOCAL_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
 
 
@@ -30,10 +35,10 @@ def redact_url(url: str) -> str:
         return ""
     try:
         parsed = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         return "***"
     if parsed.get_backend_name() == "sqlite" and parsed.database:
-        return f"sqlite:///{Path(parsed.database).resolve()}"
+        return f"sqlite:///{os.path.realpath(parsed.database)}"
     secret = {key: "***" for key in parsed.query if "pass" in key.lower() or "key" in key.lower()}
     return parsed.update_query_dict(secret).render_as_string(hide_password=True)
 
@@ -42,7 +47,7 @@ def open_storage(url: str) -> RDBStorage:
     """Connect, and make Optuna's tables if there are none. Raises UserError."""
     try:
         parsed = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         raise UserError("the storage is no database URL; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DB") from None
     backend = parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql"):
@@ -55,13 +60,64 @@ def open_storage(url: str) -> RDBStorage:
             "factory": _WalConnection if _is_on_local_disk(parsed.database) else _RollbackConnection,
         }
     }
-    options = sqlite if backend == "sqlite" else {"pool_pre_ping": True}
+    if backend == "sqlite":
+        _check_sqlite_file(parsed.database)
+    timeout = {} if "connect_timeout" in parsed.query else {"connect_timeout": CONNECT_SECONDS}
+    options = sqlite if backend == "sqlite" else {"pool_pre_ping": True, "connect_args": timeout}
     try:
         whole = redact_url(url) if backend == "sqlite" else parsed.render_as_string(hide_password=False)
-        return RDBStorage(whole, engine_kwargs=options)
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
+        return GuardedStorage(whole, engine_kwargs=options)
+    except Exception as error:  # a file that is no database of Optuna's can raise anything
         what = "install psycopg2-binary" if isinstance(error, ImportError) else type(error).__name__
         raise UserError(f"the storage {redact_url(url)} cannot be opened ({what}); check the URL and its server") from None
+
+
+def _check_sqlite_file(database: str | None) -> None:
+    """Raise UserError for what SQLite would wait for, or write into without an error: a pipe, a device."""
+    if not database or database == ":memory:":
+        raise UserError("the storage names no file; write sqlite:///FILE, as all agents have to find it")
+    if os.path.lexists(database) and not is_regular_file(database):
+        raise UserError(f"the storage {database} is not a file; name another one")
+
+
+class GuardedStorage(RDBStorage):
+    """Optuna's storage, where a damaged database or a lost server is one sentence. The cause stays in the error's chain."""
+
+
+def _explain_errors(name: str) -> Callable[..., Any]:
+    method = getattr(RDBStorage, name)
+
+    @functools.wraps(method)
+    def call(self: RDBStorage, *arguments: Any, **options: Any) -> Any:
+        try:
+            return method(self, *arguments, **options)
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, *_DAMAGE) as error:
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise StorageError(
+                f"the storage {redact_url(str(self.engine.url))} is damaged or does not answer ({redact(what)}); "
+                "restore it, or check its server"
+            ) from error
+
+    return call
+
+
+_DAMAGE = (
+    ValueError,
+    TypeError,
+    AssertionError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)  # of rows that Optuna never wrote
+for _name in (
+    "get_all_trials", "get_trial", "get_study_id_from_name", "get_study_user_attrs", "set_study_user_attr", "create_new_trial",
+    "set_trial_user_attr", "set_trial_state_values", "set_trial_intermediate_value",
+):  # fmt: skip
+    setattr(GuardedStorage, _name, _explain_errors(_name))
+
+
+class StorageError(UserError):
+    """A database that does not do what it should."""
 
 
 class _WalConnection(sqlite3.Connection):
@@ -89,7 +145,7 @@ def _is_on_local_disk(database: str | None) -> bool:
     """Whether a file is on a disk of this machine, as far as /proc/self/mounts tells."""
     if not database:
         return False
-    place, kinds = str(Path(database).resolve()), {"/": ""}
+    place, kinds = os.path.realpath(database), {"/": ""}
     with contextlib.suppress(OSError):
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
         kinds |= {mount[1]: mount[2] for mount in mounts}  # a later mount hides an earlier one at the same place

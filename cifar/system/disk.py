@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cifar.errors import DiskFullError
+from cifar.system.variables import read_path
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 DISK_POLL_SECONDS = 1.0
@@ -37,7 +38,7 @@ def is_caused_by_full_disk(error: BaseException | None) -> bool:
 
 def cache_folder() -> Path:
     """Where data, compiled code and runs from W&B are kept between commands: $XDG_CACHE_HOME/cifar, else ~/.cache/cifar."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cifar"
+    return read_path("XDG_CACHE_HOME", "~/.cache") / "cifar"
 
 
 def free_bytes(folder: Path) -> int:

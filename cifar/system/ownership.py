@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cifar.errors import DiskFullError, UserError
 from cifar.system.disk import is_disk_full_error
+from cifar.system.variables import read_variable
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -77,13 +78,15 @@ class OwnershipLostError(OwnershipError):
 
 def lease_seconds() -> float:
     """Seconds without a sign of life after which a claim of another machine is free: CIFAR_LEASE. Raises UserError."""
-    text = os.environ.get("CIFAR_LEASE", "")
+    text = read_variable("CIFAR_LEASE")
     try:
         seconds = float(text) if text else DEFAULT_LEASE_SECONDS
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise UserError(f"CIFAR_LEASE is {text!r}; give a number of seconds above 0, or unset it for {DEFAULT_LEASE_SECONDS:g}")
+        raise UserError(
+            f"CIFAR_LEASE is {text[:40]!r}; give a number of seconds above 0, or unset it for {DEFAULT_LEASE_SECONDS:g}"
+        )
     return seconds
 
 

@@ -259,9 +259,9 @@ def _key_files(environment: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
     netrc = r"(?:password|account)\s+(\"[^\"]*\"|\S+)"
     yield from ((file, netrc) for file in (home / ".netrc", home / "_netrc"))
     if environment.get("NETRC"):
-        yield Path(environment["NETRC"]).expanduser(), netrc
+        yield Path(os.path.expanduser(environment["NETRC"])), netrc
     settings = r"^\s*(?:api_key|identity_token)\s*[=:]\s*(\S+)"
-    yield Path(environment.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb").expanduser() / "settings", settings
+    yield Path(os.path.expanduser(environment.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")) / "settings", settings
     yield Path(environment.get("WANDB_DIR") or ".") / "wandb" / "settings", settings
     yield Path(environment.get("PGPASSFILE") or home / ".pgpass"), r"^[^#\n].*:((?:\\:|[^:\n])+)$"
 

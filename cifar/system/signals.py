@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import threading
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar.states import RETRIABLE_STATES, RunState
+from cifar.system.variables import read_variable
 
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM warns by SIGUSR1 (--signal=B:USR1@60)
 STOP_SIGNALS = (signal.SIGINT, *PREEMPTION_SIGNALS)
@@ -81,7 +81,7 @@ class StopSignals:
     def __init__(self, started_by_wandb: bool = False) -> None:
         self.state: RunState | None = None  # in which the run is asked to end
         self.number = 0  # of the signal that asked
-        is_stopped = started_by_wandb and os.environ.get("CIFAR_PREEMPTIBLE", "") in ("", "0")
+        is_stopped = started_by_wandb and read_variable("CIFAR_PREEMPTIBLE") in ("", "0")
         self._states: dict[int, RunState] = {
             signal.SIGINT: "interrupted",
             signal.SIGUSR1: "preempted",

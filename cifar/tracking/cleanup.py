@@ -54,38 +54,46 @@ def is_being_written(run_dir: RunDir) -> bool:
     return not Path("/proc/self").exists()  # without /proc: believe the pid
 
 
-def find_leftovers(runs_dir: Path, *, days: float, finished: bool = False, now: float | None = None) -> list[Leftover]:
+def find_leftovers(
+    runs_dir: Path, *, days: float, finished: bool = False, now: float | None = None, damaged: list[str] | None = None
+) -> list[Leftover]:
     """Checkpoints of ended runs, temporary files older than an hour, unfinished runs untouched for `days`.
 
     With `finished`, whole runs that ended more than `days` ago too. Nothing of a run that a process owns. Where another
-    machine may own one, that one's lease is watched for its whole time, once for all such runs.
+    machine may own one, that one's lease is watched for its whole time, once for all such runs. `damaged` gets a sentence for
+    each run that cannot be read; it is left alone.
     """
     now = time.time() if now is None else now
     found: list[Leftover] = []
     for run_dir in list_run_dirs(runs_dir):
         observer = LeaseObserver(run_dir.path)
         try:
-            state = run_dir.state
-            owner = observer.find_owner()
-        except UserError:  # damaged: its owner decides
-            continue
-        age = (now - max(file.stat().st_mtime for file in [run_dir.path, *run_dir.path.iterdir()])) / (24 * HOUR)
-        if is_being_written(run_dir) or (owner and owner[1]):
-            continue
-        run = _Run(run_dir, state, observer)
-        if state not in ENDED_STATES and age > days:
-            found.append(_measure_leftover(run, run_dir.path, f"{state}, untouched for {age:.0f} days"))
-        elif state in ENDED_STATES and finished and age > days:
-            found.append(_measure_leftover(run, run_dir.path, f"{state} {age:.0f} days ago"))
-        else:
-            checkpoint = run_dir.path / "checkpoint.pt"
-            is_unneeded = state in CONCLUSIVE_STATES or (state in ENDED_STATES and age > days)
-            if is_unneeded and checkpoint.exists():
-                found.append(_measure_leftover(run, checkpoint, f"the run is {state}"))
-            for file in run_dir.path.glob(".*.*"):
-                if file.is_file() and now - file.stat().st_mtime > HOUR:
-                    found.append(_measure_leftover(run, file, "a write that never ended"))
+            found += _find_in_run(run_dir, observer, days=days, finished=finished, now=now)
+        except (UserError, OSError) as error:  # damaged, or it has just gone: its owner decides
+            if damaged is not None:
+                damaged.append(str(error))
     return _keep_free(found)
+
+
+def _find_in_run(run_dir: RunDir, observer: LeaseObserver, *, days: float, finished: bool, now: float) -> list[Leftover]:
+    state, owner = run_dir.state, observer.find_owner()
+    age = (now - max(file.lstat().st_mtime for file in [run_dir.path, *run_dir.path.iterdir()])) / (24 * HOUR)
+    if is_being_written(run_dir) or (owner and owner[1]):
+        return []
+    run = _Run(run_dir, state, observer)
+    if state not in ENDED_STATES and age > days:
+        return [_measure_leftover(run, run_dir.path, f"{state}, untouched for {age:.0f} days")]
+    if state in ENDED_STATES and finished and age > days:
+        return [_measure_leftover(run, run_dir.path, f"{state} {age:.0f} days ago")]
+    found = []
+    checkpoint = run_dir.path / "checkpoint.pt"
+    is_unneeded = state in CONCLUSIVE_STATES or (state in ENDED_STATES and age > days)
+    if is_unneeded and checkpoint.exists():
+        found.append(_measure_leftover(run, checkpoint, f"the run is {state}"))
+    for file in run_dir.path.glob(".*.*"):
+        if file.is_file() and now - file.stat().st_mtime > HOUR:
+            found.append(_measure_leftover(run, file, "a write that never ended"))
+    return found
 
 
 def _keep_free(leftovers: list[Leftover]) -> list[Leftover]:
@@ -123,4 +131,4 @@ def remove_leftover(leftover: Leftover) -> str:
 
 def _measure_leftover(run: _Run, path: Path, reason: str) -> Leftover:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    return Leftover(path, reason, sum(file.stat().st_size for file in files), run)
+    return Leftover(path, reason, sum(file.lstat().st_size for file in files), run)

@@ -32,11 +32,14 @@ from typing import Any
 from cifar.errors import DiskFullError, UserError
 from cifar.states import RUN_STATES
 from cifar.system.disk import is_disk_full_error
+from cifar.system.files import MissingFileError, UnreadableFileError, is_regular_file, parse_json, read_bytes, shorten_repr
 from cifar.system.names import check_id, check_name, escape_controls
 from cifar.system.ownership import LEASE_FILE, LOCK_FILE, RunLock
 from cifar.system.redact import mask_secrets, redact
+from cifar.system.variables import read_path
+from cifar.tracking.records import SCHEMA, UnknownSchemaError, check_fields, parse_rows
 
-SCHEMA = 1
+MAX_METRICS_BYTES = 2**30  # a thousand epochs of a network of a thousand layers have a fifth of it
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can be read only by setting it
 
@@ -184,26 +187,36 @@ class RunDir:
     # -- reading --
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """NAME.json, or {} if it is not written yet. Raises UserError if it is damaged."""
-        return read_json(self.path / f"{name}.json")
+        """NAME.json, or {} if it is not written yet. Raises UserError if it is damaged, or of a schema that is not known."""
+        return read_json(self.path / f"{name}.json", name)
+
+    def check_resumable(self) -> None:
+        """Raise UserError unless its files can be read, and say what training needs: a configuration and the network's cost."""
+        run, config = self.read_json("run"), self.read_json("config")
+        self.read_json("status")
+        cost = run.get("cost") or {}
+        missing = [f"run.json: cost.{name}" for name in ("macs", "params", "verified") if cost.get(name) is None]
+        missing += ["config.json"] * (not config)
+        if missing:
+            raise UserError(f"{self.path} is damaged (it lacks {missing[0]}); restore it, or delete it and train it again")
 
     def read_rows(self, start: int = 0) -> Iterator[dict[str, Any]]:
         """The metrics rows from byte `start`; a last line without a newline is still being written, and is left out."""
-        with contextlib.suppress(FileNotFoundError), open(self.path / "metrics.jsonl", "rb") as file:
-            file.seek(start)
-            for line in file:
-                if line.endswith(b"\n"):
-                    try:
-                        yield json.loads(line)
-                    except ValueError:
-                        raise UserError(f"{file.name} is damaged; restore it, or delete {self.path}") from None
+        file = self.path / "metrics.jsonl"
+        try:
+            lines = read_bytes(file, MAX_METRICS_BYTES, start=start).split(b"\n")[:-1]
+            yield from parse_rows(lines)
+        except MissingFileError:
+            return
+        except (UnreadableFileError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({_reason(error)}); restore it, or delete {self.path}") from None
 
     def read_outcome(self, metric: str, objectives: Sequence[str]) -> dict[str, Any]:
         """How the run ended: state, reason, value (of `metric`) and objectives; None for a metric that it does not have."""
         rows, status = list(self.read_rows()), self.read_json("status")
         known = {**self.read_json("run").get("cost", {}), **(rows[-1] if rows else {}), **self.read_json("summary")}
         objective_values = [known.get(name) for name in objectives]
-        outcome = {"state": status["state"], "value": known.get(metric), "reason": status.get("reason", "")}
+        outcome = {"state": status.get("state", "running"), "value": known.get(metric), "reason": status.get("reason", "")}
         return {**outcome, "objectives": objective_values}
 
     @property
@@ -213,22 +226,32 @@ class RunDir:
 
 def resolve_runs_dir(option: Path | None = None) -> Path:
     """--runs-dir, else CIFAR_RUNS, else ./runs."""
-    return Path(option or os.environ.get("CIFAR_RUNS") or "runs").resolve()
+    return Path(os.path.realpath(option or read_path("CIFAR_RUNS", "runs")))  # also of a link to itself
 
 
 def list_run_dirs(runs_dir: Path) -> list[RunDir]:
-    """Every run folder, oldest first."""
-    found = [RunDir(path.parent) for path in runs_dir.glob("*/run.json")]
-    return sorted(found, key=lambda run_dir: run_dir.path.joinpath("run.json").stat().st_mtime)
+    """Every run folder, oldest first. A folder whose run.json is a link to nothing counts as none."""
+    found = []
+    for path in list_folders(runs_dir):
+        with contextlib.suppress(OSError):
+            found.append(((path / "run.json").stat().st_mtime, path))
+    return [RunDir(path) for _, path in sorted(found)]
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """The folders in `folder`, sorted by name, without hidden ones; none where it cannot be read."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return sorted(Path(entry) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    return []
 
 
 def find_run_dir(name: str, runs_dir: Path) -> RunDir:
     """A run by its path, its id, a unique start of its id, or a unique name. Raises UserError."""
     check_name(name, "the run")
     path = Path(name)
-    if (path / "run.json").exists():
+    if is_regular_file(path / "run.json"):
         return RunDir(path.resolve())
-    if (runs_dir / name / "run.json").exists():
+    if is_regular_file(runs_dir / name / "run.json"):
         return RunDir(runs_dir / name)
     run_dirs = list_run_dirs(runs_dir)
     matches = [r for r in run_dirs if r.id.startswith(name)] or [r for r in run_dirs if r.name == name]
@@ -252,17 +275,30 @@ def generate_id() -> str:
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} if there is no file. Raises UserError if it is damaged."""
+def read_json(path: Path, kind: str = "") -> dict[str, Any]:
+    """A JSON object from a file, {} if there is no file. Raises UserError if it is damaged.
+
+    kind: the key of `records.FIELDS` by which its fields are checked.
+    """
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        value = parse_json(read_bytes(path))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        if kind == "run" and value.get("schema", SCHEMA) != SCHEMA:
+            raise UnknownSchemaError(
+                f"{path} has schema {shorten_repr(value['schema'])}, and this version reads schema {SCHEMA}; "
+                "a newer version wrote it: update cifar"
+            )
+        check_fields(kind, value)
+    except MissingFileError:
         return {}
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it, or delete {path.parent}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (not a JSON object); restore it, or delete {path.parent}")
+    except (UnreadableFileError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({_reason(error)}); restore it, or delete {path.parent}") from None
     return value
+
+
+def _reason(error: Exception) -> str:
+    return error.reason if isinstance(error, UnreadableFileError) else str(error)
 
 
 def write_atomic(path: Path, content: bytes, *, before_replacing: Callable[[], None] | None = None) -> None:

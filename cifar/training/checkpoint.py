@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
+from typing import Any
 
 import torch
 
+from cifar.config.schema import MAX_THREADS
 from cifar.errors import UserError
+from cifar.tracking.records import is_amount, is_count
 from cifar.tracking.run_dir import RunDir
 from cifar.training.trainer import Trainer
-
-CORRUPTION_ERRORS = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError)  # what reading a damaged checkpoint raises
+from cifar.training.weights import read_tensors
 
 
 def save_checkpoint(trainer: Trainer, run_dir: RunDir) -> None:
@@ -32,16 +32,29 @@ def resume_from_checkpoint(trainer: Trainer, run_dir: RunDir) -> None:
         run_dir.truncate_metrics(0)
         return
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not check the checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path)
+        _check_progress(state, trainer)
         trainer.load_state_dict(state)
-    except (*CORRUPTION_ERRORS, RuntimeError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        # torch's own message would advise to load the file without weights_only, which is unsafe
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path} is damaged, or no checkpoint of this run; delete it to start the run again") from error
     if run_dir.metrics_bytes() < state["metrics_bytes"]:
         raise UserError(f"{run_dir.path / 'metrics.jsonl'} is shorter than its checkpoint knows; restore it, or delete {path}")
     run_dir.truncate_metrics(state["metrics_bytes"])
-    for _ in run_dir.read_rows():  # raises for a damaged row now, and not after the last epoch
-        pass
+    rows = list(run_dir.read_rows())  # raises for a damaged row now, and not after the last epoch
+    if [row.get("epoch") for row in rows] != list(range(1, trainer.epoch)) or not all(row.keys() >= _NEEDED for row in rows):
+        raise UserError(f"{run_dir.path / 'metrics.jsonl'} lacks rows that its checkpoint knows; restore it, or delete {path}")
+
+
+_NEEDED = {"system/seconds", "system/images_per_second"}  # in every row, for the summary
+
+
+def _check_progress(state: dict[str, Any], trainer: Trainer) -> None:
+    """Raise ValueError where a checkpoint is at a place that the run does not have."""
+    limits = {"epoch": (1, trainer.config.epochs + 1), "batch": (0, trainer.steps_per_epoch), "threads": (1, MAX_THREADS)}
+    for name, (low, high) in limits.items():
+        if not is_count(state[name]) or not low <= state[name] <= high:
+            raise ValueError(f"{name} is {state[name]}")
+    if not is_count(state["metrics_bytes"]) or not is_amount(state["seconds"]):
+        raise ValueError("metrics_bytes or seconds")

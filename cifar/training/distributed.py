@@ -17,7 +17,6 @@ no GPU has to be waited for.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +28,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cifar.errors import UserError
+from cifar.system.variables import read_whole_number
 from cifar.tracking.run_dir import RunDir
 from cifar.training.step import EpochMeter
 
 T = TypeVar("T")
+MAX_RANKS = 65536
 RESUME_FILES = ("run.json", "config.json", "status.json", "metrics.jsonl", "checkpoint.pt")  # what resuming a run reads
 
 
@@ -185,10 +186,13 @@ SINGLE_PROCESS = DistributedContext()
 @contextlib.contextmanager
 def init_distributed() -> Iterator[DistributedContext]:
     """Join the processes that torchrun started; without torchrun, SINGLE_PROCESS. Raises UserError if they do not meet."""
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    world_size = read_whole_number("WORLD_SIZE", 1, low=1, high=MAX_RANKS)
     if world_size == 1:
         yield SINGLE_PROCESS
         return
+    for name in ("RANK", "LOCAL_RANK"):
+        read_whole_number(name, 0, low=0, high=world_size - 1)
+    read_whole_number("MASTER_PORT", 29500, low=1, high=65535)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
@@ -200,7 +204,7 @@ def init_distributed() -> Iterator[DistributedContext]:
         ) from error
     failed = True
     try:
-        yield DistributedContext(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK") or 0))
+        yield DistributedContext(dist.get_rank(), world_size, read_whole_number("LOCAL_RANK", 0, low=0, high=world_size - 1))
         failed = False
     finally:
         # Also after an error: the group's threads could abort the process at the interpreter's end and lose the exit code.

@@ -26,6 +26,7 @@ from cifar import data, flops, registry
 from cifar.config.resolve import format_run_name
 from cifar.config.schema import Settings
 from cifar.errors import DiskFullError, UserError
+from cifar.models.limits import limit_size
 from cifar.probes import weight_layers
 from cifar.states import pack_failure_reason
 from cifar.system import environment
@@ -33,6 +34,7 @@ from cifar.system.disk import is_disk_full_error
 from cifar.system.names import check_id, escape_controls
 from cifar.system.ownership import OwnershipError
 from cifar.system.redact import redact, reject_secrets
+from cifar.system.variables import read_variable
 from cifar.tracking.run_dir import RunDir, generate_id
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
 from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
@@ -78,7 +80,9 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
     about = metadata or RunMetadata()
     run_id = check_id(about.run_id, "the run's id") if about.run_id else generate_id()
     if (runs_dir / run_id / "run.json").exists():
-        return RunDir(runs_dir / run_id)
+        existing = RunDir(runs_dir / run_id)
+        existing.check_resumable()
+        return existing
     reject_secrets({**config.to_dict(), "the name": about.name, "a tag": list(about.tags)})
     cost = measure_cost(config)
     stand_in = config.dataset == "stand-in"
@@ -87,8 +91,8 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
         "group": about.sweep,
         "tags": [*map(escape_controls, about.tags), config.dataset, config.model]
         + ([] if cost.verified else ["macs unverified"]),
-        "project": about.project or os.environ.get("WANDB_PROJECT") or "cifar",
-        "entity": about.entity or os.environ.get("WANDB_ENTITY", ""),
+        "project": about.project or read_variable("WANDB_PROJECT", "cifar"),
+        "entity": about.entity or read_variable("WANDB_ENTITY"),
         "sweep": about.sweep,
         "engine": about.engine,
         "cell": about.cell,
@@ -126,7 +130,7 @@ def measure_network(entry: registry.Entry, arguments: Mapping[str, Any]) -> tupl
     Raises UserError with the network's name and file where its builder or its forward pass fails.
     """
     try:
-        with flops.keep_random_state():
+        with flops.keep_random_state(), limit_size(entry.name):
             model: nn.Module = entry.build(**arguments)
             flops.materialize_lazy_modules(model)
         return model, flops.measure_cost(model)

@@ -22,6 +22,7 @@ from cifar.data.augment import augment_fused, mix
 from cifar.data.loader import select_batch, wait_for_prefetch
 from cifar.errors import UserError
 from cifar.kernels.cpu_conv_pool import chunk_conv_pools
+from cifar.models.limits import limit_size
 from cifar.probes import ProbeRunner
 from cifar.training.compile import compile_once
 from cifar.training.cudagraph import GraphedCallable
@@ -123,7 +124,8 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         random.seed(config.seed)
-        model: Any = registry.models[config.model].build(**config.kwargs_for("model"))
+        with limit_size(config.model):
+            model: Any = registry.models[config.model].build(**config.kwargs_for("model"))
         model.to(self.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
         if hasattr(model, "init_from_data"):
             model.init_from_data(data.normalize(self.splits["train"][0][:5000], config.normalize))

@@ -14,7 +14,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # Layers, top to bottom (what the command line is made of comes last). A name is a module or a folder at the top of cifar/.
 LAYERS = [
     ["errors", "states"],
-    ["registry", "system", "flops", "kernels"],
+    ["system"],
+    ["registry", "flops", "kernels"],
     ["cost"],
     ["tracking"],
     ["config"],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar.states import FROM_WANDB
+from cifar.system.files import parse_json
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # as wandb writes them into JSON
 _INTEGER_KEYS = ("epoch", "step")  # may come as floats, because a parquet column has one type
@@ -37,7 +38,7 @@ def build_run_files(
 
 
 def _parse_object(text: Any) -> dict[str, Any]:
-    value = json.loads(text) if isinstance(text, str) else None
+    value = parse_json(text) if isinstance(text, str) else None
     return value if isinstance(value, dict) else {}
 
 

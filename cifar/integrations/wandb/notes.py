@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar.errors import UserError
+from cifar.system.files import MissingFileError, UnreadableFileError, parse_json, read_bytes
 from cifar.tracking.run_dir import write_atomic
 
 MAX_BYTES = 10_000_000  # these files are small
@@ -23,10 +24,9 @@ def read_notes(file: Path) -> dict[str, Any]:
     """The notes; {} if there is no file. Raises UserError if it cannot be read."""
     try:
         return _read_notes(file)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).replace("\n", " ")[:200]
+    except ValueError as error:
         raise UserError(
-            f"{file} is damaged ({reason}); restore it, or delete it: then this folder knows nothing any more of what was done "
+            f"{file} is damaged ({error}); restore it, or delete it: then this folder knows nothing any more of what was done "
             "on W&B, and asks W&B where it can"
         ) from None
 
@@ -35,21 +35,22 @@ def read_or_set_aside(file: Path) -> dict[str, Any]:
     """The notes; {} if there is no file, or if it is damaged. A damaged file is kept as NAME.damaged."""
     try:
         return _read_notes(file)
-    except (OSError, ValueError, RecursionError):
+    except ValueError:
         with contextlib.suppress(OSError):
             os.replace(file, file.with_name(f"{file.name}.damaged"))
         return {}
 
 
 def _read_notes(file: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is damaged."""
     try:
-        with open(file, "rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
+        notes = parse_json(read_bytes(file, MAX_BYTES))
+    except MissingFileError:
         return {}
-    if len(content) > MAX_BYTES:
-        raise ValueError("it is too large")
-    notes = json.loads(content)
+    except UnreadableFileError as error:
+        if isinstance(error.__context__, NotADirectoryError):
+            return {}
+        raise ValueError(error.reason) from None
     if not isinstance(notes, dict):
         raise ValueError("it holds no JSON object")
     return notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from cifar.integrations.wandb import convert
 from cifar.integrations.wandb.mirror import PREDICTIONS_FILE
 from cifar.integrations.wandb.run_file import read_records
 from cifar.system.disk import cache_folder
+from cifar.system.files import parse_json
 from cifar.system.names import is_id
 
 
@@ -34,8 +34,8 @@ def unpack_runs(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str,
                 if (saved := file.parent / "files" / PREDICTIONS_FILE).exists():
                     shutil.copy(saved, folder)
                 folders[run_id] = (len(rows), folder)
-        except (OSError, ValueError) as error:
-            damaged.append((run_id, run_id, f"{file}: {error}"))
+        except Exception as error:  # what a damaged file holds can be of any kind
+            damaged.append((run_id, run_id, f"{file}: {' '.join(str(error).split())[:200] or type(error).__name__}"))
     return [folder for _, folder in folders.values()], damaged
 
 
@@ -72,5 +72,5 @@ def _set_items(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:
         inside = values
         for key in outer:
             inside = inside.setdefault(key, {})
-        inside[last] = json.loads(item.value_json)
+        inside[last] = parse_json(item.value_json)
     return values

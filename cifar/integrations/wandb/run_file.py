@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cifar.system.files import UnreadableFileError, read_bytes
+
 HEADER_BYTES, BLOCK_BYTES = 7, 32768  # header: ":W&B", a magic number, a version; blocks: LevelDB's doc/log_format.md
+MAX_BYTES = 2**30
 FULL, FIRST, LAST = 1, 2, 4  # kinds of pieces of a record; 3 is one in the middle
 
 
@@ -18,7 +21,11 @@ def read_records(file: Path) -> Iterator[Any]:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
     from wandb.proto import wandb_internal_pb2 as protocol
 
-    for content in _read_payloads(file.read_bytes()):
+    try:
+        data = read_bytes(file, MAX_BYTES)
+    except UnreadableFileError as error:
+        raise OSError(error.reason) from None
+    for content in _read_payloads(data):
         try:
             yield protocol.Record.FromString(content)  # type: ignore[attr-defined, unused-ignore]
         except DecodeError as error:
@@ -49,7 +56,7 @@ def _read_payloads(data: bytes) -> Iterator[bytes]:
     """Yield the complete records as bytes. If the file is being written or was cut off, the last part is ignored."""
     if data[:4] != b":W&B":
         raise ValueError("it is no .wandb file")
-    offset, payload = HEADER_BYTES, b""
+    offset, pieces = HEADER_BYTES, list[bytes]()
     while offset + 7 <= len(data):
         block_left = BLOCK_BYTES - offset % BLOCK_BYTES
         if block_left < 7:  # the rest of a block that is too short for a piece's header is zeros
@@ -61,7 +68,9 @@ def _read_payloads(data: bytes) -> Iterator[bytes]:
             return
         if zlib.crc32(piece, zlib.crc32(bytes([kind]))) != checksum:
             raise ValueError(f"it is damaged at byte {offset}")
-        payload = piece if kind in (FULL, FIRST) else payload + piece
+        if kind in (FULL, FIRST):
+            pieces = []
+        pieces.append(piece)
         if kind in (FULL, LAST):
-            yield payload
+            yield b"".join(pieces)
         offset += 7 + length

@@ -5,13 +5,14 @@ from __future__ import annotations
 import configparser
 import contextlib
 import netrc
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from cifar.errors import UserError, did_you_mean
+from cifar.system.files import UnreadableFileError, is_regular_file, read_text
+from cifar.system.variables import read_path, read_variable
 
 Mode = Literal["online", "offline", "disabled"]
 MODES = ("auto", "online", "offline", "disabled")
@@ -33,7 +34,7 @@ def mode_from_environment(option: str = "auto") -> Mode:
         return "offline"
     if option == "online" and not find_credentials():
         raise UserError("--wandb online needs a W&B key: run `wandb login` or set WANDB_API_KEY, or use --wandb offline")
-    asked = (os.environ.get("WANDB_MODE") or _read_settings().get("mode", "")).lower() if option == "auto" else "online"
+    asked = (read_variable("WANDB_MODE") or _read_settings().get("mode", "")).lower() if option == "auto" else "online"
     if asked == "disabled":
         return "disabled"
     return "offline" if asked in ("offline", "dryrun") or not find_credentials() else "online"
@@ -42,13 +43,13 @@ def mode_from_environment(option: str = "auto") -> Mode:
 def find_credentials() -> str:
     """Where the key for the configured server is (a variable's name or a file's path), or "". Never the key itself."""
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        if os.environ.get(name):
+        if read_variable(name):
             return name
     settings = _read_settings()
     host = urlsplit(_configured_url(settings)).netloc
     home = Path("~").expanduser()
-    files = [Path(os.environ["NETRC"]).expanduser()] if os.environ.get("NETRC") else [home / ".netrc", home / "_netrc"]
-    for file in filter(Path.exists, files):
+    files = [read_path("NETRC", "")] if read_variable("NETRC") else [home / ".netrc", home / "_netrc"]
+    for file in filter(is_regular_file, files):
         with contextlib.suppress(netrc.NetrcParseError, OSError, UnicodeDecodeError):
             known = netrc.netrc(file)
             for name in DEFAULT_HOSTS if not host or host in DEFAULT_HOSTS else (host,):
@@ -64,17 +65,17 @@ def server_url() -> str:
 
 
 def _configured_url(settings: Mapping[str, str]) -> str:
-    return os.environ.get("WANDB_BASE_URL") or settings.get("base_url", "")
+    return read_variable("WANDB_BASE_URL") or settings.get("base_url", "")
 
 
 def _read_settings() -> dict[str, str]:
     """The settings that `wandb login`, `wandb offline` and `wandb init` wrote. This folder's file wins over the user's."""
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
-    local = Path(os.environ.get("WANDB_DIR") or ".")
+    folder = read_path("WANDB_CONFIG_DIR", "~/.config/wandb")
+    local = read_path("WANDB_DIR", ".")
     values: dict[str, str] = {}
     for path in (folder / "settings", local / "wandb" / "settings"):
         parser = configparser.ConfigParser(interpolation=None)
-        with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
-            parser.read(path)
+        with contextlib.suppress(configparser.Error, UnreadableFileError):
+            parser.read_string(read_text(path))
             values.update(parser["default"] if parser.has_section("default") else {})
     return values

@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,10 @@ from cifar.integrations.wandb.notes import read_notes, write_notes
 from cifar.integrations.wandb.paths import WandbPath
 from cifar.states import ENDED_STATES
 from cifar.sweeps import spec
+from cifar.sweeps.folder import read_sweep_info, read_sweep_text
+from cifar.system.files import shorten_repr
 from cifar.system.ownership import find_owner
+from cifar.system.variables import read_variable
 from cifar.tracking.run_dir import RunDir
 
 PATIENCE_SECONDS = 60.0  # how long to wait for the rows of a run to arrive
@@ -55,8 +56,7 @@ def push_sweep(
     on_message: Callable[[str], None] = print,
 ) -> PushResult:
     """Send the sweep in `folder` and its runs. Raises UserError if W&B cannot be used, or if no run has ended yet."""
-    text = (folder / "sweep.yaml").read_text(encoding="utf-8")
-    info = json.loads((folder / "sweep.json").read_text())
+    text, info = read_sweep_text(folder), read_sweep_info(folder)
     sweep = spec.parse_sweep(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", info["name"])
     ended = [run_dir for run_dir in run_dirs if run_dir.state in ENDED_STATES and not find_owner(run_dir.path)]
     ended_ids = {run_dir.id for run_dir in ended}
@@ -66,10 +66,10 @@ def push_sweep(
     api = connect_to_api()
     entity = entity or sweep.entity or str(api.settings["entity"] or api.default_entity)
     project = (
-        project or sweep.project or os.environ.get("WANDB_PROJECT") or str(ended[0].read_json("run").get("project") or "cifar")
+        project or sweep.project or read_variable("WANDB_PROJECT") or str(ended[0].read_json("run").get("project") or "cifar")
     )
     server = str(api.settings["base_url"])
-    notes = read_notes(folder / NOTES_FILE)
+    notes = _read_push_notes(folder)
     done = notes.setdefault(f"{server}/{entity}/{project}", {"sweep": "", "runs": {}})
     target = {"server": server, "entity": entity, "project": project, "group": folder.name}
     if done["sweep"]:
@@ -213,11 +213,24 @@ def _create_sweep(text: str, entity: str, project: str, run_ids: Sequence[str]) 
             raise UserError(f"W&B made no sweep ({error}); the runs are there, push again to go on") from None
 
 
+def _read_push_notes(folder: Path) -> dict[str, Any]:
+    """push.json: "server/entity/project" -> {"sweep": id, "runs": {run id: time}}. Raises UserError for anything else."""
+    notes = read_notes(folder / NOTES_FILE)
+    for target, done in notes.items():
+        is_right = isinstance(done, dict) and isinstance(done.get("sweep"), str) and isinstance(done.get("runs"), dict)
+        if target.count("/") < 2 or not is_right:
+            raise UserError(
+                f"{folder / NOTES_FILE} is damaged ({shorten_repr(target)}); restore it, or delete it: W&B is asked then"
+            )
+    return notes
+
+
 def find_pushed_sweep(folder: Path) -> WandbPath | None:
     """The place on W&B of a sweep of this runs folder: it was created there or sent there. None if it is not on W&B."""
-    if notes := read_notes(folder / backend.NOTES_FILE):
+    notes = read_notes(folder / backend.NOTES_FILE)
+    if all(isinstance(notes.get(name), str) for name in ("entity", "project", "id")):
         return WandbPath(notes["entity"], notes["project"], notes["id"], "sweep")
-    for target, done in reversed(read_notes(folder / NOTES_FILE).items()):
+    for target, done in reversed(_read_push_notes(folder).items()):
         if done["sweep"]:
             _, entity, project = target.rsplit("/", 2)
             return WandbPath(entity, project, done["sweep"], "sweep")

@@ -144,5 +144,5 @@ def test_whole_numbers_are_read_as_people_write_them() -> None:
         "b": "1:30",
         "c": -7,
         "d": 0,
-        "e": "0x10",
+        "e": 16,
     }

@@ -1,0 +1,45 @@
+"""Reading the files of tensors that runs leave: weights.pt and checkpoint.pt. No code of theirs is ever run."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cifar.errors import UserError
+from cifar.system.files import MIB, open_file
+
+MAX_TENSOR_BYTES = 2**37  # 128 GiB: of a whole file
+MAX_PICKLE_BYTES = 4 * MIB  # of the list of tensors and the plain values in it
+
+
+def read_tensors(path: Path) -> Any:
+    """What `torch.save` wrote. Raises UnreadableFileError, and all kinds of errors for a damaged or hostile file.
+
+    The archive's checksums are checked, which torch.load does not do. A compressed archive is refused: torch writes tensors as
+    they are, and what is compressed could fill the memory.
+    """
+    with open_file(path, MAX_TENSOR_BYTES) as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile("it is compressed")
+            if member.filename.endswith(".pkl") and member.file_size > MAX_PICKLE_BYTES:
+                raise zipfile.BadZipFile("its list of tensors is too long")
+        if archive.testzip():
+            raise zipfile.BadZipFile("a checksum is wrong")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a finished run's weights.pt into its network. Raises UserError if it is damaged, or of another network."""
+    try:
+        model.load_state_dict(read_tensors(path))
+    except Exception as error:  # a damaged file can raise anything; torch's own text would advise to load it unsafely
+        raise UserError(
+            f"{path} is damaged, or does not hold the weights of this run's network; restore it, or train the run again: "
+            f"python -m cifar train --from {path.parent.name}"
+        ) from error
