@@ -8,18 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cifar.agent.dashboard import describe_counts
 from cifar.tracking.run_dir import RunDir
 from helpers.agent_processes import create_sweep, list_epochs_of_cell, start_agent
 from helpers.local_sweeps import claim_trial
 from helpers.processes import wait_for_exit, wait_until
-
-
-def test_counts_in_words() -> None:
-    counts = {"waiting": 3, "running": 1, "finished": 2, "failed": 1, "diverged": 1, "pruned": 4}
-    assert describe_counts(counts) == (
-        "3 waiting, 1 running elsewhere, 2 finished, 1 failed, 1 diverged, 4 pruned by early termination"
-    )
 
 
 @pytest.mark.slow
