@@ -25,6 +25,7 @@ from cifar.cli.console import (
 from cifar.cli.options import Json, RunsDir, Split
 from cifar.errors import UserError
 from cifar.states import ENDED_STATES
+from cifar.system.names import is_id
 from cifar.system.ownership import find_owner
 from cifar.system.terminal import Column
 from cifar.tracking import run_dir
@@ -190,7 +191,7 @@ def push(
     sweep_id = local.find_sweep_id(name, runs)
     folder = runs / "sweeps" / sweep_id
     records = _list_readable(runs, sweep_id)
-    if not (folder / "sweep.json").exists():
+    if not is_id(sweep_id) or not (folder / "sweep.json").exists():  # else it is a run, by its path perhaps
         records = records or [run_dir.find_run_dir(name, runs)]
         ended = [record for record in records if record.state in ENDED_STATES]
         if len(records) == 1 and (owner := find_owner(records[0].path)):
