@@ -10,7 +10,6 @@ import errno
 import os
 import signal
 import sys
-import traceback
 from typing import Annotated, Any
 
 import typer
@@ -155,6 +154,8 @@ def run() -> None:
     try:
         code = main()
     except Exception:
+        import traceback
+
         sys.stderr.write(escape_controls(redact(traceback.format_exc()), keeps_lines=True))
         code = 1
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from cifar.errors import UserError
@@ -14,8 +15,6 @@ RESERVED_IDS = ("sweeps", "report", "report-test")  # folders of ours beside the
 _UNSAFE_CLASS = (
     "\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff\\ufff9-\\ufffb"
 )
-_UNSAFE = re.compile(f"[{_UNSAFE_CLASS}]")
-_UNSAFE_IN_LINES = re.compile(f"(?![\\n\\t])[{_UNSAFE_CLASS}]")
 
 
 def escape_controls(text: str, *, keeps_lines: bool = False) -> str:
@@ -25,7 +24,12 @@ def escape_controls(text: str, *, keeps_lines: bool = False) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return (_UNSAFE_IN_LINES if keeps_lines else _UNSAFE).sub(_write_out, text)
+    return _compile_unsafe(keeps_lines).sub(_write_out, text)
+
+
+@functools.cache
+def _compile_unsafe(keeps_lines: bool) -> re.Pattern[str]:
+    return re.compile(f"(?![\\n\\t])[{_UNSAFE_CLASS}]" if keeps_lines else f"[{_UNSAFE_CLASS}]")
 
 
 def _write_out(match: re.Match[str]) -> str:
@@ -36,7 +40,7 @@ def _write_out(match: re.Match[str]) -> str:
 
 def escape_in_json(text: str) -> str:
     """A JSON text whose unsafe characters are escapes of JSON (`\\u009b`). Its values are the same."""
-    return _UNSAFE_IN_LINES.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return _compile_unsafe(True).sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def is_id(text: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import binascii
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 from cifar.errors import UserError
+from cifar.states import RUN_STATES
 
 MASK = "***"
 MIN_SECRET_LENGTH = 8
@@ -49,14 +51,16 @@ _PLURALS = frozenset(("COOKIES", "KEYS", "PASSWORDS", "SECRETS", "TOKENS", "WEBH
 _PASSWORD_WORDS = ("PASS", "PASSPHRASE", "PASSWD", "PASSWORD", "PSK", "PW", "PWD", "SECRET")
 # The last word of a name that is about a secret and does not hold it: GIT_CREDENTIAL_HELPER, TOKEN_LIMIT.
 _ABOUT_WORDS = frozenset((
-    "ALGORITHM", "ALGO", "BACKEND", "COUNT", "DIR", "DIRECTORY", "ENABLED", "EXPIRY", "FILE", "FOLDER", "FORMAT", "HELPER",
-    "HOST", "HOSTS", "LAYOUT", "LENGTH", "LEVEL", "LIMIT", "METHOD", "MODE", "NAME", "PARALLELISM", "PATH", "POLICY",
-    "PORT", "PREFIX", "PROVIDER", "REGION", "SCOPE", "SECONDS", "SIZE", "SOCK", "SOCKET", "TIMEOUT", "TTL", "TYPE", "URI",
-    "URL", "USER", "USERNAME", "VERSION",
+    "ADDR", "ADDRESS", "ALGO", "ALGORITHM", "AUDIENCE", "BACKEND", "COUNT", "DIR", "DIRECTORY", "DOMAIN", "ENABLED",
+    "ENDPOINT", "EXPIRY", "FILE", "FOLDER", "FORMAT", "HELPER", "HOST", "HOSTS", "ISSUER", "LAYOUT", "LENGTH", "LEVEL",
+    "LIMIT", "METHOD", "MODE", "NAME", "PARALLELISM", "PATH", "POLICY", "PORT", "PREFIX", "PROTO", "PROVIDER", "REALM",
+    "REGION", "SCOPE", "SECONDS", "SERVER", "SERVICE", "SIZE", "SOCK", "SOCKET", "TCP", "TIMEOUT", "TTL", "TYPE", "UDP",
+    "URI", "URL", "USER", "USERNAME", "VERSION",
 ))  # fmt: skip
+# Words that no mask protects, and that records are made of: with a state masked, a run could not be read.
 _ORDINARY_VALUES = frozenset((
-    "anonymous", "credential", "credentials", "disabled", "kerberos", "negotiate", "optional", "password", "plaintext",
-    "publickey", "required",
+    *RUN_STATES, "anonymous", "credential", "credentials", "disabled", "kerberos", "maximize", "minimize", "negotiate",
+    "optional", "password", "plaintext", "publickey", "required", "stand-in",
 ))  # fmt: skip
 
 
@@ -201,7 +205,8 @@ def find_secrets(environment: Mapping[str, str]) -> dict[str, str]:
                 if not _is_ordinary_value(name, piece):
                     found.setdefault(piece, name)
     for file, pattern in _key_files(environment):
-        for match in re.finditer(pattern, _read_small_file(file), re.MULTILINE):
+        text = _read_small_file(file)
+        for match in re.finditer(pattern, text, re.MULTILINE) if text else ():
             key = match[1].strip("\"'")
             if len(key) >= MIN_SECRET_LENGTH:
                 found.setdefault(key, str(file))
@@ -216,9 +221,10 @@ def _find_in_text(value: str) -> Iterator[str]:
         rf"(?i)[?&;]{_SECRET_PARAMETER}=([^&\s;#]+)",
         r"(?i)\b(?:password|passwd|pwd|accountkey|sharedaccesskey)\s?=\s?'?([^\s;'&]+)",
     )
-    if "://" not in value and "=" not in value:
-        return
-    for pattern in patterns:
+    has_url, lowered = "://" in value and "@" in value, value.lower()
+    has_query = "=" in value and any(mark in value for mark in "?&;")
+    has_pairs = "=" in value and any(word in lowered for word in ("password", "passwd", "pwd", "accesskey", "accountkey"))
+    for pattern in itertools.compress(patterns, (has_url, has_url, has_query, has_pairs)):
         for match in _compile(pattern).finditer(value):
             for password in {match[1], unquote(match[1])}:
                 if len(password) >= MIN_SECRET_LENGTH:
@@ -400,12 +406,17 @@ def _mask(redactor: _Redactor, value: Any, mask_keys: bool) -> Any:
             key for key, inner in value.items() if mask_keys and isinstance(inner, str) and inner and is_secret_name(str(key))
         }
         return {
-            redactor.redact(str(key)): MASK if key in secret else _mask(redactor, inner, mask_keys)
+            _mask_key(redactor, str(key)): MASK if key in secret else _mask(redactor, inner, mask_keys)
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
         return [_mask(redactor, inner, mask_keys) for inner in value]
     return value
+
+
+def _mask_key(redactor: _Redactor, key: str) -> str:
+    """A name in a document. Names of ours stay, or nothing could be read back."""
+    return key if re.fullmatch("[a-z_]{1,30}", key) else redactor.redact(key)
 
 
 # -- secrets where they are not taken ----------------------------------------------------------------------------------

@@ -242,6 +242,13 @@ def test_a_variable_set_later_counts_and_one_removed_stays_secret(monkeypatch: p
     assert redact("late-secret-1") == "***"
 
 
+def test_a_record_can_be_read_whatever_a_password_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for n, word in enumerate(("finished", "stand-in", "interrupted", "batch_size")):
+        monkeypatch.setenv(f"PASSWORD_{n}", word)
+    document = {"state": "finished", "dataset": "stand-in", "batch_size": 64, "epochs": 3}
+    assert mask_secrets(document) == document
+
+
 def test_documents_keep_their_shape() -> None:
     document = {"a": [SECRET, 1, None, 0.5, True], SECRET: {"api_key": "abc", "lr": 0.1}}
     assert mask_secrets(document) == {"a": ["***", 1, None, 0.5, True], "***": {"api_key": "***", "lr": 0.1}}
