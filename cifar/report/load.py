@@ -18,7 +18,7 @@ from cifar.errors import UserError
 from cifar.report.formatting import pluralize
 from cifar.system.files import read_text
 from cifar.system.names import check_name, escape_controls
-from cifar.system.redact import mask_secrets
+from cifar.system.redact import mask_secrets, redact
 from cifar.tracking.records import UnknownSchemaError, is_text
 from cifar.tracking.run_dir import RunDir, find_run_dir, list_folders, list_run_dirs, read_json
 
@@ -278,7 +278,8 @@ def collect_runs(names: Sequence[str], runs: Path, progress: Callable[[int, int]
         title, question, num_cells = _describe_sweep(*sweeps[0])
         return RunCollection(loaded, excluded, sweeps[0][0], title, question, num_cells)
     if download and len(names) == 1:
-        return RunCollection(loaded, excluded, "", download.title, download.question, download.num_cells, names[0])
+        title, question = _clean(download.title), redact(download.question)
+        return RunCollection(loaded, excluded, "", title, question, download.num_cells, names[0])
     if len(loaded) == 1 and not excluded:
         title = loaded[0].name
     else:
@@ -375,5 +376,6 @@ def _describe_sweep(sweep: str, runs: Path) -> tuple[str, str, int]:
     info = _read_sweep_info(sweep, runs)
     text, name, num_cells = info.get("text", ""), info.get("name"), info.get("cells")
     comment = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())]
-    title = f"{name} ({sweep})" if name and name != sweep else sweep
-    return title, str(info.get("description") or "\n".join(comment)).strip(), num_cells if isinstance(num_cells, int) else 0
+    title = _clean(f"{name} ({sweep})" if name and name != sweep else sweep)
+    question = redact(str(info.get("description") or "\n".join(comment)).strip())
+    return title, question, num_cells if isinstance(num_cells, int) else 0

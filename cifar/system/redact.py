@@ -148,7 +148,7 @@ _FORMS = (
         "a password",
         ("password", "passwd", "pwd", "secret", "token", "key"),
         r"(?i)(\b(?:[\w-]{0,40}[_-])?(?:password|passwd|pwd|secret|api_?key|access_?key|accountkey|auth_?token|access_?token)"
-        r"[\"']?\s{0,3}[=:]\s{0,3}[\"']?)(?!\*\*\*)[^\s\"'&,;()\[\]{}<>]{8,}(?=[\s\"'&,;]|$)",
+        r"[\"']?\s{0,3}[=:]\s{0,3}[\"']?)(?!\*\*\*|[~.]?/)[^\s\"'&,;()\[\]{}<>]{8,}(?=[\s\"'&,;]|$)",
         rf"\1{MASK}",
         is_refused=False,
     ),

@@ -158,12 +158,12 @@ class Plant:
 
     def write(self, text: str) -> str:
         """A sweep file, which is deleted before the search."""
-        file = self.folder / "repo" / f"sweep-{len(self.printed)}.yaml"
+        file = self.folder / "repo" / f"sweep-{len(list((self.folder / 'repo').iterdir()))}.yaml"
         file.write_text(text)
         return str(file)
 
-    def find_leaks(self) -> list[str]:
-        """Where a secret is found, in any of the forms that a reader could take it from."""
+    def read_all(self) -> dict[str, bytes]:
+        """All that was printed, written and sent, by where it is. What the secrets were planted in is deleted before."""
         for file in (self.folder / "repo").glob("*.yaml"):
             file.unlink()
         (self.folder / "home" / ".netrc").unlink()
@@ -176,6 +176,10 @@ class Plant:
             texts[f"request {n} {request.name}"] = request.path.encode() + b"\n" + body
         for run in self.server.runs.values():
             texts |= {f"file {name} of {run.id} on the server": bytes(content) for name, content in run.files.items()}
+        return texts
+
+    def find_leaks(self, texts: dict[str, bytes]) -> list[str]:
+        """Where a secret is found, in any of the forms that a reader could take it from."""
         return [
             f"{what}, as {form[:6].decode(errors='replace')}..., in {where}"
             for what, secret in self.hidden.items()
@@ -236,4 +240,8 @@ def test_planted_secrets_are_found_nowhere(wandb_server: Server, tmp_path: Path)
     assert "RuntimeError" in said and "***" in said
     assert sorted((tmp_path / "runs").iterdir()) == runs_before
     assert sum("***" in text for text in plant.printed.values()) > 10  # the plug-in has spoken
-    assert not (leaks := plant.find_leaks()), "\n".join(leaks[:40])
+    texts = plant.read_all()
+    seen = " ".join(where for where, text in texts.items() if b"401: ***" in text)
+    for place in ("printed by", "traceback.txt", ".log", "study.db", "status.json", "request", ".wandb"):
+        assert place in seen, f"{place}: the message with the secrets has not come here, so this shows nothing"
+    assert not (leaks := plant.find_leaks(texts)), "\n".join(leaks[:40])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,28 @@ def test_a_whole_run_arrives(tmp_path: Path) -> None:
     assert (wandb_files(record)[0].parent / "files" / path).read_bytes() == picture.read_bytes()
     assert seen.history[-1]["pictures/gradient_flow._type"] == "image-file"  # in the last epoch's row, not in one of its own
     assert seen.exit_code == 0
+
+
+def test_secrets_and_controls_of_an_old_record_do_not_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an earlier version wrote it, word for word."""
+    secret, hostile = "correct-horse-battery", "a\x1b[31mred\u202eb"
+    record = make_record(tmp_path, "older001", epochs=1)
+    record.append_row(row(1))
+    end_record(record, "failed")
+    for name, changes in {
+        "run": {"name": f"{hostile} {secret}", "tags": [hostile, secret], "command": f"python {secret}"},
+        "config": {"note": f"https://me:{secret}@host"},
+        "status": {"reason": f"401 for {secret}"},
+        "environment": {"git": {"remote": secret}},
+    }.items():
+        (record.path / f"{name}.json").write_text(json.dumps({**record.read_json(name), **changes}))
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    assert Mirror(record, "offline").finish()
+    for path in record.path.glob("wandb/**/*"):
+        assert path.is_dir() or secret.encode() not in path.read_bytes(), path
+    seen = inspect_only(record)
+    assert seen.run["display_name"] == "a\\x1b[31mred\\u202eb ***" and seen.run["tags"] == ["a\\x1b[31mred\\u202eb", "***"]
+    assert seen.config["note"] == "https://me:***@host" and "401 for ***" in seen.summary["cifar"]
 
 
 def test_repeating_it_does_nothing(tmp_path: Path) -> None:

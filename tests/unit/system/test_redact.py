@@ -220,6 +220,7 @@ def test_what_has_the_form_of_a_secret_is_masked(text: str, redacted: str) -> No
         "password=os.environ['DB_PASSWORD'], token=make_token(x)",
         "sqlite:////tmp/study.db",
         "the secret is short; key = 3",
+        "PATH=/opt/secret:/usr/local/bin password: ~/.netrc",
         "task-abcdefghijklmnopqrstuvwxyz",
         "model=resnet20 lr=0.1 token_mode=cls",
     ],
