@@ -42,7 +42,7 @@ from cifar.cli.options import (
 )
 from cifar.errors import UserError, did_you_mean
 from cifar.system.durations import format_duration, parse_duration
-from cifar.system.names import check_id
+from cifar.system.names import check_id, check_name
 from cifar.system.terminal import Column, Short
 from cifar.system.variables import read_variable, read_whole_number
 from cifar.tracking import run_dir
@@ -142,6 +142,7 @@ def agent(
     options = AgentOptions(count, workers, gpus, per_gpu, pack, _parse_time_limit(time_limit), storage or "", wandb)
     _check_agent_options(options)
     _refuse_torchrun()
+    check_name(sweep_id, "the sweep")
     return _run_agent(sweep_id, options, PathOptions(data_dir, runs_dir))
 
 
