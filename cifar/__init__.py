@@ -42,24 +42,16 @@ def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
 
     It takes images (B, 3, 32, 32) normalised as the run's `normalize` says: `cifar.data.normalize(uint8, kind)`.
     """
-    from cifar import registry
-    from cifar.config.resolve import resolve_config
-    from cifar.errors import UserError
-    from cifar.models.limits import limit_size
+    import warnings
+
     from cifar.tracking import run_dir
-    from cifar.training.weights import load_weights
+    from cifar.training.recorded import describe_changes, load_model
 
     found = run_dir.find_run_dir(str(run), run_dir.resolve_runs_dir(Path(runs_dir) if runs_dir else None))
-    weights = found.path / "weights.pt"
-    if not weights.exists():
-        raise UserError(
-            f"run {found.id} has no weights, it is {found.state}; go on with `python -m cifar train --resume {found.id}`"
-        )
-    settings = resolve_config(found.read_json("config"))
-    with limit_size(settings.model):
-        model: nn.Module = registry.models[settings.model].build(**settings.kwargs_for("model"))
-    load_weights(model, weights)
-    return model.eval()
+    model = load_model(found).eval()
+    for change in describe_changes(found, ("model",)):
+        warnings.warn(f"{change}: this is the network as the file has it now", stacklevel=2)
+    return model
 
 
 def runs(*names: str, runs_dir: str | Path | None = None) -> Table:

@@ -19,6 +19,10 @@ class UserError(Exception):
         return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 600]} … {text[-500:]}"
 
 
+class PartError(UserError):
+    """A part of a run, such as a plug-in's network, cannot be trained. Other runs can be."""
+
+
 class DiskFullError(UserError):
     """No space is left on the disk. The run can go on once there is some."""
 

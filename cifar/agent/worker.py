@@ -106,23 +106,25 @@ class Worker:
 
     def _describe_failure(self, trial: dict[str, Any], error: Exception, pack_size: int) -> dict[str, Any]:
         """The content of the event "ended" of a trial whose training has raised an error."""
-        from cifar.errors import UserError
+        from cifar.errors import PartError, UserError
         from cifar.states import pack_failure_reason
         from cifar.system.disk import is_caused_by_full_disk
         from cifar.system.ownership import OwnershipError
+        from cifar.system.user_code import describe_failure
         from cifar.training.run import describe_out_of_memory
 
         if is_caused_by_full_disk(error):
             return {"state": "interrupted", "reason": "no space left on the disk", "full": True}
         if isinstance(error, OwnershipError):
             return _describe_ownership(trial, error)
-        if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+        is_of_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
+        if is_of_machine or (isinstance(error, UserError) and not isinstance(error, PartError)):
             # Every value was checked before, so it is the machine that is at fault: the agent starts no more trials ("halt").
             return {"state": "interrupted", "reason": str(error), "halt": True}
         traceback_path = Path(trial["runs"]) / trial["run_id"] / "traceback.txt"
         memory = describe_out_of_memory(error, self.settings) if self.settings else ""
         cause = "memory" if memory else "device" if str(error).startswith("CUDA error") else ""
-        reason = memory or f"{type(error).__name__}: {error}"
+        reason = memory or (str(error) if isinstance(error, PartError) else describe_failure(error))
         if pack_size > 1:  # which of them is at fault shows when each is trained alone
             return {"state": "interrupted", "reason": pack_failure_reason(reason, pack_size), "apart": pack_size}
         return {

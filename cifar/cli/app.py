@@ -16,6 +16,7 @@ import typer
 
 from cifar.cli import inspect, maintenance, report, sweep, train
 from cifar.errors import UserError, name_program, program_name
+from cifar.system import user_code
 from cifar.system.files import check_text
 from cifar.system.names import escape_controls
 from cifar.system.redact import redact
@@ -68,7 +69,8 @@ COMPLETION_OPTIONS = {"--install-completion", "--show-completion"}
 def main(arguments: list[str] | None = None) -> int:
     """Run a command -> its exit code: 2 with one sentence for bad input, 130 after Ctrl-C. Bugs keep their traceback.
 
-    What is printed meanwhile has no secrets (`cifar.system.redact`).
+    Of an error in a plug-in the user's own lines are shown, and 1 is returned. What is printed meanwhile has no secrets
+    (`cifar.system.redact`).
     """
     with redact_output():
         return _run_command(sys.argv[1:] if arguments is None else arguments)
@@ -97,7 +99,10 @@ def _run_command(arguments: list[str]) -> int:
     except Exception as error:
         message = getattr(error, "format_message", None)  # Typer's own usage errors; their class is private
         if message is None:
-            raise
+            if not user_code.is_plugin_error(error):
+                raise
+            print(escape_controls(redact(user_code.format_folded(error)), keeps_lines=True), file=sys.stderr)
+            return 1
         name = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
         return _print_error(f"{message().rstrip('.')}; see `python -m cifar {name}--help`")
     if code in _SIGNAL_ENDS:

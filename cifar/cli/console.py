@@ -88,6 +88,12 @@ def warn_of_stand_in(text: str = STAND_IN_WARNING) -> None:
     console.print(f" {text} ", style="bold black on yellow", markup=False, soft_wrap=not console.is_terminal)
 
 
+def warn(text: str) -> None:
+    """Print a warning to stderr: stdout may be read by a program."""
+    if not console.quiet:
+        print(f"warning: {name_program(text)}", file=sys.stderr)
+
+
 def set_quiet(quiet: bool) -> None:
     """Print nothing more in this process but errors: of several ranks, only one prints."""
     console.quiet = quiet

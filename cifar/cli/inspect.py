@@ -18,6 +18,7 @@ from cifar.cli.console import (
     print_table,
     redirect_messages,
     spinner,
+    warn,
     warn_of_stand_in,
 )
 from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs
@@ -207,7 +208,10 @@ def _profile_layers(config: Settings, *, as_json: bool) -> int:
     with redirect_messages(as_json), spinner("counting ..."):
         from cifar.training import run
 
+        notes = run.check_plugins(config)
         cost = run.measure_cost(config)
+    for note in notes:
+        warn(note)
     if as_json:
         layers = [
             {
@@ -257,8 +261,11 @@ def _profile_time(config: Settings, steps: int, together: int, data_dir: Path | 
         with spinner("importing PyTorch ..."):
             from cifar import data
             from cifar.training import step_profiler
+            from cifar.training.run import check_plugins
         has_cifar10 = config.dataset != "stand-in" and data.find_cifar10(data_dir) is not None
         config = config.model_copy(update={"dataset": "cifar10" if has_cifar10 else "stand-in"})
+        for note in check_plugins(config):
+            warn(note)
         with spinner("timing ..."):
             configs = [config.model_copy(update={"seed": config.seed + index}) for index in range(together)]
             times = step_profiler.profile_steps(configs, data_dir, steps=steps)

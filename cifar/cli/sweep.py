@@ -179,6 +179,7 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
     from cifar.config.resolve import parse_pairs
     from cifar.integrations.wandb.settings import mode_from_environment
     from cifar.sweeps import idle_settings, spec
+    from cifar.sweeps.trial_checks import check_trials
 
     runs = paths.resolve_runs_dir()
     has_storage = bool(agent_options.storage or read_variable("CIFAR_STORAGE"))
@@ -193,6 +194,7 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
             trials = spec.bind_trials(parsed, fixed, options.seed, count)
             fixed["dataset"] = trials[0][1].dataset
             notes = idle_settings.find_idle_settings(parsed, trials, fixed=fixed, count=count, is_hosted=is_hosted)
+            notes += check_trials([config for _, config in trials], on_gpu=options.dry_run)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     if options.dry_run:

@@ -18,6 +18,7 @@ from cifar.cli.console import (
     print_table,
     set_quiet,
     spinner,
+    warn,
     warn_of_stand_in,
 )
 from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs, RunsDir, Split, Wandb, refuse_empty
@@ -105,19 +106,19 @@ def evaluate(
     runs_dir: RunsDir = None,
 ) -> int:
     """Score a finished run's weights again; its record stays as it is."""
-    import cifar
-    from cifar.config.resolve import resolve_config
-
     record = run_dir.find_run_dir(run, run_dir.resolve_runs_dir(runs_dir))
-    settings = resolve_config(record.read_json("config"))
+    with spinner("importing PyTorch ..."):
+        from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
+        from cifar.training.recorded import describe_changes, evaluation_settings, load_model
+        from cifar.training.trainer import Trainer
+    settings = evaluation_settings(record)
     if split == "val" and not settings.val_size:
         raise UserError(
             f"run {record.id} was trained on all images (val_size 0), so it has no validation split; add --split test"
         )
-    with spinner("importing PyTorch ..."):
-        model = cifar.load(record.path)
-        from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
-        from cifar.training.trainer import Trainer
+    model = load_model(record)
+    for change in describe_changes(record, ("model",)):
+        warn(f"{change}: this is the score of the network as the file has it now")
     prepare_data(settings, data_dir)
     with spinner(f"scoring {split} ..."):
         trainer = Trainer(settings, data_dir)
@@ -191,9 +192,12 @@ def gather_layers(
 
 def _keep_valid_keys(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The old run's values without the keys of parts that `changes` replace: `--from RUN optimizer=sgd` drops Adam's."""
-    from cifar.config.resolve import resolve_config
+    from cifar.config.resolve import keep_present_probes, resolve_config
 
     values = {**old, **changes}
+    if "probes" not in changes:
+        old = {**old, "probes": keep_present_probes(str(old.get("probes", "all")))[0]}
+        values = {**old, **changes}
     parts: dict[str, Any] = {kind: values[kind] for kind in ("model", "optimizer", "schedule", "probes") if kind in values}
     valid = type(resolve_config(parts)).model_fields
     return {key: value for key, value in old.items() if key in valid}
@@ -217,6 +221,12 @@ def _print_config(layers: Layers, *, with_cost: bool, as_json: bool = False) -> 
     """
     from cifar.config.resolve import explain_config, resolve_config
 
+    notes: Sequence[str] = ()
+    if with_cost:
+        with spinner("trying a step ..."):
+            from cifar.training import run
+
+            notes = run.check_plugins(resolve_config(*(values for _, values in layers)))
     rows = [(key, value, _shorten_path(origin), name_program(text)) for key, value, origin, text in explain_config(layers)]
     if as_json:
         print_json(
@@ -246,6 +256,8 @@ def _print_config(layers: Layers, *, with_cost: bool, as_json: bool = False) -> 
 
             settings = resolve_config(*(values for _, values in layers))
             cost = run.measure_cost(settings)
+        for note in notes:
+            echo(f"note: {note}")
         num_images = settings.images_per_epoch * settings.epochs
         pmacs = 3 * cost.macs * num_images / 1e15  # the backward pass costs twice the forward pass
         echo(f"\n{format_cost(cost)}; {pmacs:.3g} PMACs to train on {num_images:,} images")
@@ -287,6 +299,7 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
         if reason:
             echo(f"dataset: {reason}")
         context.validate_config(settings.to_dict())
+        run.check_plugins(settings)  # on every rank, as a network may talk to the others
         prepare_data(settings, paths.data_dir)
         record = context.rank_zero_call(lambda: _create_run_dir(settings, runs, swept, name, tags))
         try:
@@ -309,17 +322,21 @@ def _create_run_dir(settings: Settings, runs: Path, swept: list[str], name: str,
 
 def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) -> int:
     """Go on with a run from its checkpoint."""
-    from cifar.config.resolve import resolve_config
+    from cifar.config.resolve import resolve_resumed
 
     with spinner("importing PyTorch ..."):
         from cifar.training.distributed import init_distributed
+        from cifar.training.recorded import add_notes, describe_changes
     with init_distributed() as context:
         set_quiet(context.rank > 0)
         record, values = context.rank_zero_call(
             lambda: _acquire_resumable(name, paths.resolve_runs_dir(), has_changes=has_changes)
         )
         try:
-            settings = resolve_config(values)
+            settings, notes = resolve_resumed(values)
+            notes += [f"{change}: the run goes on with the file as it is now" for change in describe_changes(record)]
+            if not context.rank:
+                add_notes(record, notes)
             context.validate_config(settings.to_dict())
             prepare_data(settings, paths.data_dir)
             return _train_run(settings, record, paths.data_dir, wandb, context)
@@ -373,6 +390,7 @@ def _train_run(settings: Settings, record: RunDir, data_dir: Path | None, wandb:
     from cifar.system.signals import StopSignals
     from cifar.training import callbacks, run
     from cifar.training.loop import RunHooks
+    from cifar.training.recorded import read_notes
 
     is_in_sweep = context.rank_zero_call(lambda: bool(record.read_json("run").get("sweep")))
     started_by_wandb = is_in_sweep and read_variable("WANDB_SWEEP_ID") != ""
@@ -388,6 +406,8 @@ def _train_run(settings: Settings, record: RunDir, data_dir: Path | None, wandb:
     echo(f"run {record.id}: {record.name}, {cost['macs'] / 1e6:.2f} MMACs, {cost['params']:,} parameters")
     if not cost["verified"]:
         echo(f"MACs UNVERIFIED: {cost.get('note', '')}")
+    for note in read_notes(record):
+        echo(f"note: {note}")
     callback = callbacks.ProgressBarCallback() if sys.stdout.isatty() else callbacks.LineCallback()
     mode, is_complete = mode_from_environment(wandb), True
     sidecar = SidecarHandle(mode, log=record.path / "mirror.log")

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, PydanticUserError, TypeAdapter, ValidationError, create_model
+from pydantic_core import PydanticSerializationError
 
 from cifar import registry
 from cifar.config.schema import PART_REGISTRIES, Settings
@@ -35,6 +36,48 @@ def resolve_config(*layers: Mapping[str, Any]) -> Settings:
     schema = _build_schema(
         *(entry.name for entry in entries[:3]), values.get("probes", Settings.model_fields["probes"].default)
     )
+    return _validate(schema, values)
+
+
+def resolve_for_evaluation(values: Mapping[str, Any]) -> Settings:
+    """The configuration of a recorded run, as far as its network and its images need it.
+
+    The optimizer, the schedule and the probes are the defaults, or none: those of the run may be plug-ins that are gone.
+    """
+    entry = registry.models[str(values.get("model", Settings.model_fields["model"].default))]
+    unneeded = {"experiment", "optimizer", "schedule", "probes"}
+    kept = {key: value for key, value in values.items() if key in {*Settings.model_fields, *entry.keys} - unneeded}
+    default = {kind: Settings.model_fields[kind].default for kind in ("optimizer", "schedule")}
+    schema = _build_schema(entry.name, default["optimizer"], default["schedule"], "none")
+    return _validate(schema, {**kept, "probes": "none"})
+
+
+def resolve_resumed(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """The configuration of a recorded run that goes on, and sentences about what is not here any more.
+
+    Probes may be gone, and keys of parts: a probe changes nothing in a training.
+    """
+    kept = dict(values)
+    kept["probes"], gone = keep_present_probes(str(kept.get("probes", "all")))
+    notes = [f"the run's probe '{name}' is not here any more; the run goes on without what it measures" for name in gone]
+    entries = _select_entries(kept)
+    taken = {*Settings.model_fields, *collect_keys(entries)}
+    if unknown := [key for key in kept if key not in taken]:
+        notes.append(f"no part that is here takes {', '.join(map(repr, unknown))} of the run any more; left out")
+    schema = _build_schema(*(entry.name for entry in entries[:3]), kept.get("probes", "all"))
+    return _validate(schema, {key: value for key, value in kept.items() if key in taken}), notes
+
+
+def keep_present_probes(chosen: str) -> tuple[str, list[str]]:
+    """The key `probes` of a recorded run without those that are not here any more, and the names of these."""
+    if chosen in ("all", "none"):
+        return chosen, []
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    present = [name for name in names if registry.probes.find(name)]
+    return ",".join(present) or "none", [name for name in names if name not in present]
+
+
+def _validate(schema: type[Settings], values: Mapping[str, Any]) -> Settings:
     try:
         return schema(**values)
     except ValidationError as error:
@@ -133,6 +176,8 @@ def collect_keys(entries: Iterable[Entry]) -> dict[str, Key]:
         for key in entry.keys.values():
             if key.name in Settings.model_fields:
                 raise UserError(f"{key.file}: '{key.name}' is a setting of every run already; rename the parameter")
+            if key.name.startswith("_") or hasattr(Settings, key.name):
+                raise UserError(f"{key.file}: '{key.name}' is no name for a configuration key; rename the parameter")
             known = keys.setdefault(key.name, key)
             if _strip_annotated(known.type) != _strip_annotated(key.type):
                 raise UserError(f"'{key.name}' has one type in {known.file} and another in {key.file}; rename one")
@@ -175,11 +220,24 @@ def _build_schema(model: str, optimizer: str, schedule: str, probes: str) -> typ
     fields: dict[str, Any] = {name: (field.annotation, field) for name, field in Settings.model_fields.items()}
     defaults = {key.name: key.default for entry in reversed(entries) for key in entry.keys.values()}
     for key in collect_keys(entries).values():
+        if registry.is_plugin_file(key.file):
+            _check_key(key)
         fields[key.name] = (key.type, Field(defaults[key.name], description=f"of {Path(key.file).stem}"))
     for name, (annotation, field) in fields.items():
         if _strip_annotated(annotation) is int:
             fields[name] = (Annotated[annotation, BeforeValidator(_whole_float_to_int)], field)
     return create_model("Config", __base__=Settings, **fields)
+
+
+def _check_key(key: Key) -> None:
+    """Raises UserError for a key whose type or default cannot be written down in a configuration."""
+    try:
+        TypeAdapter(key.type).dump_python(key.default, mode="json", warnings=False)
+    except (PydanticUserError, PydanticSerializationError) as error:
+        raise UserError(
+            f"{key.file}: the key '{key.name}' has a type or a default that no configuration file can hold "
+            f"({str(error).splitlines()[0]}); use bool, int, float, str or Literal"
+        ) from error
 
 
 def _strip_annotated(annotation: Any) -> Any:

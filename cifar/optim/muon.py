@@ -111,10 +111,13 @@ def muon(
 ) -> Optimizer:
     """Muon for hidden filters; SGD-Nesterov with head_lr for stem and head, with bias_lr for norms and biases.
 
+    What has no clear role is treated as the head is (`cifar.optim.parameter_roles`).
+
     weight_decay is decoupled, for the filters. aux_weight_decay is the fraction of the other weights that one step takes.
     """
     filters = parameters.with_roles(["hidden"])
-    ends, whiten = parameters.with_roles(["stem", "head"]), parameters.with_roles(["whiten_bias"])
+    ends = parameters.with_roles(["stem", "head", "magnitude", "other"])
+    whiten = parameters.with_roles(["whiten_bias"])
     remaining = {name: p for name, p in parameters.tensors.items() if name not in filters | ends | whiten}
     hyper = {"lr": lr, "momentum": momentum} | ({"weight_decay": weight_decay} if weight_decay else {})
     rule = functools.partial(muon_rule, nesterov=nesterov, ns_steps=ns_steps, normalize_weights=normalize_weights)

@@ -7,7 +7,9 @@ Build an optimizer after the model has its device and memory format.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Annotated, Any
@@ -16,6 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from cifar.errors import UserError
+from cifar.optim.parameter_roles import DECAYING_ROLES, find_roles
 from cifar.optim.schedules import Schedule
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # a learning rate or a decay
@@ -29,12 +33,10 @@ Settings that are not scalars are bound with functools.partial. Two partials of 
 as the same rule; then one optimizer can take over the scalars of the other in place (`Optimizer.reinitialize_from`).
 """
 
-_MODULES_WITH_FILTERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters that train, by name, and their roles: hidden, stem, head, norm, bias, embedding, or the model's own."""
+    """The parameters that train, by name, and their roles (`cifar.optim.parameter_roles`), or roles of the model's own."""
 
     tensors: dict[str, Tensor]
     roles: dict[str, str]
@@ -50,38 +52,10 @@ class Parameters:
 
     def split_by_decay(self, decay_norm_and_bias: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(parameters with weight decay, parameters without). Norms, biases and embeddings decay only if asked for."""
-        decayed = self.tensors if decay_norm_and_bias else self.with_roles(("hidden", "stem", "head"))
+        decayed = self.tensors if decay_norm_and_bias else self.with_roles(DECAYING_ROLES)
         return decayed, {name: tensor for name, tensor in self.tensors.items() if name not in decayed}
 
     of, named, halves = from_model, with_roles, split_by_decay  # old names, for plug-ins
-
-
-def find_roles(model: nn.Module) -> dict[str, str]:
-    """Name -> role of every parameter that trains. An attribute `model.roles` (name -> role) overrides what is found here.
-
-    stem: the weight of the first convolution, unless it is frozen. head: the weight of the last linear layer. hidden: every
-    other matrix or filter. embedding: tokens, positions and tables, which have two or more dimensions too, but are added or
-    looked up and not multiplied with. norm and bias: what has one dimension.
-    """
-    modules = dict(model.named_modules())
-    convolutions = [f"{name}.weight".lstrip(".") for name, m in modules.items() if isinstance(m, _MODULES_WITH_FILTERS[1:])]
-    linears = [f"{name}.weight".lstrip(".") for name, m in modules.items() if isinstance(m, nn.Linear)]
-    special = dict.fromkeys(convolutions[:1], "stem") | dict.fromkeys(linears[-1:], "head")
-    own: dict[str, str] = getattr(model, "roles", {})
-    found = {}
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim >= 2:
-            role = "hidden" if leaf.endswith("weight") and not isinstance(modules[owner], nn.Embedding) else "embedding"
-        else:
-            role = "bias" if leaf.endswith("bias") else "norm"
-        found[name] = own.get(name, special.get(name, role))
-    return found
-
-
-roles = find_roles  # old name, for plug-ins
 
 
 class _ReadUntil(float):
@@ -124,6 +98,7 @@ OLD_METHOD_NAMES = {
     "state": "state_dict",
     "load": "load_state_dict",
 }  # of Optimizer; a plug-in may call or override these
+OPTIMIZER_METHODS = (*OLD_METHOD_NAMES.values(), "step", "zero_grad", "compile")  # what a training calls
 
 
 class Optimizer:
@@ -137,17 +112,19 @@ class Optimizer:
 
     def __init__(self, groups: Iterable[Group]) -> None:
         self.groups = [group for group in groups if group.params]
-        assert self.groups, "an optimizer needs parameters"
+        if not self.groups:
+            raise UserError("an optimizer needs a group with parameters, and this one has none")
         self.schedule: Schedule = lambda progress: 1.0
         first = self.groups[0].params[0].detach()
-        self._lrs = first.new_zeros(len(self.groups), dtype=torch.promote_types(first.dtype, torch.float32))
+        self._lrs = first.new_zeros(len(self.groups), dtype=torch.promote_types(first.dtype.to_real(), torch.float32))
+        self._has_complex = any(p.is_complex() for group in self.groups for p in group.params)
         self._lr_plan = self._lrs[None].clone()  # (steps, groups): the lr of the coming steps
         self._hyper: list[dict[str, Tensor]] = []
         self._state: list[dict[str, list[Tensor]]] = []
         for group, lr in zip(self.groups, self._lrs, strict=True):
             scalars = {name: torch.full_like(lr, value) for name, value in group.hyper.items()}
             self._hyper.append(scalars | {"lr": lr})  # a view of self._lrs, so that one copy sets the lr of all groups
-            state = {name: [torch.zeros_like(p, requires_grad=False) for p in group.params] for name in group.state_names}
+            state = {name: [torch.zeros_like(_view_as_real(p)) for p in group.params] for name in group.state_names}
             self._state.append(state | {name: [torch.zeros_like(lr)] for name in group.counters})
         self._apply_rule: Callable[..., None] = _apply_rule
         self.set_progress(0.0)
@@ -158,7 +135,7 @@ class Optimizer:
 
     def lrs_at(self, progress: float) -> list[float]:
         """The lr of each group at `progress`, the fraction of all steps that are done."""
-        multiplier = self.schedule(progress)
+        multiplier = check_multiplier(self.schedule(progress), progress)
         return [group.hyper["lr"] * _group_multiplier(group, progress, multiplier) for group in self.groups]
 
     def set_progress(self, progress: float) -> None:
@@ -221,6 +198,8 @@ class Optimizer:
             if indices:
                 params = [group.params[index] for index in indices]
                 grads = [p.grad for p in params if p.grad is not None]
+                if self._has_complex:  # rules are of real numbers
+                    params, grads = [_view_as_real(p) for p in params], [_view_as_real(grad) for grad in grads]
                 selected = {name: [state[name][index] for index in indices] for name in group.state_names}
                 self._apply_rule(group.rule, params, grads, selected | {name: state[name] for name in group.counters}, hyper)
 
@@ -249,6 +228,24 @@ class Optimizer:
     # Old names, for plug-ins.
     rates, plan, follow, adopt = lrs_at, plan_lrs, set_lr_from_plan, reinitialize_from
     stopping, rests, state, load = freezing_params, params_frozen, state_dict, load_state_dict
+
+
+def check_multiplier(value: Any, progress: float) -> float:
+    """What a schedule has returned, as a float. Raises UserError unless it is a number of 0 or more, and finite."""
+    if type(value) is float and 0 <= value < math.inf:
+        return value
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        if not isinstance(value, bool | str | bytes) and 0 <= float(value) < math.inf:
+            return float(value)
+    raise UserError(
+        f"the schedule gives {str(value)[:60]!r} at {100 * progress:.4g} % of the training; "
+        "it has to give what lr is multiplied by, a number of 0 or more"
+    )
+
+
+def _view_as_real(tensor: Tensor) -> Tensor:
+    """A detached view: (..., 2) of a complex tensor, else the tensor itself."""
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
 
 
 def _group_multiplier(group: Group, progress: float, multiplier: float) -> float:

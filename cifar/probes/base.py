@@ -2,7 +2,8 @@
 
 A probe may have any of the methods `after_backward`, `before_update` and `after_update`. Each takes the training parameters
 by name and returns {metric: tensor}: a 0-d tensor is one number, a 1-D tensor has an entry for each of the probe's `layers`.
-The values of an epoch are averaged; `reduce = {metric: "max"}` takes the largest instead.
+The values of an epoch are averaged; `reduce = {metric: "max"}` takes the largest instead. NaN stands for "no value", for
+example of a ratio to a norm that is zero: it is left out of the average, and an entry without any value is not in the row.
 
 A probe changes nothing: it draws no random numbers and writes to no tensor. On a GPU its calls are captured once and
 replayed, in later trials too, so it may keep nothing from one step to the next.
@@ -12,7 +13,8 @@ replayed, in later trials too, so it may keep nothing from one step to the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -55,15 +57,18 @@ class ProbeRunner:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.every, self.probes = every, list(probes)
         self._totals: dict[str, Tensor] = {}  # metric -> sum or maximum, in the shape of the probe's value
-        self._counts: dict[str, Tensor] = {}  # metric -> number of values
+        self._counts: dict[str, Tensor] = {}  # metric -> number of values, in the same shape
+        self._neutral: dict[tuple[str, ...], Tensor] = {}  # metrics -> what adds nothing to their totals, (all entries,)
         self._layers: dict[str, list[str]] = {}
         self._maximum: set[str] = set()
         for probe in self.probes:
+            _check_class(probe)
             probe.start(self.parameters)
+            _check_layers(probe)
             for metric in probe.labels:
                 if metric in self._layers:
                     raise UserError(f"two probes measure '{metric}'; choose one of them, or rename the metric in the plug-in")
-                self._layers[metric] = probe.layers
+                self._layers[metric] = list(probe.layers)
             self._maximum |= {metric for metric, kind in getattr(probe, "reduce", {}).items() if kind == "max"}
 
     def compile(self, compiler: Callable[[Any], Any]) -> None:
@@ -92,24 +97,56 @@ class ProbeRunner:
         values: dict[str, Tensor] = {}
         for probe in self.probes:
             hook = getattr(probe, hook_name, None)
-            for metric, value in ((hook(self.parameters) or {}) if hook else {}).items():
-                assert metric in probe.labels, f"{type(probe).__name__} gives '{metric}' no label"
+            measured = (hook(self.parameters) or {}) if hook else {}
+            if not isinstance(measured, Mapping):
+                raise UserError(_describe(probe, f"{hook_name} returns {type(measured).__name__}; return {{metric: tensor}}"))
+            for metric, value in measured.items():
+                if metric not in self._totals:
+                    self._check_value(probe, metric, value)
                 values[metric] = value.detach().float()
         if values:
             self._accumulate_values(values)
 
+    def _check_value(self, probe: Probe, metric: str, value: Any) -> None:
+        """Look at the first value of a metric. Raises UserError unless it can be kept."""
+        if metric not in probe.labels:
+            raise UserError(_describe(probe, f"'{metric}' is measured, but not among its labels: {', '.join(probe.labels)}"))
+        if not isinstance(value, Tensor):
+            raise UserError(_describe(probe, f"'{metric}' is measured as {type(value).__name__}; return a tensor"))
+        num_layers = len(self._layers[metric])
+        if value.shape not in ((), (num_layers,)):
+            raise UserError(
+                _describe(
+                    probe,
+                    f"'{metric}' has the shape {tuple(value.shape)}; it is () for one number, or ({num_layers},) for "
+                    "one of each of its layers",
+                )
+            )
+
     def _accumulate_values(self, values: Mapping[str, Tensor]) -> None:
-        """Add to the sums. Few kernels for all metrics together, so that probes cost next to nothing."""
+        """Add to the sums what is not NaN. Few kernels for all metrics together, so that probes cost next to nothing."""
         for metric, value in values.items():
             if metric not in self._totals:
                 self._totals[metric] = torch.full_like(value, self._initial_value(metric))
-                self._counts[metric] = value.new_zeros(())
+                self._counts[metric] = torch.zeros_like(value)
+        names = tuple(values)
+        if names not in self._neutral:
+            self._neutral[names] = torch.cat(
+                [torch.full_like(values[name], self._initial_value(name)).flatten() for name in names]
+            )
+        flat = torch.cat([value.flatten() for value in values.values()])
+        is_missing = flat.isnan()
+        sizes = [value.numel() for value in values.values()]
+        filled = _split(torch.where(is_missing, self._neutral[names], flat), sizes)
+        additions = {name: part.view_as(values[name]) for name, part in zip(names, filled, strict=True)}
         for is_maximum in (False, True):
-            metrics = [metric for metric in values if (metric in self._maximum) == is_maximum]
-            totals, additions = [self._totals[metric] for metric in metrics], [values[metric] for metric in metrics]
+            metrics = [metric for metric in names if (metric in self._maximum) == is_maximum]
+            totals, parts = [self._totals[metric] for metric in metrics], [additions[metric] for metric in metrics]
             if metrics:
-                torch._foreach_maximum_(totals, additions) if is_maximum else torch._foreach_add_(totals, additions)
-        torch._foreach_add_([self._counts[metric] for metric in values], 1)
+                torch._foreach_maximum_(totals, parts) if is_maximum else torch._foreach_add_(totals, parts)
+        present = _split(1 - is_missing.float(), sizes)
+        counts = [self._counts[name] for name in names]
+        torch._foreach_add_(counts, [part.view_as(count) for part, count in zip(present, counts, strict=True)])
 
     def _initial_value(self, metric: str) -> float:
         return float("-inf") if metric in self._maximum else 0.0
@@ -119,17 +156,18 @@ class ProbeRunner:
         metrics = [metric for metric in self._layers if metric in self._totals]  # the probes' order, in a resumed run too
         if not metrics:
             return {}
-        parts = [torch.stack([self._counts[metric] for metric in metrics])]
-        for metric in metrics:
-            total = self._totals[metric]
-            parts.append((total if metric in self._maximum else total / self._counts[metric]).flatten())
-        numbers = torch.cat(parts).tolist()
-        counts, values = numbers[: len(metrics)], iter(numbers[len(metrics) :])
+        counts = torch.cat([self._counts[metric].flatten() for metric in metrics])
+        values = [
+            (self._totals[metric] if metric in self._maximum else self._totals[metric] / self._counts[metric]).flatten()
+            for metric in metrics
+        ]
+        numbers = torch.cat([counts, *values]).tolist()
+        entries = iter(zip(numbers[: len(counts)], numbers[len(counts) :], strict=True))
         row = {}
-        for metric, count in zip(metrics, counts, strict=True):
+        for metric in metrics:
             layers = [f"{metric}/{layer}" for layer in self._layers[metric]]
             for key in layers if self._totals[metric].ndim else [metric]:
-                value = next(values)
+                count, value = next(entries)
                 if count:
                     row[key] = value
         self._reset_totals()
@@ -139,6 +177,8 @@ class ProbeRunner:
         for metric, total in self._totals.items():
             total.fill_(self._initial_value(metric))
             self._counts[metric].zero_()
+
+    read = read_and_reset  # old name, for plug-ins
 
     def metric_labels(self) -> dict[str, dict[str, str]]:
         """Metric -> its label and unit, for labels.json."""
@@ -159,6 +199,49 @@ class ProbeRunner:
                 tensors[metric].copy_(tensor)
             else:
                 tensors[metric] = tensor.detach().to(device, copy=True)
+        for metric, count in self._counts.items():  # in older checkpoints all entries of a metric have one count
+            if metric in self._totals and count.shape != self._totals[metric].shape:
+                self._counts[metric] = count.expand_as(self._totals[metric]).clone()
+
+
+HOOKS = ("after_backward", "before_update", "after_update")
+_OWN_METRICS = ("epoch", "step", "layers", "train", "val", "test", "best", "system", "state")  # keys of every run's rows
+
+
+def _describe(probe: object, problem: str) -> str:
+    file = getattr(sys.modules.get(type(probe).__module__), "__file__", None)
+    return f"probe {type(probe).__name__}" + f" ({file})" * bool(file) + f": {problem}"
+
+
+def _check_class(probe: Any) -> None:
+    """Raises UserError where the class of a probe lacks something."""
+    labels, reduce = getattr(probe, "labels", None), getattr(probe, "reduce", {})
+    if not isinstance(labels, Mapping) or not all(
+        isinstance(label, tuple | list) and len(label) == 2 and all(isinstance(part, str) for part in label)
+        for label in labels.values()
+    ):
+        raise UserError(_describe(probe, 'it needs labels = {"metric": ("label", "unit")}'))
+    for metric in labels:
+        if not isinstance(metric, str) or not metric or metric.partition("/")[0] in _OWN_METRICS:
+            raise UserError(_describe(probe, f"{metric!r} is no name for a metric of a probe; choose another"))
+    if not isinstance(reduce, Mapping) or not set(reduce) <= set(labels) or not set(reduce.values()) <= {"max", "mean"}:
+        raise UserError(_describe(probe, f'reduce is {reduce!r}; write {{"metric": "max"}} with a metric of its labels'))
+    if not callable(getattr(probe, "start", None)):
+        raise UserError(_describe(probe, "it needs a method start(parameters)"))
+    if not any(callable(getattr(probe, hook, None)) for hook in HOOKS):
+        raise UserError(_describe(probe, f"it measures nothing; give it a method {', '.join(HOOKS[:-1])} or {HOOKS[-1]}"))
+
+
+def _check_layers(probe: Any) -> None:
+    layers = getattr(probe, "layers", None)
+    if not isinstance(layers, Iterable) or isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+        raise UserError(_describe(probe, "start(parameters) has to set `layers`, a list of names"))
+    if len(set(layers)) < len(list(layers)):
+        raise UserError(_describe(probe, "two of its layers have the same name"))
+
+
+def _split(flat: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    return torch.split(flat, list(sizes))  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
 
 
 Watcher = ProbeRunner  # old name, for plug-ins

@@ -11,11 +11,17 @@ from torch import Tensor
 from cifar.probes import weight_layers
 from cifar.registry import probes
 
+ZERO_NORM = 1e-12  # a norm up to this one is that of zeros and of rounding errors
+
 
 def update_ratios(weights: list[Tensor], before: list[Tensor]) -> Tensor:
-    """Norm of each weight's change over the norm of the weight before the step, (layers,)."""
+    """Norm of each weight's change over the norm of the weight before the step, (layers,).
+
+    NaN, which stands for no value, where the weights are zero, as in a layer that starts at zero.
+    """
     change = [torch.linalg.vector_norm(weight - old) for weight, old in zip(weights, before, strict=True)]
-    return torch.stack(change) / torch.stack([torch.linalg.vector_norm(old) for old in before]).clamp_min(1e-12)
+    norm = torch.stack([torch.linalg.vector_norm(old) for old in before])
+    return torch.where(norm > ZERO_NORM, torch.stack(change) / norm, torch.nan)
 
 
 moved = update_ratios  # old name, for plug-ins

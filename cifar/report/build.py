@@ -121,7 +121,7 @@ def draw_pictures(run_folder: Path) -> list[Path]:
     run = load_run(Path(run_folder))
     paths = []
     for entry in registry.figures:  # `from cifar.registry import figures` would be hidden by the sub-package of that name
-        if style.get_scope(entry) != "run":
+        if style.get_scope(entry) != "run" or style.describe_class_problem(entry):
             continue
         drawn = style.render_figure(entry, run)
         if not drawn.problem or drawn.has_failed:
@@ -145,7 +145,12 @@ def _draw_figures(
     A single run is shown by the figures of a run, everything else by those of a sweep.
     """
     sections, paths = [], []
-    for entry in sorted(registry.figures, key=style.sort_key):
+    entries = sorted(registry.figures, key=style.sort_key)
+    notes += [f"{problem}." for problem in registry.figures.problems]
+    for entry in entries:
+        if problem := style.describe_class_problem(entry):
+            notes.append(f"{problem}.")
+            continue
         is_of_run = style.get_scope(entry) == "run"
         subject = collection.runs[0] if collection.is_single_run else comparison
         is_wanted = is_of_run == collection.is_single_run and (is_of_run or comparison.has_scores)

@@ -51,6 +51,7 @@ from cifar.report.palette import (
     ramp_colours,
 )
 from cifar.system.redact import redact
+from cifar.system.user_code import describe_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,15 +79,22 @@ class DrawnFigure:
     header_inches: float = 0.0  # of title and subtitle at its top, which the page writes as text
 
 
-def sort_key(entry: Entry) -> tuple[bool, int, str]:
+def sort_key(entry: Entry) -> tuple[bool, float, str]:
     """The order of figures: those of a sweep before those of a run, then by their `order`."""
-    figure_class: Any = entry.builder
-    return figure_class.scope != "sweep", getattr(figure_class, "order", 50), entry.name
+    order = getattr(entry.builder, "order", 50)
+    return get_scope(entry) != "sweep", order if isinstance(order, int | float) else 50, entry.name
 
 
 def get_scope(entry: Entry) -> str:
-    figure_class: Any = entry.builder
-    return str(figure_class.scope)
+    return str(getattr(entry.builder, "scope", ""))
+
+
+def describe_class_problem(entry: Entry) -> str:
+    """What the class of a figure lacks, as a sentence; "" if it has all."""
+    if get_scope(entry) not in ("sweep", "run"):
+        return f'figure \'{entry.name}\' has no scope, and is left out; write scope = "run" or "sweep" in {entry.file}'
+    missing = [name for name in ("title", "select", "draw") if not hasattr(entry.builder, name)]
+    return f"figure '{entry.name}' has no {missing[0]}, and is left out; give it one in {entry.file}" if missing else ""
 
 
 def matplotlib_settings() -> Any:
@@ -153,8 +161,8 @@ def render_figure(entry: Entry, subject: Any) -> DrawnFigure:
             lay_out_figure(figure)
             figure.set_layout_engine("none")  # so that saving it does not lay it out again
             return DrawnFigure(figure, header_inches=header_inches)
-        except Exception as error:  # an error in one figure, perhaps a plug-in's, must not end the report
-            problem = redact(f"figure '{entry.name}' failed ({type(error).__name__}: {error}); correct {entry.file}")
+        except (Exception, SystemExit) as error:  # an error in one figure, perhaps a plug-in's, must not end the report
+            problem = redact(f"figure '{entry.name}' failed ({describe_error(error)}); correct {entry.file}")
             figure = Figure(figsize=(SIZE[0], 2.2), layout="constrained")
             _draw_header(figure, "", "", subject.banner)
             _draw_message(figure, problem)

@@ -11,6 +11,7 @@ from cifar.config.schema import MAX_THREADS
 from cifar.errors import UserError
 from cifar.tracking.records import is_amount, is_count
 from cifar.tracking.run_dir import RunDir
+from cifar.training.parts import find_changed_files
 from cifar.training.trainer import Trainer
 from cifar.training.weights import read_tensors
 
@@ -38,6 +39,11 @@ def resume_from_checkpoint(trainer: Trainer, run_dir: RunDir) -> None:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise anything
+        for part, changed in find_changed_files(run_dir.read_json("run").get("plugins", {})).items():
+            raise UserError(
+                f"the checkpoint of run {run_dir.id} does not fit its {part} as {changed} has it, which has changed since the "
+                f"run began; make the file what it was, or train again: python -m cifar train --from {run_dir.id}"
+            ) from error
         raise UserError(f"{path} is damaged, or no checkpoint of this run; delete it to start the run again") from error
     if run_dir.metrics_bytes() < state["metrics_bytes"]:
         raise UserError(f"{run_dir.path / 'metrics.jsonl'} is shorter than its checkpoint knows; restore it, or delete {path}")

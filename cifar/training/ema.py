@@ -16,8 +16,8 @@ class ExponentialMovingAverage:
     def __init__(self, model: nn.Module, averaged_model: nn.Module, decay: float) -> None:
         self.model, self.averaged_model, self.decay = model, averaged_model, decay
         pairs = list(zip(averaged_model.state_dict().values(), model.state_dict().values(), strict=True))
-        self.float_pairs = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.counter_pairs = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self.float_pairs = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
+        self.counter_pairs = [pair for pair in pairs if not (pair[0].is_floating_point() or pair[0].is_complex())]
         self.num_updates = torch.zeros((), device=pairs[0][0].device)  # float32 counts exactly up to 16 million
 
     @torch.no_grad()

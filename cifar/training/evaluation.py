@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+EVAL_BATCH_SIZES = {"cpu": 125}  # the default took a CPU up to twice as long (LOG.md)
+DEFAULT_EVAL_BATCH_SIZE = 1000
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 LogitsFunction = Callable[[Tensor], Tensor]
 

@@ -34,12 +34,15 @@ from cifar.system.disk import is_disk_full_error
 from cifar.system.names import check_id, escape_controls
 from cifar.system.ownership import OwnershipError
 from cifar.system.redact import redact, reject_secrets
+from cifar.system.user_code import describe_failure
 from cifar.system.variables import read_variable
 from cifar.tracking.run_dir import RunDir, generate_id
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
 from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
 from cifar.training.loop import RunHooks, RunLoop, train_epochs
-from cifar.training.trainer import Trainer
+from cifar.training.part_checks import check_parts, is_out_of_memory
+from cifar.training.parts import describe_plugins
+from cifar.training.trainer import Trainer, resolve_device
 from cifar.training.trainer_cache import clear_trainer_cache, get_step_runner, prepare_step_runner
 
 MAX_WORST_IMAGES = 25  # misclassified images that predictions.npz stores
@@ -75,7 +78,10 @@ class RunMetadata:
 
 
 def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = None) -> RunDir:
-    """Make the folder of a run, or find it if the run of that id exists. `config.dataset` may not be "auto"."""
+    """Make the folder of a run, or find it if the run of that id exists. `config.dataset` may not be "auto".
+
+    Raises UserError, before anything is made, for parts that cannot be trained.
+    """
     assert config.dataset != "auto"
     about = metadata or RunMetadata()
     run_id = check_id(about.run_id, "the run's id") if about.run_id else generate_id()
@@ -84,6 +90,7 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
         existing.check_resumable()
         return existing
     reject_secrets({**config.to_dict(), "the name": about.name, "a tag": list(about.tags)})
+    notes = check_plugins(config)
     cost = measure_cost(config)
     stand_in = config.dataset == "stand-in"
     run = {
@@ -101,6 +108,8 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
         "dataset": config.dataset,
         "official": not stand_in,
         "cost": cost.as_dict(),
+        **({"plugins": plugins} if (plugins := describe_plugins(config)) else {}),  # of its parts, each with a digest
+        **({"notes": list(notes)} if notes else {}),
         "command": f"python -m cifar train --from {run_id}",
     }
     return RunDir.create(runs_dir, run_id, run, config.to_dict())
@@ -112,6 +121,18 @@ def resolve_dataset(config: Settings, data_dir: Path | None) -> tuple[Settings, 
         return config, ""
     dataset, reason = data.resolve_auto(data_dir)
     return config.model_copy(update={"dataset": dataset}), reason
+
+
+def check_plugins(config: Settings) -> tuple[str, ...]:
+    """Find out whether the run's parts train, where a plug-in is among them -> sentences. Raises PartError if they do not.
+
+    On this machine's CPU, where the run's device is on another machine.
+    """
+    try:
+        device = resolve_device(config.device)
+    except UserError:
+        device = torch.device("cpu")
+    return check_parts(config, device).notes
 
 
 def measure_cost(config: Settings) -> flops.Cost:
@@ -219,7 +240,7 @@ def _write_description(run: RunLoop, step_description: dict[str, Any]) -> None:
     """Write what is known before the first step: the environment, how steps are taken, and the labels of all metrics."""
     trainer, run_dir = run.trainer, run.run_dir
     described = environment.describe_environment(trainer.device, trainer.fingerprint) | trainer.context.describe()
-    run_dir.write_json("environment", {**described, "step": step_description})
+    run_dir.write_json("environment", {**described, "step": {**step_description, "channels_last": trainer.channels_last}})
     labels = {name: {"label": label, "unit": unit} for name, (label, unit) in METRIC_LABELS.items()}
     layers = list(weight_layers(trainer.probe_runner.parameters))
     run_dir.write_json("labels", {**labels, **trainer.probe_runner.metric_labels(), "layers": layers})
@@ -275,13 +296,14 @@ def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exceptio
                 run_dir.path.rmdir()  # a network file system keeps the lock's file until it is closed
         return
     memory = describe_out_of_memory(error, config)
-    state, reason = ("killed", memory) if memory else ("failed", f"{type(error).__name__}: {error}")
+    state, reason = ("killed", memory) if memory else ("failed", describe_failure(error))
     if pack_size > 1:
         state, reason = "interrupted", pack_failure_reason(reason, pack_size)
     with contextlib.suppress(OSError):
         text = escape_controls(redact(traceback.format_exc()), keeps_lines=True)
         run_dir.write_file("traceback.txt", text.encode())
         run_dir.set_status(state, reason=reason, **progress)
+        error.add_note(f"the whole traceback: {run_dir.path / 'traceback.txt'}")
 
 
 def describe_out_of_memory(error: BaseException, config: Settings) -> str:
@@ -290,7 +312,7 @@ def describe_out_of_memory(error: BaseException, config: Settings) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
         return f"out of GPU memory ({total:.0f} GiB) {advice}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's message for the CPU
+    if is_out_of_memory(error):
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if limit == resource.RLIM_INFINITY else limit
         return f"out of memory ({total / 2**30:.1f} GiB) {advice}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import random
@@ -15,20 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar import data, optim, registry
+from cifar import data
 from cifar.config import resolve as configuration
 from cifar.config.schema import Settings
 from cifar.data.augment import augment_fused, mix
 from cifar.data.loader import select_batch, wait_for_prefetch
 from cifar.errors import UserError
 from cifar.kernels.cpu_conv_pool import chunk_conv_pools
-from cifar.models.limits import limit_size
-from cifar.probes import ProbeRunner
+from cifar.optim import Optimizer
+from cifar.training import parts
 from cifar.training.compile import compile_once
 from cifar.training.cudagraph import GraphedCallable
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext
 from cifar.training.ema import ExponentialMovingAverage
-from cifar.training.evaluation import VIEWS, compute_logits, evaluate
+from cifar.training.evaluation import DEFAULT_EVAL_BATCH_SIZE, EVAL_BATCH_SIZES, VIEWS, compute_logits, evaluate
+from cifar.training.part_checks import choose_channels_last
 from cifar.training.step import ForwardOptions, ForwardResult, Step, accumulate_sums, forward
 
 
@@ -45,7 +45,6 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"device '{name}' cannot be used ({first}); take device=auto, cpu, cuda, cuda:1 or mps") from None
 
 
-EVAL_BATCH_SIZES = {"cpu": 125}  # other devices: 1,000, which took a CPU up to twice as long (LOG.md)
 DEFAULT_NUM_THREADS = torch.get_num_threads()  # torch's own choice, read before any trial changes it
 
 
@@ -86,13 +85,17 @@ class Trainer:
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
 
         self.splits, self.fingerprint = load_splits(config.dataset, data_dir, config.val_size, config.train_size, self.device)
+        self.channels_last, self.code = choose_channels_last(config, self.device), parts.identify_code(config)
         self.train_loader = self._build_loader("train", training=True)
         self.model = self._build_model()
         if self.device.type == "cpu":
             chunk_conv_pools(self.model)
-        self.ema = ExponentialMovingAverage(self.model, copy.deepcopy(self.model), config.ema) if config.ema else None
+        self.ema = None
+        if config.ema:
+            twin = parts.copy_model(self.model, config, self.memory_format)
+            self.ema = ExponentialMovingAverage(self.model, twin, config.ema)
         self.optimizer = self._build_optimizer()
-        self.probe_runner = self._build_probe_runner()
+        self.probe_runner = parts.build_probe_runner(config, self.model)
         self.meter = context.make_meter(self.device)
         self.step = Step(
             self.model,
@@ -124,25 +127,20 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         random.seed(config.seed)
-        with limit_size(config.model):
-            model: Any = registry.models[config.model].build(**config.kwargs_for("model"))
-        model.to(self.device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+        model: Any = parts.build_model(config)
+        model.to(self.device, memory_format=self.memory_format)
         if hasattr(model, "init_from_data"):
             model.init_from_data(data.normalize(self.splits["train"][0][:5000], config.normalize))
         return cast(nn.Module, model)
 
-    def _build_optimizer(self) -> optim.Optimizer:
-        config = self.config
-        optimizer: optim.Optimizer = registry.optimizers[config.optimizer].build(
-            optim.Parameters.from_model(self.model), **config.kwargs_for("optimizer")
-        )
-        optimizer.schedule = registry.schedules[config.schedule].build(**config.kwargs_for("schedule"))
-        return optimizer
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def _build_probe_runner(self) -> ProbeRunner:
-        names = configuration.parse_probe_names(self.config.probes)
-        probes = [registry.probes[name].build(**self.config.kwargs_for(name)) for name in names]
-        return ProbeRunner(probes, dict(self.model.named_parameters()), every=self.config.probe_every)
+    def _build_optimizer(self) -> Optimizer:
+        optimizer = parts.build_optimizer(self.config, self.model)
+        optimizer.schedule = parts.build_schedule(self.config)
+        return optimizer
 
     def _build_loader(self, split: str, *, training: bool = False) -> data.Loader:
         config, (images, labels) = self.config, self.splits[split]
@@ -152,13 +150,13 @@ class Trainer:
         return data.Loader(
             images,
             labels,
-            batch_size=config.batch_size if training else EVAL_BATCH_SIZES.get(self.device.type, 1000),
+            batch_size=config.batch_size if training else EVAL_BATCH_SIZES.get(self.device.type, DEFAULT_EVAL_BATCH_SIZE),
             augment=augment if training else None,
             seed=config.seed,
             batch_format=data.BatchFormat(
                 normalize=config.normalize,
                 dtype=torch.bfloat16 if self.bf16 else torch.float32,
-                channels_last=config.channels_last,
+                channels_last=self.channels_last,
             ),
             epoch_options=data.EpochOptions(
                 shuffle=training,
@@ -180,6 +178,8 @@ class Trainer:
         """Go to the start of another run, in place. Returns False, unchanged, where that run needs a new Trainer."""
         if configuration.graph_signature(config) != configuration.graph_signature(self.config):
             return False
+        if parts.identify_code(config) != self.code:
+            return False
         apply_process_settings(config)
         before, self.config = self.config, config
         model = self._build_model()
@@ -197,7 +197,7 @@ class Trainer:
         if self.device.type == "cuda":
             self.probe_runner.load_state_dict({})  # the probes are part of the captured step
         else:
-            self.step.probe_runner = self.probe_runner = self._build_probe_runner()
+            self.step.probe_runner = self.probe_runner = parts.build_probe_runner(config, self.model)
             if self.is_compiled:
                 self.probe_runner.compile(compile_once)
         self.meter.sums.zero_()
@@ -219,7 +219,7 @@ class Trainer:
         self.optimizer.compile()
         if self.device.type == "cuda":
             self.train_loader.fused_augment = compile_once(augment_fused)
-            if self.bf16 and self.config.channels_last:
+            if self.bf16 and self.channels_last:
                 from cifar.kernels.fuse import fuse_model  # imports Triton, which only a machine with a GPU has
 
                 with self.autocast():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,20 @@ def read_tensors(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+class WrongWeightsError(UserError):
+    """A file holds tensors, but not those of the network that they are loaded into."""
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a finished run's weights.pt into its network. Raises UserError if it is damaged, or of another network."""
+    kind = UserError
     try:
-        model.load_state_dict(read_tensors(path))
+        tensors = read_tensors(path)
+        is_state = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
+        kind = WrongWeightsError if is_state else UserError
+        model.load_state_dict(tensors)
     except Exception as error:  # a damaged file can raise anything; torch's own text would advise to load it unsafely
-        raise UserError(
+        raise kind(
             f"{path} is damaged, or does not hold the weights of this run's network; restore it, or train the run again: "
             f"python -m cifar train --from {path.parent.name}"
         ) from error

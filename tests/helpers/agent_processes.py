@@ -28,11 +28,13 @@ from cifar.registry import models
 class Broken(ConvNet):
     def __init__(self, kind):
         super().__init__(width=4, depth=1)
-        self.kind = kind
+        self.kind, self.calls = kind, 0
     def forward(self, x):
-        if self.training and self.kind == "raises":
+        self.calls += self.training
+        is_due = self.calls > 3  # later than where parts are tried before the run is made, and in each epoch
+        if is_due and self.kind == "raises":
             raise RuntimeError("a bug in the model")
-        if self.training:
+        if is_due:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
 

@@ -19,7 +19,7 @@ from helpers.processes import wait_for_exit
 
 GONE_SECONDS = 5.0
 WITNESS = """
-import os, time
+import os, time, traceback
 from cifar.registry import probes
 
 @probes.register("witness")
@@ -33,7 +33,12 @@ class Witness:
         self.size = sum(p.numel() for p in parameters.values())
         self.tell("begins")
 
+    def is_check(self):  # of the parts, before the run is made
+        return any("part_checks" in frame.filename for frame in traceback.extract_stack())
+
     def after_backward(self, parameters):  # of the first step of each epoch
+        if self.is_check():
+            return
         self.tell("trains")
         time.sleep(float(os.environ["WITNESS_PAUSE"]))
         self.epochs += 1
@@ -41,6 +46,8 @@ class Witness:
             time.sleep(0.02)
 
     def tell(self, what):
+        if self.is_check():
+            return
         line = f"{what} {os.getpid()} {self.size} {self.key}\\n"
         file = os.open(os.environ["WITNESS_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(file, line.encode())

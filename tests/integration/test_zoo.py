@@ -25,11 +25,7 @@ OPTIONS = [
 ]
 
 
-NOT_YET = pytest.mark.xfail(reason="plug-ins are looked at in another change")
-LATER = {"conv_3d", "lazy", "two_outputs"}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_YET if name in LATER else ()) for name in NETWORKS])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_each_trains_or_is_refused(
     name: str, tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

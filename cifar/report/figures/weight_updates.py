@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MAX_RATIO = 1e3  # older runs have 1e8 and more where the weights before the step were zero
+
+
 @dataclass(frozen=True)
 class Updates:
     layers: list[str]
     epochs: list[int]
-    ratio: list[list[float]]  # (layers, epochs), nan where nothing moved
+    ratio: list[list[float]]  # (layers, epochs), nan where nothing moved or there is no ratio
     limits: tuple[float, float]
 
 
@@ -30,7 +33,7 @@ class WeightUpdates:
     title = "Weight updates over training"
     caption = (
         "Norm of one update over the norm of the weights it moves, by layer (input on top) and epoch. Around 10⁻³ is the usual "
-        "order; a dark row is a layer that hardly learns, a bright one is thrown about. Blank: no update."
+        "order; a dark row is a layer that hardly learns, a bright one is thrown about. Blank: no update, or weights of zero."
     )
 
     def select(self, run: Run) -> Updates | Nothing:
@@ -38,7 +41,7 @@ class WeightUpdates:
         rows = [row for row in run.rows if any(f"update_ratio/{layer}" in row for layer in layers)]
         if not rows:
             return Nothing("the run has no update_ratio rows (probe weight_updates was off, or no epoch has ended)")
-        ratio = [[_positive_or_nan(row.get(f"update_ratio/{layer}")) for row in rows] for layer in layers]
+        ratio = [[_ratio_or_nan(row.get(f"update_ratio/{layer}")) for row in rows] for layer in layers]
         seen = sorted(value for line in ratio for value in line if math.isfinite(value))
         if not seen:
             return Nothing("no weight was moved")
@@ -72,5 +75,6 @@ class WeightUpdates:
         bar.outline.set_visible(False)
 
 
-def _positive_or_nan(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else math.nan
+def _ratio_or_nan(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value < MAX_RATIO else math.nan  # type: ignore[operator, arg-type]

@@ -92,6 +92,66 @@ def test_values_by_hand() -> None:
     assert watch.read_and_reset() == {}, "reading starts a new epoch"
 
 
+def test_a_ratio_to_weights_of_zero_has_no_value() -> None:
+    """A layer that starts at zero, as heads and positions do: its first step has no ratio, the others have."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2)), model[1].weight.zero_(), model[2].weight.zero_()
+    watch = make_probe_runner(model, ["weight_updates"])
+    for _ in range(3):
+        watch.before_update()
+        with torch.no_grad():
+            model[0].weight.mul_(1.5), model[1].weight.add_(0.5)  # norms 0, 0.5 sqrt(2), sqrt(2)
+        watch.after_update()
+    row = watch.read_and_reset()
+    assert row == pytest.approx({"update_ratio/0": 0.5, "update_ratio/1": (1 + 0.5) / 2})
+    assert "update_ratio/2" not in row, "weights that stay zero have no ratio at all"
+    watch.before_update(), watch.after_update()
+    assert watch.read_and_reset() == {"update_ratio/0": 0.0, "update_ratio/1": 0.0}
+
+
+def test_nan_of_any_probe_is_no_value() -> None:
+    class Some:
+        labels: ClassVar = {"mean": ("", ""), "largest": ("", ""), "one": ("", "")}
+        reduce: ClassVar = {"largest": "max"}
+        values: ClassVar = [float("nan"), 2.0, float("inf")]
+
+        def start(self, parameters: Mapping[str, Tensor]) -> None:
+            self.layers = ["a", "b", "c"]
+
+        def after_update(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            value = torch.tensor(self.values)
+            return {"mean": value, "largest": -value, "one": value[0]}
+
+    watch = ProbeRunner([Some()], dict(network().named_parameters()), every=1)
+    watch.after_update()
+    assert watch.read_and_reset() == {
+        "mean/b": 2.0,
+        "mean/c": float("inf"),
+        "largest/b": -2.0,
+        "largest/c": float("-inf"),
+    }
+    watch.after_update()
+    Some.values = [1.0, 4.0, 0.0]
+    watch.after_update()
+    row = watch.read_and_reset()
+    assert [row[key] for key in ("mean/a", "mean/b", "largest/a", "largest/b", "one")] == [1.0, 3.0, -1.0, -2.0, 1.0]
+
+
+def test_sums_of_an_older_checkpoint_have_one_count_for_all_layers() -> None:
+    model = network()
+    old, new = make_probe_runner(model, ["weight_updates"]), make_probe_runner(model, ["weight_updates"])
+    train(model, old, steps=2)
+    saved = {name: tensor.clone() for name, tensor in old.state_dict().items()}
+    expected = old.read_and_reset()
+    saved["count/update_ratio"] = saved["count/update_ratio"][0]
+    new.load_state_dict(saved)
+    assert new.read_and_reset() == expected
+    new.load_state_dict(saved)
+    train(model, new, steps=1)
+    assert new.read_and_reset().keys() == expected.keys()
+
+
 def test_large_layers_lose_no_digits() -> None:
     layer = nn.Linear(1024, 1024, bias=False)
     watch = make_probe_runner(layer, ["gradient_flow"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import subprocess
@@ -162,6 +163,21 @@ def test_weight_updates_are_layers_by_epochs_in_the_networks_order(run: Run) -> 
     assert data.ratio[2][1] == run.rows[1]["update_ratio/layer2.conv"]
 
 
+def test_a_ratio_to_weights_of_zero_in_an_older_run_does_not_spoil_the_colours(tmp_path: Path) -> None:
+    """Runs recorded before had 1e8 and more there; runs of today have no key."""
+    record = write(tmp_path, "one", epochs=3, layers=3)
+    rows = [dict(row) for row in record.read_rows()]
+    rows[0]["update_ratio/layer2.conv"] = 2.5e9
+    del rows[1]["update_ratio/layer1.conv"]
+    (record.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = load_run(record.path)
+    data = BY_NAME["weight_updates"].build().select(run)
+    assert math.isnan(data.ratio[2][0]) and math.isnan(data.ratio[1][1])
+    assert data.ratio[2][1:] == [row["update_ratio/layer2.conv"] for row in rows[1:]]
+    assert data.limits[1] < 1
+    assert not style.render_figure(BY_NAME["weight_updates"], run).problem
+
+
 @pytest.mark.parametrize("name", ["curves", "learning_curves", "weight_updates"])
 @pytest.mark.parametrize("epochs", [1, 2, 9])
 def test_epochs_are_whole_and_values_written_out(name: str, epochs: int, tmp_path: Path) -> None:
@@ -213,7 +229,19 @@ def test_a_new_figure_is_one_file_and_a_broken_one_costs_nothing(tmp_path: Path)
     write(tmp_path / "runs", "one")
     write(tmp_path / "runs", "two", model="vgg11")
     (tmp_path / "plugins" / "figures").mkdir(parents=True)
-    for name, body in (("mine", "figure.subplots().plot(data)"), ("broken", "raise ValueError('no')")):
+    (tmp_path / "plugins" / "figures" / "absent.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "plugins" / "figures" / "bare.py").write_text(
+        "from cifar.registry import figures\n"
+        "@figures.register('scopeless')\nclass A:\n    title = 'A'\n"
+        "@figures.register('untitled')\nclass B:\n    scope = 'sweep'\n"
+    )
+    bodies = {
+        "mine": "figure.subplots().plot(data)",
+        "broken": "raise ValueError('no')",
+        "leaving": "raise SystemExit(3)",
+        "wrong": "return data['mean']",
+    }
+    for name, body in bodies.items():
         (tmp_path / "plugins" / "figures" / f"{name}.py").write_text(
             "from cifar.registry import figures\n"
             f"@figures.register('{name}')\n"
@@ -234,7 +262,16 @@ def test_a_new_figure_is_one_file_and_a_broken_one_costs_nothing(tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "mine.png" in done.stdout and "broken.png" not in done.stdout
-    assert "figure 'broken' failed (ValueError: no)" in done.stdout
+    folder = tmp_path / "plugins" / "figures"
+    for said in (
+        f"figure 'broken' failed (ValueError: no ({folder / 'broken.py'}:10, in draw)); correct {folder / 'broken.py'}",
+        f"figure 'leaving' failed (SystemExit: 3 ({folder / 'leaving.py'}:10, in draw))",
+        "figure 'wrong' failed (TypeError: list indices must be integers",
+        f"the plug-in {folder / 'absent.py'} cannot be imported: ModuleNotFoundError",
+        "figure 'scopeless' has no scope, and is left out",
+        "figure 'untitled' has no title, and is left out",
+    ):
+        assert said in done.stdout.replace('\\"', '"').replace("\\'", "'"), said
 
 
 def shown(drawn: style.DrawnFigure) -> list[Any]:
