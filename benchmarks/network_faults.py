@@ -122,7 +122,6 @@ class Place:
             **server.environment, "HOME": str(folder / "home"), "CIFAR_PLUGINS": str(folder / "plugins"),
             "CIFAR_RUNS": str(folder / "runs"), "CLOCK_LOG": str(folder / "clock"), "PYTHONPATH": str(ROOT),
             "CIFAR_BENCHMARK": str(folder), "OMP_NUM_THREADS": "1",
-            "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",  # seconds; its 15 would be longer than the training
         }  # fmt: skip
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:

@@ -266,6 +266,8 @@ class Sidecar:
                     run.is_incomplete = run.mirror.mode != self._mode  # it has turned to offline: written to a file instead
                 else:
                     run.is_incomplete, run.is_waiting = True, run.mirror.is_open
+                    if run.mirror.has_given_up:
+                        run.mirrored_end = end
             elif run.is_writer_gone or is_last:
                 run.mirror.suspend()
                 run.is_waiting = False

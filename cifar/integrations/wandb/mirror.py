@@ -53,6 +53,7 @@ TRANSMIT_SECONDS = 1.0  # wandb-core sends what is new so often (below 1 it take
 RETRY_SECONDS = 10.0  # the longest pause of wandb-core between two tries
 LOST_SECONDS = 15.0  # a row that has not arrived after this time, at a server that answers, is lost; above RETRY_SECONDS
 MAX_RESENDS = 2  # how often the rest is sent again in one `finish`
+PICTURES_FOLDER = "media/images/pictures/"  # where wandb puts the pictures among a run's files
 PREDICTIONS_FILE, MAX_PREDICTIONS_BYTES = "predictions.npz", 1_000_000  # a larger file is not sent
 
 NOTES_FILE = "mirror.json"  # in RUN/wandb: target -> digest of what W&B has
@@ -83,6 +84,7 @@ class Mirror:
         self._final_rows = FinalRows(run_dir)
         self._run: Any = None
         self._num_core_stops = 0
+        self.has_given_up = False  # W&B has something that cannot be mended
         self._forget_session()
 
     def _forget_session(self) -> None:
@@ -94,6 +96,7 @@ class Mirror:
         self._has_sent_media = False
         self._num_expected = 0  # history rows that W&B has once all that was sent has arrived
         self._has_stale_rows = False  # W&B has rows that are not the record's, and cannot take them back
+        self._had_pictures = False  # W&B had pictures before this session
         self._picture_hashes: dict[str, str] = {}  # pictures that W&B has: key -> SHA-256
         self._progress = (-1, time.monotonic())  # rows that W&B had when it was asked, and since when
 
@@ -151,6 +154,9 @@ class Mirror:
         run, self._run = self._run, None
         try:
             self._finish_run(run, wandb_exit_code(state))
+            if self._had_pictures:
+                with contextlib.suppress(Exception):  # they stay then
+                    self._delete_old_pictures()
             self._write_digest(digest)
         finally:
             self._lock.release()
@@ -279,10 +285,30 @@ class Mirror:
         return ""
 
     def _call_incomplete(self, problem: str) -> bool:
-        reason = redact(f"{self.run_dir.state} where it ran; {problem}")
-        self._run.summary.update({"state": INCOMPLETE, "reason": reason})
+        """Give up: close the W&B run as failed, and say in its summary that it is incomplete."""
         self._on_message(f"{self.run_dir.id}: incomplete on W&B: {problem}")
+        self.has_given_up = True
+        run, self._run = self._run, None
+        try:
+            reason = redact(f"{self.run_dir.state} where it ran; {problem}")
+            run.summary.update({"state": INCOMPLETE, "reason": reason})
+            self._finish_run(run, 1)
+        finally:
+            self._lock.release()
         return False
+
+    def _delete_old_pictures(self) -> None:
+        """Delete pictures of an earlier end, of a failed run that was resumed: W&B keeps them beside the new ones."""
+        client, (entity, project) = _connect(), self._place()
+        arrived = arrival.fetch_run(client.execute_graphql, entity, project, self.run_dir.id)
+        shown = {
+            str(value.get("path")) for value in (arrived.summary if arrived else {}).values() if isinstance(value, Mapping)
+        }
+        if arrived is None or not shown:
+            return
+        for file in client.api.run(f"{entity}/{project}/{self.run_dir.id}").files(pattern=f"{PICTURES_FOLDER}%"):
+            if file.name.startswith(PICTURES_FOLDER) and file.name not in shown:
+                file.delete()
 
     def _compare_with_server(self, rows: Sequence[Mapping[str, Any]]) -> arrival.HistoryDifference:
         return arrival.compare_history(arrival.read_history(_connect().api, *self._place(), self.run_dir.id), rows)
@@ -386,6 +412,7 @@ class Mirror:
         if arrived:
             media = {key: value for key, value in arrived.summary.items() if isinstance(value, Mapping)}
             self._picture_hashes = {key: str(value.get("sha256", "")) for key, value in media.items()}
+            self._had_pictures = bool(media)
         if not arrived or not arrived.num_rows:
             self._run = self._init_run()
             return

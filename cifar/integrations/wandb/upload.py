@@ -187,8 +187,9 @@ def _finish_run(mirror: Mirror, patience: float) -> bool:
         raise UserError(f"W&B did not take run {run_dir.id}; push again to go on from here")
     if mirror.is_open and not patience:
         return False
-    if mirror.is_open:
-        mirror.release()
+    if mirror.is_open or mirror.has_given_up:
+        if mirror.is_open:
+            mirror.release()
         raise UserError(f"W&B does not have all of run {run_dir.id}; its summary says so there; push again to go on from here")
     if not is_complete:
         raise UserError(f"run {run_dir.id} is being sent by another process; push again when that is done")

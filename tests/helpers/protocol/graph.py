@@ -263,6 +263,12 @@ class Root(RootViews):
             run.base_state, run.exit_code = input.get("state") or "running", None
         return {"bucket": RunNode(world, run), "inserted": inserted}
 
+    def deleteFiles(self, info: Any, input: dict[str, Any]) -> dict[str, Any]:
+        for run in self._world.runs.values():
+            for name in [name for name in run.files if key_of("File", run.id, name) in input["files"]]:
+                del run.files[name]
+        return {"success": True}
+
     def rewindRun(self, info: Any, input: dict[str, Any]) -> dict[str, Any]:
         place = (input.get("entityName") or self._world.entity, input.get("projectName") or "uncategorized")
         run = self._world.run(*place, input["runName"])

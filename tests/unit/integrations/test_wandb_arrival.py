@@ -1,0 +1,73 @@
+"""What W&B has against what the record has: rows by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from cifar.integrations.wandb.arrival import (
+    ArrivedRun,
+    are_equal_rows,
+    build_summary,
+    compare_history,
+    describe_difference,
+    describe_missing_rows,
+)
+from helpers.leet import end_record, make_record, row
+
+
+def line(epoch: int, step: int = 0, **changed: Any) -> dict[str, Any]:
+    """As W&B answers: its own keys, a picture, whole numbers as floats."""
+    changed = {key.replace("__", "/"): value for key, value in changed.items()}
+    return {
+        **row(epoch),
+        "epoch": float(epoch),
+        "_step": step or epoch,
+        "_runtime": 1.5,
+        "pictures/a": {"_type": "x"},
+        **changed,
+    }
+
+
+def test_rows_are_equal_by_value() -> None:
+    assert are_equal_rows({"a": 1, "b": math.nan}, {"a": 1.0, "b": "NaN"})
+    assert not are_equal_rows({"a": 1, "b": 2}, {"a": 1}) and not are_equal_rows({"a": 0.1}, {"a": 0.1 + 1e-17 * 2})
+    assert are_equal_rows({"a": 1, "system/seconds": 1}, {"a": 1, "system/seconds": 2})
+    assert not are_equal_rows({"a": 1, "system/seconds": 1}, {"a": 1, "system/seconds": 2}, with_times=True)
+
+
+def test_histories() -> None:
+    rows = [row(epoch) for epoch in (1, 2, 3, 4)]
+    same = compare_history([line(epoch) for epoch in (1, 2, 3)], rows)
+    assert same.is_prefix and (same.num_equal, same.last_step, same.wrong_epochs) == (3, 3, ())
+    hole = compare_history([line(1), line(3), line(4)], rows)
+    assert not hole.is_prefix and (hole.num_equal, hole.wrong_epochs, hole.unknown_epochs) == (1, (2,), ())
+    times = compare_history([line(1), line(2, system__seconds=9.0), line(3)], rows)
+    assert not times.is_prefix and (times.num_equal, times.wrong_epochs) == (1, ())
+    other = compare_history([line(1), line(2, val__acc=0.9), line(3), line(7)], rows)
+    assert (other.num_equal, other.wrong_epochs, other.unknown_epochs) == (1, (2, 4), (7,))
+    again = compare_history([line(1), line(2, val__acc=0.9), line(3), line(4), line(2, 5), line(4, 6)], rows)
+    assert (again.num_lines, again.last_step, again.wrong_epochs, again.unknown_epochs) == (6, 6, (), ())
+    assert compare_history([], rows).is_prefix and compare_history([line(1)], []).unknown_epochs == (1,)
+
+
+def test_what_is_missing_in_words(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "words001", epochs=2)
+    for epoch in (1, 2):
+        record.append_row(row(epoch))
+    end_record(record)
+    assert describe_missing_rows(None, 2, row(2)) == "W&B does not have the run"
+    assert describe_missing_rows(ArrivedRun("running", 1, row(1), {}), 2, row(2)) == "W&B has 1 of 2 rows"
+    assert "not that of epoch 2" in describe_missing_rows(ArrivedRun("running", 2, row(1), {}), 2, row(2))
+    assert describe_missing_rows(ArrivedRun("running", 0, {}, {}), 0, {}) == ""
+
+    def said(state: str, **summary: Any) -> str:
+        arrived = ArrivedRun(state, 2, row(2), {**build_summary(record), **summary})
+        return describe_difference(arrived, record, lambda: [])
+
+    assert said("finished") == "" and "calls the run running, and it is finished" in said("running")
+    assert said("finished", state="incomplete").endswith("other values of state")
+    record.set_status("stopped", reason="asked to end")
+    assert said("failed") == "" and "calls the run finished, and it is stopped" in said("finished")
+    assert said("failed", reason="").endswith("other values of reason")
