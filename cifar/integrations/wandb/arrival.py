@@ -120,6 +120,7 @@ class HistoryDifference:
     num_equal: int
     num_lines: int  # that W&B has
     last_step: int  # W&B's; -1 if it has no rows
+    last_epoch: int  # the highest that W&B has; 0 if it has no rows
     wrong_epochs: tuple[int, ...] = ()  # in the record, and other than on W&B, or missing there between two others
     unknown_epochs: tuple[int, ...] = ()  # on W&B, and not in the record
 
@@ -145,7 +146,8 @@ def compare_history(lines: Iterable[Mapping[str, Any]], rows: Sequence[Mapping[s
     here = {int(row["epoch"]): build_row(row) for row in rows}
     last = max(there, default=0)
     wrong = [e for e, row in here.items() if e <= last and not (e in there and are_equal_rows(there[e], row))]
-    return HistoryDifference(num_equal, num_lines, last_step, tuple(wrong), tuple(sorted(set(there) - set(here))))
+    unknown = tuple(sorted(set(there) - set(here)))
+    return HistoryDifference(num_equal, num_lines, last_step, last, tuple(wrong), unknown)
 
 
 def describe_missing_rows(arrived: ArrivedRun | None, num_rows: int, last_row: Mapping[str, Any]) -> str:

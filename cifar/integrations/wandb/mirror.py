@@ -146,6 +146,8 @@ class Mirror:
             return self.is_complete()
         if self._sent_digests != {int(json.loads(line)["epoch"]): _hash_bytes(line) for line in self._read_lines(0)}:
             self._reopen()  # a resume has removed rows that were sent here, and trained those epochs again
+            if self._run is None:
+                return False
         self._send_media(pictures)
         if self.mode == "online" and not self._has_arrived(pictures, patience):
             return False
@@ -265,7 +267,7 @@ class Mirror:
             num_rows = arrived.num_rows if arrived else -1
             if num_rows != self._progress[0]:
                 self._progress = (num_rows, time.monotonic())
-            if time.monotonic() > deadline:
+            if time.monotonic() > min(deadline, self._progress[1] + LOST_SECONDS):
                 return missing
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
@@ -276,7 +278,8 @@ class Mirror:
         if difference.unknown_epochs:
             epochs = ", ".join(map(str, difference.unknown_epochs[:6]))
             return f"W&B has rows of epochs that the record does not have ({epochs}), and cannot take them back"
-        repeated = [row for row in rows if int(row["epoch"]) in difference.wrong_epochs]
+        skipped = range(difference.last_epoch + 1, self._run.starting_step)  # wandb went on behind them
+        repeated = [row for row in rows if int(row["epoch"]) in difference.wrong_epochs or int(row["epoch"]) in skipped]
         step = max(difference.last_step, len(rows), self._run.step)
         for row in [*repeated, *(rows[-1:] if repeated else ())]:  # the last epoch's row stays the last one
             step += 1
@@ -413,7 +416,8 @@ class Mirror:
             media = {key: value for key, value in arrived.summary.items() if isinstance(value, Mapping)}
             self._picture_hashes = {key: str(value.get("sha256", "")) for key, value in media.items()}
             self._had_pictures = bool(media)
-        if not arrived or not arrived.num_rows:
+        last_known = int(arrived.summary.get("_step", -1)) if arrived else -1  # wandb goes on from there
+        if not arrived or (not arrived.num_rows and last_known < 0):
             self._run = self._init_run()
             return
         is_over = self.run_dir.state in ENDED_STATES
@@ -421,7 +425,7 @@ class Mirror:
         rows = [json.loads(line) for line in self._read_lines(0, limit)]
         difference = self._compare_with_server(rows)
         self._num_expected = arrived.num_rows
-        if not difference.is_prefix:
+        if not difference.is_prefix or last_known > difference.last_step:
             num_equal = difference.num_equal
             try:
                 self._run = self._init_run(rewind_to=int(rows[num_equal - 1]["epoch"]) if num_equal else 0)

@@ -24,9 +24,8 @@ from helpers.hosted_sweeps import HEAD, TINY, start_command
 from helpers.processes import list_descendants, wait_for_exit, wait_until
 from helpers.protocol import Run, Server
 
-pytestmark = pytest.mark.slow
-
 MOMENTS = int(os.environ.get("CIFAR_MOMENTS", "5"))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240 + 60 * MOMENTS)]
 SEED = int(os.environ.get("CIFAR_SEED", "0"))
 # 4 steps an epoch: a checkpoint after every second epoch
 SWEEP = (

@@ -62,8 +62,8 @@ def test_what_is_missing_in_words(tmp_path: Path) -> None:
     assert "not that of epoch 2" in describe_missing_rows(ArrivedRun("running", 2, row(1), {}), 2, row(2))
     assert describe_missing_rows(ArrivedRun("running", 0, {}, {}), 0, {}) == ""
 
-    def said(state: str, **summary: Any) -> str:
-        arrived = ArrivedRun(state, 2, row(2), {**build_summary(record), **summary})
+    def said(wandb_state: str, **summary: Any) -> str:
+        arrived = ArrivedRun(wandb_state, 2, row(2), {**build_summary(record), **summary})
         return describe_difference(arrived, record, lambda: [])
 
     assert said("finished") == "" and "calls the run running, and it is finished" in said("running")
