@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar.states import GIVEN_BACK_STATES
+from cifar.system.files import is_regular_file
 
 NUM_TRACEBACK_LINES = 15  # that are shown
 
@@ -57,8 +58,9 @@ class FailureTracker:
             return ""
         traceback_path = Path(event.get("whole") or log)
         lines: deque[str] = deque(maxlen=NUM_TRACEBACK_LINES)
-        with contextlib.suppress(OSError), open(traceback_path, errors="replace") as file:
-            lines.extend(file)
+        if is_regular_file(traceback_path):
+            with contextlib.suppress(OSError), open(traceback_path, errors="replace") as file:
+                lines.extend(file)
         return (
             f"stopped after {self.num_in_a_row} failures in a row, the last one: {event['reason']} "
             f"(the whole of it: {traceback_path})\n" + "".join(lines)

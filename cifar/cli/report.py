@@ -217,6 +217,7 @@ def _list_readable(runs: Path, sweep_id: str) -> list[RunDir]:
             if about.get("sweep") == sweep_id:
                 for name in ("config", "status", "summary"):
                     record.read_json(name)
+                list(record.read_rows())
                 found.append(record)
         except UserError as error:
             if record.id.startswith(f"{sweep_id}-"):

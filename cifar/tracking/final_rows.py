@@ -12,8 +12,10 @@ import zipfile
 from pathlib import Path
 
 from cifar.states import CONCLUSIVE_STATES
+from cifar.system.files import open_file
 from cifar.tracking.run_dir import RunDir
 
+MAX_FILE_BYTES = 2**37
 _HEAD_BYTES, _HEAD_OPS = 4096, 16  # of the checkpoint's pickle: its first key is metrics_bytes
 
 
@@ -43,7 +45,7 @@ class FinalRows:
 def read_checkpoint_length(path: Path) -> int:
     """The length of metrics.jsonl that a checkpoint notes; 0 if it cannot be read. Nothing in the file is executed."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path, MAX_FILE_BYTES) as opened, zipfile.ZipFile(opened) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             with archive.open(name) as file:
                 head = file.read(_HEAD_BYTES)

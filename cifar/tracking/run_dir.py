@@ -197,6 +197,9 @@ class RunDir:
         cost = run.get("cost") or {}
         missing = [f"run.json: cost.{name}" for name in ("macs", "params", "verified") if cost.get(name) is None]
         missing += ["config.json"] * (not config)
+        for name in ("metrics.jsonl", "checkpoint.pt"):
+            if os.path.lexists(self.path / name) and not is_regular_file(self.path / name):
+                raise UserError(f"{self.path / name} is damaged (it is not a file); restore it, or delete {self.path}")
         if missing:
             raise UserError(f"{self.path} is damaged (it lacks {missing[0]}); restore it, or delete it and train it again")
 

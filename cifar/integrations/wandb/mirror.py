@@ -32,6 +32,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from cifar.errors import UserError
 from cifar.integrations.wandb import arrival
 from cifar.integrations.wandb.api import GraphqlClient
 from cifar.integrations.wandb.arrival import INCOMPLETE
@@ -41,10 +42,11 @@ from cifar.integrations.wandb.notes import read_or_set_aside, write_notes
 from cifar.integrations.wandb.run_file import wait_for_exit_record
 from cifar.integrations.wandb.settings import Mode
 from cifar.states import ENDED_STATES, OPEN_RUN_STATES, wandb_exit_code
+from cifar.system.files import MissingFileError, open_file, read_bytes, read_text
 from cifar.system.names import escape_controls
 from cifar.system.redact import mask_secrets, redact
 from cifar.tracking.final_rows import FinalRows
-from cifar.tracking.run_dir import RunDir, write_atomic
+from cifar.tracking.run_dir import MAX_METRICS_BYTES, RunDir, write_atomic
 
 WRITE_TIMEOUT_SECONDS = 10.0  # how long to wait for the last block of an offline run's file
 INIT_TIMEOUT_SECONDS, FINISH_TIMEOUT_SECONDS = 10.0, 120.0  # how long to wait for a server when a run begins and ends
@@ -505,7 +507,7 @@ class Mirror:
         If the file was truncated in between, it is read from its beginning.
         """
         offset = self._offset if start is None else start
-        with contextlib.suppress(FileNotFoundError), open(self.run_dir.path / "metrics.jsonl", "rb") as file:
+        with contextlib.suppress(MissingFileError), open_file(self.run_dir.path / "metrics.jsonl", MAX_METRICS_BYTES) as file:
             if offset:
                 file.seek(offset - 1)
                 if file.read(1) != b"\n":
@@ -521,7 +523,7 @@ class Mirror:
     def _compute_digest(self) -> str:
         """A digest of what the run folder holds now: metrics, summary and state."""
         files = [self.run_dir.path / name for name in ("metrics.jsonl", "summary.json")]
-        content = b"\0".join(file.read_bytes() if file.exists() else b"" for file in files)
+        content = b"\0".join(read_bytes(file, MAX_METRICS_BYTES) if file.exists() else b"" for file in files)
         return _hash_bytes(content + self.run_dir.state.encode()).hex()
 
     def is_complete(self) -> bool:
@@ -543,8 +545,9 @@ class Mirror:
 
 def read_run_url(run_dir: RunDir) -> str:
     """The address of this run's page on W&B; "" if no online run was opened."""
-    file = run_dir.path / "wandb" / URL_FILE
-    return file.read_text() if file.exists() else ""
+    with contextlib.suppress(UserError):
+        return read_text(run_dir.path / "wandb" / URL_FILE)
+    return ""
 
 
 def _connect() -> GraphqlClient:
