@@ -188,7 +188,7 @@ def list_grid_cells(sweep: Sweep) -> list[dict[str, Any]]:
     if min(total, sweep.run_cap or total) > MAX_GRID_CELLS:
         raise UserError(f"the grid has {total:,} cells; list fewer values, or set run_cap to at most {MAX_GRID_CELLS:,}")
     found = []
-    for values in itertools.islice(itertools.product(*grids), sweep.run_cap):
+    for values in itertools.islice(itertools.product(*grids), min(sweep.run_cap or total, MAX_GRID_CELLS)):
         found.append(flatten_values({p.name: value for p, value in zip(sweep.parameters, values, strict=True)}))
     return found
 

@@ -47,7 +47,7 @@ from cifar.training.weights import load_weights
 from helpers import fake_runs, hostile
 from helpers.hostile import Input, bounded, inputs, place_input
 
-FAST_EXAMPLES, ALL_EXAMPLES = 260, int(os.environ.get("CIFAR_FUZZ_EXAMPLES", "10000"))
+FAST_EXAMPLES, ALL_EXAMPLES = 120, int(os.environ.get("CIFAR_FUZZ_EXAMPLES", "10000"))
 MAX_CHECKED_CELLS = 100  # of a sweep; a larger one takes its time, which is bounded by the number of cells
 SWEEP = b"""# which?
 name: small

@@ -334,3 +334,44 @@ def test_early_termination_refuses_what_has_no_band() -> None:
     ]:
         with pytest.raises(UserError, match=said):
             early_stopping.parse_early_terminate(spec)
+
+
+def test_a_range_can_be_merged_into_another() -> None:
+    found = parsed(
+        "method: random\nrun_cap: 2\nparameters:\n  model: {value: conv4}\n  epochs: {value: 0x10}\n"
+        "  lr: &range {distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-1}\n"
+        "  weight_decay: {<<: *range, max: 1.0e-2}\n  batch_size: {<<: {min: 32}, max: 1_00}\n"
+    )
+    by_name = {parameter.name: parameter for parameter in found.parameters}
+    assert by_name["weight_decay"].options == {"min": 1e-4, "max": 1e-2} and by_name["lr"].options["max"] == 0.1
+    assert by_name["weight_decay"].distribution == "log_uniform_values" and by_name["epochs"].values == [16]
+    assert (by_name["batch_size"].distribution, by_name["batch_size"].options) == ("int_uniform", {"min": 32, "max": 100})
+
+
+@pytest.mark.parametrize(
+    ("parameter", "said"),
+    [
+        ("{values: [" + "0.5, " * 10_000 + "1]}", "10,001 values are more than"),
+        ("{distribution: [a]}", "unknown distribution"),
+        ("{distribution: log_normal, mu: 1000}", "beyond all numbers"),
+        ("{distribution: log_normal, mu: 0, sigma: 100}", "beyond all numbers"),
+        ("{distribution: q_log_normal, mu: 0, q: 1.0e-320}", "beyond all numbers"),
+        ("{distribution: uniform, min: -1.0e+308, max: 1.0e+308}", "far too large"),
+        ("{min: 0.1, max: .inf}", "not a number"),
+        ("{min: 0, max: " + "9" * 301 + "}", "digits"),
+        ("{value: 2020-13-45}", "kind"),
+        ("{distribution: {a: 1}, min: 0, max: 1}", "unknown distribution"),
+    ],
+)
+def test_values_without_a_bound_are_refused(parameter: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parsed("method: random\nrun_cap: 2\nparameters: {model: {value: conv4}, lr: " + parameter + "}")
+
+
+@pytest.mark.parametrize("run_cap", [10_001, 999_999_999_999, 10**299])
+def test_more_trials_than_can_be_made_are_refused(run_cap: int) -> None:
+    found = parsed(f"method: random\nrun_cap: {run_cap}\nparameters: {{model: {{value: conv4}}, lr: {{min: 0.1, max: 0.2}}}}")
+    with pytest.raises(UserError, match="at most 10,000 trials"):
+        list_known_trials(found)
+    grid = parsed(f"method: grid\nrun_cap: {run_cap}\nparameters: {{model: {{value: conv4}}, lr: {{values: [0.1, 0.2]}}}}")
+    assert len(list_known_trials(grid)) == 2
