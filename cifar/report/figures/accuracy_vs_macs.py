@@ -102,7 +102,7 @@ class AccuracyVsMacs:
             if dot.bar:
                 yerr = [[dot.y - dot.bar[0]], [dot.bar[1] - dot.y]]
                 axes.errorbar(dot.x, dot.y, yerr=yerr, color=colour, elinewidth=1.1, capsize=2.5, zorder=height)
-            axes.plot([dot.x] * len(dot.seeds), dot.seeds, "o", ms=3.2, mec=PAPER, mew=0.5, color=colour, zorder=height + 2)
+            axes.plot([dot.x] * len(dot.seeds), dot.seeds, "o", ms=3.9, mec=PAPER, mew=0.4, color=colour, zorder=height + 2)
             face = PAPER if dot.num_seeds == 1 else colour
             (point,) = axes.plot(dot.x, dot.y, shape, ms=6.5, mec=colour, mfc=face, mew=1.5, zorder=height + 1)
             point.set_gid(f"tip:{dot.tip}")
@@ -142,7 +142,7 @@ class AccuracyVsMacs:
         if any(dot.bar for dot in data.dots):
             handles["mean ± 95 %, n seeds"] = axes.plot([], [], "o", ms=5.5, color=colour)[0]
         if any(dot.seeds for dot in data.dots):
-            handles["mean of two seeds and both"] = axes.plot([], [], "o", ms=5.5, color=colour)[0]
+            handles["each of two seeds"] = axes.plot([], [], "o", ms=3.9, color=colour)[0]
         if any(dot.num_seeds == 1 for dot in data.dots):
             handles["one seed"] = axes.plot([], [], "o", ms=5.5, mec=colour, mfc=PAPER, mew=1.5)[0]
         for kind, name in (("dominated", "dominated"), ("views", "several views (MACs × views)")):
