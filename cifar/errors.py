@@ -30,6 +30,11 @@ class DiskFullError(UserError):
 DiskFull = DiskFullError  # old name, for plug-ins
 
 
+def is_out_of_threads(error: BaseException) -> bool:
+    """Whether no thread could be started, since the limit of processes is reached. Python has no class for this error."""
+    return isinstance(error, RuntimeError) and str(error) == "can't start new thread"
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the most similar known names, up to three, then all of them."""
     known, wrong = sorted(known), wrong[:100]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PROGRESS_SECONDS = 0.5  # between two progress events
 # Errors of the machine and not of the trial: the agent starts no more trials.
-MACHINE_ERRNOS = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+MACHINE_ERRNOS = (errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
 
 class Worker:
@@ -106,7 +106,7 @@ class Worker:
 
     def _describe_failure(self, trial: dict[str, Any], error: Exception, pack_size: int) -> dict[str, Any]:
         """The content of the event "ended" of a trial whose training has raised an error."""
-        from cifar.errors import PartError, UserError
+        from cifar.errors import PartError, UserError, is_out_of_threads
         from cifar.states import pack_failure_reason
         from cifar.system.disk import is_caused_by_full_disk
         from cifar.system.ownership import OwnershipError
@@ -117,7 +117,7 @@ class Worker:
             return {"state": "interrupted", "reason": "no space left on the disk", "full": True}
         if isinstance(error, OwnershipError):
             return _describe_ownership(trial, error)
-        is_of_machine = isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
+        is_of_machine = is_out_of_threads(error) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS)
         if is_of_machine or (isinstance(error, UserError) and not isinstance(error, PartError)):
             # Every value was checked before, so it is the machine that is at fault: the agent starts no more trials ("halt").
             return {"state": "interrupted", "reason": str(error), "halt": True}

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from cifar.cli import inspect, maintenance, report, sweep, train
-from cifar.errors import UserError, name_program, program_name
+from cifar.errors import UserError, is_out_of_threads, name_program, program_name
 from cifar.system import user_code
 from cifar.system.files import check_text
 from cifar.system.names import escape_controls
@@ -97,6 +97,8 @@ def _run_command(arguments: list[str]) -> int:
     except MemoryError:
         return _print_error("the memory does not hold what was given; take smaller values or a smaller file")
     except Exception as error:
+        if is_out_of_threads(error):
+            return _print_error(f"{error}; {_DISK_ADVICE[errno.EAGAIN]}")
         message = getattr(error, "format_message", None)  # Typer's own usage errors; their class is private
         if message is None:
             if not user_code.is_plugin_error(error):
@@ -121,6 +123,11 @@ _DISK_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE_SPACE),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), _OTHER_PLACE),
     **dict.fromkeys((errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO), _OTHER_PLACE),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), _OTHER_PLACE),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "this process needs some 100 of them: see `ulimit -n`"),
+    errno.EAGAIN: "no more processes can be started: see `ulimit -u`, or take fewer --workers",
+    errno.ENOMEM: "take fewer --workers, or a machine with more memory",
+    errno.ENOLCK: "this file system has no locks of files: name another place with --runs-dir",
 }
 
 

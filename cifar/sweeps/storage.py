@@ -13,14 +13,17 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 
 from cifar.errors import UserError
+from cifar.system.disk import is_caused_by_full_disk
 from cifar.system.files import is_regular_file
+from cifar.system.ownership import NO_FLOCK_ERRNOS
 from cifar.system.redact import redact
 
 CONNECT_SECONDS = 8  # to wait for a server that does not answer
+LOCK_TIMEOUT_SECONDS = 300.0  # for others' claims, each of which takes up to a second in a sweep of thousands of cells
 LOCAL_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
 
 
@@ -154,13 +157,46 @@ def _is_on_local_disk(database: str | None) -> bool:
 
 
 @contextlib.contextmanager
+def _explain_errors(storage: RDBStorage) -> Iterator[None]:
+    """Turn what a database or its lock refuses into one sentence. A full disk stays what it is: agents wait for space."""
+    url = redact_url(storage.engine.url.render_as_string(hide_password=False))
+    try:
+        yield
+    except Timeout as error:
+        raise UserError(
+            f"another process has held the lock {error.lock_file} for {LOCK_TIMEOUT_SECONDS:.0f} s; "
+            "find the one that is stopped, and let it go on or end it"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_FLOCK_ERRNOS:
+            raise
+        raise UserError(
+            f"the file system of {url} has no locks ({error.strerror}), without which agents cannot share a SQLite file; "
+            "keep the runs folder on another one, or the sweep in PostgreSQL (CIFAR_STORAGE)"
+        ) from error
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        if is_caused_by_full_disk(error):
+            raise
+        cause = error if isinstance(error, sqlalchemy.exc.SQLAlchemyError) else error.__cause__ or error
+        reason = str(getattr(cause, "orig", cause)).strip().split("\n")[0]
+        raise UserError(
+            f"the sweep's database {url} cannot be used ({reason}); when that is mended, go on with the sweep's agent"
+        ) from error
+
+
+@contextlib.contextmanager
 def lock_storage(storage: RDBStorage, name: str) -> Iterator[None]:
     """Hold the lock of a sweep: one process at a time, of all that share the storage. It is released when its process ends.
 
     Optuna's own claim is not enough: two processes can be given the same waiting trial of a SQLite file.
     """
+    with _explain_errors(storage):
+        yield from _hold_lock(storage, name)
+
+
+def _hold_lock(storage: RDBStorage, name: str) -> Iterator[None]:
     if storage.engine.dialect.name == "sqlite":
-        with FileLock(f"{storage.engine.url.database}.lock"):
+        with FileLock(f"{storage.engine.url.database}.lock", timeout=LOCK_TIMEOUT_SECONDS, fallback_to_soft=False):
             yield
         return
     key = {"key": zlib.crc32(name.encode())}

@@ -347,7 +347,11 @@ class RunLock:
             if owner is not None:
                 self._unlock_file()
                 return (*owner, False)
-        _beats.add(self)
+        try:
+            _beats.add(self)
+        except BaseException:  # no more threads can be started
+            self.release()
+            raise
         return None
 
     def _lock_file(self) -> bool | None:
@@ -533,8 +537,9 @@ class _Beats:
             self._locks.add(lock)
             self._interval = lease_seconds() / BEATS_PER_LEASE
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True, name="run-owner")
-                self._thread.start()
+                thread = threading.Thread(target=self._run, daemon=True, name="run-owner")
+                thread.start()
+                self._thread = thread
 
     def discard(self, lock: RunLock) -> None:
         with self._condition:

@@ -317,3 +317,24 @@ def test_a_sweep_that_is_wandbs_is_said_to_be(runs: Path, capsys: pytest.Capture
         show_status("abc", runs_dir=runs)
     assert list_sweeps(runs) == 0
     assert "me/p/abc" in capsys.readouterr().out
+
+
+def test_what_a_database_refuses_is_one_sentence(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sqlalchemy import event
+
+    backend = create_local_sweep(runs)
+    trial = claim_trial(backend)
+    for pragma, said in (("busy_timeout = 50", "database is locked"), ("query_only = 1", "attempt to write a readonly")):
+        backend._storage.engine.dispose()
+        event.listen(backend._storage.engine, "connect", lambda connection, _, p=pragma: connection.execute(f"pragma {p}"))
+        other = sqlite3.connect(backend.folder / "study.db")
+        other.execute("begin exclusive" if "busy" in pragma else "begin")
+        with pytest.raises(UserError, match=rf"the sweep's database sqlite:.* cannot be used \({said}"):
+            backend.heartbeat(trial)
+        other.close()
+    monkeypatch.setattr(storage, "LOCK_TIMEOUT_SECONDS", 0.1)
+    with storage.lock_storage(backend._storage, backend.id), pytest.raises(UserError, match=r"held the lock .*is stopped"):
+        LocalBackend(backend.id, runs).heartbeat(trial)
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with pytest.raises(UserError, match=r"has no locks \(No locks available\).*CIFAR_STORAGE"):
+        LocalBackend(backend.id, runs).heartbeat(trial)
