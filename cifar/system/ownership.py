@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import secrets
-import socket
 import stat
 import tempfile
 import threading
@@ -112,6 +111,12 @@ def _machine_id() -> str:
     return hashlib.sha256(f"cifar {found}".encode()).hexdigest()[:16] if found else ""
 
 
+def _host_name() -> str:
+    import socket  # not for commands that only start
+
+    return socket.gethostname()
+
+
 def _pid_namespace() -> str:
     """Process ids mean the same to processes in one namespace: a container usually has its own."""
     with contextlib.suppress(OSError):
@@ -168,7 +173,7 @@ class Lease:
             doing=doing,
             pid=pid,
             start=_read_process(pid)[1],
-            host=socket.gethostname(),
+            host=_host_name(),
             machine=_machine_id(),
             boot=_boot_id(),
             namespace=_pid_namespace(),
@@ -236,7 +241,7 @@ def _judge(lease: Lease, folder: Path, *, have_flock: bool = False) -> Literal["
     if not lease.token:
         return "unknown"
     is_same_kernel = bool(lease.boot) and lease.boot == _boot_id()
-    is_same_machine = is_same_kernel or (lease.host == socket.gethostname() and lease.machine == _machine_id())
+    is_same_machine = is_same_kernel or (lease.host == _host_name() and lease.machine == _machine_id())
     if is_same_machine and _is_copy(lease, folder):
         return "dead"
     if is_same_kernel or (is_same_machine and not lease.boot):
