@@ -26,9 +26,9 @@ from helpers.paths import ROOT
 from helpers.processes import list_workers, wait_for_exit, wait_until
 
 pytestmark = pytest.mark.slow
-EPOCHS = 300
-LONG = f"parameters: {{model: {{value: conv4}}, epochs: {{value: {EPOCHS}}}, checkpoint_every: {{value: 4}}}}"
-TWO = LONG.replace("parameters: {", "parameters: {seed: {values: [0, 1]}, ").replace(str(EPOCHS), "60")
+EPOCHS = 100
+ONE = "parameters: {model: {value: conv4}}"
+TWO = "parameters: {model: {value: conv4}, seed: {values: [0, 1]}}"
 
 
 def read_until(process: subprocess.Popen[str], words: str) -> str:
@@ -42,15 +42,17 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 
 
 def test_an_agent_stopped_beyond_its_lease_loses_its_trial_and_nothing_is_trained_twice(runs: Path) -> None:
-    backend = create_sweep(runs, LONG)
+    backend = create_sweep(runs, ONE, epochs=EPOCHS, checkpoint_every=4)
     first = start_agent(backend, "workers=1")
     wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3)
     (worker,) = list_workers(first.pid)
-    os.kill(first.pid, signal.SIGSTOP)  # its worker trains on
+    for pid in (first.pid, worker):  # the worker so that it does not come to its end meanwhile
+        os.kill(pid, signal.SIGSTOP)
     second = start_agent(backend, "workers=1")
     said = read_until(second, "waits: ")
     assert f"trial 000 waits: run {backend.run_id(0)} is being trained by process {worker} on " in said
-    os.kill(first.pid, signal.SIGCONT)
+    for pid in (first.pid, worker):
+        os.kill(pid, signal.SIGCONT)
     ends = [wait_for_exit(process) for process in (first, second)]
     assert [code for code, _ in ends] == [0, 0], ends
     assert "trial 000 was taken over by another agent" in ends[0][1]
@@ -59,7 +61,7 @@ def test_an_agent_stopped_beyond_its_lease_loses_its_trial_and_nothing_is_traine
 
 
 def test_an_agent_waits_for_a_run_that_a_person_trains_and_does_the_rest_meanwhile(runs: Path) -> None:
-    backend = create_sweep(runs, TWO)
+    backend = create_sweep(runs, TWO, epochs=60, checkpoint_every=4)
     record = RunDir.create(runs, backend.run_id(0), {"name": "by hand"}, {})
     with RunLock(record.path):
         agent = start_agent(backend, "workers=1")
@@ -73,7 +75,7 @@ def test_an_agent_waits_for_a_run_that_a_person_trains_and_does_the_rest_meanwhi
 
 def test_a_clock_that_jumps_changes_nothing(runs: Path, tmp_path: Path) -> None:
     """A year ahead, two years back: the trial goes on, and no other agent takes it."""
-    backend, clock = create_sweep(runs, LONG.replace(str(EPOCHS), "120")), tmp_path / "clock"
+    backend, clock = create_sweep(runs, ONE, epochs=120, checkpoint_every=4), tmp_path / "clock"
     clock.write_text("0")
     agents = []
     for _ in range(2):
@@ -90,7 +92,7 @@ def test_a_clock_that_jumps_changes_nothing(runs: Path, tmp_path: Path) -> None:
 
 
 def test_tidying_reading_and_removing_beside_a_live_agent(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    backend = create_sweep(runs, TWO)
+    backend = create_sweep(runs, TWO, epochs=60, checkpoint_every=4)
     agent = start_agent(backend, "workers=1")
     record = RunDir(runs / backend.run_id(0))
     wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3 and (record.path / "checkpoint.pt").exists())
@@ -138,7 +140,7 @@ def test_few_processes_end_an_agent_in_one_sentence(runs: Path, limit: int) -> N
 
 
 def test_a_locked_database_is_waited_for(runs: Path) -> None:
-    backend = create_sweep(runs, LONG.replace(str(EPOCHS), "40"))
+    backend = create_sweep(runs, ONE, epochs=40, checkpoint_every=4)
     agent = start_agent(backend, "workers=1")
     wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3)
     with sqlite3.connect(backend.folder / "study.db", timeout=30) as connection:
@@ -152,7 +154,7 @@ def test_a_locked_database_is_waited_for(runs: Path) -> None:
 
 
 def test_a_read_only_disk_is_one_sentence_and_the_sweep_goes_on_later(runs: Path) -> None:
-    backend = create_sweep(runs, TWO.replace("60", "3"))
+    backend = create_sweep(runs, TWO, epochs=3)
     mount = ["mount", "--bind", str(runs), str(runs)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("NO FOLDER CAN BE MOUNTED READ-ONLY HERE: what an agent says there was not shown")
