@@ -95,12 +95,14 @@ def test_tidying_reading_and_removing_beside_a_live_agent(runs: Path, capsys: py
     backend = create_sweep(runs, TWO, epochs=60, checkpoint_every=4)
     agent = start_agent(backend, "workers=1")
     record = RunDir(runs / backend.run_id(0))
-    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3 and (record.path / "checkpoint.pt").exists())
+    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3 and (record.path / "checkpoint.pt").exists(), 240)
+    (worker,) = list_workers(agent.pid)
+    os.kill(worker, signal.SIGSTOP)  # so that it does not come to its end meanwhile
     assert find_owner(record.path)
     assert main(["gc", "--days", "0", "--finished"]) == 0 and "0 things" in capsys.readouterr().out
     assert main(["sweeps", "status", backend.id]) == 0 and main(["report", backend.id]) in (0, 2)
-    shutil.rmtree(record.path, ignore_errors=True)
-    shutil.rmtree(record.path, ignore_errors=True)  # what was written while the first looked
+    shutil.rmtree(record.path)
+    os.kill(worker, signal.SIGCONT)
     code, output = wait_for_exit(agent)
     assert code == 0 and f"the folder of run {record.id} was removed while it was being trained" in output, output
     assert backend.count_states() == {"finished": 1, "failed": 1} and "Traceback" not in output
@@ -119,7 +121,7 @@ def limited(limit: str, backend: LocalBackend) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("limit", [8, 13, 18])
+@pytest.mark.parametrize("limit", [8, 13])
 def test_few_files_end_an_agent_in_one_sentence(runs: Path, limit: int) -> None:
     backend = create_sweep(runs, TWO)
     code, said = limited(f"ulimit -n {limit}; exec {{agent}}", backend)
