@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 
 from cifar.errors import UserError
-from cifar.system.disk import is_caused_by_full_disk
 from cifar.system.files import is_regular_file
 from cifar.system.ownership import NO_FLOCK_ERRNOS
 from cifar.system.redact import redact
@@ -95,7 +94,8 @@ def _explain_errors(name: str) -> Callable[..., Any]:
         try:
             return method(self, *arguments, **options)
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, *_DAMAGE) as error:
-            what = " ".join(str(error).split())[:200] or type(error).__name__
+            cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error  # says more
+            what = " ".join(str(getattr(cause, "orig", cause) or error).split())[:200] or type(error).__name__
             raise StorageError(
                 f"the storage {redact_url(str(self.engine.url))} is damaged or does not answer ({redact(what)}); "
                 "restore it, or check its server"
@@ -157,8 +157,8 @@ def _is_on_local_disk(database: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def _explain_errors(storage: RDBStorage) -> Iterator[None]:
-    """Turn what a database or its lock refuses into one sentence. A full disk stays what it is: agents wait for space."""
+def _explain_lock_errors(storage: RDBStorage) -> Iterator[None]:
+    """Turn what the file system refuses to a SQLite file's lock into one sentence."""
     url = redact_url(storage.engine.url.render_as_string(hide_password=False))
     try:
         yield
@@ -174,14 +174,6 @@ def _explain_errors(storage: RDBStorage) -> Iterator[None]:
             f"the file system of {url} has no locks ({error.strerror}), without which agents cannot share a SQLite file; "
             "keep the runs folder on another one, or the sweep in PostgreSQL (CIFAR_STORAGE)"
         ) from error
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        if is_caused_by_full_disk(error):
-            raise
-        cause = error if isinstance(error, sqlalchemy.exc.SQLAlchemyError) else error.__cause__ or error
-        reason = str(getattr(cause, "orig", cause)).strip().split("\n")[0]
-        raise UserError(
-            f"the sweep's database {url} cannot be used ({reason}); when that is mended, go on with the sweep's agent"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -190,7 +182,7 @@ def lock_storage(storage: RDBStorage, name: str) -> Iterator[None]:
 
     Optuna's own claim is not enough: two processes can be given the same waiting trial of a SQLite file.
     """
-    with _explain_errors(storage):
+    with _explain_lock_errors(storage):
         yield from _hold_lock(storage, name)
 
 

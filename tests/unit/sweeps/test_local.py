@@ -329,7 +329,7 @@ def test_what_a_database_refuses_is_one_sentence(runs: Path, monkeypatch: pytest
         event.listen(backend._storage.engine, "connect", lambda connection, _, p=pragma: connection.execute(f"pragma {p}"))
         other = sqlite3.connect(backend.folder / "study.db")
         other.execute("begin exclusive" if "busy" in pragma else "begin")
-        with pytest.raises(UserError, match=rf"the sweep's database sqlite:.* cannot be used \({said}"):
+        with pytest.raises(UserError, match=rf"the storage sqlite:.* does not answer \({said}"):
             backend.heartbeat(trial)
         other.close()
     monkeypatch.setattr(storage, "LOCK_TIMEOUT_SECONDS", 0.1)
