@@ -388,6 +388,8 @@ class Mirror:
                     with contextlib.suppress(OSError):  # a full disk; the address is not needed
                         write_atomic(self._folder / URL_FILE, str(self._run.url or "").encode())
                 except Exception as error:
+                    if isinstance(error, ConnectionError) and reset_dead_core():
+                        raise  # wandb-core was killed, and the server may be well
                     reason = redact(f"{type(error).__name__}: {error}".replace("\n", " "))[:200]
                     self._on_message(
                         f"{self.run_dir.id}: W&B cannot be used ({reason}); writing an offline run for `wandb sync`"

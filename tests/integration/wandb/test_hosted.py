@@ -374,6 +374,7 @@ def test_the_plain_tools_run_every_sweep(path: Path, wandb_server: Server, runs:
         assert_as_trained(wandb_server, runs, run_id, 1)
         given = flatten_values(_given(wandb_server, run_id))
         assert {key: run.config[key] for key in given} == given  # typed as the file has them
+        assert "epochs=" not in run.display_name and "train_size=" not in run.display_name  # only what the sweep varies
 
 
 @pytest.mark.slow

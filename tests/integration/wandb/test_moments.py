@@ -87,7 +87,7 @@ class Strikes:
         self.sweep = server.world.add_sweep("me", "cifar", SWEEP)
         self.memories = [server.world.remember()]
         self.done = Counter[str]()
-        self.output: list[str] = []
+        self.last = ""
         self.start_agent()
 
     def start_agent(self) -> None:
@@ -98,7 +98,11 @@ class Strikes:
 
     def wait_for_moment(self) -> None:
         """Until a run trains, and then a random time."""
-        wait_until(self._trains, 120)
+        try:
+            wait_until(self._trains, 240)
+        except AssertionError:
+            log = (self.runs.parent / "agent.log").read_text()[-3000:]
+            raise AssertionError(f"nothing trains after {self.done}, last {self.last}:\n{log}") from None
         time.sleep(self.chance.uniform(0.0, 3.0))
         self.memories = [*self.memories[-1:], self.server.world.remember()]
 
@@ -130,6 +134,7 @@ class Strikes:
                 self.server.world.restore({})
             self.server.revive()
         self.done[kind] += 1
+        self.last = kind
 
     @staticmethod
     def _runs(pid: int, name: bytes) -> bool:
