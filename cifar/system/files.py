@@ -41,6 +41,29 @@ class MissingFileError(UnreadableFileError):
 
 def open_file(path: str | os.PathLike[str], max_bytes: int) -> BinaryIO:
     """Open a regular file of at most `max_bytes` bytes. Raises UnreadableFileError, for no file MissingFileError."""
+    return os.fdopen(_open_handle(path, max_bytes)[0], "rb")
+
+
+def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES, *, start: int = 0) -> bytes:
+    """A file's content from byte `start`. Raises UnreadableFileError, for no file MissingFileError."""
+    handle, size = _open_handle(path, max_bytes)
+    try:
+        if start:
+            os.lseek(handle, start, os.SEEK_SET)
+        content = os.read(handle, max(size - start, 0) + 1)
+        while len(content) <= max_bytes and (more := os.read(handle, MIB)):  # it grows, or it is one of /proc
+            content += more
+    except OSError as error:
+        raise UnreadableFileError(path, (error.strerror or str(error)).lower()) from None
+    finally:
+        os.close(handle)
+    if len(content) > max_bytes:
+        raise UnreadableFileError(path, f"it has more than the {max_bytes:,} bytes that one may have")
+    return content
+
+
+def _open_handle(path: str | os.PathLike[str], max_bytes: int) -> tuple[int, int]:
+    """A descriptor of a regular file, and the file's size."""
     try:
         _check_kind(path, os.stat(path))  # before it is opened: opening a device can already do something
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -48,32 +71,15 @@ def open_file(path: str | os.PathLike[str], max_bytes: int) -> BinaryIO:
         raise MissingFileError(path, "no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UnreadableFileError(path, (getattr(error, "strerror", None) or str(error)).lower()) from None
-    file = os.fdopen(handle, "rb")
     try:
         status = os.fstat(handle)
         _check_kind(path, status)
         if status.st_size > max_bytes:
             raise UnreadableFileError(path, f"its {status.st_size:,} bytes are more than the {max_bytes:,} that one may have")
     except BaseException:
-        file.close()
+        os.close(handle)
         raise
-    return file
-
-
-def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES, *, start: int = 0) -> bytes:
-    """A file's content from byte `start`. Raises UnreadableFileError, for no file MissingFileError."""
-    with open_file(path, max_bytes) as file:
-        try:
-            if start:
-                file.seek(start)
-            content = file.read(max(os.fstat(file.fileno()).st_size - start, 0) + 1)
-            while len(content) <= max_bytes and (more := file.read(MIB)):  # it grows, or it is one of /proc
-                content += more
-        except OSError as error:
-            raise UnreadableFileError(path, (error.strerror or str(error)).lower()) from None
-    if len(content) > max_bytes:
-        raise UnreadableFileError(path, f"it has more than the {max_bytes:,} bytes that one may have")
-    return content
+    return handle, status.st_size
 
 
 def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:

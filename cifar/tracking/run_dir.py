@@ -207,8 +207,7 @@ class RunDir:
         """The metrics rows from byte `start`; a last line without a newline is still being written, and is left out."""
         file = self.path / "metrics.jsonl"
         try:
-            lines = read_bytes(file, MAX_METRICS_BYTES, start=start).split(b"\n")[:-1]
-            yield from parse_rows(lines)
+            yield from parse_rows(read_bytes(file, MAX_METRICS_BYTES, start=start))
         except MissingFileError:
             return
         except (UnreadableFileError, ValueError) as error:
@@ -217,7 +216,7 @@ class RunDir:
     def read_outcome(self, metric: str, objectives: Sequence[str]) -> dict[str, Any]:
         """How the run ended: state, reason, value (of `metric`) and objectives; None for a metric that it does not have."""
         rows, status = list(self.read_rows()), self.read_json("status")
-        known = {**self.read_json("run").get("cost", {}), **(rows[-1] if rows else {}), **self.read_json("summary")}
+        known = {**(self.read_json("run").get("cost") or {}), **(rows[-1] if rows else {}), **self.read_json("summary")}
         objective_values = [known.get(name) for name in objectives]
         outcome = {"state": status.get("state", "running"), "value": known.get(metric), "reason": status.get("reason", "")}
         return {**outcome, "objectives": objective_values}

@@ -460,7 +460,7 @@ class Mirror:
             project=run.get("project") or "cifar",
             name=escape_controls(str(run.get("name") or self.run_dir.id))[:128],  # W&B's limits
             group=run.get("group") or sweep,
-            tags=[escape_controls(str(tag))[:64] for tag in run.get("tags", []) if tag],
+            tags=[escape_controls(str(tag))[:64] for tag in run.get("tags") or [] if tag],
             notes=run.get("command"),
             job_type="sweep" if sweep else "train",
             config=self._read_clean("config"),
