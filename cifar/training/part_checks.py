@@ -193,12 +193,12 @@ def _try_format(config: Settings, device: torch.device, channels_last: bool) -> 
     small, eval_sizes = min(config.batch_size, NUM_IMAGES), _list_eval_sizes(config, device)
     try:
         trial = _Trial(config, device, channels_last)
-        trial.take_step(small)
+        trial.take_step(small, is_first=True)
     except UserError:
         if small == config.batch_size:
             raise
         trial = _Trial(config, device, channels_last)  # a network may need more images, as one with statistics of parts
-        trial.take_step(config.batch_size)
+        trial.take_step(config.batch_size, is_first=True)
         small = config.batch_size
     try:
         trial.evaluate(small + 1)
@@ -274,8 +274,39 @@ class _Trial:
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         return data.normalize(images, self.config.normalize, dtype=dtype, channels_last=self.channels_last)
 
-    def take_step(self, num_images: int) -> None:
-        """A training step, as `training.step.Step` takes it, with probes."""
+    def take_step(self, num_images: int, *, is_first: bool = False) -> None:
+        """A training step, as `training.step.Step` takes it. The first one has probes, and a checkpoint after it."""
+        self._run_network(num_images)
+        if is_first:
+            with self._watched_probes():
+                self.probe_runner.after_backward()
+                self.probe_runner.before_update()
+        with _stage(self.optimizer_part, "in its step"):
+            self.optimizer.step()
+        if is_first:
+            with self._watched_probes():
+                self.probe_runner.after_update()
+                self.probe_runner.read_and_reset()
+        with _stage(self.optimizer_part, "in its step"):
+            self.optimizer.zero_grad()
+            if is_first:
+                self.optimizer.load_state_dict(self.optimizer.state_dict())
+        if is_first:
+            with _stage(self.model_part, "when its weights are stored and loaded again"):
+                self._load_weights_again()
+        if self.ema:
+            self.ema.update()
+
+    def _load_weights_again(self) -> None:
+        state = self.model.state_dict()
+        self.model.load_state_dict(state)
+        if plain := {name: value for name, value in state.items() if not isinstance(value, Tensor)}:
+            buffer = io.BytesIO()
+            torch.save(plain, buffer)
+            torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+
+    def _run_network(self, num_images: int) -> None:
+        """Forward and backward pass of a training step."""
         model, images = self.model.train(), self.draw_images(num_images)
         labels = torch.randint(10, (num_images,), device=self.device)
         self.optimizer.set_lr_from_plan(self.step_index)
@@ -293,26 +324,6 @@ class _Trial:
             raise PartError(f"{self.model_part} has sparse gradients, which no optimizer here takes; write sparse=False")
         if all(parameter.grad is None for parameter in model.parameters()):
             raise PartError(f"{self.model_part} cannot be trained: {NO_GRADIENT}")
-        with self._watched_probes():
-            self.probe_runner.after_backward()
-            self.probe_runner.before_update()
-        with _stage(self.optimizer_part, "in its step"):
-            self.optimizer.step()
-        with self._watched_probes():
-            self.probe_runner.after_update()
-            self.probe_runner.read_and_reset()
-        with _stage(self.optimizer_part, "in its step"):
-            self.optimizer.zero_grad()
-            self.optimizer.load_state_dict({name: tensor.clone() for name, tensor in self.optimizer.state_dict().items()})
-        with _stage(self.model_part, "when its weights are stored and loaded again"):
-            state = model.state_dict()
-            model.load_state_dict(state)
-            if plain := {name: value for name, value in state.items() if not isinstance(value, Tensor)}:
-                buffer = io.BytesIO()
-                torch.save(plain, buffer)
-                torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-        if self.ema:
-            self.ema.update()
 
     @contextlib.contextmanager
     def _watched_probes(self) -> Iterator[None]:
