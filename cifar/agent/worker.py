@@ -166,6 +166,7 @@ class Worker:
     def _prepare_run(self, trial: dict[str, Any]) -> RunLoop:
         """Make the run's folder if it is not there, and the run with its callbacks."""
         from cifar.config.resolve import flatten_values, resolve_config
+        from cifar.errors import PartError
         from cifar.sweeps.early_stopping import Hyperband
         from cifar.training import run
         from cifar.training.loop import RunHooks, RunLoop
@@ -180,7 +181,12 @@ class Worker:
             cell=trial["cell"],
             **trial["place"],
         )
-        run_dir = run.create_run(settings, Path(trial["runs"]), metadata)
+        try:
+            run_dir = run.create_run(settings, Path(trial["runs"]), metadata)
+        except PartError as error:
+            if len(self.trials) == 1:  # those of a pack are tried again, each alone
+                self._send_started(run.record_refused_run(settings, Path(trial["runs"]), metadata, str(error)), trial)
+            raise
         self._send_started(run_dir, trial)
         rungs = Hyperband(**trial["early"]).rung_epochs(settings.epochs) if trial["early"] else []
         hooks = RunHooks(

@@ -34,6 +34,9 @@ as the same rule; then one optimizer can take over the scalars of the other in p
 """
 
 
+roles = find_roles  # old name, for plug-ins
+
+
 @dataclass(frozen=True)
 class Parameters:
     """The parameters that train, by name, and their roles (`cifar.optim.parameter_roles`), or roles of the model's own."""

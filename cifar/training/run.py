@@ -91,13 +91,35 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
         return existing
     reject_secrets({**config.to_dict(), "the name": about.name, "a tag": list(about.tags)})
     notes = check_plugins(config)
-    cost = measure_cost(config)
+    return RunDir.create(
+        runs_dir, run_id, _describe_run(config, run_id, about, measure_cost(config).as_dict(), notes), config.to_dict()
+    )
+
+
+def record_refused_run(config: Settings, runs_dir: Path, metadata: RunMetadata, reason: str) -> RunDir:
+    """The folder of a sweep's trial whose parts cannot be trained, in state "failed": a sweep has a record of each trial."""
+    try:
+        cost = measure_cost(config).as_dict()
+    except UserError:
+        cost = flops.Cost(0, 0, 0, 0, (), False, "the network could not be counted").as_dict()
+    run_dir = RunDir.create(
+        runs_dir, metadata.run_id, _describe_run(config, metadata.run_id, metadata, cost, ()), config.to_dict()
+    )
+    with run_dir.own("trained"):
+        run_dir.set_status("failed", reason=reason, epochs=config.epochs)
+    return run_dir
+
+
+def _describe_run(
+    config: Settings, run_id: str, about: RunMetadata, cost: Mapping[str, Any], notes: Sequence[str]
+) -> dict[str, Any]:
+    """The content of run.json."""
     stand_in = config.dataset == "stand-in"
-    run = {
+    return {
         "name": format_run_name(config.to_dict(), about.swept, about.name),
         "group": about.sweep,
         "tags": [*map(escape_controls, about.tags), config.dataset, config.model]
-        + ([] if cost.verified else ["macs unverified"]),
+        + ([] if cost["verified"] else ["macs unverified"]),
         "project": about.project or read_variable("WANDB_PROJECT", "cifar"),
         "entity": about.entity or read_variable("WANDB_ENTITY"),
         "sweep": about.sweep,
@@ -107,12 +129,11 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
         "sweep_keys": list(about.sweep_keys),
         "dataset": config.dataset,
         "official": not stand_in,
-        "cost": cost.as_dict(),
+        "cost": dict(cost),
         **({"plugins": plugins} if (plugins := describe_plugins(config)) else {}),  # of its parts, each with a digest
         **({"notes": list(notes)} if notes else {}),
         "command": f"python -m cifar train --from {run_id}",
     }
-    return RunDir.create(runs_dir, run_id, run, config.to_dict())
 
 
 def resolve_dataset(config: Settings, data_dir: Path | None) -> tuple[Settings, str]:
@@ -126,8 +147,10 @@ def resolve_dataset(config: Settings, data_dir: Path | None) -> tuple[Settings, 
 def check_plugins(config: Settings) -> tuple[str, ...]:
     """Find out whether the run's parts train, where a plug-in is among them -> sentences. Raises PartError if they do not.
 
-    On this machine's CPU, where the run's device is on another machine.
+    On this machine's CPU, where the run's device is on another machine. A run that `max_macs` will skip is not tried.
     """
+    if config.max_macs and measure_cost(config).macs > config.max_macs:
+        return ()
     try:
         device = resolve_device(config.device)
     except UserError:

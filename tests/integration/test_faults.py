@@ -52,7 +52,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "plugin" / "models" / "broken.py").write_text(BROKEN + HOGS)
     monkeypatch.setenv("CIFAR_PLUGINS", str(tmp_path / "plugin"))
     yield
-    for name in ("broken", "killer", "hog"):
+    for name in ("broken", "killer", "hog", "pair"):
         registry.models._entries.pop(name, None)
 
 
@@ -110,6 +110,35 @@ def test_three_failures_in_a_row_stop_the_agent_with_the_last_traceback(runs: Pa
         0,
     ]
     assert LocalBackend(backend.id, runs).retry_cells() == 3 and backend.count_states() == {"waiting": 4}
+
+
+PAIR = """
+from torch import nn
+from cifar.registry import models
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x.flatten(1))
+        return y, y
+
+@models.register("pair")
+def pair() -> nn.Module:
+    return Pair(3072, 10)
+"""
+
+
+@pytest.mark.slow
+def test_a_network_that_cannot_be_trained_fails_with_a_sentence_and_the_sweep_goes_on(runs: Path, broken: None) -> None:
+    (Path(os.environ["CIFAR_PLUGINS"]) / "models" / "pair.py").write_text(PAIR)
+    backend = create_sweep(runs, "parameters: {model: {values: [pair, conv4]}}")
+    code, output = wait_for_exit(start_agent(backend, "workers=1"))
+    failed, finished = backend.list_cells()
+    assert (code, failed["state"], failed["attempt"], finished["state"]) == (1, "failed", 1, "finished"), output
+    assert "its output is a tuple; it has to be a floating-point tensor (B, 10)" in failed["reason"]
+    record = RunDir(runs / failed["run_id"])
+    assert record.state == "failed" and record.read_json("status")["reason"] == failed["reason"]
+    assert record.read_json("run")["cell"] == 0 and not (record.path / "traceback.txt").exists()
+    assert "Traceback" not in output
 
 
 @pytest.fixture
