@@ -133,7 +133,7 @@ def test_a_network_that_cannot_be_trained_fails_with_a_sentence_and_the_sweep_go
     backend = create_sweep(runs, "parameters: {model: {values: [pair, conv4]}}")
     code, output = wait_for_exit(start_agent(backend, "workers=1"))
     failed, finished = backend.list_cells()
-    assert (code, failed["state"], failed["attempt"], finished["state"]) == (1, "failed", 1, "finished"), output
+    assert (code, failed["state"], failed["attempt"], finished["state"]) == (0, "failed", 1, "finished"), output
     assert "its output is a tuple; it has to be a floating-point tensor (B, 10)" in failed["reason"]
     record = RunDir(runs / failed["run_id"])
     assert record.state == "failed" and record.read_json("status")["reason"] == failed["reason"]
