@@ -36,7 +36,7 @@ class Hog(ConvNet):
     def forward(self, x):
         if self.training:
             now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (now + 2**28, now + 2**28))
+            resource.setrlimit(resource.RLIMIT_AS, (now + 2**28, resource.getrlimit(resource.RLIMIT_AS)[1]))
             torch.empty(2**30)
         return super().forward(x)
 
@@ -61,7 +61,7 @@ def test_killed_and_out_of_memory_are_tried_once_more_in_another_process(runs: P
     backend = create_sweep(runs, "parameters: {model: {values: [killer, conv4, hog]}}")
     code, output = wait_for_exit(start_agent(backend, "workers=1"))
     cells = backend.list_cells()
-    assert code == 1 and "stopped after 3 failures in a row" in output  # the first tries' ends and the second ones'
+    assert code == 1 and "stopped after 3 failures in a row" in output, output  # the first tries' ends and the second ones'
     assert [cell["state"] for cell in cells] == ["killed", "finished", "killed"]
     assert [cell["attempt"] for cell in cells] == [2, 1, 2]
     assert "SIGKILL" in cells[0]["reason"] and output.count("it will be tried again") == 2
