@@ -36,7 +36,7 @@ from cifar.errors import UserError
 from cifar.integrations.wandb import arrival
 from cifar.integrations.wandb.api import GraphqlClient
 from cifar.integrations.wandb.arrival import INCOMPLETE
-from cifar.integrations.wandb.mirror_process import list_core_pids, num_core_stops, reset_dead_core, stop_core
+from cifar.integrations.wandb.mirror_process import is_core_death, list_core_pids, num_core_stops, reset_dead_core, stop_core
 from cifar.integrations.wandb.naming import settle_name
 from cifar.integrations.wandb.notes import read_or_set_aside, write_notes
 from cifar.integrations.wandb.run_file import wait_for_exit_record
@@ -388,8 +388,8 @@ class Mirror:
                     with contextlib.suppress(OSError):  # a full disk; the address is not needed
                         write_atomic(self._folder / URL_FILE, str(self._run.url or "").encode())
                 except Exception as error:
-                    if isinstance(error, ConnectionError) and reset_dead_core():
-                        raise  # wandb-core was killed, and the server may be well
+                    if is_core_death(error) and reset_dead_core():
+                        raise  # the server may be well
                     reason = redact(f"{type(error).__name__}: {error}".replace("\n", " "))[:200]
                     self._on_message(
                         f"{self.run_dir.id}: W&B cannot be used ({reason}); writing an offline run for `wandb sync`"

@@ -36,6 +36,11 @@ def stop_core() -> None:
             wandb.teardown()
 
 
+def is_core_death(error: Exception) -> bool:
+    """Whether wandb says by this error that its wandb-core is gone, and not that the server is."""
+    return isinstance(error, ConnectionError) or "service process is not running" in str(error)
+
+
 def reset_dead_core() -> bool:
     """If wandb-core was killed from outside, let the next run start another one. True if that was so."""
     if "wandb" not in sys.modules or list_core_pids():
