@@ -1,7 +1,7 @@
 """Hosted sweeps that are struck at random moments: what the server says of a run is true all the while, and after `push` whole.
 
-CIFAR_MOMENTS says how many strikes there are, CIFAR_MOMENTS_SECONDS in how many seconds: wandb-core killed, the server lost (and
-back with an older state, or with none of its runs), the agent killed.
+CIFAR_MOMENTS says how many strikes there are, CIFAR_MOMENTS_SECONDS in how many seconds: wandb-core killed, the server lost
+(and back with an older state, or with none of its runs), the agent killed.
 """
 
 from __future__ import annotations
