@@ -27,6 +27,7 @@ from helpers.processes import list_workers, wait_for_exit, wait_until
 
 pytestmark = pytest.mark.slow
 EPOCHS = 100
+START_SECONDS = 240  # against hanging; on a busy machine a start takes long
 ONE = "parameters: {model: {value: conv4}}"
 TWO = "parameters: {model: {value: conv4}, seed: {values: [0, 1]}}"
 
@@ -44,7 +45,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 def test_an_agent_stopped_beyond_its_lease_loses_its_trial_and_nothing_is_trained_twice(runs: Path) -> None:
     backend = create_sweep(runs, ONE, epochs=EPOCHS, checkpoint_every=4)
     first = start_agent(backend, "workers=1")
-    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3)
+    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3, START_SECONDS)
     (worker,) = list_workers(first.pid)
     for pid in (first.pid, worker):  # the worker so that it does not come to its end meanwhile
         os.kill(pid, signal.SIGSTOP)
@@ -81,7 +82,7 @@ def test_a_clock_that_jumps_changes_nothing(runs: Path, tmp_path: Path) -> None:
     for _ in range(2):
         environment = startup_environment(tmp_path, TEST_CLOCK=str(clock))
         agents.append(start_agent(backend, "workers=1", **environment))
-    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3)
+    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3, START_SECONDS)
     for jump in (3.2e7, -6.4e7, 0.0):
         clock.write_text(str(jump))
         time.sleep(2.0)
@@ -95,7 +96,7 @@ def test_tidying_reading_and_removing_beside_a_live_agent(runs: Path, capsys: py
     backend = create_sweep(runs, TWO, epochs=60, checkpoint_every=4)
     agent = start_agent(backend, "workers=1")
     record = RunDir(runs / backend.run_id(0))
-    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3 and (record.path / "checkpoint.pt").exists(), 240)
+    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3 and (record.path / "checkpoint.pt").exists(), START_SECONDS)
     (worker,) = list_workers(agent.pid)
     os.kill(worker, signal.SIGSTOP)  # so that it does not come to its end meanwhile
     assert find_owner(record.path)
@@ -144,7 +145,7 @@ def test_few_processes_end_an_agent_in_one_sentence(runs: Path, limit: int) -> N
 def test_a_locked_database_is_waited_for(runs: Path) -> None:
     backend = create_sweep(runs, ONE, epochs=40, checkpoint_every=4)
     agent = start_agent(backend, "workers=1")
-    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3)
+    wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3, START_SECONDS)
     with sqlite3.connect(backend.folder / "study.db", timeout=30) as connection:
         connection.execute("begin exclusive")
         time.sleep(6)  # beyond the lease
