@@ -15,6 +15,8 @@
 SWEEP ?= sweeps/quickstart.yaml
 RUNS ?=
 ARGS ?=
+# One more than there are cores: tests often wait for processes that they have started.
+TEST_WORKERS = $$($(PY) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 
 ifeq ($(strip $(PYTHON)),)
   PY := .venv/bin/python
@@ -53,7 +55,7 @@ data: $(READY)
 	@$(PY) -m cifar data $(ARGS)
 
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_WORKERS) $(ARGS)
 
 test-slow: $(READY)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow --timeout 900 $(ARGS)

@@ -39,6 +39,7 @@ class Offered:
 
     def __init__(self, values: list[dict[str, Any]], heedless: bool = False) -> None:
         self.heedless = heedless  # as W&B, which hands out what it likes
+        self.runs_dir = Path("absent")  # no run has a folder yet
         self.trials = [Trial(cell, each, f"run{cell}", 1) for cell, each in enumerate(values)]
 
     def claim_trial(self, worker: str, max_trials: int = 1, trial_filter: Any = None) -> Any:
