@@ -62,7 +62,13 @@ def test_sweeps_bind_every_value(path: Path) -> None:
     assert spec.check_sweep(read, {}, count=20) in ("cifar10", "auto")
 
 
-@pytest.mark.parametrize("path", sweep_files(), ids=lambda path: path.stem)
+BIG_SWEEPS = ("accuracy_and_macs", "architectures", "lr_by_architecture")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in BIG_SWEEPS)) for path in sweep_files()],
+)
 def test_sweeps_train(path: Path, runs: Path) -> None:
     """The cheapest trial and the dearest one below a GMAC: every kind of part of the file has been built by then."""
     read = spec.read_sweep(path)

@@ -61,6 +61,7 @@ def test_models_have_whole_names_and_short_numbers(screen: Screen) -> None:
     assert "40,813,184" in wide and "81,626,368" in wide
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_whole_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--no-time"]) == 0
     lines = find_table(capsys.readouterr().out, "model ")

@@ -114,6 +114,7 @@ def test_a_wrong_kernel_is_found_out_and_not_used(kind: str, monkeypatch: pytest
     assert not conv_relu_pool.verifier.can_use(*given)
 
 
+@pytest.mark.slow
 def test_programs_that_go_through_many_blocks_and_end_in_half_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (conv3x3, conv_relu_pool):
         monkeypatch.setattr(module, "count_multiprocessors", lambda device: 1)

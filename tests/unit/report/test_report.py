@@ -307,6 +307,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_each_scope_and_split_has_its_own_place_and_no_figure_of_another(tmp_path: Path) -> None:
     quickstart(tmp_path, seeds=1, layers=4)
     write(tmp_path, "one", test=0.8)
