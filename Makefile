@@ -57,8 +57,12 @@ data: $(READY)
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_WORKERS) $(ARGS)
 
+# Those that only compute share the cores. Those that kill processes or wait for servers run one after the other.
+COMPUTING := tests/unit $(addprefix tests/integration/test_,docs.py hostile_input.py shipped_yaml.py zoo.py)
+
 test-slow: $(READY)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow --timeout 900 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow --timeout 900 -n 2 $(COMPUTING) $(ARGS); first=$$?; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow --timeout 900 $(COMPUTING:%=--ignore %) $(ARGS) && exit $$first
 
 lint: $(READY)
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
