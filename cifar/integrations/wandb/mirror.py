@@ -98,7 +98,7 @@ class Mirror:
         self._has_sent_media = False
         self._num_expected = 0  # history rows that W&B has once all that was sent has arrived
         self._has_stale_rows = False  # W&B has rows that are not the record's, and cannot take them back
-        self._had_pictures = False  # W&B had pictures before this session
+        self._had_pictures = False  # W&B had pictures before this process
         self._picture_hashes: dict[str, str] = {}  # pictures that W&B has: key -> SHA-256
         self._progress = (-1, time.monotonic())  # rows that W&B had when it was asked, and since when
 
