@@ -17,6 +17,7 @@ import typer
 from cifar.cli import inspect, maintenance, report, sweep, train
 from cifar.errors import UserError, is_out_of_threads, name_program, program_name
 from cifar.system import user_code
+from cifar.system.disk import DISK_FULL_ERRNOS
 from cifar.system.files import check_text
 from cifar.system.names import escape_controls
 from cifar.system.redact import redact
@@ -120,7 +121,7 @@ _SIGNAL_ENDS = {
 _FREE_SPACE = "free some space, or name another place with --runs-dir"
 _OTHER_PLACE = "name another place with --runs-dir, or repair this one"
 _DISK_ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE_SPACE),
+    **dict.fromkeys((*DISK_FULL_ERRNOS, errno.EFBIG), _FREE_SPACE),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST), _OTHER_PLACE),
     **dict.fromkeys((errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO), _OTHER_PLACE),
     **dict.fromkeys((errno.EIO, errno.ESTALE), _OTHER_PLACE),

@@ -104,14 +104,8 @@ def _explain_errors(name: str) -> Callable[..., Any]:
     return call
 
 
-_DAMAGE = (
-    ValueError,
-    TypeError,
-    AssertionError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-)  # of rows that Optuna never wrote
+# What Optuna raises at rows that it never wrote.
+_DAMAGE = (ValueError, TypeError, AssertionError, AttributeError, OverflowError, RecursionError)
 for _name in (
     "get_all_trials", "get_trial", "get_study_id_from_name", "get_study_user_attrs", "set_study_user_attr", "create_new_trial",
     "set_trial_user_attr", "set_trial_state_values", "set_trial_intermediate_value",

@@ -87,9 +87,9 @@ class Mirror:
         self._run: Any = None
         self._num_core_stops = 0
         self.has_given_up = False  # W&B has something that cannot be mended
-        self._forget_session()
+        self._reset_transfer()
 
-    def _forget_session(self) -> None:
+    def _reset_transfer(self) -> None:
         """Set what is known of the W&B run that is open now to that of a new one."""
         self._sent_digests: dict[int, bytes] = {}  # epoch -> digest of its line in metrics.jsonl
         self._offset = 0
@@ -336,7 +336,7 @@ class Mirror:
             self._sent_description = description
 
     def _send_media(self, pictures: Sequence[Path]) -> None:
-        """Send the pictures that W&B does not have, the predictions, and the rest of the description. Once for each session."""
+        """Send the pictures that W&B lacks, the predictions, and the rest of the description. Once each time the run is opened."""
         if self._has_sent_media:
             return
         import wandb
@@ -379,7 +379,7 @@ class Mirror:
             if self.is_complete():  # completed by the process that held the lock
                 self._lock.release()
                 return False
-            self._forget_session()
+            self._reset_transfer()
             self._write_digest("")
             reset_dead_core()
             if self.mode == "online":
@@ -398,7 +398,7 @@ class Mirror:
                     self._delete_folders("run-*")
                     self._run, self.mode = None, "offline"
             if self._run is None:
-                self._forget_session()
+                self._reset_transfer()
                 self._run = self._init_run()
             is_over = self.run_dir.state in ENDED_STATES
             word, reason = (INCOMPLETE, "its record is being sent") if is_over else ("running", "")
