@@ -9,7 +9,7 @@ from cifar.errors import UserError
 from cifar.system.files import UnreadableFileError, read_text
 from cifar.tracking.run_dir import read_json
 
-# of a sweep.json that lacks a field
+# Values of a sweep.json that lacks a field.
 _DEFAULTS: dict[str, Any] = {
     "name": "", "created": 0.0, "method": "", "cells": 0, "dataset": "", "threads": 0, "sweep_seed": 0, "fixed": {},
     "storage": "",

@@ -336,7 +336,7 @@ class Mirror:
             self._sent_description = description
 
     def _send_media(self, pictures: Sequence[Path]) -> None:
-        """Send the pictures that W&B lacks, the predictions, and the rest of the description. Once each time the run is opened."""
+        """Send the pictures that W&B lacks, the predictions, the rest of the description. Once each time the run is opened."""
         if self._has_sent_media:
             return
         import wandb
