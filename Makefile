@@ -12,6 +12,9 @@
 # Options: PYTHON=/path/to/python uses an environment that has the packages already (no .venv is made);
 #          ARGS="..." is passed on, for example: make sweep ARGS="--dry-run"
 
+# Containers often set it. Without bytecode, each process compiles PyTorch's modules again: 4.4 s to start, not 2.1.
+unexport PYTHONDONTWRITEBYTECODE
+
 SWEEP ?= sweeps/quickstart.yaml
 RUNS ?=
 ARGS ?=
