@@ -44,7 +44,7 @@ def asked_of_runs(server: Server) -> Counter[str]:
     return Counter(request.name for request in server.requests if request.name not in quiet)
 
 
-@pytest.mark.parametrize("exported", [None, 0, 3])
+@pytest.mark.parametrize("exported", [*(pytest.param(n, marks=pytest.mark.slow) for n in (None, 0)), 3])
 def test_what_comes_back_is_what_was_sent(tmp_path: Path, server: Server, exported: int | None) -> None:
     runs = tmp_path / "runs"
     write(runs, "abcd1234-000", layers=12, seed=1, sweep="abcd1234", cell=0, test=0.71, views=6, one_view=0.7)
@@ -96,7 +96,7 @@ def test_put_is_what_a_client_sends(tmp_path: Path, server: Server) -> None:
     assert {k: v for k, v in sent.summary.items() if k[0] != "_"} == placed.summary
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("mode", ["online", pytest.param("offline", marks=pytest.mark.slow)])
 def test_a_run_read_back_shows_what_it_got_wrong(mode: str, tmp_path: Path, server: Server) -> None:
     record = write(tmp_path / "runs", "one", predictions=True, layers=2)
     content = (record.path / "predictions.npz").read_bytes()

@@ -295,7 +295,7 @@ os._exit(0)
 SLOWLY = "os.kill(core, signal.SIGSTOP); threading.Timer(0.5, os.kill, (core, signal.SIGCONT)).start()"
 
 
-@pytest.mark.parametrize("state", ["finished", "interrupted"])
+@pytest.mark.parametrize("state", [pytest.param("finished", marks=pytest.mark.slow), "interrupted"])
 def test_a_run_is_in_its_file_before_its_core_may_be_killed(tmp_path: Path, state: str) -> None:
     """wandb-core says that a run has ended before it has written it. Here it is held up in between, as on a busy machine."""
     record = make_record(tmp_path, "slow0001", epochs=1)

@@ -111,7 +111,7 @@ def test_a_core_that_is_killed_before_the_end(tmp_path: Path, server: Server) ->
     assert_complete(run, record)
 
 
-@pytest.mark.parametrize("rewinds", [True, False])
+@pytest.mark.parametrize("rewinds", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rows_that_were_made_again(tmp_path: Path, server: Server, rewinds: bool) -> None:
     server.world.rewinds = rewinds
     record = make_record(tmp_path, "again001", epochs=4)

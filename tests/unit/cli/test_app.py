@@ -370,6 +370,7 @@ PLUGINS = {
 }
 
 
+@pytest.mark.slow  # test_docs.py trains an addition of each kind in each `make test`
 def test_an_addition_is_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], runs: Path) -> None:
     """A network, an optimizer, a probe and a figure in a folder of one's own: found, and swept by a key of their own."""
     for name, text in PLUGINS.items():

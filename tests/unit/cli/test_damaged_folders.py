@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def sweeps(tmp_path: Path, runs: Path) -> dict[str, Path]:
     made = {
         name: local.create_sweep(spec.read_sweep(tmp_path / "grid.yaml"), runs, fixed={"dataset": "stand-in"}) for name in "ab"
     }
+    gc.collect()  # a connection to a database that is closed later would write its log over the damage
     return {name: runs / "sweeps" / sweep_id for name, sweep_id in made.items()}
 
 

@@ -49,6 +49,7 @@ def assert_fits(lines: list[str], width: int = 80) -> None:
     assert max(map(text_width, lines)) <= width, "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_models_have_whole_names_and_short_numbers(screen: Screen) -> None:
     lines = find_table(screen.run("models", "--no-time"), "model ")
     assert_fits(lines)

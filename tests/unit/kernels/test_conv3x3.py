@@ -36,7 +36,7 @@ BUILT = [
     "densenet_bc",
     slow_here("mobilenet_v2"),
     "preact_resnet",
-    "resnet",
+    slow_here("resnet"),
     slow_here("shufflenet_v2"),
     "vgg",
     "worksheet1",
