@@ -35,7 +35,8 @@ from filelock import FileLock, Timeout
 from cifar.errors import UserError
 from cifar.integrations.wandb import arrival
 from cifar.integrations.wandb.api import GraphqlClient
-from cifar.integrations.wandb.arrival import INCOMPLETE
+from cifar.integrations.wandb.arrival import INCOMPLETE, ArrivedRun
+from cifar.integrations.wandb.feeds import FEEDS
 from cifar.integrations.wandb.mirror_process import is_core_death, list_core_pids, num_core_stops, reset_dead_core, stop_core
 from cifar.integrations.wandb.naming import settle_name
 from cifar.integrations.wandb.notes import read_or_set_aside, write_notes
@@ -84,6 +85,7 @@ class Mirror:
         self._folder = run_dir.path / "wandb"
         self._lock = FileLock(self._folder / "mirror.lock", timeout=0)
         self._final_rows = FinalRows(run_dir)
+        self._feeds = [feed(run_dir, on_message) for feed in FEEDS]
         self._run: Any = None
         self._num_core_stops = 0
         self.has_given_up = False  # W&B has something that cannot be mended
@@ -100,6 +102,7 @@ class Mirror:
         self._has_stale_rows = False  # W&B has rows that are not the record's, and cannot take them back
         self._had_pictures = False  # W&B had pictures before this process
         self._picture_hashes: dict[str, str] = {}  # pictures that W&B has: key -> SHA-256
+        self._arrived: ArrivedRun | None = None  # what W&B had before this process
         self._progress = (-1, time.monotonic())  # rows that W&B had when it was asked, and since when
 
     @property
@@ -128,6 +131,8 @@ class Mirror:
                 self._run.log(row, step=epoch, commit=not self._is_last_row_open)
                 self._num_expected += 1
             self._sent_digests[epoch] = _hash_bytes(line)
+        for feed in self._feeds:
+            feed.send()
         return len(self._sent_digests) - num_before
 
     def holds_rows_back(self) -> bool:
@@ -151,6 +156,8 @@ class Mirror:
             if self._run is None:
                 return False
         self._send_media(pictures)
+        for feed in self._feeds:
+            feed.finish()
         if self.mode == "online" and not self._has_arrived(pictures, patience):
             return False
         self._run.summary.update(arrival.build_summary(self.run_dir))
@@ -250,6 +257,8 @@ class Mirror:
             if self._run is None or self.mode != "online":
                 return False
             self._send_media(pictures)
+            for feed in self._feeds:
+                feed.finish()
             deadline = time.monotonic() + patience
 
     def _wait_for_rows(self, rows: Sequence[Mapping[str, Any]], deadline: float) -> str | None:
@@ -404,6 +413,8 @@ class Mirror:
             word, reason = (INCOMPLETE, "its record is being sent") if is_over else ("running", "")
             # `cifar` is how an earlier try ended
             self._run.summary.update({"state": word, "reason": reason, **({"cifar": "{}"} if self._run.resumed else {})})
+            for feed in self._feeds:
+                feed.open(self._run, self._arrived, self.mode)
         except BaseException:
             self._run = None
             self._lock.release()
@@ -415,7 +426,7 @@ class Mirror:
         """Open the run on the server. If it has other rows than the record, they are taken back, or noted as stale."""
         client, (entity, project) = _connect(), self._place()
         settle_name(self.run_dir, client, entity, project)
-        arrived = arrival.fetch_run(client.execute_graphql, entity, project, self.run_dir.id)
+        self._arrived = arrived = arrival.fetch_run(client.execute_graphql, entity, project, self.run_dir.id)
         if arrived:
             media = {key: value for key, value in arrived.summary.items() if isinstance(value, Mapping)}
             self._picture_hashes = {key: str(value.get("sha256", "")) for key, value in media.items()}
