@@ -33,6 +33,8 @@ class Sees:
     def start(self, parameters):
         with open(os.environ["SEEN"], "a") as file:
             file.write(os.environ["CUDA_VISIBLE_DEVICES"] + " " + os.environ["CUDA_DEVICE_ORDER"] + "\\n")
+    def after_update(self, parameters):
+        pass
 """
 
 

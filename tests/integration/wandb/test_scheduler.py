@@ -210,7 +210,7 @@ def test_where_it_cannot_run_the_agent_says_why(wandb_server: Server, runs: Path
     monkeypatch.setattr(scheduler, "RETRY_SECONDS", 0.1)
     monkeypatch.setattr(scheduler, "MAX_TRIES", 2)
     backend = WandbBackend(create_sweep(parsed(TEXT.replace("optuna", "ax")), runs, fixed={}), runs)
-    with pytest.raises(UserError, match=r"W&B's sweep scheduler has ended: .*\(whole in .*run the agent again"):
+    with pytest.raises(UserError, match=r"W&B's sweep scheduler has ended: .*\(the whole log is .*run the agent again"):
         wait_until(lambda: backend.claim_trial("me") != "wait")
     assert any("trying again" in line for line in backend.pop_messages())
     backend.close()
