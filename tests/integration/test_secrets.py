@@ -45,10 +45,12 @@ def say_all():
 say_all()
 
 @models.register("plant")
-def plant(*, fail: bool = True, note: str = "") -> nn.Module:
+def plant(*, fail_at: int = 0, note: str = "") -> nn.Module:
     class Plant(nn.Sequential):
+        num_passes = 0
         def forward(self, x):
             if self.training:
+                self.num_passes += 1
                 local = list_all()
                 say_all()
                 if os.environ.get("PLANT_RAW"):
@@ -56,7 +58,7 @@ def plant(*, fail: bool = True, note: str = "") -> nn.Module:
                     os.write(2, local[:700].encode())
                     os.write(2, local[700:].encode() + b"\\n")
                     os.system('echo "$DB_PASSWORD"')
-                if fail:
+                if self.num_passes == fail_at:
                     try:
                         raise ConnectionError(local)
                     except ConnectionError as error:
@@ -64,20 +66,20 @@ def plant(*, fail: bool = True, note: str = "") -> nn.Module:
             return super().forward(x)
     return Plant(nn.Conv2d(3, 4, 3, stride=4), nn.Flatten(), nn.Linear(256, 10))
 '''
+# A run has 12 training passes. Fewer than ten are tried before it, so that `fail_at: 10` fails in the training.
 SWEEP = """name: planted
 method: grid
 metric: {name: val/acc, goal: maximize}
 parameters:
   model: {value: plant}
-  fail: {values: [false, true]}
-  epochs: {value: 1}
-  max_steps: {value: 2}
+  fail_at: {values: [0, 10]}
+  epochs: {value: 3}
   train_size: {value: 256}
   val_size: {value: 500}
   batch_size: {value: 64}
   dataset: {value: stand-in}
 """
-TINY = ["model=plant", "epochs=1", "max_steps=2", "train_size=256", "val_size=500", "batch_size=64", "dataset=stand-in"]
+TINY = ["model=plant", "epochs=3", "train_size=256", "val_size=500", "batch_size=64", "dataset=stand-in"]
 
 
 @dataclass
@@ -202,21 +204,26 @@ def test_planted_secrets_are_found_nowhere(wandb_server: Server, tmp_path: Path)
     plant = Plant(tmp_path, wandb_server)
     hidden = plant.hidden["variable"]
     # a hosted sweep, a local one, and single runs: the plug-in speaks at import, in the forward pass, and fails
-    said = plant.run("sweep", plant.write(SWEEP), "--workers", "1", PLANT_RAW="1")
+    plant.run("sweep", plant.write(SWEEP), "--no-agent")
+    said = plant.run("agent", wandb_server.only_sweep().id, "--workers", "1", PLANT_RAW="1")
     assert "1 finished, 1 failed" in said and "401: ***" in said
     assert len(wandb_server.runs) == 2, said
-    plant.run("sweep", plant.write(SWEEP), "--workers", "2", "--wandb", "disabled", PLANT_RAW="1")
+    plant.run("sweep", plant.write(SWEEP), "--no-agent", "--wandb", "disabled")
     local = next(path.name for path in (tmp_path / "runs" / "sweeps").iterdir() if (path / "study.db").exists())
+    plant.run("agent", local, "--workers", "2", PLANT_RAW="1")
     for arguments in (["sweeps", "status", local], ["sweeps", "status", local, "--json"], ["sweeps", "list"]):
         assert "failed" in plant.run(*arguments)
     plant.run("report", local, "--json")
     plant.run("report", *[path.parent.name for path in (tmp_path / "runs").glob("*/run.json")])
     plant.run("push", local)
-    plant.run("train", *TINY, "fail=true", code=1)
-    plant.run("train", *TINY, "fail=true", "--wandb", "offline", code=1)
-    plant.run("train", *TINY, "fail=false", "--name", "fine", "--tags", "a,b")
+    plant.run("train", *TINY, "fail_at=10", code=1)
+    plant.run("train", *TINY, "fail_at=10", "--wandb", "offline", code=1)
+    plant.run("train", *TINY, "fail_at=0", "--name", "fine", "--tags", "a,b")
     plant.run("profile", "plant")
     plant.run("doctor", "--json")
+    # refused: it fails where it is tried before a run
+    said = plant.run("train", *TINY, "fail_at=1", code=2)
+    assert "RuntimeError" in said and "***" in said and "Traceback" not in said, said
     # refused: it would be written down
     runs_before = sorted((tmp_path / "runs").iterdir())
     for arguments in (
