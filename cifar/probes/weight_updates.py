@@ -14,14 +14,23 @@ from cifar.registry import probes
 ZERO_NORM = 1e-12  # a norm up to this one is that of zeros and of rounding errors
 
 
-def update_ratios(weights: list[Tensor], before: list[Tensor]) -> Tensor:
-    """Norm of each weight's change over the norm of the weight before the step, (layers,).
+def measure_updates(weights: list[Tensor], before: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Norm of each weight's change over the norm of the weight before the step, (layers,); and the same of all together, ().
 
     NaN, which stands for no value, where the weights are zero, as in a layer that starts at zero.
     """
-    change = [torch.linalg.vector_norm(weight - old) for weight, old in zip(weights, before, strict=True)]
+    change = torch.stack([torch.linalg.vector_norm(weight - old) for weight, old in zip(weights, before, strict=True)])
     norm = torch.stack([torch.linalg.vector_norm(old) for old in before])
-    return torch.where(norm > ZERO_NORM, torch.stack(change) / norm, torch.nan)
+    return _divide_norms(change, norm), _divide_norms(torch.linalg.vector_norm(change), torch.linalg.vector_norm(norm))
+
+
+def _divide_norms(change: Tensor, norm: Tensor) -> Tensor:
+    return torch.where(norm > ZERO_NORM, change / norm, torch.nan)
+
+
+def update_ratios(weights: list[Tensor], before: list[Tensor]) -> Tensor:
+    """The first of `measure_updates`: one ratio for each layer, (layers,)."""
+    return measure_updates(weights, before)[0]
 
 
 moved = update_ratios  # old name, for plug-ins
@@ -29,13 +38,16 @@ moved = update_ratios  # old name, for plug-ins
 
 @probes.register("weight_updates")
 class WeightUpdates:
-    """Norm of the update over the norm of the weight before it, for each layer."""
+    """Norm of the update over the norm of the weight before it, for each layer and for all layers together."""
 
-    labels: ClassVar = {"update_ratio": ("update norm / weight norm", "")}
+    labels: ClassVar = {
+        "update_ratio": ("update norm / weight norm", ""),
+        "train/update_ratio": ("update norm / weight norm of all layers", ""),
+    }
 
     def start(self, parameters: Mapping[str, Tensor]) -> None:
         layers = weight_layers(parameters)
-        self.layers, self.names, self.compute = list(layers), list(layers.values()), update_ratios
+        self.layers, self.names, self.compute = list(layers), list(layers.values()), measure_updates
         self.before: list[Tensor] = []
 
     def before_update(self, parameters: Mapping[str, Tensor]) -> None:
@@ -45,4 +57,5 @@ class WeightUpdates:
         before, self.before = self.before, []  # freed at once: the copy of the weights lives for one step only
         if not before:
             return {}
-        return {"update_ratio": self.compute([parameters[name].detach() for name in self.names], before)}
+        ratios, total = self.compute([parameters[name].detach() for name in self.names], before)
+        return {"update_ratio": ratios, "train/update_ratio": total}

@@ -20,17 +20,29 @@ def zero_fractions(grads: list[Tensor]) -> Tensor:
 zeros = zero_fractions  # old name, for plug-ins
 
 
+def measure_zeros(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Fraction of exact zeros in each layer, (layers,), and in all layers together, a 0-d tensor."""
+    fractions = zero_fractions(grads)
+    num_weights = sum(grad.numel() for grad in grads)
+    parts = [fraction * (grad.numel() / num_weights) for fraction, grad in zip(fractions.unbind(), grads, strict=True)]
+    return fractions, torch.stack(parts).sum()
+
+
 @probes.register("zero_gradients")
 class ZeroGradients:
-    """Fraction of exact zeros in the gradient of each layer's weight."""
+    """Fraction of exact zeros in the gradient of each layer's weight, and of all of them together."""
 
-    labels: ClassVar = {"gradient_zeros": ("zero gradients", "share")}
+    labels: ClassVar = {
+        "gradient_zeros": ("zero gradients", "share"),
+        "train/zero_gradients": ("zero gradients of all layers", "share"),
+    }
 
     def start(self, parameters: Mapping[str, Tensor]) -> None:
         layers = weight_layers(parameters)
-        self.layers, self.names, self.compute = list(layers), list(layers.values()), zero_fractions
+        self.layers, self.names, self.compute = list(layers), list(layers.values()), measure_zeros
 
     def after_backward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.names:
             return {}
-        return {"gradient_zeros": self.compute(collect_gradients(parameters, self.names))}
+        fractions, total = self.compute(collect_gradients(parameters, self.names))
+        return {"gradient_zeros": fractions, "train/zero_gradients": total}

@@ -197,7 +197,8 @@ def _check_metric(metric: Metric, trials: Sequence[BoundTrial]) -> Iterator[str]
 def _check_probe_of_metric(metric: Metric, configs: Sequence[Settings]) -> Iterator[str]:
     """Whether a metric that a probe measures is ever measured."""
     name, _, layer = metric.name.partition("/")
-    owner = next((entry for entry in registry.probes if name in getattr(entry.builder, "labels", {})), None)
+    owners = {label: entry for entry in registry.probes for label in getattr(entry.builder, "labels", {})}
+    owner = owners.get(metric.name) or owners.get(name)
     if owner is None:
         return
     watched = [config for config in configs if owner.name in parse_probe_names(config.probes)]
@@ -205,6 +206,8 @@ def _check_probe_of_metric(metric: Metric, configs: Sequence[Settings]) -> Itera
         some = f"{len(configs) - len(watched)} of {len(configs)} trials do not have" if watched else "no trial has"
         yield f"metric: {metric.name} is never measured where its probe {owner.name} is off, and {some} it on; set probes"
         return
+    if metric.name in owners and "/" in metric.name:
+        return  # of all layers together
     known = _list_layers(owner, watched)
     if known and not layer and owner.builder.__module__.startswith("cifar.probes"):  # a plug-in's may be one number
         yield f"metric: {name} is measured for each layer; write {name}/LAYER, for example {name}/{known[0]}"

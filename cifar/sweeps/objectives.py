@@ -135,7 +135,7 @@ def _parse_metric(spec: Any, *, each_epoch: bool) -> Metric:
     known = [*_EPOCH_METRICS, *(() if each_epoch else _FINAL_METRICS)]
     labels = [getattr(probe.builder, "labels", None) for probe in registry.probes]
     watched = {label for each in labels if isinstance(each, Mapping) for label in each}
-    if name not in known and name.partition("/")[0] not in watched:
+    if name not in known and not {name, name.partition("/")[0]} & watched:
         raise UserError(f"unknown metric '{name}': {did_you_mean(name, [*known, *watched])}")
     if goal not in ("minimize", "maximize"):
         raise UserError(f"metric: goal = {goal!r}: write minimize or maximize")

@@ -87,6 +87,10 @@ def test_values_by_hand() -> None:
             "gradient_zeros/1": 0.5,
             "update_ratio/0": (5**0.5 / root + 3 / root) / 2,
             "update_ratio/1": 0.5,
+            # of the six weights together: the mean over two steps, of the whole gradient's and of the whole update's norm
+            "train/gradient_norm": (30**0.5 + 3) / 2,
+            "train/update_ratio": ((5 + 6.25) ** 0.5 / 27**0.5 + (9 + 6.25) ** 0.5 / 27**0.5) / 2,
+            "train/zero_gradients": (2 / 6 + 5 / 6) / 2,
         }
     )
     assert watch.read_and_reset() == {}, "reading starts a new epoch"
@@ -104,10 +108,14 @@ def test_a_ratio_to_weights_of_zero_has_no_value() -> None:
             model[0].weight.mul_(1.5), model[1].weight.add_(0.5)  # norms 0, 0.5 sqrt(2), sqrt(2)
         watch.after_update()
     row = watch.read_and_reset()
-    assert row == pytest.approx({"update_ratio/0": 0.5, "update_ratio/1": (1 + 0.5) / 2})
+    # all layers: the updates' squared norms are 0.5 and 0.5 in each step, then the first grows by 1.5 in each
+    squares = [(0.5 * 2.25**n + 0.5, 2 * 2.25**n + 0.5 * n**2) for n in range(3)]
+    together = sum((change / norm) ** 0.5 for change, norm in squares) / 3
+    layers = {"update_ratio/0": 0.5, "update_ratio/1": (1 + 0.5) / 2}
+    assert row == pytest.approx({**layers, "train/update_ratio": together})
     assert "update_ratio/2" not in row, "weights that stay zero have no ratio at all"
     watch.before_update(), watch.after_update()
-    assert watch.read_and_reset() == {"update_ratio/0": 0.0, "update_ratio/1": 0.0}
+    assert watch.read_and_reset() == {"update_ratio/0": 0.0, "update_ratio/1": 0.0, "train/update_ratio": 0.0}
 
 
 def test_nan_of_any_probe_is_no_value() -> None:
@@ -210,7 +218,7 @@ def test_every_metric_has_a_label_and_no_two_probes_share_one() -> None:
     watch = make_probe_runner(model)
     train(model, watch, steps=2)
     labels = watch.metric_labels()
-    assert {key.partition("/")[0] for key in watch.read_and_reset()} == set(labels)
+    assert {key if key in labels else key.partition("/")[0] for key in watch.read_and_reset()} == set(labels)
     assert all(set(entry) == {"label", "unit"} and entry["label"] for entry in labels.values())
     with pytest.raises(UserError, match="two probes measure"):
         make_probe_runner(model, ["gradient_flow", "gradient_flow"])

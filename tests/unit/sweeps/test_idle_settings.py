@@ -148,6 +148,10 @@ def test_a_metric_of_a_probe_that_is_off_is_said() -> None:
     assert "no trial has it on" in note
     (note,) = list_notes(head, "model: {value: conv4}, probes: {values: [none, all]}")
     assert "1 of 2 trials do not have it on" in note
+    together = "method: grid\nmetric: {name: train/gradient_norm}"
+    (note,) = list_notes(together, "model: {value: conv4}, probes: {value: weight_updates}, lr: {values: [0.1, 0.2]}")
+    assert "train/gradient_norm is never measured where its probe gradient_flow is off" in note
+    assert list_notes(together, "model: {value: conv4}, lr: {values: [0.1, 0.2]}") == []
 
 
 def test_keys_without_effect_are_said_once() -> None:
