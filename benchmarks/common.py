@@ -282,7 +282,7 @@ class Peer:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]
+            self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -293,7 +293,7 @@ class Peer:
     def _close(self) -> None:
         for file in (self._process.stdin, self._process.stdout, self._errors):
             with contextlib.suppress(OSError):
-                file.close()  # type: ignore[union-attr]
+                file.close()
 
 
 def serve(measure: Callable[[str], dict[str, Any]], **about: Any) -> None:

@@ -125,11 +125,11 @@ class Place:
         }  # fmt: skip
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
-        log = open(self.folder / "output", "ab")  # noqa: SIM115 (the command's)
-        return subprocess.Popen(
-            [sys.executable, "-m", "cifar", *words], env=self.environment, cwd=self.folder,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        with open(self.folder / "output", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "cifar", *words], env=self.environment, cwd=self.folder,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
 
     def train(self, fault: str = "") -> dict[str, Any]:
         """The command once, with a server that is well or not -> seconds, stall, and what is wrong with its end."""

@@ -22,15 +22,17 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from cifar.system.environment import device_name
+from helpers.fake_runs import NETWORKS, write
+from helpers.on_server import put
+from helpers.protocol import Server
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import torch  # noqa: E402
-
-from cifar.system.environment import device_name  # noqa: E402
-from helpers.fake_runs import NETWORKS, write  # noqa: E402
-from helpers.on_server import put  # noqa: E402
-from helpers.protocol import Server  # noqa: E402
 
 
 def fill(server: Server, runs: Path, count: int, epochs: int, layers: int) -> None:

@@ -136,8 +136,8 @@ class Sidecar:
         self._drawing_thread = threading.Thread(target=self._keep_drawing, daemon=True)
         self._threads = [self._drawing_thread]
         if mode != "disabled":
-            has_drawn = lambda: not self._drawing_thread.is_alive()  # noqa: E731
-            self._threads.append(threading.Thread(target=self._keep_mirroring, args=(has_drawn,), daemon=True))
+            arguments = (lambda: not self._drawing_thread.is_alive(),)
+            self._threads.append(threading.Thread(target=self._keep_mirroring, args=arguments, daemon=True))
         for thread in self._threads:
             thread.start()
 

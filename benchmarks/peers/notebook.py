@@ -27,7 +27,7 @@ PLAIN = [transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5,
 AUGMENTED = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=4), *PLAIN]
 
 
-class Pictures(Dataset):  # type: ignore[type-arg]
+class Pictures(Dataset):
     """Image by image through PIL, as torchvision's own CIFAR10 hands them out."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, steps: list[Any]) -> None:
@@ -85,7 +85,7 @@ class Notebook:
         correct = 0
         for inputs, labels in self.test_loader:
             correct += (self.model(inputs.to(self.device)).argmax(1) == labels.to(self.device)).sum().item()
-        return {"acc": correct / len(self.test_loader.dataset)}  # type: ignore[arg-type]
+        return {"acc": correct / len(self.test_loader.dataset)}
 
 
 def trial(options: argparse.Namespace) -> None:

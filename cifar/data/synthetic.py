@@ -107,8 +107,8 @@ def _write_cache(path: Path, arrays: Arrays) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            names = ("train_images", "train_labels", "test_images", "test_labels")
-            np.savez(file, **dict(zip(names, arrays, strict=True)))  # type: ignore[arg-type]
+            images, labels, test_images, test_labels = arrays
+            np.savez(file, train_images=images, train_labels=labels, test_images=test_images, test_labels=test_labels)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -139,4 +139,4 @@ class ProductTracker:
     def _set(self, tensor: Tensor, origin: Origin) -> None:
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
-            self._origins[storage._cdata] = (StorageWeakRef(storage), origin)  # type: ignore[no-untyped-call]
+            self._origins[storage._cdata] = (StorageWeakRef(storage), origin)

@@ -16,7 +16,7 @@ from cifar.flops.modules import RunningModules, find_tensors
 from cifar.flops.operators import aten, find_formula, find_kind, multiplies_weights
 
 
-class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OperatorCounter(TorchDispatchMode):
     """Counts each operator that runs, by its formula, and notes those that it does not know."""
 
     supports_higher_order_operators = True

@@ -114,7 +114,7 @@ def _is_traced() -> bool:
 
 def _is_conv_relu_pool(row: Sequence[nn.Module]) -> TypeGuard[ConvReLUPoolRow]:
     """Whether these are torch's own convolution, ReLU and max-pooling, without hooks."""
-    if [type(module) for module in row] != [nn.Conv2d, nn.ReLU, nn.MaxPool2d] or _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if [type(module) for module in row] != [nn.Conv2d, nn.ReLU, nn.MaxPool2d] or _has_any_global_hook():
         return False
     for module in row:
         hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks

@@ -24,7 +24,7 @@ class PooledConv(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.norm(self.pool(self.conv(x))))  # type: ignore[no-any-return]
+        return self.relu(self.norm(self.pool(self.conv(x))))
 
 
 class ConvNet(nn.Module):
@@ -42,7 +42,7 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage2(self.stage1(self.stem(x)))
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]  # (B, 4 width, 4, 4) -> (B, 10)
+        return self.head(x.mean((2, 3)))  # (B, 4 width, 4, 4) -> (B, 10)
 
 
 @models.register("conv4", width=4, depth=1)

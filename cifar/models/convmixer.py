@@ -37,7 +37,7 @@ class Mixer(nn.Module):
         self.pointwise = conv_gelu_norm(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pointwise(x + self.depthwise(x))  # type: ignore[no-any-return]
+        return self.pointwise(x + self.depthwise(x))
 
 
 class ConvMixer(nn.Module):
@@ -48,7 +48,7 @@ class ConvMixer(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
 @models.register("convmixer_256_8", width=256, depth=8, patch_size=2, kernel_size=5)

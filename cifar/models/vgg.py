@@ -55,7 +55,7 @@ class VGG(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)  # sec. 3.1
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x))  # type: ignore[no-any-return]
+        return self.classifier(self.features(x))
 
 
 @models.register("vgg11", depth=11)

@@ -49,7 +49,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part(x).unflatten(2, (-1, HEAD)).transpose(1, 2) for part in (self.q, self.k, self.v))
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, HEAD)
-        return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, T, C)
+        return self.out(x.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class Encoder(nn.Module):
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.norm2(x))
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
@@ -94,7 +94,7 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)  # (B, 3, 32, 32) -> (B, T, C)
         x = self.norm(self.blocks(x + self.positions))
-        return self.head(x.mean(1))  # type: ignore[no-any-return]
+        return self.head(x.mean(1))
 
 
 @models.register("vit_tiny", width=192, depth=12, patch_size=4)

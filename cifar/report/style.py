@@ -174,7 +174,7 @@ def encode_png(figure: Figure, dpi: int = DPI) -> bytes:
 
     buffer = io.BytesIO()
     with _prepare_canvas(figure, dpi):
-        FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+        FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
@@ -184,7 +184,7 @@ def encode_svg(figure: Figure, salt: str) -> str:
 
     buffer = io.StringIO()
     with _prepare_canvas(figure, figure.dpi, salt):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     return re.sub(r'<g id="tip:([^"]*)">', r'<g class="tip"><title>\1</title>', text)
 

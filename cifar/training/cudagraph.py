@@ -148,12 +148,12 @@ class StepRunner(Generic[T]):
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)
 
 
 def new_timing_event() -> torch.cuda.Event:
     """An event in a device's queue, for measuring the time between two of them."""
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 class GraphedCallable:

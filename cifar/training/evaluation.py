@@ -18,7 +18,7 @@ LogitsFunction = Callable[[Tensor], Tensor]
 
 def compute_logits(model: nn.Module, images: Tensor) -> Tensor:
     """The model's forward pass. A plain function, so that torch.compile compiles it once for all models of a kind."""
-    return model(images)  # type: ignore[no-any-return]
+    return model(images)
 
 
 @torch.inference_mode()

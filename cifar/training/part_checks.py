@@ -319,7 +319,7 @@ class _Trial:
             raise PartError(f"{self.model_part} cannot be trained: {NO_GRADIENT}")
         doing = f"in the backward pass of {num_images} images"
         with _stage(self.model_part, doing, lambda: self._find_forward_line(num_images)):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         if any(parameter.grad is not None and parameter.grad.layout != torch.strided for parameter in model.parameters()):
             raise PartError(f"{self.model_part} has sparse gradients, which no optimizer here takes; write sparse=False")
         if all(parameter.grad is None for parameter in model.parameters()):
@@ -348,7 +348,7 @@ class _Trial:
         with warnings.catch_warnings(record=True) as caught, contextlib.suppress(Exception):
             warnings.simplefilter("always")
             with torch.autograd.detect_anomaly(check_nan=False):
-                forward(self.model, images, labels, labels, ForwardOptions(None, self.bf16))[0].backward()  # type: ignore[no-untyped-call]
+                forward(self.model, images, labels, labels, ForwardOptions(None, self.bf16))[0].backward()
         return next((line for warning in caught if (line := find_user_line(str(warning.message)))), "")
 
     def evaluate(self, num_images: int) -> None:

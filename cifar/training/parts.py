@@ -100,7 +100,7 @@ def copy_model(model: nn.Module, config: Settings, memory_format: torch.memory_f
 def build_optimizer(config: Settings, model: nn.Module) -> optim.Optimizer:
     """The optimizer of the network's parameters. Its lr is constant until it gets a schedule."""
     entry = registry.optimizers[config.optimizer]
-    optimizer = entry.build(optim.Parameters.from_model(model), **config.kwargs_for("optimizer"))
+    optimizer: optim.Optimizer = entry.build(optim.Parameters.from_model(model), **config.kwargs_for("optimizer"))
     where = f"optimizer '{entry.name}' ({entry.file})"
     if isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(
@@ -114,19 +114,19 @@ def build_optimizer(config: Settings, model: nn.Module) -> optim.Optimizer:
                 f"{where} is built as {_name_type(optimizer)}, which has no {', '.join(missing[:4])}; return a "
                 "cifar.optim.Optimizer (docs/extending.md, 'An optimizer')"
             )
-    return optimizer  # type: ignore[no-any-return]
+    return optimizer
 
 
 def build_schedule(config: Settings) -> Schedule:
     """What lr is multiplied by, as a function of the training's progress."""
     entry = registry.schedules[config.schedule]
-    schedule = entry.build(**config.kwargs_for("schedule"))
+    schedule: Schedule = entry.build(**config.kwargs_for("schedule"))
     if not callable(schedule):
         raise UserError(
             f"schedule '{entry.name}' ({entry.file}) is built as {_name_type(schedule)}; return a function from the progress "
             "of the training, 0 to 1, to what lr is multiplied by"
         )
-    return schedule  # type: ignore[no-any-return]
+    return schedule
 
 
 def build_probe_runner(config: Settings, model: nn.Module) -> ProbeRunner:

@@ -173,7 +173,7 @@ class Step:
         with _disable_gradients(self.optimizer.freezing_params if skip_frozen else ()):
             options = ForwardOptions(self.smoothing, self.bf16, self.source.selects_hard, skip_frozen)
             loss, correct, losses = self.fused_forward(options) if self.fused_forward else self._forward_next_batch(options)
-            loss.backward(self.loss_gradient)  # type: ignore[no-untyped-call]
+            loss.backward(self.loss_gradient)
         if losses is not None:
             self.source.record_losses(losses)
         self.context.average_gradients(self.model)

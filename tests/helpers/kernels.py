@@ -8,6 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
+
+
+def mend_interpreter() -> None:
+    """Triton 3.6 (of torch 2.11) makes indices by `int(array)`, which NumPy 2.4 refuses for an array with a dimension."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPES = ("cuda", [torch.bfloat16]) if GPU else ("cpu", [torch.float32, torch.float16])  # interpreted bf16 is wrong
@@ -15,6 +28,8 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 with pytest.MonkeyPatch.context() as patch:
     if not GPU:
         patch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
+        if torch.__version__ < "2.15":
+            mend_interpreter()
     for name in ("conv3x3", "conv_relu_pool", "max_pool", "batch_norm"):
         importlib.import_module(f"cifar.kernels.triton.{name}")
 

@@ -62,7 +62,10 @@ class Inspected:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         records = [json.loads(line) for line in done.stdout.splitlines()]
-        by_type = lambda kind: [record[kind] for record in records if record["type"] == kind]  # noqa: E731
+
+        def by_type(kind: str) -> list[Any]:
+            return [record[kind] for record in records if record["type"] == kind]
+
         self.run = by_type("run")[0]
         self.config = {key: value for key, value in self.run["config"]["update"].items() if key != "_wandb"}
         self.steps = [item["step"]["num"] for item in by_type("history")]

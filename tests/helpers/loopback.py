@@ -28,12 +28,12 @@ def batch_bytes(count: int = 3, **changes: object) -> bytes:
 def python2_pickle(batch: dict[bytes, object]) -> bytes:
     """Protocol 2 with Python 2's byte strings (opcode T), which Python 3 no longer writes."""
 
-    class Pickler(pickle._Pickler):  # type: ignore[name-defined]
+    class Pickler(pickle._Pickler):
         def save_bytes(self, content: bytes) -> None:
             self.write(b"T" + len(content).to_bytes(4, "little") + content)
             self.memoize(content)
 
-        dispatch: ClassVar = {**pickle._Pickler.dispatch, bytes: save_bytes}  # type: ignore[attr-defined]
+        dispatch: ClassVar = {**pickle._Pickler.dispatch, bytes: save_bytes}
 
     buffer = io.BytesIO()
     Pickler(buffer, 2).dump(batch)

@@ -44,10 +44,10 @@ def server() -> Iterator[str]:
     clean = {"PATH": os.environ["PATH"], "LANG": "C"}
     options = {"cwd": folder, "env": clean, "stdout": subprocess.DEVNULL, **user}
     subprocess.run([where / "initdb", "-D", folder / "data", "-U", "cifar", "-A", "trust", "-E", "UTF8"], check=True, **options)
-    log = open(folder / "log", "wb")  # noqa: SIM115 (the server's for as long as it lives)
     settings = ("fsync=off", "max_connections=200", f"unix_socket_directories={folder}", "listen_addresses=127.0.0.1")
     command = [where / "postgres", "-D", folder / "data", "-p", str(port), *(f"--{setting}" for setting in settings)]
-    process = subprocess.Popen(command, stderr=log, **options)
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, stderr=log, **options)
     try:
         deadline = time.monotonic() + SECONDS
         while True:
@@ -65,7 +65,6 @@ def server() -> Iterator[str]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5.0)
         process.kill()
-        log.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 

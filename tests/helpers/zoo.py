@@ -229,14 +229,14 @@ def lstm_cell() -> nn.Module:
         state = None
         for row in rows(x).unbind(1):
             state = s.cell(row, state)
-        return s.head(state[0])  # type: ignore[index]
+        return s.head(state[0])
 
     return Net(run, cell=nn.LSTMCell(96, 16), head=nn.Linear(16, 10))
 
 
 class LastState(nn.GRU):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0][:, -1]  # type: ignore[no-any-return]
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0][:, -1]
 
 
 @network(32 * 3 * 16 * (96 + 16) + 160)
@@ -402,7 +402,7 @@ class Multiply(torch.autograd.Function):
         return x @ w
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, w = ctx.saved_tensors
         return gradient @ w.T, x.T @ gradient
 
@@ -587,7 +587,7 @@ class MultiplyElsewhere(Multiply):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        return torch.ops.zoo.multiply(x, w)  # type: ignore[no-any-return]
+        return torch.ops.zoo.multiply(x, w)
 
 
 @network(None, "zoo.multiply")

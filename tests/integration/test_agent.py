@@ -114,7 +114,7 @@ def test_the_table_shows_trials_states_best_and_time_left() -> None:
     display.print_line("news [bold]")
     display.show_board(a_board())
     display.close()
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     for words in (
         "news [bold]",
         "[red]x[/red]",

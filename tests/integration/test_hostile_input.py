@@ -361,19 +361,19 @@ def make_offline_run(value: str) -> bytes:
     """A run as wandb writes it, with `value` where JSON is expected."""
     from wandb.proto import wandb_internal_pb2 as protocol
 
-    run = protocol.Record()  # type: ignore[attr-defined]
+    run = protocol.Record()
     run.run.run_id = "abc"
     item = run.run.config.update.add()
     item.key, item.value_json = "cifar", json.dumps(value)
-    row = protocol.Record()  # type: ignore[attr-defined]
+    row = protocol.Record()
     for key, text in (("epoch", "1"), ("val/acc", value), ("", value)):
         item = row.history.item.add()
         item.key, item.value_json = key, text
-    nested = protocol.Record()  # type: ignore[attr-defined]
+    nested = protocol.Record()
     item = nested.summary.update.add()
     item.nested_key.extend(["cifar", "x"])
     item.value_json = value
-    end = protocol.Record()  # type: ignore[attr-defined]
+    end = protocol.Record()
     end.exit.exit_code = 0
     return hostile.make_wandb_file(*(record.SerializeToString() for record in (run, row, row, nested, end)))
 

@@ -55,7 +55,7 @@ class Offered:
 def taken(
     values: list[dict[str, Any]], asked: str, free: int = 1, count: float = 99, heedless: bool = False
 ) -> list[list[int]]:
-    packer, found = packing.Packer(Offered(values, heedless), "me", asked, count), []  # type: ignore[arg-type]
+    packer, found = packing.Packer(Offered(values, heedless), "me", asked, count), []
     while isinstance(trials := packer.claim_group(free, lambda given: given), list):
         found.append([trial.cell for trial in trials])
     return found
@@ -78,7 +78,7 @@ def test_what_is_open_is_shared_out_and_a_count_is_kept() -> None:
 
 
 def test_after_a_failure_side_by_side_its_trials_are_alone() -> None:
-    packer = packing.Packer(Offered(SEEDS), "me", "4", 99)  # type: ignore[arg-type]
+    packer = packing.Packer(Offered(SEEDS), "me", "4", 99)
     first = packer.claim_group(1, lambda given: given)
     assert isinstance(first, list) and len(first) == 4
     for trial in first:

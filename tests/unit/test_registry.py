@@ -64,7 +64,7 @@ def test_a_key_without_type_or_default_is_our_bug(bad: str) -> None:
     scope: dict[str, object] = {}
     exec(bad, scope)
     with pytest.raises(AssertionError, match="depth"):
-        Registry("thing", "nowhere", "cifar.errors").register("x")(scope["build"])  # type: ignore[type-var]
+        Registry("thing", "nowhere", "cifar.errors").register("x")(scope["build"])
 
 
 def test_the_most_similar_names_come_first_at_most_three() -> None:

@@ -79,7 +79,7 @@ def scan_history(run: Any, first_step: int, last_step: int) -> Iterable[dict[str
     """
     from wandb.apis.public import HistoryScan
 
-    scan: Any = HistoryScan(
+    scan: Iterable[dict[str, Any]] = HistoryScan(
         run,
         service_api=run._service_api,
         min_step=first_step,
@@ -87,7 +87,7 @@ def scan_history(run: Any, first_step: int, last_step: int) -> Iterable[dict[str
         page_size=STEPS_PER_PAGE,
         use_cache=False,
     )
-    return scan  # type: ignore[no-any-return]
+    return scan
 
 
 def read_history(api: Any, entity: str, project: str, run_id: str) -> Iterable[dict[str, Any]]:

@@ -67,7 +67,7 @@ def pixel_sums_triton(x: Tensor, pivot: Tensor, num_programs: int) -> Tensor:
     x, config = to_channels_last(x), PIXEL_SUMS_CONFIG
     num_pixels, block, _ = _plan_sums(x.shape, config, 1)
     partials = x.new_empty((num_programs, 2, x.shape[1]), dtype=torch.float32)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(x):
         sum_pixels[(num_programs,)](
             x, pivot, partials, num_pixels, num_programs,
             x.shape[1], round_up_to_tile(x.shape[1]), block, num_warps=config.warps, num_stages=config.stages,
@@ -81,7 +81,7 @@ def update_statistics_triton(
     """`update_statistics` by our kernel."""
     num_programs, _, size = partials.shape
     moments = partials.new_empty((2, size))
-    with torch.cuda.device_of(partials):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(partials):
         add_moments[(triton.cdiv(size, STATISTICS_TILE[1]),)](
             partials, running_mean, running_variance, batches, moments,
             pixels, num_programs, momentum, pixels / max(pixels - 1, 1), size, *STATISTICS_TILE, num_warps=4,
@@ -94,7 +94,7 @@ def gradient_sums_triton(g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, 
     g, x, config = to_channels_last(g), to_channels_last(x), GRADIENT_SUMS_CONFIGS[relu]
     num_pixels, block, num_programs = _plan_sums(x.shape, config, count_multiprocessors(x.device))
     partials = x.new_empty((num_programs, 2, x.shape[1]), dtype=torch.float32)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(x):
         sum_gradients[(num_programs,)](
             g, x, moments, weight, bias, partials, num_pixels, num_programs, eps,
             relu, x.shape[1], round_up_to_tile(x.shape[1]), block, num_warps=config.warps, num_stages=config.stages,

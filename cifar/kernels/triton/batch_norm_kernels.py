@@ -11,10 +11,8 @@ import triton.language as tl
 from cifar.kernels.triton.conv3x3_kernels import accumulate_moments, add, load_pivot, store_sums
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def sum_pixels(  # type: ignore[no-untyped-def]
-    x, pivot, partials, pixels, num_programs, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit
+def sum_pixels(x, pivot, partials, pixels, num_programs, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """partials[program]: the sums of x - pivot and of its square, (2, SIZE). x (pixels, SIZE); COLUMNS: SIZE, rounded up."""
     c = tl.arange(0, COLUMNS)
     pivot_value = load_pivot(pivot, c, SIZE)[None, :]
@@ -28,8 +26,8 @@ def sum_pixels(  # type: ignore[no-untyped-def]
     store_sums(first, second, partials, c, SIZE)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def sum_gradients(  # type: ignore[no-untyped-def]
+@triton.jit
+def sum_gradients(
     g, x, moments, weight, bias, partials, pixels, num_programs, eps,
     RELU: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -60,8 +58,8 @@ def sum_gradients(  # type: ignore[no-untyped-def]
     store_sums(first, second * inv_std, partials, c, SIZE)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def add_moments(  # type: ignore[no-untyped-def]
+@triton.jit
+def add_moments(
     partials, running_mean, running_variance, batches, moments, count, num_programs, momentum, unbiased,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

@@ -91,7 +91,7 @@ def launch_kernel(
     _, in_channels, height, width = shape
     config, num_strips = plan.config, plan.count_strips(shape)
     num_programs = num_programs or choose_num_programs(config, num_strips, count_multiprocessors(tensors[0].device))
-    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
         plan.kernel[(num_programs, plan.grid_rows)](
             *tensors, num_strips, num_programs, *extra_args,
             height, width, in_channels, out_channels, plan.taps, round_up_to_tile(out_channels),
@@ -179,7 +179,7 @@ def sum_partials(partials: Tensor) -> Tensor:
     num_programs, size = partials.shape
     total = partials.new_empty(size)
     rows, columns = WIDE_SUM_TILE if size >= WIDE_SUM_SIZE else SUM_TILE
-    with torch.cuda.device_of(partials):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(partials):
         add_partials[(triton.cdiv(size, columns),)](partials, total, num_programs, size, rows, columns, num_warps=4)
     return total
 

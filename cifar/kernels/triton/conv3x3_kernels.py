@@ -11,16 +11,14 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def load_row(x, inside, row, HEIGHT: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def load_row(x, inside, row, HEIGHT: tl.constexpr):
     """The taps at x; zeros where the row is outside of the image."""
     return tl.load(x, mask=inside & ((row >= 0) & (row < HEIGHT))[:, None], other=0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def locate_strips(  # type: ignore[no-untyped-def]
-    block, k, num_strips, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit
+def locate_strips(block, k, num_strips, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr):
     """The strips of a block: their indices, first pixels and rows, and which of their taps are inside of the image."""
     strip = block * BLOCK + tl.arange(0, BLOCK)
     p = strip // WIDTH * (4 * WIDTH) + strip % WIDTH
@@ -31,34 +29,34 @@ def locate_strips(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add(one, other):  # type: ignore[no-untyped-def]
+def add(one, other):
     return one + other
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def load_pivot(running_mean, c, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def load_pivot(running_mean, c, SIZE: tl.constexpr):
     """What is subtracted before values are summed: the running mean, and zero where that is not finite."""
     pivot = tl.load(running_mean + c, mask=c < SIZE, other=0.0)
     return tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
 
 
 @triton.jit
-def accumulate_moments(first, second, value, pivot_value, inside):  # type: ignore[no-untyped-def]
+def accumulate_moments(first, second, value, pivot_value, inside):
     """Add value - pivot to the first sum and its square to the second, where `inside`."""
     centered = tl.where(inside, value.to(tl.float32) - pivot_value, 0.0)
     return first + centered, second + centered * centered
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def store_sums(first, second, partials, c, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def store_sums(first, second, partials, c, SIZE: tl.constexpr):
     """partials[program, 0 and 1, c] = the sums over all rows."""
     targets = partials + tl.program_id(0) * (2 * SIZE) + c
     tl.store(targets, tl.reduce(first, 0, add), mask=c < SIZE)
     tl.store(targets + SIZE, tl.reduce(second, 0, add), mask=c < SIZE)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def convolve_lines(  # type: ignore[no-untyped-def]
+@triton.jit
+def convolve_lines(
     x, weight, y, pivot, partials, num_strips, num_programs, s_out, s_in, s_row, s_column, SUMS: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     TAPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -114,8 +112,8 @@ def convolve_lines(  # type: ignore[no-untyped-def]
         store_sums(first, second, partials, o, OUT)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def correlate_lines(  # type: ignore[no-untyped-def]
+@triton.jit
+def correlate_lines(
     x, g, partials, num_strips, num_programs,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     TAPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -159,8 +157,8 @@ def correlate_lines(  # type: ignore[no-untyped-def]
     tl.store(where + 6 * IN, below, mask=valid)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def add_partials(partials, total, num_programs, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def add_partials(partials, total, num_programs, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """total[c] = sum of partials[program, c] over the programs, always in the same order."""
     c, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     found = tl.full((ROWS, COLUMNS), 0.0, tl.float32)

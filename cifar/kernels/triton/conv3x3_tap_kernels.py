@@ -11,8 +11,8 @@ import triton.language as tl
 from cifar.kernels.triton.conv3x3_kernels import accumulate_moments, load_pivot, store_sums
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def convolve_taps(  # type: ignore[no-untyped-def]
+@triton.jit
+def convolve_taps(
     x, weight, y, pivot, partials, pixels, num_programs, s_out, s_in, s_row, s_column, SUMS: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -44,8 +44,8 @@ def convolve_taps(  # type: ignore[no-untyped-def]
         store_sums(first, second, partials, o, OUT)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def correlate_taps(  # type: ignore[no-untyped-def]
+@triton.jit
+def correlate_taps(
     x, g, partials, pixels, num_programs,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

@@ -13,20 +13,20 @@ from cifar.kernels.triton.conv3x3_kernels import load_row, locate_strips
 
 
 @triton.jit
-def _maximum(one, other):  # type: ignore[no-untyped-def]
+def _maximum(one, other):
     return tl.maximum(one, other)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _encode_rank(value, rank, element_type: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _encode_rank(value, rank, element_type: tl.constexpr):
     """ReLU of the value as an integer of the same order, with the rank in its last two bits. NaN is the largest."""
     value = value.to(element_type).to(tl.float32)
     value = tl.where((value > 0) | (value != value), value, 0.0)
     return (value.to(tl.int32, bitcast=True) & 0x7FFFFFFC) | rank
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_pooled(highest, y, argmax, targets, inside, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store_pooled(highest, y, argmax, targets, inside, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Store the largest value of each pair of neighbouring columns, and its argmax."""
     highest = tl.reduce(tl.reshape(highest, (BLOCK // 2, 2, COLUMNS)), 1, _maximum)
     value = (highest & 0x7FFFFFFC).to(tl.float32, bitcast=True)
@@ -34,8 +34,8 @@ def _store_pooled(highest, y, argmax, targets, inside, BLOCK: tl.constexpr, COLU
     tl.store(argmax + targets, tl.where(value == 0, 4, 3 - (highest & 3)).to(tl.int8), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def convolve_pool(  # type: ignore[no-untyped-def]
+@triton.jit
+def convolve_pool(
     x, weight, bias, y, argmax, num_strips, num_programs, s_out, s_in, s_row, s_column,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     TAPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -72,8 +72,8 @@ def convolve_pool(  # type: ignore[no-untyped-def]
         _store_pooled(tl.maximum(first, second), y, argmax, targets + HALF * OUT, out, BLOCK, COLUMNS)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def convolve_pool_weight_grad(  # type: ignore[no-untyped-def]
+@triton.jit
+def convolve_pool_weight_grad(
     x, g, argmax, partials, num_strips, num_programs,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     TAPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -133,13 +133,13 @@ def convolve_pool_weight_grad(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_pooled(g, argmax, sources, inside):  # type: ignore[no-untyped-def]
+def _load_pooled(g, argmax, sources, inside):
     """The gradients of squares and their argmax; 4 outside of the image, so that they go nowhere."""
     return tl.load(g + sources, mask=inside, other=0.0), tl.load(argmax + sources, mask=inside, other=4)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def convolve_pool_input_grad(  # type: ignore[no-untyped-def]
+@triton.jit
+def convolve_pool_input_grad(
     g, argmax, weight, y, num_strips, num_programs, s_out, s_in, s_row, s_column,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     TAPS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

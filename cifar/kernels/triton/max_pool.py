@@ -110,7 +110,7 @@ def _launch_pool(kernel: Any, tile: PoolTile, tensors: tuple[Tensor, ...], num_s
     columns = min(tile.channels, triton.next_power_of_2(channels))
     block = tile.values // columns
     num_programs = triton.cdiv(num_squares, block) * triton.cdiv(channels, columns)
-    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
         kernel[(num_programs,)](*tensors, num_squares, height, width, channels, columns, block, num_warps=tile.warps)
 
 

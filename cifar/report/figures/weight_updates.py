@@ -76,5 +76,6 @@ class WeightUpdates:
 
 
 def _ratio_or_nan(value: object) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and 0 < value < MAX_RATIO else math.nan  # type: ignore[operator, arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if 0 < value < MAX_RATIO else math.nan

@@ -92,9 +92,9 @@ class Strikes:
         self.start_agent()
 
     def start_agent(self) -> None:
-        log = open(self.runs.parent / "agent.log", "ab")  # noqa: SIM115 (the agent's, as long as it lives)
         words = ("-m", "cifar", "agent", f"me/cifar/{self.sweep.id}", "--workers", "2")
-        self.agent = start_command(self.server, *words, stdout=log)
+        with open(self.runs.parent / "agent.log", "ab") as log:
+            self.agent = start_command(self.server, *words, stdout=log)
         self.num_runs_before = len(list(self.runs.glob("*/summary.json")))
 
     def wait_for_moment(self) -> None:

@@ -292,7 +292,7 @@ def test_many_ends_at_once_are_drawn_by_several_processes(tmp_path: Path, monkey
     started, said, begin = [], [], subprocess.Popen
 
     def start(command: list[str], **more: object) -> object:
-        started.append(begin(command, **more))  # type: ignore[call-overload]
+        started.append(begin(command, **more))
         return started[-1]
 
     monkeypatch.setattr(sidecar.subprocess, "Popen", start)
@@ -319,7 +319,7 @@ def test_where_no_more_processes_can_be_started_it_draws_by_itself(tmp_path: Pat
     def start(*given: object, **more: object) -> object:
         if started:
             raise BlockingIOError("no more processes")
-        started.append(begin(*given, **more))  # type: ignore[call-overload]
+        started.append(begin(*given, **more))
         return started[-1]
 
     monkeypatch.setattr(sidecar.subprocess, "Popen", start)

@@ -36,7 +36,7 @@ def make_board(num_trials: int, num_running: int, keys: tuple[str, ...] = KEYS, 
 def draw(board: Board, width: int, height: int) -> list[str]:
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
     console.print(BoardView(board))
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return console.file.getvalue().splitlines()
 
 
 BOARDS = {
@@ -107,5 +107,5 @@ def test_lines_scroll_above_it() -> None:
     dashboard.print_line("trial 004 pruned: val/acc 10 % (stopped early after epoch 3)")
     dashboard.print_line("see `python -m cifar gc` [bold]")
     dashboard.close()
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     assert "see `python -m cifar gc` [bold]" in text and "stopped early after epoch 3" in text and "epoch 1/2" not in text

@@ -45,7 +45,7 @@ def test_a_checkout_that_is_not_installed_has_a_version(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.strip() == VERSION
     with pytest.raises(AttributeError, match="nothing_of_this_name"):
-        cifar.nothing_of_this_name  # type: ignore[attr-defined]  # noqa: B018
+        _ = cifar.nothing_of_this_name
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS, "sweeps list", "sweeps status", "sweeps retry", "sweeps extend"])

@@ -29,7 +29,7 @@ class Screen:
         terminal = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, highlight=False)
         self.monkeypatch.setattr(console, "console", terminal)
         assert main(list(arguments)) == 0
-        text = re.sub(r"\x1b\[[\d?;]*[A-Za-z]|\r", "", terminal.file.getvalue())  # type: ignore[attr-defined]
+        text = re.sub(r"\x1b\[[\d?;]*[A-Za-z]|\r", "", terminal.file.getvalue())
         return str(text)
 
 

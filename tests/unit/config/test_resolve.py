@@ -22,7 +22,7 @@ def test_defaults_resolve_and_are_frozen() -> None:
     settings = resolve_config({})
     assert settings.model == "worksheet1" and settings.to_dict()["lr"] == 1e-3
     with pytest.raises(Exception, match="frozen"):
-        settings.model = "x"  # type: ignore[misc]
+        settings.model = "x"
 
 
 def test_later_layers_win_and_the_experiment_comes_first() -> None:

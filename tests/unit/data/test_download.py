@@ -42,7 +42,7 @@ def closed_url() -> str:
 
 
 def get(urls: list[str], path: Path, content: bytes = SMALL, **more: object) -> bytes:
-    download_file(urls, path, md5=md5(content), size=len(content), **more)  # type: ignore[arg-type]
+    download_file(urls, path, md5=md5(content), size=len(content), **more)
     return path.read_bytes()
 
 

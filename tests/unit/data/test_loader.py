@@ -18,7 +18,7 @@ def dataset(count: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def training(count: int = 300, seed: int = 0, **changes: object) -> Loader:
-    return Loader(*dataset(count), batch_size=64, augment=Augment(**changes), seed=seed)  # type: ignore[arg-type]
+    return Loader(*dataset(count), batch_size=64, augment=Augment(**changes), seed=seed)
 
 
 def test_training_visits_every_image_at_most_once_and_drops_the_rest() -> None:
@@ -91,7 +91,7 @@ def taken(loader: Loader, epoch: int, start: int = 0) -> list[tuple[Tensor, Tens
     for _ in range(start, loader.num_steps):
         found.append(tuple(tensor.clone() for tensor in loader.next_batch()))
         loader.step_index.add_(1)
-    return found  # type: ignore[return-value]
+    return found
 
 
 def test_a_step_takes_the_batches_of_the_epoch() -> None:

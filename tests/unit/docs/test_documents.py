@@ -95,7 +95,7 @@ def test_wandb_page_names_every_metric() -> None:
     for metric in METRIC_LABELS:
         assert f"`{metric}`" in text, metric
     for probe in registry.probes:
-        for metric in probe.builder.labels:  # type: ignore[attr-defined]
+        for metric in probe.builder.labels:
             assert f"`{metric}/LAYER`" in text, metric
 
 

@@ -26,18 +26,18 @@ def flat(x: Tensor) -> Tensor:
 def in_inference_mode(s: Any, x: Tensor) -> Tensor:
     with torch.inference_mode():
         features = s.lstm(s.first(flat(x))[:, None])[0][:, 0]
-    return s.second(features)  # type: ignore[no-any-return]
+    return s.second(features)
 
 
 def functionally(s: Any, x: Tensor) -> Tensor:
-    return s.second(torch.func.functional_call(s.first, dict(s.first.named_parameters()), (flat(x),)))  # type: ignore[no-any-return]
+    return s.second(torch.func.functional_call(s.first, dict(s.first.named_parameters()), (flat(x),)))
 
 
 def grouped_queries(s: Any, x: Tensor) -> Tensor:
     """Four heads of queries for two of keys and values, causal."""
     q = rows(x).view(len(x), 32, 4, 24).transpose(1, 2)
     k = s.keys(rows(x)).view(len(x), 32, 2, 24).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True).mean((1, 2)) @ s.out  # type: ignore[no-any-return]
+    return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True).mean((1, 2)) @ s.out
 
 
 def with_a_second_try(s: Any, x: Tensor) -> Tensor:
@@ -45,13 +45,13 @@ def with_a_second_try(s: Any, x: Tensor) -> Tensor:
         features = s.conv(x[:, :2])  # a channel is missing
     except RuntimeError:
         features = s.conv(x)
-    return s.second(features.mean((2, 3)))  # type: ignore[no-any-return]
+    return s.second(features.mean((2, 3)))
 
 
 class HandmadeLSTM(nn.LSTM):
     """A type that thop has a rule for, with a forward of its own."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         h = c = x.new_zeros(len(x), self.hidden_size)
         for step in x.unbind(1):
             gates = F.linear(step, self.weight_ih_l0) + F.linear(h, self.weight_hh_l0)
@@ -151,17 +151,17 @@ UNVERIFIED: dict[str, tuple[Run, str]] = {
 @pytest.mark.parametrize("name", UNVERIFIED)
 def test_what_one_counter_misses_is_named(name: str) -> None:
     run, words = UNVERIFIED[name]
-    python, numpy = random.getstate(), np.random.get_state()[1].copy()  # type: ignore[union-attr, index]
+    python, numpy = random.getstate(), np.random.get_state()[1].copy()
     cost = flops.measure_cost(Net(run, **{name: make() for name, make in {**PARTS, **PATHS}.items()}))
     assert not cost.verified and words in cost.note
-    assert random.getstate() == python and np.array_equal(np.random.get_state()[1], numpy)  # type: ignore[index, arg-type]
+    assert random.getstate() == python and np.array_equal(np.random.get_state()[1], numpy)
 
 
 def test_a_difference_of_a_thousandth_is_named() -> None:
     """The functional convolution is 72 of 160 million multiply-adds."""
 
     def run(s: Any, x: Tensor) -> Tensor:
-        return s.large(F.conv2d(x[..., :1, :1], s.filter) + x).mean((2, 3))  # type: ignore[no-any-return]
+        return s.large(F.conv2d(x[..., :1, :1], s.filter) + x).mean((2, 3))
 
     cost = flops.measure_cost(Net(run, large=nn.Conv2d(3, 10, 65, padding=32), filter=weight(1, 3, 1, 1)))
     assert not cost.verified and "in the model itself 0 and 3 (aten.convolution)" in cost.note
@@ -172,7 +172,7 @@ def test_differences_that_cancel_each_other_are_named() -> None:
         module.total_ops += 2 * output.numel() * module.in_features
 
     def run(s: Any, x: Tensor) -> Tensor:
-        return s.linear(flat(x)) + F.conv2d(x, s.filters).flatten(1)  # type: ignore[no-any-return]
+        return s.linear(flat(x)) + F.conv2d(x, s.filters).flatten(1)
 
     net = Net(run, linear=nn.Linear(3072, 10), filters=weight(10, 3, 32, 32))
     cost = flops.measure_cost(net, rules={nn.Linear: double})

@@ -78,19 +78,19 @@ class Uncopyable(nn.Module):
         features = self.conv(x).mean((2, 3))
         self.calls.add_(1)
         self.mean = 0.9 * self.mean + 0.1 * features.mean(0)
-        return self.head(features + torch.rand(()) * 0)  # type: ignore[no-any-return]
+        return self.head(features + torch.rand(()) * 0)
 
 
 def test_what_cannot_be_copied_is_measured_and_left_as_it_was() -> None:
     model = Uncopyable().train()
     model.head.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    states = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr, index]
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
     cost = flops.measure_cost(model)
     assert (cost.macs, cost.verified) == (27 * 8 * 900 + 80, True), cost.note
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert model.training and model.conv.training and not model.head.training
-    assert torch.equal(states[0], torch.get_rng_state()) and np.array_equal(states[1], np.random.get_state()[1])  # type: ignore[index]
+    assert torch.equal(states[0], torch.get_rng_state()) and np.array_equal(states[1], np.random.get_state()[1])
     assert flops.measure_microseconds_per_image(model, batch=2) > 0
 
 

@@ -16,6 +16,9 @@ CONTRACTS = re.compile(
     r"(^|_)(mm|bmm|addmm|baddbmm|mv|dot|vdot|matmul|conv\w*|fft\w*|rnn|lstm|gru|einsum|attention|cdist|pdist)(_|$)"
 )
 LINEAR_ALGEBRA = {"linalg_vector_norm", "linalg_cross", "linalg__powsum"}  # the only ones that are known
+IS_OLD = torch.__version__ < "2.15"
+NEWER = {"_upsample_lanczos2d_aa", "shallow_copy_data_"} if IS_OLD else set()  # operators that torch 2.11 does not have
+UNTAGGED = {"_conj_physical", "leaky_relu"} if IS_OLD else set()  # there, these have no tag
 UNKNOWN_VIEWS = re.compile(r"^(_?nested|_test|_?sparse|_?indices|_?values|_make_dual|c?col_|c?row_|crow_|ccol_)")
 
 
@@ -30,6 +33,9 @@ def packets() -> list[Any]:
 
 
 PACKETS = packets()
+# It lives as long as the process: torch 2.11 compiles nothing any more once an operator is gone.
+LIBRARY = torch.library.Library("zoo_operators", "DEF")
+LIBRARY.define("add(Tensor x) -> Tensor")
 
 
 def overloads(packet: Any) -> list[Any]:
@@ -37,9 +43,7 @@ def overloads(packet: Any) -> list[Any]:
 
 
 def test_every_listed_operator_exists() -> None:
-    known = {packet.__name__ for packet in PACKETS}
-    missing = sorted(set(FREE) - known)
-    assert len(missing) <= (0 if torch.__version__ >= "2.15" else 12), missing
+    assert set(FREE) - {packet.__name__ for packet in PACKETS} <= NEWER
 
 
 def test_none_of_them_contracts() -> None:
@@ -59,7 +63,7 @@ def test_every_pointwise_operator_of_pytorchs_is_known_as_one() -> None:
 def test_what_we_call_pointwise_has_the_tag_or_is_a_form_of_one_that_has_it() -> None:
     tagged = {p.__name__ for p in PACKETS if any(torch.Tag.pointwise in overload.tags for overload in overloads(p))}
     others = {name for name, kind in FREE.items() if kind in (Kind.POINTWISE, Kind.PRODUCT)} - tagged
-    assert others <= {
+    assert others - UNTAGGED <= {
         "__and__", "__or__", "__irshift__", "_add_relu", "_fused_dropout", "_masked_scale", "_prelu_kernel", "addr", "complex",
         "fake_quantize_per_channel_affine_cachemask", "fake_quantize_per_tensor_affine_cachemask",
         "_fake_quantize_learnable_per_channel_affine", "_fake_quantize_learnable_per_tensor_affine",
@@ -97,19 +101,17 @@ def test_what_has_no_formula_is_unknown(name: str) -> None:
 
 
 def test_an_operator_of_another_library_is_unknown_whatever_its_name() -> None:
-    library = torch.library.Library("zoo_operators", "DEF")
-    library.define("add(Tensor x) -> Tensor")
     assert find_kind(torch.ops.zoo_operators.add) is None
 
 
 def test_formulas_of_ours() -> None:
     matrix, vector = torch.zeros(5, 7), torch.zeros(7)
-    assert find_formula(aten.mv)((matrix, vector), {}, matrix @ vector) == 35  # type: ignore[misc]
-    assert find_formula(aten.dot)((vector, vector), {}, vector @ vector) == 7  # type: ignore[misc]
-    assert find_formula(aten.addmv_)((torch.zeros(5), matrix, vector), {}, None) == 35  # type: ignore[misc]
+    assert find_formula(aten.mv)((matrix, vector), {}, matrix @ vector) == 35
+    assert find_formula(aten.dot)((vector, vector), {}, vector @ vector) == 7
+    assert find_formula(aten.addmv_)((torch.zeros(5), matrix, vector), {}, None) == 35
     first, second = torch.zeros(3, 5, 7), torch.zeros(3, 7, 2)
-    assert find_formula(aten.addbmm)((torch.zeros(5, 2), first, second), {}, None) == 3 * 5 * 7 * 2  # type: ignore[misc]
-    assert find_formula(aten.addmm_)((torch.zeros(5, 2), matrix, second[0]), {}, torch.zeros(5, 2)) == 5 * 7 * 2  # type: ignore[misc]
+    assert find_formula(aten.addbmm)((torch.zeros(5, 2), first, second), {}, None) == 3 * 5 * 7 * 2
+    assert find_formula(aten.addmm_)((torch.zeros(5, 2), matrix, second[0]), {}, torch.zeros(5, 2)) == 5 * 7 * 2
     assert set(OUR_FORMULAS).isdisjoint(torch.utils.flop_counter.flop_registry)
 
 
@@ -118,4 +120,4 @@ def test_the_formula_of_bilinear_is_that_of_its_loops() -> None:
     module = nn.Bilinear(left, right, outputs)
     loops = sum(1 for _ in range(batch * outputs * left * right)) + sum(1 for _ in range(batch * outputs * right))
     arguments = (torch.zeros(batch, left), module.weight, torch.zeros(batch, right), [1, 3], [0], [1, 2], [2, 3])
-    assert find_formula(aten._trilinear)(arguments, {}, None) == loops  # type: ignore[misc]
+    assert find_formula(aten._trilinear)(arguments, {}, None) == loops

@@ -266,7 +266,7 @@ def test_after_a_batch_without_numbers_the_next_is_normalised_all_the_same(by: s
 def row(
     inner: int = 8, outer: int = 16, *, bias: bool = False, third: nn.Module | None = None, **given: object
 ) -> nn.Sequential:
-    parts = [nn.Conv2d(inner, outer, 3, padding=1, bias=bias), nn.BatchNorm2d(outer, **given)]  # type: ignore[arg-type]
+    parts = [nn.Conv2d(inner, outer, 3, padding=1, bias=bias), nn.BatchNorm2d(outer, **given)]
     return nn.Sequential(*parts, *([third] if third else []))
 
 

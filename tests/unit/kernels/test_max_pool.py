@@ -37,7 +37,7 @@ def pooled(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert leaf.grad is not None
     width = x.shape[3]
     found = y.detach().to(x.dtype), (at // width % 2 * 2 + at % width % 2).to(torch.int8), leaf.grad.to(x.dtype)
-    return tuple(tensor.to(x.device) for tensor in found)  # type: ignore[return-value]
+    return tuple(tensor.to(x.device) for tensor in found)
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype, kind: str = "random") -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def test_no_bar_of_the_figure_leaves_the_range(compared: Comparison) -> None:
     drawn = render_figure(FIGURE, compared)
     assert not drawn.problem
     axes = drawn.figure.axes[0]
-    ends = [y for bar in axes.collections for segment in bar.get_segments() for _, y in segment]  # type: ignore[attr-defined]
+    ends = [y for bar in axes.collections for segment in bar.get_segments() for _, y in segment]
     assert len(ends) == 6 and min(ends) == 0.0 and max(ends) == 100.0
     small = [line for line in axes.lines if line.get_markersize() < 4 and len(line.get_ydata()) == 2]
     assert [list(line.get_ydata()) for line in small] == [[70.0, 74.0]]

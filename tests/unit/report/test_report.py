@@ -44,9 +44,9 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def comparison_of(runs: Path, **options: object):  # type: ignore[no-untyped-def]
+def comparison_of(runs: Path, **options: object):
     found = collect_runs([], runs)
-    return compare_runs(found.runs, damaged=found.damaged, title=found.title, **options)  # type: ignore[arg-type]
+    return compare_runs(found.runs, damaged=found.damaged, title=found.title, **options)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
