@@ -64,6 +64,9 @@ class Settings(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: int = Field(0, ge=0, le=MAX_THREADS, description="CPU threads of a trial; 0: torch's choice (a sweep fixes it)")
     probe_every: int = Field(50, ge=1, description="the probes measure one of N steps")
+    histograms: Annotated[Literal["on", "every", "off"], BeforeValidator(_bool_to_on_off)] = Field(
+        "on", description="of gradients and updates, where the probes look; on: in about 22 epochs of the run; every: in each"
+    )
     checkpoint_every: int = Field(0, ge=0, description="steps between two checkpoints; 0: about every 30 s")
     max_macs: float = Field(0.0, ge=0.0, description="skip the run if its model needs more MACs than this; 0: no limit")
 

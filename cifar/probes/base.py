@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from cifar.errors import UserError
+
+if TYPE_CHECKING:
+    from cifar.probes.histograms import HistogramRecorder
 
 
 class Probe(Protocol):
@@ -51,10 +54,21 @@ gradients = collect_gradients  # old name, for plug-ins
 
 
 class ProbeRunner:
-    """Calls the probes in every `every`-th step of an epoch, from its first. The sums on the device are read once an epoch."""
+    """Calls the probes in every `every`-th step of an epoch, from its first. The sums on the device are read once an epoch.
 
-    def __init__(self, probes: Sequence[Probe], parameters: Mapping[str, Tensor], *, every: int = 50) -> None:
+    `histograms`, if there is one, counts in the same steps.
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[Probe],
+        parameters: Mapping[str, Tensor],
+        *,
+        every: int = 50,
+        histograms: HistogramRecorder | None = None,
+    ) -> None:
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.histograms = histograms
         self.every, self.probes = every, list(probes)
         self._totals: dict[str, Tensor] = {}  # metric -> sum or maximum, in the shape of the probe's value
         self._counts: dict[str, Tensor] = {}  # metric -> number of values, in the same shape
@@ -106,6 +120,8 @@ class ProbeRunner:
                 values[metric] = value.detach().float()
         if values:
             self._accumulate_values(values)
+        if self.histograms:
+            getattr(self.histograms, hook_name)(self.parameters)
 
     def _check_value(self, probe: Probe, metric: str, value: Any) -> None:
         """Look at the first value of a metric. Raises UserError unless it can be kept."""

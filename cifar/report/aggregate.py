@@ -23,7 +23,8 @@ from cifar.states import ENDED_STATES
 _ALWAYS_LISTED = ("epochs", "optimizer", "lr", "schedule", "batch_size")
 # These settings say how a run is carried out or observed, or the report says them elsewhere.
 _NEVER_LISTED = (
-    "experiment", "dataset", "test", "probes", "probe_every", "checkpoint_every", "device", "threads", "max_macs", "seed",
+    "experiment", "dataset", "test", "probes", "probe_every", "histograms", "checkpoint_every", "device", "threads", "max_macs",
+    "seed",
 )  # fmt: skip
 
 # With two seeds Student's t is 12.7: an interval of 40 points says less than the two accuracies, which are shown instead.

@@ -38,6 +38,7 @@ _KEY_RULES: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "tta": (lambda config: True, "it is for the test set, which no trial of a sweep scores"),
     "crop_padding": (lambda config: config.crop == 0, "crop is 0"),
     "probe_every": (lambda config: not parse_probe_names(config.probes), "no probe is on"),
+    "histograms": (lambda config: not parse_probe_names(config.probes), "no probe is on"),
     "nesterov": (lambda config: getattr(config, "momentum", 1.0) == 0.0, "momentum is 0"),
     "decay_norm_and_bias": (
         lambda config: not (getattr(config, "weight_decay", 1.0) or getattr(config, "aux_weight_decay", 0.0)),

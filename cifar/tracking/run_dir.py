@@ -6,6 +6,7 @@
       environment.json  versions, device, git state, data fingerprint
       labels.json       metric -> {"label", "unit"}; "layers" lists the layers in the network's order
       metrics.jsonl     a JSON object a line, one an epoch
+      histograms.jsonl  the same for some epochs: histograms of gradients and updates (tracking/histograms.py)
       summary.json      last values, written once at the end
       status.json       {"state", "reason", "epoch", "epochs", "time", "pid"}; replaced as a whole
       checkpoint.pt     while unfinished; weights.pt once finished
@@ -13,7 +14,8 @@
       pictures/         drawn by the report
       owner.json, owner.lock   while a process owns the folder (system/ownership.py): the one that may write to it
 
-Every file but metrics.jsonl is replaced atomically. metrics.jsonl is only appended to, or cut back to a checkpoint's length.
+metrics.jsonl and histograms.jsonl are only appended to, or cut back to what a checkpoint knows. Every other file is replaced
+atomically.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from cifar.system.names import check_id, check_name, escape_controls
 from cifar.system.ownership import LEASE_FILE, LOCK_FILE, RunLock
 from cifar.system.redact import mask_secrets, redact
 from cifar.system.variables import read_path
+from cifar.tracking.histograms import FILE as HISTOGRAMS_FILE
+from cifar.tracking.histograms import cut_histograms
 from cifar.tracking.records import SCHEMA, UnknownSchemaError, check_fields, parse_rows
 
 MAX_METRICS_BYTES = 2**30  # a thousand epochs of a network of a thousand layers have a fifth of it
@@ -152,10 +156,13 @@ class RunDir:
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Add one metrics row; it is on disk when this returns."""
-        line = json.dumps(mask_secrets(row), separators=(",", ":")) + "\n"
+        self.append_bytes("metrics.jsonl", json.dumps(mask_secrets(row), separators=(",", ":")).encode() + b"\n")
+
+    def append_bytes(self, name: str, content: bytes) -> None:
+        """Add to a file; it is on disk when this returns."""
         self._check_ownership()
-        with open(self.path / "metrics.jsonl", "ab") as file:
-            file.write(line.encode())
+        with open(self.path / name, "ab") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
@@ -165,9 +172,17 @@ class RunDir:
         return 0
 
     def truncate_metrics(self, length: int) -> None:
-        """Cut metrics.jsonl back to the length that it had at a checkpoint, in bytes."""
+        """Cut metrics.jsonl back to the length that it had at a checkpoint, in bytes. The histograms of those rows go too."""
+        self.cut_file("metrics.jsonl", length)
+        num_rows = read_bytes(self.path / "metrics.jsonl", MAX_METRICS_BYTES).count(
+            b"\n"
+        )  # the rows are those of epochs 1, 2, ...
+        cut_histograms(self, num_rows)
+
+    def cut_file(self, name: str, length: int) -> None:
+        """Cut a file that is appended to, so that it has this many bytes."""
         self._check_ownership()
-        with open(self.path / "metrics.jsonl", "ab") as file:
+        with open(self.path / name, "ab") as file:
             file.truncate(length)
 
     def set_status(self, state: str, *, reason: str = "", epoch: int = 0, epochs: int = 0) -> None:
@@ -197,7 +212,7 @@ class RunDir:
         cost = run.get("cost") or {}
         missing = [f"run.json: cost.{name}" for name in ("macs", "params", "verified") if cost.get(name) is None]
         missing += ["config.json"] * (not config)
-        for name in ("metrics.jsonl", "checkpoint.pt"):
+        for name in ("metrics.jsonl", HISTOGRAMS_FILE, "checkpoint.pt"):
             if os.path.lexists(self.path / name) and not is_regular_file(self.path / name):
                 raise UserError(f"{self.path / name} is damaged (it is not a file); restore it, or delete {self.path}")
         if missing:

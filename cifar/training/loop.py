@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cifar.config.schema import Settings
+from cifar.tracking.histograms import append_histograms
 from cifar.tracking.run_dir import RunDir
 from cifar.training.callbacks import RunCallback
 from cifar.training.checkpoint import resume_from_checkpoint, save_checkpoint
@@ -92,7 +93,7 @@ class RunLoop:
 
     def collect_metrics(self) -> None:
         """All steps of the epoch have been taken: compute its row, and whether the run diverged. Waits for the device."""
-        trainer, self._epoch_row = self.trainer, dict[str, Any]()
+        trainer, self._epoch_row, self._histograms = self.trainer, dict[str, Any](), None
         loss, accuracy = trainer.meter.read_and_reset()  # waits for the device
         trainer.epoch_seconds = self._stopwatch.elapsed_seconds()
         if not math.isfinite(loss):
@@ -101,10 +102,14 @@ class RunLoop:
         if not math.isfinite(row.get("val/loss", 0.0)):
             return self._set_end("diverged", f"the validation loss of epoch {trainer.epoch} is {row['val/loss']}")
         self._epoch_row = row
+        if recorder := trainer.probe_runner.histograms:
+            self._histograms = recorder.read_and_reset()
 
     def write_row(self) -> None:
         """Write the row to disk. Uses nothing but this run's folder, so runs may do it in threads."""
         if self._epoch_row:
+            if self._histograms:  # before the row: who sees the row finds its histograms
+                append_histograms(self.run_dir, {"epoch": self._epoch_row["epoch"], **self._histograms})
             self.run_dir.append_row(self._epoch_row)
             self.run_dir.set_status("running", epoch=self._epoch_row["epoch"], epochs=self.config.epochs)
 

@@ -22,6 +22,7 @@ from cifar.models.limits import limit_size
 from cifar.optim.optimizer import OPTIMIZER_METHODS
 from cifar.optim.schedules import Schedule
 from cifar.probes import ProbeRunner
+from cifar.probes.histograms import HistogramRecorder
 from cifar.registry import Entry
 
 
@@ -133,7 +134,14 @@ def build_probe_runner(config: Settings, model: nn.Module) -> ProbeRunner:
     """The probes, at the start of a run."""
     names = configuration.parse_probe_names(config.probes)
     probes = [registry.probes[name].build(**config.kwargs_for(name)) for name in names]
-    return ProbeRunner(probes, dict(model.named_parameters()), every=config.probe_every)
+    parameters = dict(model.named_parameters())
+    wants_histograms = bool(probes) and config.histograms != "off"
+    return ProbeRunner(
+        probes,
+        parameters,
+        every=config.probe_every,
+        histograms=HistogramRecorder(parameters) if wants_histograms else None,
+    )
 
 
 def describe_output_problem(output: Any, num_images: int) -> str:

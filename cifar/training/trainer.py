@@ -22,6 +22,7 @@ from cifar.data.loader import select_batch, wait_for_prefetch
 from cifar.errors import UserError
 from cifar.kernels.cpu_conv_pool import chunk_conv_pools
 from cifar.optim import Optimizer
+from cifar.tracking.histograms import is_looked_at
 from cifar.training import parts
 from cifar.training.compile import compile_once
 from cifar.training.cudagraph import GraphedCallable
@@ -196,6 +197,7 @@ class Trainer:
         self.train_loader.reseed(config.seed)
         if self.device.type == "cuda":
             self.probe_runner.load_state_dict({})  # the probes are part of the captured step
+            self._load_histograms({})
         else:
             self.step.probe_runner = self.probe_runner = parts.build_probe_runner(config, self.model)
             if self.is_compiled:
@@ -240,6 +242,8 @@ class Trainer:
         self.model.train()
         self.train_loader.begin_epoch(self.epoch, self.next_step)
         self.optimizer.plan_lrs([self.progress_at(step) for step in range(self.steps_per_epoch)])
+        if recorder := self.probe_runner.histograms:
+            recorder.is_active = is_looked_at(self.epoch, self.config.epochs, self.config.histograms)
 
     def prefetch_next_epoch(self) -> None:
         """Compute the next epoch's order and random draws in a thread, while the GPU trains this epoch."""
@@ -292,6 +296,10 @@ class Trainer:
 
     # -- checkpoints --
 
+    def _load_histograms(self, saved: dict[str, Tensor]) -> None:
+        if self.probe_runner.histograms:
+            self.probe_runner.histograms.load_state_dict(saved)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on: tensors and plain values, which `weights_only` can load.
 
@@ -306,6 +314,8 @@ class Trainer:
             "average": self.ema.averaged_model.state_dict() if self.ema else {},
             "average_updates": self.ema.num_updates if self.ema else 0,
             "watcher": self.probe_runner.state_dict(),
+            # between two epochs there are none; they are as large as the weights of a small network
+            "histograms": recorder.state_dict() if (recorder := self.probe_runner.histograms) and self.next_step else {},
             "meter": self.meter.sums,
             "batches": self.train_loader.state_dict(),
             "torch": torch.get_rng_state() if self.rng_state is None else self.rng_state,
@@ -325,6 +335,7 @@ class Trainer:
             self.ema.averaged_model.load_state_dict(state["average"])
             self.ema.num_updates.copy_(state["average_updates"])
         self.probe_runner.load_state_dict(state["watcher"])
+        self._load_histograms(state.get("histograms", {}))  # older checkpoints have none
         self.meter.sums.copy_(state["meter"])
         self.train_loader.load_state_dict(state.get("batches", {}))  # older checkpoints have none
         torch.set_rng_state(state["torch"])

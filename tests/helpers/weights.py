@@ -19,7 +19,9 @@ def hash_weights(record: RunDir) -> str:
 
 
 def hash_run(record: RunDir) -> tuple[str, str]:
-    """SHA-256 of the final weights and of the metrics, `system/` (times, memory) aside."""
+    """SHA-256 of the final weights, and of the histograms and the metrics, `system/` (times, memory) aside."""
     rows = [{k: v for k, v in row.items() if not k.startswith("system/")} for row in record.read_rows()]
     assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
-    return hash_weights(record), hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    histograms = record.path / "histograms.jsonl"
+    measured = json.dumps(rows).encode() + (histograms.read_bytes() if histograms.exists() else b"")
+    return hash_weights(record), hashlib.sha256(measured).hexdigest()
