@@ -116,6 +116,14 @@ class _FollowedRun:
         self.suspended_end = 0.0  # time of the failed end after which W&B has the final rows only: it may be tried again
         self.num_dead_cores = 0  # how often wandb-core was killed while this run was being mirrored
 
+    @property
+    def progress(self) -> tuple[object, ...]:
+        """Changes each time that something of what is left to do at the end is done.
+
+        Many runs are sent at once. Where W&B is slow, all of them are opened before the first one has arrived.
+        """
+        return self.drawn_end, self.mirrored_end, self.mirror.progress if self.mirror else None
+
     def end_time(self) -> float:
         """When the run ended; 0.0 while it is open, or if its status cannot be read."""
         status: dict[str, Any] = {}
@@ -155,10 +163,10 @@ class Sidecar:
         self._end_requested.set()
         if self._mode == "online":
             threading.Thread(target=self._ping_server, daemon=True).start()  # a thread, since the name service can take long
-        progress_before: list[tuple[float, float]] = []
+        progress_before: list[tuple[object, ...]] = []
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             time.sleep(0.05)
-            progress = [(run.drawn_end, run.mirrored_end) for run in list(self._followed.values())]
+            progress = [run.progress for run in list(self._followed.values())]
             if is_orphaned():
                 deadline = min(deadline, time.monotonic() + ORPHAN_GRACE_SECONDS)
             elif progress != progress_before:

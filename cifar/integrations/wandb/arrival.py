@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +26,20 @@ TIMES = "system/"  # prefix of what differs when the same epoch is trained again
 INCOMPLETE = "incomplete"  # the summary's `state` while W&B lacks something of a run that has ended here
 RUNS_PER_PAGE = 50
 STEPS_PER_PAGE = 10_000  # of a history, in one request
+PICTURES_FOLDER = "media/images/pictures/"  # where wandb puts the pictures among a run's files
+_PICTURE_NAME = re.compile(re.escape(PICTURES_FOLDER) + r"[\w-][\w.-]*")  # in the folder, whatever a server says
 _FIELDS = "name state historyLineCount historyTail summaryMetrics"
+_PICTURES = f'files(pattern: "{PICTURES_FOLDER}%", first: 100) {{ edges {{ node {{ name sizeBytes }} }} }}'
 GET_RUN = f"""query ArrivedRun($name: String!, $project: String!, $entity: String!) {{
   project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_FIELDS} }} }}
 }}"""
 GET_RUNS = f"""query ArrivedRuns($project: String!, $entity: String!, $filters: JSONString, $first: Int) {{
   project(name: $project, entityName: $entity) {{
-    runs(filters: $filters, first: $first) {{ edges {{ node {{ {_FIELDS} }} }} }}
+    runs(filters: $filters, first: $first) {{ edges {{ node {{ {_FIELDS} {_PICTURES} }} }} }}
   }}
+}}"""
+GET_PICTURES = f"""query ArrivedPictures($name: String!, $project: String!, $entity: String!) {{
+  project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_PICTURES} }} }}
 }}"""
 
 Execute = Callable[..., dict[str, Any]]
@@ -40,12 +47,21 @@ Execute = Callable[..., dict[str, Any]]
 
 @dataclass(frozen=True)
 class ArrivedRun:
-    """What W&B says of one run. `state` is W&B's word."""
+    """What W&B says of one run. `state` is W&B's word. `pictures`: names of the files that it has; None if it was not asked."""
 
     state: str
     num_rows: int
     last_row: dict[str, Any]  # {} if there is none
     summary: dict[str, Any]
+    pictures: frozenset[str] | None = None
+
+    def find_lost_pictures(self, pictures: Collection[str]) -> dict[str, str]:
+        """Pictures that the summary names, and whose files are not among these: key -> name of the file.
+
+        The row and the summary may arrive before the files do.
+        """
+        media = {key: str(value.get("path")) for key, value in self.summary.items() if isinstance(value, Mapping)}
+        return {key: name for key, name in media.items() if _PICTURE_NAME.fullmatch(name) and name not in pictures}
 
 
 def fetch_run(execute_graphql: Execute, entity: str, project: str, run_id: str) -> ArrivedRun | None:
@@ -69,7 +85,20 @@ def _parse_node(node: Mapping[str, Any]) -> ArrivedRun:
     tail = json.loads(node.get("historyTail") or "[]")
     last = json.loads(tail[-1]) if tail else {}
     summary = json.loads(node.get("summaryMetrics") or "{}")
-    return ArrivedRun(str(node["state"]), int(node.get("historyLineCount") or 0), build_row(last), summary)
+    pictures = _parse_pictures(node) if "files" in node else None
+    return ArrivedRun(str(node["state"]), int(node.get("historyLineCount") or 0), build_row(last), summary, pictures)
+
+
+def fetch_pictures(execute_graphql: Execute, entity: str, project: str, run_id: str) -> frozenset[str]:
+    """The names of the run's pictures whose files W&B has. Raises what wandb raises."""
+    found = execute_graphql(GET_PICTURES, name=run_id, project=project, entity=entity).get("project") or {}
+    return _parse_pictures(found.get("run") or {})
+
+
+def _parse_pictures(node: Mapping[str, Any]) -> frozenset[str]:
+    """An empty file is one that W&B waits for."""
+    nodes = [edge["node"] for edge in (node.get("files") or {}).get("edges", ())]
+    return frozenset(str(file["name"]) for file in nodes if int(file.get("sizeBytes") or 0))
 
 
 def scan_history(run: Any, first_step: int, last_step: int) -> Iterable[dict[str, Any]]:
@@ -190,8 +219,8 @@ def describe_difference(
 ) -> str:
     """How a run on W&B differs from its record, in words; "" if it does not.
 
-    Looks at the number of rows, the last row, state and summary. `read_history` is called if there are too many rows: those of
-    epochs that were sent twice may be right.
+    Looks at the number of rows, the last row, state, summary and pictures. `read_history` is called if there are too many rows:
+    those of epochs that were sent twice may be right.
     """
     rows = list(run_dir.read_rows())
     difference = describe_missing_rows(arrived, len(rows), rows[-1] if rows else {})
@@ -199,4 +228,7 @@ def describe_difference(
         compared = compare_history(read_history(), rows)
         if not compared.wrong_epochs and not compared.unknown_epochs and compared.num_lines >= len(rows):
             difference = ""
-    return difference or (describe_wrong_end(arrived, run_dir) if arrived is not None else "")
+    if arrived is None or difference:
+        return difference
+    lost = arrived.find_lost_pictures(arrived.pictures) if arrived.pictures is not None else {}
+    return describe_wrong_end(arrived, run_dir) or (f"W&B lacks the files of {', '.join(lost)}" if lost else "")

@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from cifar.errors import UserError
 from cifar.integrations.wandb import arrival
 from cifar.integrations.wandb.api import GraphqlClient
-from cifar.integrations.wandb.arrival import INCOMPLETE, ArrivedRun
+from cifar.integrations.wandb.arrival import INCOMPLETE, PICTURES_FOLDER, ArrivedRun
 from cifar.integrations.wandb.feeds import FEEDS
 from cifar.integrations.wandb.mirror_process import is_core_death, list_core_pids, num_core_stops, reset_dead_core, stop_core
 from cifar.integrations.wandb.naming import settle_name
@@ -56,7 +56,6 @@ TRANSMIT_SECONDS = 1.0  # wandb-core sends what is new so often (below 1 it take
 RETRY_SECONDS = 10.0  # the longest pause of wandb-core between two tries
 LOST_SECONDS = 15.0  # a row that has not arrived after this time, at a server that answers, is lost; above RETRY_SECONDS
 MAX_RESENDS = 2  # how often the rest is sent again in one `finish`
-PICTURES_FOLDER = "media/images/pictures/"  # where wandb puts the pictures among a run's files
 PREDICTIONS_FILE, MAX_PREDICTIONS_BYTES = "predictions.npz", 1_000_000  # a larger file is not sent
 
 NOTES_FILE = "mirror.json"  # in RUN/wandb: target -> digest of what W&B has
@@ -101,13 +100,19 @@ class Mirror:
         self._num_expected = 0  # history rows that W&B has once all that was sent has arrived
         self._has_stale_rows = False  # W&B has rows that are not the record's, and cannot take them back
         self._had_pictures = False  # W&B had pictures before this process
-        self._picture_hashes: dict[str, str] = {}  # pictures that W&B has: key -> SHA-256
+        self._picture_hashes: dict[str, str] = {}  # pictures that W&B has in its summary: key -> SHA-256
+        self._lost_pictures: dict[str, str] = {}  # those whose files it does not have: key -> name of the file
         self._arrived: ArrivedRun | None = None  # what W&B had before this process
         self._progress = (-1, time.monotonic())  # rows that W&B had when it was asked, and since when
 
     @property
     def is_open(self) -> bool:
         return self._run is not None
+
+    @property
+    def progress(self) -> tuple[bool, int]:
+        """Whether the W&B run is open, and how many rows W&B had when it was asked last. Another thread may read it."""
+        return self.is_open, self._progress[0]
 
     def sync(self, *, everything: bool = False) -> int:
         """Send the final rows that W&B lacks, or all rows -> how many. 0 also if another process mirrors this run."""
@@ -363,9 +368,19 @@ class Mirror:
         elif images:
             # The run ended early. A row for the pictures would take the step of the next epoch, if the run is resumed.
             self._run.summary.update(images)
+        for key, name in self._lost_pictures.items():
+            if key in keys and key not in images:
+                self._send_picture_file(keys[key], name)
         self._send_predictions()
         self._send_description()
         self._has_sent_media = True
+
+    def _send_picture_file(self, picture: Path, name: str) -> None:
+        """Send the file that a row on W&B names already. wandb was killed before it sent the file, or the server lost it."""
+        file = Path(self._run.dir) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(picture, file)
+        self._run.save(str(file), base_path=self._run.dir, policy="now")
 
     def _send_predictions(self) -> None:
         """Send predictions.npz (about 0.2 MB, like the pictures), so that the run's report can be drawn from W&B too."""
@@ -431,6 +446,9 @@ class Mirror:
             media = {key: value for key, value in arrived.summary.items() if isinstance(value, Mapping)}
             self._picture_hashes = {key: str(value.get("sha256", "")) for key, value in media.items()}
             self._had_pictures = bool(media)
+            if media:
+                there = arrival.fetch_pictures(client.execute_graphql, entity, project, self.run_dir.id)
+                self._lost_pictures = arrived.find_lost_pictures(there)
         last_known = int(arrived.summary.get("_step", -1)) if arrived else -1  # wandb goes on from there
         if not arrived or (not arrived.num_rows and last_known < 0):
             self._run = self._init_run()
@@ -444,7 +462,7 @@ class Mirror:
             num_equal = difference.num_equal
             try:
                 self._run = self._init_run(rewind_to=int(rows[num_equal - 1]["epoch"]) if num_equal else 0)
-                self._num_expected, self._picture_hashes = num_equal, {}  # the summary is gone too
+                self._num_expected, self._picture_hashes, self._lost_pictures = num_equal, {}, {}  # the summary is gone too
                 return
             except Exception as error:
                 self._on_message(f"{self.run_dir.id}: W&B cannot take rows back ({type(error).__name__})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,44 @@ def test_a_core_that_is_killed_before_the_end(tmp_path: Path, server: Server) ->
     assert_complete(run, record)
 
 
+@pytest.mark.parametrize("end", ["wandb-core is killed", "the server loses them"])
+def test_pictures_whose_files_have_not_arrived_are_sent_again(tmp_path: Path, server: Server, end: str) -> None:
+    """The row that names them is there, and so is the summary."""
+    record = make_record(tmp_path, "files001", epochs=2)
+    picture = draw_png(record.path / "pictures" / "curves.png")
+    mirror = Mirror(record, "online")
+    grow(record, 1, 2)
+    end_record(record)
+    if end == "wandb-core is killed":
+        server.fault = Fault("hang", where="storage")
+        killer = threading.Thread(target=lambda: [wait_until(lambda: is_named(server, record), 20), kill_core()])
+        killer.start()
+        with pytest.raises(Exception, match=r".*"):  # wandb's; the sidecar starts another core then
+            mirror.finish([picture])
+        killer.join()
+        stop_core()
+        mirror.suspend()
+        server.heal()
+        assert not server.runs[record.id].files
+    else:
+        assert mirror.finish([picture])
+        server.runs[record.id].files.clear()
+        server.runs[record.id].base_state = "running"
+        mirror.forget()
+    assert Mirror(record, "online").finish([picture])
+    run = server.runs[record.id]
+    assert_complete(run, record)
+    (name,) = (name for name in run.files if "pictures/" in name)
+    assert run.files[name] == picture.read_bytes()
+    assert run.history[-1]["pictures/curves"]["path"] == run.summary["pictures/curves"]["path"] == name
+
+
+def is_named(server: Server, record: RunDir) -> bool:
+    """Whether the last row and the summary name the picture."""
+    run = server.runs.get(record.id)
+    return bool(run and "pictures/curves" in run.summary and any("pictures/curves" in line for line in run.history))
+
+
 @pytest.mark.parametrize("rewinds", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rows_that_were_made_again(tmp_path: Path, server: Server, rewinds: bool) -> None:
     server.world.rewinds = rewinds
@@ -186,6 +225,7 @@ DAMAGES = {
     "has 2 of 3 rows": lambda run: run.history_lines.pop(),
     "last row": lambda run: run.history_lines.append(run.history_lines.pop().replace("0.3", "0.4")),
     "calls the run running": lambda run: setattr(run, "base_state", "running"),
+    "lacks the files of pictures/curves": lambda run: run.files.clear(),
     "summary has other values of val/acc": lambda run: run.summary.update({"val/acc": 0.1}),
     "does not have the run": lambda run: setattr(run, "project", "elsewhere"),
 }
