@@ -58,7 +58,7 @@ class HistogramRecorder:
         return bool(self.layers) and (self.is_active or self._always_counts)
 
     def _count(self, kind: int, tensors: Sequence[Tensor]) -> None:
-        codes = (torch.cat([_flatten(tensor) for tensor in tensors]).view(torch.int32) >> _SHIFT).add_(_NUM_CODES // 2)
+        codes = torch.cat([_flatten(tensor) for tensor in tensors]).view(torch.int32) >> _SHIFT  # -512 to 511, by the sign
         pieces = torch.split(codes, [tensor.numel() * (2 if tensor.is_complex() else 1) for tensor in tensors])  # type: ignore[no-untyped-call, unused-ignore]
         self._counts[kind].add_(torch.stack([_count_codes(piece) for piece in pieces]))
 
@@ -102,10 +102,11 @@ def _flatten(tensor: Tensor) -> Tensor:
 
 
 def _count_codes(codes: Tensor) -> Tensor:
-    """How often each code occurs, (1024,) whole numbers. Neither waits for the host nor depends on the order."""
-    if codes.device.type == "cuda":  # bincount waits for the host there, and histc counts in a block's own memory
-        return torch.histc(codes, _NUM_CODES, 0, _NUM_CODES)
-    return torch.bincount(codes, minlength=_NUM_CODES)
+    """How often each code occurs, (1024,) whole numbers: first of negative values, by magnitude, then of the others."""
+    half = _NUM_CODES // 2
+    if codes.device.type == "cuda":  # bincount would wait for the host; histc does not, and is exact for whole numbers
+        return torch.histc(codes, _NUM_CODES, -half, half)
+    return torch.bincount(codes + half, minlength=_NUM_CODES)
 
 
 def summarize_counts(counts: np.ndarray) -> dict[str, Any]:

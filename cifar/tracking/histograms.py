@@ -106,7 +106,7 @@ def read_histograms(run_dir: RunDir) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
                 parsed = parse_json(line)
-                _check_line(parsed)
+                check_line(parsed)
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
             yield parsed
@@ -117,7 +117,7 @@ def read_histograms(run_dir: RunDir) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} is damaged ({reason}); delete it: the run can do without") from None
 
 
-def _check_line(line: Any) -> None:
+def check_line(line: Any) -> None:
     """Raise ValueError for a line that is none of ours."""
     if not isinstance(line, dict) or type(line.get("epoch")) is not int or line["epoch"] < 1:
         raise ValueError("it is not the line of an epoch")

@@ -133,12 +133,19 @@ class Mirror:
                 self._send_description()
             if epoch >= self._run.starting_step:  # the server has the earlier ones
                 self._is_last_row_open = epoch == epochs
-                self._run.log(row, step=epoch, commit=not self._is_last_row_open)
+                self._run.log(self._complete_row(row), step=epoch, commit=not self._is_last_row_open)
                 self._num_expected += 1
             self._sent_digests[epoch] = _hash_bytes(line)
         for feed in self._feeds:
             feed.send()
         return len(self._sent_digests) - num_before
+
+    def _complete_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the record and what belongs to it on W&B."""
+        content = dict(row)
+        for feed in self._feeds:
+            content |= feed.add_to_row(dict(row))
+        return content
 
     def holds_rows_back(self) -> bool:
         """Whether the run has rows that are not sent yet, because another try of it would make them again."""
@@ -299,7 +306,7 @@ class Mirror:
         step = max(difference.last_step, len(rows), self._run.step)
         for row in [*repeated, *(rows[-1:] if repeated else ())]:  # the last epoch's row stays the last one
             step += 1
-            self._run.log(dict(row), step=step, commit=True)
+            self._run.log(self._complete_row(row), step=step, commit=True)
             self._num_expected += 1
         return ""
 
