@@ -12,7 +12,7 @@ import contextlib
 import functools
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def _find_missing(
 
 def _ensure_arrived(run_dirs: Sequence[RunDir], target: Mapping[str, str]) -> None:
     """Read back what was sent. Raises UserError if W&B has something else."""
-    differences = _find_differences(run_dirs, target)
+    differences = _find_differences(run_dirs, target, looks_at_pictures=False)  # a server may list a file some time later
     for run_dir in run_dirs:
         if run_dir.id in differences:
             Mirror(run_dir, "online", target=target).forget()
@@ -140,7 +140,9 @@ def _ensure_arrived(run_dirs: Sequence[RunDir], target: Mapping[str, str]) -> No
         raise UserError(f"run {run_id} is not on W&B as it is here: {difference}{others}; push again to send what is missing")
 
 
-def _find_differences(run_dirs: Sequence[RunDir], target: Mapping[str, str]) -> dict[str, str]:
+def _find_differences(
+    run_dirs: Sequence[RunDir], target: Mapping[str, str], *, looks_at_pictures: bool = True
+) -> dict[str, str]:
     """Run id -> how W&B's run differs from the folder, for those that do. One request for many runs."""
     if not run_dirs:
         return {}
@@ -153,6 +155,8 @@ def _find_differences(run_dirs: Sequence[RunDir], target: Mapping[str, str]) -> 
     for (entity, project), there in places.items():
         try:
             arrived = arrival.fetch_runs(client.execute_graphql, entity, project, [run_dir.id for run_dir in there])
+            if not looks_at_pictures:
+                arrived = {run_id: replace(run, pictures=None) for run_id, run in arrived.items()}
             for run_dir in there:
                 read_history = functools.partial(arrival.read_history, client.api, entity, project, run_dir.id)
                 if difference := arrival.describe_difference(arrived.get(run_dir.id), run_dir, read_history):

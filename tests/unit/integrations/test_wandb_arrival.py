@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,26 @@ def test_what_is_missing_in_words(tmp_path: Path) -> None:
     record.set_status("stopped", reason="asked to end")
     assert said("failed") == "" and "calls the run finished, and it is stopped" in said("finished")
     assert said("failed", reason="").endswith("other values of reason")
+
+
+def test_pictures_whose_files_are_missing(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "files001", epochs=1)
+    record.append_row(row(1))
+    end_record(record)
+    names = {"pictures/a": "media/images/pictures/a_1_f00.png", "pictures/b": "media/images/pictures/b_1_f00.png"}
+    elsewhere = {
+        "x": "media/images/pictures/../../x.png",
+        "y": "media/table/y.json",
+        "z": "media/images/pictures/..",
+        "v": None,
+    }
+    summary = {key: {"_type": "image-file", "path": name} for key, name in {**names, **elsewhere}.items()}
+    arrived = ArrivedRun("finished", 1, row(1), {**build_summary(record), **summary})
+    assert arrived.find_lost_pictures({names["pictures/b"]}) == {"pictures/a": names["pictures/a"]}
+    assert arrived.find_lost_pictures(names.values()) == {}
+    for pictures, said in (
+        (None, ""),
+        (frozenset(names.values()), ""),
+        (frozenset(), "W&B lacks the files of pictures/a, pictures/b"),
+    ):
+        assert describe_difference(replace(arrived, pictures=pictures), record, lambda: []) == said
