@@ -15,9 +15,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cifar.flops.calls import CallCounter, Rule
 from cifar.flops.disguised import MAX_SHARE, ProductTracker
-from cifar.flops.dispatch import OperatorCounter, spare_dynamo_import
-from cifar.flops.modules import RunningModules, find_tensors, layer_kind
-from cifar.flops.networks import INPUT_SHAPE, borrow, keep_random_state, materialize_lazy_modules, read_random_state
+from cifar.flops.dispatch import OperatorCounter, PlainCounter, spare_dynamo_import
+from cifar.flops.modules import RunningModules, find_tensors, is_tested, layer_kind
+from cifar.flops.networks import (
+    INPUT_SHAPE,
+    borrow,
+    keep_random_state,
+    materialize_lazy_modules,
+    read_random_state,
+    widen_weights,
+)
+
+MAX_READ = 64  # values of the image that a network may read one by one, to decide what it does
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,14 @@ def measure_cost(
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
         names = {module: name for name, module in network.named_modules()}
         image = torch.rand(input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+        widen_weights(network, image)
         count = _count(network, image, rules or {}, seed=0)
         notes = [*_find_unknown(count, names), *_find_differences(count, names), *_find_disguised_products(count)]
         if count.may_vary and (other := _find_other_total(network, image, rules or {}, count)) is not None:
             cause = "chance" if count.used_chance else "the image"
             notes.append(f"the cost depends on {cause}: {count.totals[1]:,} MACs once and {other:,} another time")
+        if not notes and not all(map(is_tested, network.modules())):
+            notes += _find_dependence_on_calls(network, image, count.totals[1])
         return _describe(network, count, names, "; ".join(notes))
 
 
@@ -122,11 +134,42 @@ def _count(network: nn.Module, image: Tensor, rules: Mapping[type[nn.Module], Ru
 
 
 def _find_other_total(network: nn.Module, image: Tensor, rules: Mapping[type[nn.Module], Rule], count: Count) -> int | None:
-    """The MACs that ran in another pass, of another image and with other random numbers, if they are not the same."""
-    for seed, other in enumerate((torch.zeros_like(image), torch.ones_like(image), image, -image), 1):
-        again = _count(network, other, rules, seed)
-        if again.totals != count.totals:
-            return again.totals[1]
+    """The MACs that ran in another pass, if they are not the same: of another image, with other random numbers or weights.
+
+    Weights grow in a training, and then a network that looks at its own values decides otherwise.
+    """
+    others = torch.zeros_like(image), torch.ones_like(image), image, -image
+    for seed, (other, scale) in enumerate([*((each, 1.0) for each in others), (image, 0.1), (image, 10.0), (-image, 100.0)], 1):
+        with _scaled_weights(network, scale), contextlib.suppress(*() if scale == 1.0 else (Exception,)):
+            again = _count(network, other, rules, seed)
+            if again.totals != count.totals:
+                return again.totals[1]
+    return None
+
+
+@contextlib.contextmanager
+def _scaled_weights(network: nn.Module, scale: float) -> Iterator[None]:
+    tensors = [tensor for tensor in network.parameters() if tensor.is_floating_point() and scale != 1.0]
+    values = [tensor.detach().clone() for tensor in tensors]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.mul_(scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+
+
+def _count_pair(network: nn.Module, image: Tensor) -> int | None:
+    """The MACs of a second pass, of two images. None where the network takes only one: a check of the training says that."""
+    counter = PlainCounter()
+    network.eval()
+    with contextlib.suppress(Exception), keep_random_state(0), torch.no_grad():
+        with counter:
+            network(torch.cat([image, image]))
+        return counter.macs
     return None
 
 
@@ -144,6 +187,8 @@ def _find_unknown(count: Count, names: Mapping[nn.Module, str]) -> Iterator[str]
         return
     if calls.exits:
         yield f"what is computed after {', '.join(sorted(calls.exits))}, outside of PyTorch, is not counted"
+    elif operators.num_read > MAX_READ:
+        yield f"what is computed from {operators.num_read:,} values of the image in Python (.item(), float()) is not counted"
     elif count.tracker.met_stranger and not any(map(count.tracker.comes_from_image, find_tensors(count.output))):
         yield "no operator of PyTorch leads from the image to the output, so that what is computed between them is not counted"
 
@@ -183,6 +228,21 @@ def _find_disguised_products(count: Count) -> Iterator[str]:
         yield (
             f"pointwise products that are summed up need {tracker.num_summed_products:,} multiply-adds, which are not in the "
             f"{macs:,}; write them as matrix products (F.linear, torch.matmul)"
+        )
+    elif tracker.num_summed_products + tracker.num_reduced_pairs > MAX_SHARE * macs:
+        num = tracker.num_summed_products + tracker.num_reduced_pairs
+        yield (
+            f"pairs of values that are combined one by one and then reduced (as in distances) need {num:,} operations, which "
+            f"are not in the {macs:,} multiply-adds"
+        )
+
+
+def _find_dependence_on_calls(network: nn.Module, image: Tensor, macs: int) -> Iterator[str]:
+    pair = _count_pair(network, image)
+    if pair is not None and not macs <= pair <= 2 * macs:
+        yield (
+            "the cost of an image depends on how many there are, or on how often the network was called: "
+            f"{macs:,} MACs for one image, then {pair:,} for two"
         )
 
 

@@ -27,6 +27,7 @@ class OperatorCounter(TorchDispatchMode):
         self.contracting: defaultdict[nn.Module | None, set[str]] = defaultdict(set)  # module -> operators counted in it
         self.unknown: dict[str, nn.Module | None] = {}  # operator -> the module in which it first ran
         self.depends_on_values = False  # an operator gave a shape, or a number to the host, that the values decide
+        self.num_read = 0  # values of the image that went to the host one by one
         self._running, self._tracker = running, tracker
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,14 +85,42 @@ class OperatorCounter(TorchDispatchMode):
             return
         if any(self._tracker.comes_from_image(tensor) for tensor in inputs):
             self.depends_on_values = True
+            self.num_read += func._overloadpacket is aten._local_scalar_dense
+
+
+class PlainCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The multiply-adds of a pass by the operators' formulas, and nothing else: it takes little longer than the pass."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return func(*args, **kwargs)
+        formula = find_formula(func._overloadpacket)
+        if formula is None and find_kind(func._overloadpacket) is None:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if formula:
+            with torch._C.DisableTorchFunction():
+                self.macs += formula(args, kwargs, result)
+        return result
 
 
 def spare_dynamo_import() -> None:
-    """Keep the counter from importing torch.compile, which takes each process 1 to 3 s.
+    """Keep the counters from importing torch.compile, which takes each process 1 to 3 s.
 
     torch imports that only to hide a dispatch mode from the compiler, and nothing is compiled while it counts. If another
     version of torch has no such attributes, torch.compile is imported.
     """
-    hidden = getattr(OperatorCounter.__torch_dispatch__, "__wrapped__", None)
-    if hidden is not None and "torch._dynamo" not in sys.modules:
-        hidden.__dynamo_disable = hidden  # where `torch._disable_dynamo` caches the wrapped function
+    for counter in (OperatorCounter, PlainCounter):
+        hidden = getattr(counter.__torch_dispatch__, "__wrapped__", None)
+        if hidden is not None and "torch._dynamo" not in sys.modules:
+            hidden.__dynamo_disable = hidden  # where `torch._disable_dynamo` caches the wrapped function

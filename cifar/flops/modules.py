@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,12 +81,14 @@ class RunningModules:
             after.remove()
 
     def find_owner(self) -> nn.Module | None:
-        """The module that a product now running is counted for: the outermost layer, else the innermost module."""
-        layers = (module for module in self.stack if self.is_layer(module))
-        return next(layers, self.stack[-1] if self.stack else None)
+        """The module that a product now running is counted for.
 
-    def is_layer(self, module: nn.Module) -> bool:
-        return isinstance(module, self._ruled) or layer_kind(module) in OWN_FUNCTIONS
+        The outermost one whose rule counts all that runs in it, else the innermost layer (a layer of somebody's own may have
+        others in it), else the innermost module.
+        """
+        ruled = (module for module in self.stack if isinstance(module, self._ruled))
+        layers = (module for module in reversed(self.stack) if layer_kind(module) in OWN_FUNCTIONS)
+        return next(itertools.chain(ruled, layers, reversed(self.stack)), None)
 
     def is_counted_by_rule(self, function: Any) -> bool:
         """Whether the rule of a module that is running counts a call of `function`."""
@@ -95,6 +98,12 @@ class RunningModules:
         if innermost not in self._known or innermost is None or not has_own_forward(innermost):
             return False
         return function in OWN_FUNCTIONS.get(layer_kind(innermost), ())
+
+
+def is_tested(module: nn.Module) -> bool:
+    """Whether the forward is PyTorch's or of a network of this package, whose tests know what it costs."""
+    forward = getattr(module.forward, "__func__", module.forward)
+    return str(getattr(forward, "__module__", "")).startswith(("torch.nn.", "cifar.models."))
 
 
 def has_own_forward(module: nn.Module) -> bool:

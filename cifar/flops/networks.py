@@ -53,17 +53,35 @@ def read_random_state() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def borrow(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy of the network on the CPU, in 32 bits where it has less. What cannot be copied is lent itself, then restored."""
+    """A copy of the network on the CPU. What cannot be copied is lent itself, then restored."""
     try:
         copied = copy.deepcopy(model).to("cpu")
     except Exception:  # whatever a network of somebody's has in it; old weight normalisation cannot be copied, for one
         with _restore_state(model):
             yield model
         return
-    for tensor in (*copied.parameters(), *copied.buffers()):
-        if not is_lazy(tensor) and tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor.data = tensor.data.float()
     yield copied
+
+
+def widen_weights(network: nn.Module, image: Tensor) -> None:
+    """Make weights of 16 bits 32 bits wide, in place, if the network does not take images of 32 bits as it is."""
+    narrow = [
+        tensor
+        for tensor in (*network.parameters(), *network.buffers())
+        if not is_lazy(tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
+    ]
+    if not narrow:
+        return
+    modes = {module: module.training for module in network.modules()}
+    try:
+        with keep_random_state(), torch.no_grad():
+            network.eval()(image)
+    except Exception:  # of whatever kind; the measurement raises it if wider weights do not help
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextlib.contextmanager

@@ -61,6 +61,57 @@ class HandmadeLSTM(nn.LSTM):
         return h
 
 
+class LowRankConv(nn.Conv2d):
+    """Hu et al. 2021: a layer that has other layers in it."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+        self.down, self.up = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.up(self.down(x))
+
+
+class Caching(nn.Module):
+    """Its second pass makes use of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 8, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x if self.calls % 2 else x.repeat(1, 1, 2, 1)).mean((2, 3))
+
+
+def in_half_precision(s: Any, x: Tensor) -> Tensor:
+    return s.second(s.narrow(x.half()).float().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def leave_when_sure(s: Any, x: Tensor) -> Tensor:
+    """Its first answers are never sure; those after a training may be."""
+    logits = s.one(x)
+    return logits if logits.softmax(1).amax() > 0.9 else s.one(x.flip(1))
+
+
+def check_values(s: Any, x: Tensor) -> Tensor:
+    assert x.isfinite().all() and x.abs().max() < 100
+    return s.second(s.conv(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def read_one_by_one(s: Any, x: Tensor) -> Tensor:
+    return s.conv(x).mean((2, 3)) + sum(float(value) for value in x.flatten()[:100])  # type: ignore[no-any-return]
+
+
+def smaller_if_alone(s: Any, x: Tensor) -> Tensor:
+    return s.conv(x if len(x) > 1 else x[..., ::2, ::2]).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def attend_to_other_images(s: Any, x: Tensor) -> Tensor:
+    features = s.conv(x).mean((2, 3))
+    return s.second((features @ features.T).softmax(1) @ features)  # type: ignore[no-any-return]
+
+
 LINEAR = 30_720  # 3072 * 10
 PARTS: dict[str, Callable[[], Any]] = {
     "w": lambda: weight(3072, 10),
@@ -74,6 +125,8 @@ PARTS: dict[str, Callable[[], Any]] = {
     "cells": lambda: nn.ModuleList([nn.GRUCell(96, 8), nn.RNNCell(8, 10)]),
     "bilinear": lambda: nn.Bilinear(96, 96, 10),
     "conv": lambda: nn.Conv2d(3, 8, 3),
+    "low_rank": LowRankConv,
+    "caching": Caching,
 }
 COUNTED: dict[str, tuple[Run, int]] = {
     "matmul": (lambda s, x: flat(x) @ s.w, LINEAR),
@@ -96,6 +149,8 @@ COUNTED: dict[str, tuple[Run, int]] = {
     "cells": (lambda s, x: s.cells[1](s.cells[0](rows(x)[:, 0])), 3 * 8 * (96 + 8) + 10 * (8 + 10)),
     "bilinear of sequences": (lambda s, x: s.bilinear(rows(x), rows(x)).mean(1), 32 * 97 * 96 * 10),
     "second try": (with_a_second_try, 27 * 8 * 900 + 80),
+    "layers in a layer": (lambda s, x: s.second(s.low_rank(x).mean((2, 3))), (27 * 8 + 27 * 2 + 2 * 8) * 900 + 80),
+    "checked values": (check_values, 27 * 8 * 900 + 80),
     "unbatched": (lambda s, x: torch.stack([s.second(s.conv(image).mean((1, 2))) for image in x]), 27 * 8 * 900 + 80),
 }  # fmt: skip
 
@@ -144,6 +199,11 @@ UNVERIFIED: dict[str, tuple[Run, str]] = {
     "nested": (lambda s, x: torch.nested.nested_tensor([rows(x)[0]]).to_padded_tensor(0.0), "nested"),
     "chance": (lambda s, x: s.one(x) if torch.rand(()) < 0.6 else s.two(x), "depends on chance"),
     "Python's chance": (lambda s, x: s.one(x) if random.random() < 0.5 else s.two(x), "depends on chance"),
+    "a sure answer": (leave_when_sure, "depends on the image"),
+    "one by one": (read_one_by_one, "100 values of the image in Python"),
+    "other images": (attend_to_other_images, "depends on how many there are"),
+    "one image": (smaller_if_alone, "42,336 MACs for one image, then 388,800"),
+    "second pass": (lambda s, x: s.caching(x), "on how often the network was called: 194,400 MACs for one image, then 803,520"),
     "bright pixels": (lambda s, x: x[x > 0.5][:, None] @ s.w[:1], "depends on the image"),
 }  # fmt: skip
 
@@ -155,6 +215,11 @@ def test_what_one_counter_misses_is_named(name: str) -> None:
     cost = flops.measure_cost(Net(run, **{name: make() for name, make in {**PARTS, **PATHS}.items()}))
     assert not cost.verified and words in cost.note
     assert random.getstate() == python and np.array_equal(np.random.get_state()[1], numpy)
+
+
+def test_a_part_in_half_precision_is_counted_as_it_is() -> None:
+    cost = flops.measure_cost(Net(in_half_precision, narrow=nn.Conv2d(3, 8, 3).half(), second=nn.Linear(8, 10)))
+    assert (cost.macs, cost.verified) == (27 * 8 * 900 + 80, True), cost.note
 
 
 def test_a_difference_of_a_thousandth_is_named() -> None:
