@@ -88,7 +88,7 @@ class OperatorCounter(TorchDispatchMode):
             self.num_read += func._overloadpacket is aten._local_scalar_dense
 
 
-class PlainCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PlainCounter(TorchDispatchMode):
     """The multiply-adds of a pass by the operators' formulas, and nothing else: it takes little longer than the pass."""
 
     supports_higher_order_operators = True
