@@ -88,6 +88,7 @@ class Mirror:
         self._run: Any = None
         self._num_core_stops = 0
         self.has_given_up = False  # W&B has something that cannot be mended
+        self._was_opened, self._most_rows = False, -1
         self._reset_transfer()
 
     def _reset_transfer(self) -> None:
@@ -111,8 +112,9 @@ class Mirror:
 
     @property
     def progress(self) -> tuple[bool, int]:
-        """Whether the W&B run is open, and how many rows W&B had when it was asked last. Another thread may read it."""
-        return self.is_open, self._progress[0]
+        """Whether the W&B run was opened, and the most rows that W&B has had. It only grows: a server that loses rows again and
+        again makes no progress. Another thread may read it."""
+        return self._was_opened, self._most_rows
 
     def sync(self, *, everything: bool = False) -> int:
         """Send the final rows that W&B lacks, or all rows -> how many. 0 also if another process mirrors this run."""
@@ -288,6 +290,7 @@ class Mirror:
             if not missing:
                 return ""
             num_rows = arrived.num_rows if arrived else -1
+            self._most_rows = max(self._most_rows, num_rows)
             if num_rows != self._progress[0]:
                 self._progress = (num_rows, time.monotonic())
             if time.monotonic() > min(deadline, self._progress[1] + LOST_SECONDS):
@@ -442,6 +445,7 @@ class Mirror:
             self._lock.release()
             raise
         self._num_core_stops = num_core_stops()
+        self._was_opened = True
         return True
 
     def _open_online(self) -> None:

@@ -112,6 +112,22 @@ def test_a_core_that_is_killed_before_the_end(tmp_path: Path, server: Server) ->
     assert_complete(run, record)
 
 
+def test_sending_again_is_no_progress(tmp_path: Path, server: Server) -> None:
+    """Else whoever waits for progress would wait for ever behind a server that loses all."""
+    record, said = make_record(tmp_path, "noprog01", epochs=2), list[str]()
+    grow(record, 1, 2)
+    end_record(record)
+    mirror = Mirror(record, "online", said.append)
+    assert mirror.progress == (False, -1)
+    server.fault = Fault("lose", where="file_stream")
+    assert not mirror.finish(patience=0.1) and mirror.progress == (True, 0)
+    wait_until(lambda: mirror.finish(patience=0.1) or said, 30)
+    assert "sending the rest again" in said[0] and mirror.progress == (True, 0)
+    server.heal()
+    wait_until(lambda: mirror.finish(patience=0.1), 30)
+    assert_complete(server.runs[record.id], record)
+
+
 @pytest.mark.parametrize("end", ["wandb-core is killed", "the server loses them"])
 def test_pictures_whose_files_have_not_arrived_are_sent_again(tmp_path: Path, server: Server, end: str) -> None:
     """The row that names them is there, and so is the summary."""
