@@ -11,7 +11,7 @@ import signal
 import socket
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,19 @@ HOSTILE_TOKENS = [
     b"run_cap: 999999999999", b"method: custom", b"method: bayes", b"depth=100000", b"values: []", b"probabilities: [1]",
 ]  # fmt: skip
 KINDS = ("folder", "pipe", "device", "link to nothing", "link to itself", "socket", "nothing", "empty")
-BIG_DOCUMENTS: dict[str, bytes] = {
-    "zeros": bytes(BIG),
-    "brackets": b"[" * BIG,
-    "pairs of brackets": b"[" + b"[]," * (BIG // 3) + b"[]]",
-    "a string": b'{"name": "' + b"x" * BIG + b'"}',
-    "digits": b'{"epoch": ' + b"9" * BIG + b"}",
-    "lines": b'{"epoch": 1}\n' * (BIG // 13),
-    "other keys in each line": b"".join(b'{"epoch":1,"a/%d":1}\n' % i for i in range(BIG // 24)),
-    "keys": b"{" + b",".join(b'"k%d":1' % i for i in range(BIG // 13)) + b"}",
-    "a list": b"a: [" + b"1, " * (BIG // 3) + b"1]",
-    "dashes": b"- " * (BIG // 2),
-    "anchors": b"".join(b"a%d: &a%d 1\n" % (i, i) for i in range(BIG // 20)),
-    "noise": bytes((i * 2654435761 >> 13) & 255 for i in range(1 << 16)) * (BIG >> 16),
+BIG_DOCUMENTS: dict[str, Callable[[], bytes]] = {  # made where they are needed: they take a second
+    "zeros": lambda: bytes(BIG),
+    "brackets": lambda: b"[" * BIG,
+    "pairs of brackets": lambda: b"[" + b"[]," * (BIG // 3) + b"[]]",
+    "a string": lambda: b'{"name": "' + b"x" * BIG + b'"}',
+    "digits": lambda: b'{"epoch": ' + b"9" * BIG + b"}",
+    "lines": lambda: b'{"epoch": 1}\n' * (BIG // 13),
+    "other keys in each line": lambda: b"".join(b'{"epoch":1,"a/%d":1}\n' % i for i in range(BIG // 24)),
+    "keys": lambda: b"{" + b",".join(b'"k%d":1' % i for i in range(BIG // 13)) + b"}",
+    "a list": lambda: b"a: [" + b"1, " * (BIG // 3) + b"1]",
+    "dashes": lambda: b"- " * (BIG // 2),
+    "anchors": lambda: b"".join(b"a%d: &a%d 1\n" % (i, i) for i in range(BIG // 20)),
+    "noise": lambda: bytes((i * 2654435761 >> 13) & 255 for i in range(1 << 16)) * (BIG >> 16),
 }
 
 
@@ -209,18 +209,18 @@ def bounded() -> Iterator[None]:
 
 def make_wandb_file(*records: bytes) -> bytes:
     """A .wandb file of these records: protocol buffers in LevelDB's log format, each in as many pieces as its length takes."""
-    data = b":W&B\xe1\xbe\x00"
+    data = bytearray(b":W&B\xe1\xbe\x00")
     for record in records:
-        left, kind = record, 1
-        while True:
+        start, is_first = 0, True
+        while is_first or start < len(record):
             room = 32768 - len(data) % 32768
             if room < 7:
                 data += bytes(room)
                 continue
-            piece, left = left[: room - 7], left[room - 7 :]
-            kind = (1 if not left else 2) if piece + left == record else (4 if not left else 3)
-            checksum = zlib.crc32(piece, zlib.crc32(bytes([kind])))
-            data += struct.pack("<IHB", checksum, len(piece), kind) + piece
-            if not left:
-                break
-    return data
+            piece = record[start : start + room - 7]
+            start += len(piece)
+            is_last = start == len(record)
+            kind = (1 if is_last else 2) if is_first else (4 if is_last else 3)
+            data += struct.pack("<IHB", zlib.crc32(piece, zlib.crc32(bytes([kind]))), len(piece), kind) + piece
+            is_first = False
+    return bytes(data)

@@ -357,16 +357,17 @@ def read_variables(world: World, given: Input) -> None:
 # -- their inputs --------------------------------------------------------------------------------------------------------
 
 
-def make_offline_run(value: str) -> bytes:
-    """A run as wandb writes it, with `value` where JSON is expected."""
+def make_offline_run(value: str, *, is_once: bool = False) -> bytes:
+    """A run as wandb writes it, with `value` where JSON is expected: in every place, or in one."""
     from wandb.proto import wandb_internal_pb2 as protocol
 
     run = protocol.Record()
     run.run.run_id = "abc"
     item = run.run.config.update.add()
-    item.key, item.value_json = "cifar", json.dumps(value)
+    item.key, item.value_json = "cifar", json.dumps("x" if is_once else value)
     row = protocol.Record()
-    for key, text in (("epoch", "1"), ("val/acc", value), ("", value)):
+    in_row = "1" if is_once else value
+    for key, text in (("epoch", "1"), ("val/acc", in_row), ("", in_row)):
         item = row.history.item.add()
         item.key, item.value_json = key, text
     nested = protocol.Record()
@@ -629,15 +630,17 @@ def test_what_stands_in_a_files_place_is_answered(name: str, world: World) -> No
 def big_inputs() -> list[tuple[str, str]]:
     """(target, document). Three documents a target, each one for a fourth of the targets; CIFAR_FUZZ_BIG=all: every pair."""
     documents = list(hostile.BIG_DOCUMENTS)
-    names = [name for name in TARGETS if name != "values in .wandb"]  # to make such a file takes longer than to read it
     if os.environ.get("CIFAR_FUZZ_BIG") == "all":
-        return [(name, document) for name in names for document in documents]
-    return [(name, documents[(k + 4 * j) % len(documents)]) for k, name in enumerate(names) for j in range(3)]
+        return [(name, document) for name in TARGETS for document in documents]
+    return [(name, documents[(k + 4 * j) % len(documents)]) for k, name in enumerate(TARGETS) for j in range(3)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "document"), big_inputs())
 def test_ten_megabytes_are_answered(name: str, document: str, world: World) -> None:
+    content = hostile.BIG_DOCUMENTS[document]()
+    if name == "values in .wandb":  # what is measured is the reading, not how long it takes to make such a file
+        name, content = ".wandb", make_offline_run(content.decode("utf-8", "replace"), is_once=True)
     start = time.process_time()
-    check_answer(world, TARGETS[name], Input(hostile.BIG_DOCUMENTS[document]))
+    check_answer(world, TARGETS[name], Input(content))
     print(f"{name}, {document}: {time.process_time() - start:.2f} s")
