@@ -24,8 +24,8 @@ def test_trials_end_as_they_should_and_two_agents_share_them(runs: Path) -> None
     backend = create_sweep(
         runs, "parameters: {model: {values: [conv4, conv8]}, lr: {values: [0.05, 1.0e+30]}, max_macs: {value: 5.0e5}}"
     )
-    second = start_agent(backend)
-    code, output = wait_for_exit(start_agent(backend))
+    second = start_agent(backend, "workers=1")
+    code, output = wait_for_exit(start_agent(backend, "workers=1"))
     assert (code, wait_for_exit(second)[0]) == (0, 0), output
     assert [cell["state"] for cell in backend.list_cells()] == ["finished", "diverged", "skipped", "skipped"]
     assert backend.list_cells()[0]["value"] == RunDir(runs / backend.run_id(0)).read_json("summary")["val/acc"]
@@ -37,17 +37,17 @@ def test_trials_end_as_they_should_and_two_agents_share_them(runs: Path) -> None
 
 
 def test_interrupted_trials_are_given_back_and_go_on(runs: Path) -> None:
-    backend = create_sweep(runs, "parameters: {model: {value: conv4}, epochs: {value: 150}}", epochs=150)
-    process = start_agent(backend)
+    backend = create_sweep(runs, "parameters: {model: {value: conv4}, epochs: {value: 100}}", epochs=100)
+    process = start_agent(backend, "workers=1")
     wait_until(lambda: len(list_epochs_of_cell(backend, 0)) > 3)
     children = list_descendants(process.pid)
     process.send_signal(signal.SIGINT)
     code, output = wait_for_exit(process)
     assert code == 130 and "go on with: python -m cifar agent" in output
     assert not find_alive(children) and backend.count_states() == {"interrupted": 1}
-    assert RunDir(runs / backend.run_id(0)).state == "interrupted" and len(list_epochs_of_cell(backend, 0)) < 150
-    assert wait_for_exit(start_agent(backend))[0] == 0
-    assert list_epochs_of_cell(backend, 0) == list(range(1, 151)) and backend.count_states() == {"finished": 1}
+    assert RunDir(runs / backend.run_id(0)).state == "interrupted" and len(list_epochs_of_cell(backend, 0)) < 100
+    assert wait_for_exit(start_agent(backend, "workers=1"))[0] == 0
+    assert list_epochs_of_cell(backend, 0) == list(range(1, 101)) and backend.count_states() == {"finished": 1}
     assert backend.list_cells()[0]["attempt"] == 2
 
 

@@ -26,7 +26,9 @@ def two_steps(settings: Settings, runs: Path) -> None:
     assert row["step"] == 2 and 0 <= row["val/acc"] <= 1 and any(key.startswith("gradient_norm/") for key in row)
 
 
-BIG_EXPERIMENTS = ("airbench96", "densenet", "preact_resnet18", "vgg")  # seconds each
+BIG_EXPERIMENTS = (  # seconds each
+    "airbench96", "convmixer", "densenet", "mobilenet_v2", "preact_resnet18", "resnet56", "shufflenet_v2", "vgg", "wrn",
+)  # fmt: skip
 
 
 def experiment_files() -> list[Any]:
@@ -37,6 +39,11 @@ def experiment_files() -> list[Any]:
 @pytest.mark.parametrize("path", experiment_files())
 def test_experiments_train(path: Path, runs: Path) -> None:
     two_steps(resolve_config({"experiment": path.stem}, TWO_STEPS), runs)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_experiments_resolve(path: Path) -> None:
+    assert resolve_config({"experiment": path.stem}).experiment == path.stem
 
 
 def sweep_files() -> list[Path]:

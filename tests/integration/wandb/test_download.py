@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from cifar import registry
 from cifar.errors import UserError
 from cifar.integrations.wandb.download import download_runs
 from cifar.integrations.wandb.mirror import Mirror
 from cifar.integrations.wandb.paths import WandbPath, parse_wandb_path
-from cifar.report import write_report
+from cifar.report import style, write_report
 from cifar.report.aggregate import compare_runs
 from cifar.report.load import Run, collect_runs, load_run
 from cifar.tracking.run_dir import RunDir
@@ -121,31 +122,38 @@ def test_predictions_that_are_too_large_stay_here(tmp_path: Path, server: Server
     assert not (run.path / "predictions.npz").exists()
 
 
-def test_reports_are_equal_to_the_last_digit(tmp_path: Path, server: Server) -> None:
-    runs = tmp_path / "runs"
+def write_quickstart(runs: Path, server: Server) -> str:
+    """The same sweep here and on the server -> its id there."""
     quickstart(runs, layers=4, epochs=4)
     shutil.rmtree(runs / "abcd1234-000")
     write(runs, "abcd1234-000", model="worksheet1", seed=0, sweep="abcd1234", cell=0, layers=4, epochs=4)
     sweep = server.world.add_sweep("me", "cifar", TEXT)
     for path in runs.glob("*/run.json"):
         put(server, RunDir(path.parent), sweep.id)
+    return sweep.id
+
+
+@pytest.mark.slow
+def test_figures_are_equal_to_the_last_digit(tmp_path: Path, server: Server) -> None:
+    runs = tmp_path / "runs"
+    names = str(runs), f"me/cifar/sweeps/{write_quickstart(runs, server)}"
+    here, there = (compare_runs(collect_runs([name], runs).runs, title="the same") for name in names)
+    for entry in registry.figures:
+        if style.get_scope(entry) != "run":
+            drawn = [style.encode_svg(style.render_figure(entry, each).figure, entry.name) for each in (here, there)]
+            assert drawn[0] == drawn[1], entry.name
+
+
+def test_reports_are_equal_to_the_last_digit(tmp_path: Path, server: Server) -> None:
+    runs = tmp_path / "runs"
+    sweep_id = write_quickstart(runs, server)
     here = write_report([str(runs)], runs=runs, out=tmp_path / "here", budget=5e7)
-    there = write_report([f"me/cifar/{sweep.id}"], runs=tmp_path / "none", out=tmp_path / "there", budget=5e7)
+    there = write_report([f"me/cifar/{sweep_id}"], runs=tmp_path / "none", out=tmp_path / "there", budget=5e7)
     assert (tmp_path / "here" / "report.csv").read_bytes() == (tmp_path / "there" / "report.csv").read_bytes()
     facts = [json.loads((result.page.parent / "report.json").read_text()) for result in (here, there)]
     assert facts[0]["points"] == facts[1]["points"] and facts[0]["apart"] == facts[1]["apart"]
-    assert facts[1]["title"] == f"which ({sweep.id})" and "Which network?" in there.page.read_text()
+    assert facts[1]["title"] == f"which ({sweep_id})" and "Which network?" in there.page.read_text()
     assert {path.name for path in here.paths} == {path.name for path in there.paths}
-    comparisons = [
-        compare_runs(collect_runs([name], runs).runs, title="the same") for name in (str(runs), f"me/cifar/sweeps/{sweep.id}")
-    ]
-    from cifar import registry
-    from cifar.report import style
-
-    for entry in registry.figures:
-        if style.get_scope(entry) != "run":
-            drawn = [style.encode_svg(style.render_figure(entry, each).figure, entry.name) for each in comparisons]
-            assert drawn[0] == drawn[1], entry.name
 
 
 def test_finished_runs_are_asked_for_once(tmp_path: Path, server: Server) -> None:

@@ -100,6 +100,7 @@ def test_follows_two_runs_to_their_ends(tmp_path: Path) -> None:
     assert not is_alive(follower.pid)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_in_the_same_companion(tmp_path: Path) -> None:
     follower = SidecarHandle("offline")
     record = make_record(tmp_path, "inter001", epochs=4)
@@ -287,6 +288,7 @@ def test_pictures_are_drawn_without_wandb(tmp_path: Path) -> None:
     assert list((record.path / "pictures").glob("*.png")), (tmp_path / "follow.log").read_text()
 
 
+@pytest.mark.slow
 def test_many_ends_at_once_are_drawn_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sidecar, "num_cores", lambda: 8)
     started, said, begin = [], [], subprocess.Popen

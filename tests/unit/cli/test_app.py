@@ -253,7 +253,7 @@ def test_a_wandb_trial_keeps_its_ids_and_types(
 
 def test_ctrl_c_and_resume(runs: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From outside: 130, one line on stderr, a checkpoint, and the command that goes on."""
-    long = [pair.replace("epochs=1", "epochs=300") for pair in TINY]
+    long = [pair.replace("epochs=1", "epochs=120") for pair in TINY]
     command = [sys.executable, "-m", "cifar", "train", *long, "max_steps=1"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here)
     try:
@@ -268,8 +268,8 @@ def test_ctrl_c_and_resume(runs: Path, here: Path, capsys: pytest.CaptureFixture
     record = RunDir(next(runs.iterdir()))
     assert child.returncode == 130 and err == "interrupted\n" and record.state == "interrupted"
     assert f"python -m cifar train --resume {record.id}" in out and (record.path / "checkpoint.pt").exists()
-    assert "300 epochs" in printed(capsys, "train", "--resume", record.id, "--wandb", "disabled")
-    assert [row["epoch"] for row in record.read_rows()] == list(range(1, 301)) and record.state == "finished"
+    assert "120 epochs" in printed(capsys, "train", "--resume", record.id, "--wandb", "disabled")
+    assert [row["epoch"] for row in record.read_rows()] == list(range(1, 121)) and record.state == "finished"
 
 
 def test_looking_changes_nothing(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
