@@ -12,6 +12,7 @@ from typing import Any
 import graphql
 import yaml
 
+from helpers.protocol.artifacts import ProjectArtifacts, RootArtifacts, RunArtifacts
 from helpers.protocol.mongo import matches, ordered
 from helpers.protocol.views import ProjectViews, RootViews
 from helpers.protocol.world import Agent, Run, Sweep, World, key_of, violations
@@ -33,7 +34,7 @@ def page(
     return {"edges": edges, "pageInfo": {"endCursor": str(end) if edges else None, "hasNextPage": end < len(items)}}
 
 
-class ProjectNode(ProjectViews):
+class ProjectNode(ProjectViews, ProjectArtifacts):
     def __init__(self, world: World, entity: str, name: str) -> None:
         self._world, self.entityName, self.name = world, entity, name
         self.id = key_of("Project", "v1", name, entity)
@@ -74,7 +75,9 @@ class ProjectNode(ProjectViews):
         return len(self._sweeps())
 
 
-class RunNode:
+class RunNode(RunArtifacts):
+    __typename = "Run"
+
     def __init__(self, world: World, run: Run) -> None:
         self._world, self._run = world, run
         self.id = key_of("Run", "v1", run.id, run.project, run.entity)
@@ -197,7 +200,7 @@ def viewer(world: World) -> dict[str, Any]:
     return {**who, "email": "me@example.org", "admin": False, "flags": "{}", "apiKeys": {"edges": []}, "teams": teams}
 
 
-class Root(RootViews):
+class Root(RootViews, RootArtifacts):
     """The queries and mutations. `url`: where this server is."""
 
     def __init__(self, world: World, url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gzip
 import json
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from helpers.protocol import exports
+from helpers.protocol.artifacts import Store
 from helpers.protocol.graph import Root, answer
 from helpers.protocol.world import Run, Sweep, World
 
@@ -59,6 +61,7 @@ class Server:
 
     def __init__(self, entity: str = "me") -> None:
         self.world = World(entity)
+        self.artifacts = self.world.artifacts = Store()
         self.runs, self.sweeps, self.agents = self.world.runs, self.world.sweeps, self.world.agents
         self.fault: Fault | None = None
         self.unknown: list[str] = []  # what was asked and is not known here
@@ -245,7 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             name = parts[-1] if parts[-1] == "file_stream" else parts[0]
             body = json.loads(body) if name == "file_stream" else body
-        request = Request(name, self.command, self.path, time.time(), body=body if name != "storage" else None)
+        request = Request(name, self.command, self.path, time.time(), body=body if name not in ("storage", "artifact_files") else None)
         owner.requests.append(request)
         if owner.misfortune(name, self):
             return
@@ -264,6 +267,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {}
         if run and "/".join(parts[4:]) in run.files:
             return 200, run.files["/".join(parts[4:])]
+        if name == "artifact_files":
+            return self._artifact_file(owner, parts[1], base64.urlsafe_b64decode(parts[2]).decode(), body)
         if name == "parquet":
             run = owner.runs[parts[1].removesuffix(".parquet")]
             return self._ranged(exports.parquet(run.history_lines[: run.exported]))
@@ -271,6 +276,13 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, {}
         owner.unknown.append(f"{self.command} {self.path}\n{body!r:.500}")
         return 404, {"error": "not here"}
+
+    def _artifact_file(self, owner: Server, entity: str, md5: str, body: Any) -> tuple[int, Any]:
+        with owner.world.lock:
+            if self.command == "PUT":
+                return (200, {}) if owner.artifacts.upload(entity, md5, body) else (400, {"error": "another MD5"})
+            content = owner.artifacts.content.get((entity, md5))
+        return (404, {"error": "not here"}) if content is None else self._ranged(content)
 
     def _ranged(self, content: bytes) -> tuple[int, Any]:
         """A piece of a file, where one is asked for."""

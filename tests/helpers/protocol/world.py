@@ -226,6 +226,7 @@ class World:
         self.agents: dict[str, Agent] = {}
         self.has_lost_rows = False  # so that a client may go on behind rows that are not here
         self.rewinds = True  # W&B gives this to some accounts only
+        self.artifacts: Any = None  # a Store of artifacts.py
         self.views: dict[str, Any] = {}  # reports and saved workspaces, of views.py
         self._ids = random.Random(7)
 
