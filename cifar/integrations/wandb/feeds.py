@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from cifar.integrations.wandb.artifact_feed import ArtifactFeed
 from cifar.integrations.wandb.feed import Feed
 from cifar.integrations.wandb.histograms import HistogramFeed
 
-FEEDS: tuple[type[Feed], ...] = (HistogramFeed,)
+FEEDS: tuple[type[Feed], ...] = (HistogramFeed, ArtifactFeed)

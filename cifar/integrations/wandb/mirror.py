@@ -259,8 +259,8 @@ class Mirror:
             if self._has_stale_rows and (problem := self._repeat_rows(rows)):
                 return self._call_incomplete(problem)
             missing = self._wait_for_rows(rows, deadline)
-            if not missing:
-                return True
+            if missing == "":
+                return all(feed.has_arrived(patience) for feed in self._feeds)
             if missing is None or time.monotonic() - self._progress[1] < LOST_SECONDS:
                 return False  # W&B does not answer, or the rows may still be on their way
             if num_resends == MAX_RESENDS:

@@ -18,7 +18,7 @@ from typing import Any
 
 from cifar.config.yaml_loader import parse_yaml
 from cifar.errors import UserError
-from cifar.integrations.wandb import arrival, backend
+from cifar.integrations.wandb import arrival, artifact_best, backend
 from cifar.integrations.wandb.api import GraphqlClient
 from cifar.integrations.wandb.download import Progress, connect_to_api, describe_error, ignore_progress
 from cifar.integrations.wandb.mirror import Mirror
@@ -80,6 +80,7 @@ def push_sweep(
         progress(n + 1, len(missing))
         done["runs"][run_dir.id] = run_dir.read_json("status").get("time")
         write_notes(folder / NOTES_FILE, notes)
+    artifact_best.settle(on_message)
     _ensure_arrived(missing, target)
     if not done["sweep"]:
         run_ids = [run_dir.id for run_dir in ended]
@@ -104,6 +105,7 @@ def push_runs(
     missing = _find_missing(run_dirs, sent_before, target, on_message)
     for n, _ in enumerate(_send_runs(missing, target, on_message)):
         progress(n + 1, len(missing))
+    artifact_best.settle(on_message)
     _ensure_arrived(missing, target)
     return len(missing)
 

@@ -1,7 +1,7 @@
 """Artifacts: collections of versions, their manifests and files, aliases, and which run made and used them.
 
-Modelled on what the client and wandb-core ask, and on W&B's documentation. Two things are not known of the real server and are
-chosen here: a version gets its number when it is committed, and content is known again (and not uploaded again) within an entity.
+Modelled on what the client and wandb-core ask, and on W&B's documentation. Two things are not known of the real server and
+are chosen here: a version gets its number when it is committed, and content is known again, and not uploaded, in an entity.
 """
 
 from __future__ import annotations
@@ -292,7 +292,8 @@ class RootArtifacts:
         return {"serverID": found} if found else None
 
     def _place(self, input: dict[str, Any]) -> tuple[str, str]:
-        place = (input["entityName"], input["projectName"])
+        # An offline file does not know its entity and says "". W&B takes that for one's own elsewhere; here it is not known.
+        place = (input["entityName"] or self._world.entity, input["projectName"])
         if place not in self._world.projects:
             raise ValueError(f"there is no project {'/'.join(place)}")
         return place

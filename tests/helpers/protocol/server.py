@@ -248,7 +248,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             name = parts[-1] if parts[-1] == "file_stream" else parts[0]
             body = json.loads(body) if name == "file_stream" else body
-        request = Request(name, self.command, self.path, time.time(), body=body if name not in ("storage", "artifact_files") else None)
+        request = Request(
+            name, self.command, self.path, time.time(), body=body if name not in ("storage", "artifact_files") else None
+        )
         owner.requests.append(request)
         if owner.misfortune(name, self):
             return

@@ -222,3 +222,34 @@ def test_the_command_line_makes_pauses_and_stops_a_sweep(wandb_server: Server, t
     assert sweep.state == "CANCELED"
     (tmp_path / "grid.yaml").write_text(GRID + "max_macs: 5\n")
     assert "max_macs" in wandb("--project", "p", "grid.yaml") and len(wandb_server.sweeps) == 1
+
+
+def test_artifacts_of_the_real_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: Server) -> None:
+    """Made, found again by alias, deduplicated, used, and read back byte for byte."""
+    from cifar.integrations.wandb.mirror_process import stop_core
+
+    stop_core()
+    for name, value in {**server.environment(), "HOME": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True, x_disable_stats=True)
+    for run_id, content in (("r0", b"one"), ("r1", b"two"), ("r2", b"two")):
+        with wandb.init(project="p", id=run_id, reinit="create_new", settings=settings) as run:
+            data = wandb.Artifact("images", type="dataset")
+            data.add_reference("https://example.org/x.tar.gz", name="x", checksum=False)
+            run.use_artifact(data)
+            (tmp_path / run_id).write_bytes(content)
+            model = wandb.Artifact("net", type="model", metadata={"from": run_id})
+            model.add_file(str(tmp_path / run_id), name="w.pt")
+            run.log_artifact(model, aliases=["latest", f"of-{run_id}"])
+    first, second = server.artifacts.committed("model")
+    assert (first.name, first.run, first.aliases) == ("net:v0", "r0", ["of-r0"])
+    assert (second.name, second.run, sorted(second.aliases)) == ("net:v1", "r1", ["latest", "of-r1", "of-r2"])
+    (data_there,) = server.artifacts.committed("dataset")
+    assert data_there.used_by == ["r0", "r1", "r2"] and data_there.entries["x"]["ref"] == "https://example.org/x.tar.gz"
+    found = wandb.Api().artifact("me/p/net:of-r0")
+    assert (Path(found.download(root=str(tmp_path / "back"))) / "w.pt").read_bytes() == b"one"
+    assert found.metadata == {"from": "r0"} and len(wandb.Api().artifact("me/p/images:v0").used_by()) == 3
+    stop_core()
