@@ -40,14 +40,16 @@ def _find_version() -> str:
 def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
     """The model of a finished run (id, start of an id, name or path) on the CPU, in evaluation mode.
 
+    ENTITY/PROJECT/NAME:ALIAS names a model artifact on W&B, as in `cifar.load("me/cifar/model-3k9x2m1p:best")`.
     It takes images (B, 3, 32, 32) normalised as the run's `normalize` says: `cifar.data.normalize(uint8, kind)`.
     """
     import warnings
 
+    from cifar.integrations.wandb.artifact_download import find_run
     from cifar.tracking import run_dir
     from cifar.training.recorded import describe_changes, load_model
 
-    found = run_dir.find_run_dir(str(run), run_dir.resolve_runs_dir(Path(runs_dir) if runs_dir else None))
+    found = find_run(str(run), run_dir.resolve_runs_dir(Path(runs_dir) if runs_dir else None))
     model = load_model(found).eval()
     for change in describe_changes(found, ("model",)):
         warnings.warn(f"{change}: this is the network as the file has it now", stacklevel=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ import typer
 from cifar.cli.completion import complete_experiment, complete_pair, complete_sweep
 from cifar.errors import UserError
 from cifar.system.names import check_name
+from cifar.system.variables import read_variable
+
+ARTIFACTS = "CIFAR_ARTIFACTS"  # as cifar.integrations.wandb.artifacts reads it
 
 
 def refuse_empty(ctx: typer.Context, param: typer.CallbackParam, value: str) -> str:
@@ -52,6 +56,27 @@ RunsDir = Annotated[
 Wandb = Annotated[
     Literal["auto", "online", "offline", "disabled"],
     typer.Option("--wandb", help="auto: online where a key is configured, else offline"),
+]
+
+
+def _apply_artifacts(ctx: typer.Context, value: str | None) -> str | None:
+    """Let this process and those that it starts follow `--artifacts`, until the command ends."""
+    before = read_variable(ARTIFACTS)
+    if before not in ("", "on", "off"):
+        raise UserError(f"{ARTIFACTS} is '{before}'; write on or off, or unset it")
+    if value and not ctx.resilient_parsing:
+        os.environ[ARTIFACTS] = value
+        ctx.call_on_close(lambda: os.environ.update({ARTIFACTS: before}))
+    return value
+
+
+Artifacts = Annotated[
+    Literal["on", "off"] | None,
+    typer.Option(
+        "--artifacts",
+        help="weights, predictions and the use of the dataset as W&B artifacts; else $CIFAR_ARTIFACTS, else on",
+        callback=_apply_artifacts,
+    ),
 ]
 Set = Annotated[
     list[str] | None,

@@ -22,7 +22,7 @@ from cifar.cli.console import (
     spinner,
     warn_of_stand_in,
 )
-from cifar.cli.options import Json, RunsDir, Split
+from cifar.cli.options import Artifacts, Json, RunsDir, Split
 from cifar.errors import UserError
 from cifar.states import ENDED_STATES
 from cifar.system.names import is_id
@@ -178,6 +178,7 @@ def push(
     ],
     project: Annotated[str, typer.Option("--project", help="on W&B [default: the file's, else the runs']")] = "",
     entity: Annotated[str, typer.Option("--entity", help="user or team [default: yours]")] = "",
+    artifacts: Artifacts = None,
     runs_dir: RunsDir = None,
 ) -> int:
     """Make a local sweep a sweep on W&B, with all its runs; send what W&B lacks of a run. Again: only what is new.

@@ -24,6 +24,7 @@ from cifar.cli.console import (
     warn_of_stand_in,
 )
 from cifar.cli.options import (
+    Artifacts,
     Count,
     DataDir,
     Dataset,
@@ -72,6 +73,7 @@ def sweep(
     data_dir: DataDir = None,
     runs_dir: RunsDir = None,
     wandb: Wandb = "auto",
+    artifacts: Artifacts = None,
     no_agent: Annotated[bool, typer.Option("--no-agent", help="create it, print its id, run nothing")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials, their MACs and an estimate of time")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="draw the report at the end")] = True,
@@ -124,6 +126,7 @@ def agent(
     data_dir: DataDir = None,
     runs_dir: RunsDir = None,
     wandb: Wandb = "auto",
+    artifacts: Artifacts = None,
     gpus: Gpus = "",
     per_gpu: PerGpu = 1,
     pack: Pack = "auto",

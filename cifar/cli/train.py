@@ -21,7 +21,7 @@ from cifar.cli.console import (
     warn,
     warn_of_stand_in,
 )
-from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs, RunsDir, Split, Wandb, refuse_empty
+from cifar.cli.options import Artifacts, DataDir, Dataset, Experiment, Json, Pairs, RunsDir, Split, Wandb, refuse_empty
 from cifar.errors import UserError, name_program
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES, OPEN_RUN_STATES
 from cifar.system.durations import format_duration
@@ -48,7 +48,7 @@ def train(
         typer.Option(
             "--from",
             metavar="RUN",
-            help="start from the values of a run: repeats it",
+            help="start from the values of a run, or of a model artifact ENTITY/PROJECT/NAME:ALIAS: repeats it",
             autocompletion=complete_run,
             callback=refuse_empty,
         ),
@@ -68,6 +68,7 @@ def train(
     data_dir: DataDir = None,
     runs_dir: RunsDir = None,
     wandb: Wandb = "auto",
+    artifacts: Artifacts = None,
     name: Annotated[str, typer.Option("--name", help="what the run is called [default: made of its keys]")] = "",
     tags: Annotated[str, typer.Option("--tags", metavar="A,B", help="words to find it by")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the configuration and its cost, train nothing")] = False,
@@ -106,7 +107,9 @@ def evaluate(
     runs_dir: RunsDir = None,
 ) -> int:
     """Score a finished run's weights again; its record stays as it is."""
-    record = run_dir.find_run_dir(run, run_dir.resolve_runs_dir(runs_dir))
+    from cifar.integrations.wandb.artifact_download import find_run
+
+    record = find_run(run, run_dir.resolve_runs_dir(runs_dir))
     with spinner("importing PyTorch ..."):
         from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
         from cifar.training.recorded import describe_changes, evaluation_settings, load_model
@@ -182,7 +185,9 @@ def gather_layers(
     if from_run:
         if experiment:
             raise UserError("--from and --experiment both say where to start from; give one of them")
-        run = run_dir.find_run_dir(from_run, run_dir.resolve_runs_dir(runs_dir))
+        from cifar.integrations.wandb.artifact_download import find_run
+
+        run = find_run(from_run, run_dir.resolve_runs_dir(runs_dir))
         changes = merge_layers(*(values for _, values in layers))
         layers.insert(0, (f"run {run.id}", _keep_valid_keys(run.read_json("config"), changes)))
     for _, values in layers:

@@ -73,7 +73,9 @@ _COST = {"macs": _AMOUNT, "params": _COUNT, "activations": _COUNT, "norm_ops": _
 # file -> field -> (what it has to be, in words; the check)
 FIELDS: dict[str, dict[str, tuple[str, Check]]] = {
     "run": {
-        **dict.fromkeys(("id", "name", "group", "project", "entity", "sweep", "engine", "dataset", "command"), _TEXT),
+        **dict.fromkeys(
+            ("id", "name", "group", "project", "entity", "sweep", "engine", "dataset", "command", "artifacts"), _TEXT
+        ),
         "tags": _TEXTS,
         "swept": _TEXTS,
         "cell": _COUNT,

@@ -132,6 +132,7 @@ def _describe_run(
         "cost": dict(cost),
         **({"plugins": plugins} if (plugins := describe_plugins(config)) else {}),  # of its parts, each with a digest
         **({"notes": list(notes)} if notes else {}),
+        **({"artifacts": "off"} if read_variable("CIFAR_ARTIFACTS") == "off" else {}),  # so that a later `push` sends none
         "command": f"python -m cifar train --from {run_id}",
     }
 
