@@ -4,7 +4,8 @@
 
 The server is the tests' (tests/helpers/protocol), in a process of its own; the client is the real wandb with wandb-core. The
 command is `python -m cifar train`, online; a plug-in probe writes down the time of every optimizer step. After each command
-with a fault the server gets well, `python -m cifar push RUN` sends what is missing, and every epoch has to be there once.
+with a fault the server gets well, `python -m cifar push RUN` sends what is missing, and every epoch and artifact has to be
+there once.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ FAULTS: dict[str, dict[str, Any]] = {  # what a server that is ill from the star
     "hanging": {"kind": "hang"},
     "dying": {},
 }
+ARTIFACTS = ["dataset", "model", "predictions"]  # that a finished run makes and uses
 ALLOWED_RATIO, ALLOWED_SECONDS = 0.05, 2.0  # beyond the undisturbed command
 CLOCK = """
 import os, time
@@ -78,6 +80,8 @@ def serve() -> None:
             else:
                 run = server.runs.get(asked["run"])
                 answer = {"rows": run.rows if run else [], "state": run.state if run else "", "strange": server.unknown}
+                made, used = server.artifacts.made_by(asked["run"]), server.artifacts.used_by(asked["run"])
+                answer["artifacts"] = sorted([artifact.type for artifact in (*made, *used)])
             print(json.dumps(answer), flush=True)
 
 
@@ -173,6 +177,7 @@ class Place:
         wrong = [] if code == 0 else [f"push ends with {code}"]
         wrong += [] if seen["rows"] == rows_of(run) else [f"epochs on the server: {[row.get('epoch') for row in seen['rows']]}"]
         wrong += [] if seen["state"] == "finished" else [f"state on the server: {seen['state']}"]
+        wrong += [] if seen["artifacts"] == ARTIFACTS else [f"artifacts on the server: {seen['artifacts']}"]
         return wrong + [f"the server was not taught: {what}" for what in seen["strange"]]
 
     def left(self) -> list[str]:

@@ -182,7 +182,7 @@ class ArtifactFeed(Feed):
     def _add_record_file(self, artifact: Any, file: str) -> None:
         """A copy without secrets. run.json has the run's id, so no two runs have the same content: W&B keeps one of such."""
         path = self._make_folder() / file
-        write_atomic(path, json.dumps(artifacts.read_clean(self.run_dir, path.stem), indent=1).encode())
+        write_atomic(path, json.dumps(artifacts.build_record_file(self.run_dir, path.stem), indent=1).encode())
         artifact.add_file(str(path), name=file, policy="immutable", skip_cache=True)
 
     def _make_folder(self) -> Path:

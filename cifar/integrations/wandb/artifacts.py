@@ -28,9 +28,10 @@ SWITCH = "CIFAR_ARTIFACTS"  # on or off; `--artifacts` sets it
 WEIGHTS_FILE, PREDICTIONS_FILE = "weights.pt", "predictions.npz"
 RECORD_FILES = ("config.json", "run.json", "environment.json")  # beside the weights: what loading and scoring them needs
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # as cifar.data has it; that would import PyTorch
+_ENVIRONMENT = ("versions", "device", "step", "data_fingerprint")
 _RESULTS = ("val/acc", "val/loss", "test/acc", "test/loss", "test/views", "epochs", "seconds")  # of the summary
 _FIELDS = "node { state metadata artifactType { name } }"
-RUN_FIELDS = f"outputArtifacts(first: 100) {{ edges {{ {_FIELDS} }} }} inputArtifacts(first: 100) {{ edges {{ {_FIELDS} }} }}"
+RUN_FIELDS = f"outputArtifacts(first: 50) {{ edges {{ {_FIELDS} }} }} inputArtifacts(first: 50) {{ edges {{ {_FIELDS} }} }}"
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,12 @@ def run_alias(run_id: str) -> str:
 def read_clean(run_dir: RunDir, name: str) -> dict[str, Any]:
     """A file of the record without secrets: an earlier version may have written some."""
     return dict(mask_secrets(run_dir.read_json(name), mask_keys=False))
+
+
+def build_record_file(run_dir: RunDir, name: str) -> dict[str, Any]:
+    """What a model artifact holds of a file of the record. Of the environment only what tells how the network was trained."""
+    content = read_clean(run_dir, name)
+    return {key: content[key] for key in _ENVIRONMENT if key in content} if name == "environment" else content
 
 
 def build_metadata(run_dir: RunDir) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from cifar.integrations.wandb.artifact_download import ArtifactPath, parse_artif
 from cifar.integrations.wandb.artifacts import CIFAR10_URL
 from cifar.integrations.wandb.mirror import Mirror
 from cifar.registry import models
-from cifar.tracking.run_dir import RunDir
+from cifar.tracking.run_dir import RunDir, list_run_dirs
 from helpers.fake_runs import write
+from helpers.hosted_sweeps import GRID, start_command
+from helpers.processes import wait_for_exit, wait_until
 from helpers.protocol import Fault, Server
 
 ID, BEST = "abcd1234", artifact_best.BEST
@@ -251,6 +253,64 @@ def test_runs_that_did_not_finish_have_none(tmp_path: Path, server: Server) -> N
         (record.path / "weights.pt").write_bytes(b"x")
         push_all([record])
     assert not server.artifacts.by_id
+
+
+def test_what_is_private_of_wandb_is_as_it_was() -> None:
+    """artifact_feed.py calls these."""
+    import inspect
+
+    import wandb
+    from wandb.sdk.artifacts.exceptions import WaitTimeoutError
+
+    assert inspect.signature(wandb.Run._log_artifact).parameters["use_after_commit"].default is False
+    assert issubclass(WaitTimeoutError, wandb.errors.Error)
+    assert "use_after_commit=True" in inspect.getsource(wandb.Run.use_artifact)  # which does the same for a draft
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_twelve_cells_two_agents_and_one_of_them_killed(wandb_server: Server, runs: Path, tmp_path: Path) -> None:
+    """Hosted: while it runs, after a push, and the network that a name gives."""
+    text = GRID.replace("[0.01, 0.02]", "[0.01, 0.02, 0.05]") + "  seed: {values: [0, 1]}\n  epochs: {value: 3}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    assert wait_for_exit(start_command(wandb_server, "-m", "cifar", "sweep", str(tmp_path / "tiny.yaml"), "--no-agent"))[0] == 0
+    sweep, store = wandb_server.only_sweep(), wandb_server.artifacts
+    agents = [start_command(wandb_server, "-m", "cifar", "agent", sweep.id, "--workers", "1") for _ in range(2)]
+    wait_until(lambda: len(store.committed("model")) >= 3, 200)
+    agents[0].kill()
+    code, output = wait_for_exit(agents[1])
+    assert code == 0, output
+    wait_for_exit(agents[0])
+    code, output = wait_for_exit(start_command(wandb_server, "-m", "cifar", "push", sweep.id))
+    assert code == 0, output
+    finished = [record for record in list_run_dirs(runs) if record.state == "finished"]
+    assert len(finished) >= 10
+    models_there = store.committed("model")
+    assert sorted(each.run for each in models_there) == sorted(record.id for record in finished)
+    assert {each.collection.name for each in models_there} == {f"model-{sweep.id}"}
+    (dataset,) = store.committed("dataset")
+    assert sorted(dataset.used_by) == sorted(record.id for record in finished) and dataset.name == "stand-in:v0"
+    highest = max(record.read_json("summary")["val/acc"] for record in finished)
+    (best,) = [each for each in models_there if BEST in each.aliases]
+    first = min(
+        (run for run in finished if run.read_json("summary")["val/acc"] == highest), key=lambda r: r.read_json("run")["created"]
+    )
+    assert best.run == first.id and best.metadata["val/acc"] == highest
+    assert "latest" in models_there[-1].aliases
+    before = (
+        len(store.by_id),
+        {key: value.id for key, value in store.collections[("me", "cifar", best.collection.name)].aliases.items()},
+    )
+    code, output = wait_for_exit(start_command(wandb_server, "-m", "cifar", "push", sweep.id))
+    assert code == 0 and "0 sent now" in output
+    aliases = store.collections[("me", "cifar", best.collection.name)].aliases
+    assert before == (len(store.by_id), {key: value.id for key, value in aliases.items()})
+    load = f"cifar.load('me/cifar/model-{sweep.id}:best').state_dict()"
+    ask = f"import cifar, torch; torch.save({load}, {str(tmp_path / 'got.pt')!r})"
+    code, output = wait_for_exit(start_command(wandb_server, "-c", ask))
+    assert code == 0, output
+    got, own = torch.load(tmp_path / "got.pt"), torch.load(runs / best.run / "weights.pt")
+    assert got.keys() == own.keys() and all(torch.equal(got[key], own[key]) for key in own)
 
 
 def test_the_address_of_the_data_is_that_of_the_loader() -> None:
