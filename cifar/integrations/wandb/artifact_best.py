@@ -33,7 +33,7 @@ _GET_VERSIONS = """query ModelVersions(
     artifactType(name: $type) {
       artifactCollection(name: $collection) {
         artifacts(first: $first, after: $after) {
-          edges { node { id metadata aliases { alias } } }
+          edges { node { id state metadata aliases { alias } } }
           pageInfo { endCursor hasNextPage }
         }
       }
@@ -106,7 +106,7 @@ def _fetch_versions(client: GraphqlClient, marked: _Marked, collection: str) -> 
         page = answer
         for name in ("project", "artifactType", "artifactCollection", "artifacts"):
             page = (page or {}).get(name) or {}
-        nodes = [edge["node"] for edge in page.get("edges", ())]
+        nodes = [edge["node"] for edge in page.get("edges", ()) if edge["node"]["state"] == "COMMITTED"]
         versions += [(read_candidate(parse_metadata(node.get("metadata"))), node) for node in nodes]
         after = (page.get("pageInfo") or {}).get("endCursor")
         if not (page.get("pageInfo") or {}).get("hasNextPage"):

@@ -81,7 +81,8 @@ def fetch_model(path: ArtifactPath) -> RunDir:
     if artifact.type != MODEL or missing or not is_id(run_id):
         why = f"it lacks {missing[0]}" if missing else f"it is of type {shorten_repr(artifact.type)}"
         raise UserError(f"{path} is no model artifact of this program ({why}); name one, such as me/cifar/model-SWEEP:best")
-    place = [path.entity, path.project, f"{path.collection}-{artifact.version}-{artifact.digest[:16]}"]
+    version = re.sub(r"\W", "", f"{artifact.version}-{artifact.digest[:16]}")  # whatever a server says, it is one folder
+    place = [path.entity, path.project, f"{path.collection}-{version}"]
     folder = cache_folder().joinpath("wandb", "models", *place)
     run_dir = RunDir(folder / run_id)
     if all(_is_there(run_dir.path / file, entry) for file, entry in entries.items()):

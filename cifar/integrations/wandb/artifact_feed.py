@@ -27,6 +27,7 @@ from cifar.system.redact import redact
 from cifar.tracking.run_dir import RunDir, write_atomic
 
 FOLDER = "artifacts"  # in RUN/wandb: files of artifacts that the run's folder has in another form
+COPIES = "copies"  # in that: wandb's copies of files
 MAX_PREDICTIONS_BYTES = 2**27  # unpacked; of 10,000 images it has less than a megabyte
 NUM_CLASSES = 10
 # in the order of the labels: Krizhevsky 2009, "Learning multiple layers of features from tiny images"
@@ -81,6 +82,8 @@ class ArtifactFeed(Feed):
                     return False
                 self._say_failed(kind, error)
             del self._pending[0]
+        if self._is_sent and self.mode == "online":
+            shutil.rmtree(self.run_dir.path / "wandb" / FOLDER / COPIES, ignore_errors=True)
         if MODEL in artifacts.list_kinds(self.run_dir):
             artifact_best.mark(self.run_dir, self.run.entity, self.run.project)
         return True
@@ -194,7 +197,7 @@ class ArtifactFeed(Feed):
     def _keep_copies_here(self) -> Iterator[None]:
         """Let wandb keep its copies of an artifact's files in the run's folder, where `wandb sync` finds them, not at home."""
         before = os.environ.get(_DATA_DIR)
-        folder = self._make_folder() / "copies"
+        folder = self._make_folder() / COPIES
         shutil.rmtree(folder, ignore_errors=True)
         os.environ[_DATA_DIR] = str(folder)
         try:

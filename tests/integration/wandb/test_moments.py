@@ -182,5 +182,7 @@ def test_what_the_server_says_is_true_at_every_moment(wandb_server: Server, runs
     for record in ended:
         run = wandb_server.runs[record.id]
         assert run.state == "finished" and not find_untruth(run, record), record.id
+        made, used = wandb_server.artifacts.made_by(record.id), wandb_server.artifacts.used_by(record.id)
+        assert sorted(each.type for each in (*made, *used)) == ["dataset", "model", "predictions"], record.id
         assert sum("media/images" in name for name in run.files) == len(list((record.path / "pictures").glob("*.png")))
     wandb_server.unknown[:] = [line for line in wandb_server.unknown if "history rows" not in line]
