@@ -1,7 +1,7 @@
 """Moves the alias `best` of a model collection to the version with the highest val/acc of the last epoch.
 
-Online, W&B's own list of versions decides, so runs of other machines count. The alias is moved under a lock of the runs folder.
-A machine without this lock may move it at the same time, so every agent looks again when it ends, and `push` does.
+Online, W&B's own list of versions decides, so runs of other machines count. The alias is moved under a lock of the sweep.
+A machine that does not share its folder may move it at the same time, so every agent looks again when it ends, and `push` does.
 
 Offline, the alias is a part of the run's file. If a better run ends, the file of the former best is written again without it.
 """
@@ -9,6 +9,7 @@ Offline, the alias is a part of the run's file. If a better run ends, the file o
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,13 @@ from cifar.integrations.wandb.api import GraphqlClient
 from cifar.integrations.wandb.artifact_choice import Candidate, find_best, list_candidates, read_candidate
 from cifar.integrations.wandb.artifacts import DATASET, MODEL, collection_name, parse_metadata
 from cifar.integrations.wandb.notes import read_or_set_aside, write_notes
-from cifar.tracking.run_dir import RunDir
+from cifar.system.disk import cache_folder
+from cifar.system.names import is_id
+from cifar.tracking.run_dir import RunDir, list_folders
 
 BEST = "best"
-LOCK_FILE, NOTES_FILE = ".wandb-best.lock", ".wandb-best.json"  # in the runs folder; notes: of offline files
+LOCK_FILE = "artifacts.lock"
+NOTE_FILE = "artifacts.json"  # in RUN/wandb: what the run's offline file says
 LOCK_SECONDS, QUERY_SECONDS = 10.0, 10.0
 VERSIONS_PER_PAGE = 500
 _GET_VERSIONS = """query ModelVersions(
@@ -57,7 +61,18 @@ _touched: dict[tuple[Path, str, str, str], _Marked] = {}  # in this process
 
 
 def lock_file(run_dir: RunDir) -> Path:
-    return run_dir.path.parent / LOCK_FILE
+    """The lock of a run's collections: in the folder of its sweep, which agents of other machines may share."""
+    runs_dir, sweep = run_dir.path.parent, str(run_dir.read_json("run").get("sweep") or "")
+    if is_id(sweep) and (runs_dir / "sweeps" / sweep).is_dir():
+        return runs_dir / "sweeps" / sweep / LOCK_FILE
+    return dataset_lock_file(run_dir)
+
+
+def dataset_lock_file(run_dir: RunDir) -> Path:
+    """The lock of a runs folder's datasets on this machine."""
+    folder = cache_folder() / "wandb" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{hashlib.sha256(str(run_dir.path.parent).encode()).hexdigest()[:16]}.lock"
 
 
 def mark(run_dir: RunDir, entity: str, project: str) -> None:
@@ -117,20 +132,11 @@ def _fetch_versions(client: GraphqlClient, marked: _Marked, collection: str) -> 
 
 
 def take_offline(run_dir: RunDir) -> bool:
-    """Whether this run, whose offline file is being written, is the best of its collection here. Notes that it is."""
-    collection = collection_name(MODEL, run_dir.read_json("run"))
+    """Whether this run, whose offline file is being written, is the best of its collection here. Notes what the file says."""
     with FileLock(lock_file(run_dir), timeout=LOCK_SECONDS):
         best = find_best(list_candidates(run_dir))
-        notes = _read_notes(run_dir)
-        former, stale = notes.get(collection, ("", ()))
-        stale = [run_id for run_id in stale if run_id != run_dir.id]
         is_best = best is not None and best.run_id == run_dir.id
-        if is_best and former not in ("", run_dir.id):
-            stale.append(former)
-        elif former == run_dir.id and not is_best:
-            former = ""
-        notes[collection] = (run_dir.id if is_best else former, stale)
-        _write_notes(run_dir, notes)
+        _write_note(run_dir, best=is_best)
     mark(run_dir, "", "")
     return is_best
 
@@ -141,31 +147,29 @@ def take_dataset_offline(run_dir: RunDir) -> bool:
     Two at once would make two versions of the same. `push` tells W&B of the other runs that they use it.
     """
     about, fingerprint = run_dir.read_json("run"), run_dir.read_json("environment").get("data_fingerprint")
-    key = f"{collection_name(DATASET, about)} {fingerprint}"
-    with FileLock(lock_file(run_dir), timeout=LOCK_SECONDS):
-        notes = _read_notes(run_dir)
-        holder = notes.get(key, ("", ()))[0]
-        if holder not in ("", run_dir.id) and any((run_dir.path.parent / holder / "wandb").glob("offline-run-*")):
-            return False
-        notes[key] = (run_dir.id, [])
-        _write_notes(run_dir, notes)
+    dataset = f"{collection_name(DATASET, about)} {fingerprint}"
+    with FileLock(dataset_lock_file(run_dir), timeout=LOCK_SECONDS):
+        for folder in list_folders(run_dir.path.parent):
+            if folder != run_dir.path and _read_note(folder).get("dataset") == dataset and list_offline_files(folder):
+                return False
+        _write_note(run_dir, dataset=dataset)
     return True
 
 
 def _settle_offline(run_dir: RunDir, on_message: Callable[[str], None]) -> None:
     """Write the offline files again that say `best` and are not, and that of the best if it does not say so."""
-    collection = collection_name(MODEL, run_dir.read_json("run"))
-    noted, stale = _read_notes(run_dir).get(collection, ("", ()))
-    best = find_best(list_candidates(run_dir))
-    wrong = [run_id for run_id in stale if run_id != noted] + ([best.run_id] if best and best.run_id != noted else [])
-    for run_id in dict.fromkeys(wrong):
-        _write_again(RunDir(run_dir.path.parent / run_id), on_message)
+    candidates = list_candidates(run_dir)
+    best = find_best(candidates)
+    for candidate in candidates:
+        path = run_dir.path.parent / candidate.run_id
+        if bool(_read_note(path).get("best")) != (candidate is best):
+            _write_again(RunDir(path), on_message)
 
 
 def _write_again(run_dir: RunDir, on_message: Callable[[str], None]) -> None:
     from cifar.integrations.wandb.mirror import Mirror  # it imports the feeds
 
-    files = list((run_dir.path / "wandb").glob("offline-run-*/*.wandb"))
+    files = list_offline_files(run_dir.path)
     if not files or any(file.with_name(f"{file.name}.synced").exists() for file in files):
         return  # it was sent: the best one takes the alias from it when it is sent
     mirror = Mirror(run_dir, "offline", on_message)
@@ -174,19 +178,14 @@ def _write_again(run_dir: RunDir, on_message: Callable[[str], None]) -> None:
         mirror.finish(sorted((run_dir.path / "pictures").glob("*.png")))
 
 
-def _read_notes(run_dir: RunDir) -> dict[str, tuple[str, list[str]]]:
-    """Collection -> the run whose offline file says that it is the best, and the runs whose files say so wrongly.
-
-    Also dataset and fingerprint -> the run whose offline file holds the dataset.
-    """
-    notes = read_or_set_aside(run_dir.path.parent / NOTES_FILE)
-    return {
-        name: (str(value.get("best") or ""), [str(run_id) for run_id in value.get("stale") or ()])
-        for name, value in notes.items()
-        if isinstance(value, dict)
-    }
+def list_offline_files(folder: Path) -> list[Path]:
+    return list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def _write_notes(run_dir: RunDir, notes: dict[str, tuple[str, list[str]]]) -> None:
-    content = {name: {"best": best, "stale": stale} for name, (best, stale) in notes.items()}
-    write_notes(run_dir.path.parent / NOTES_FILE, content, indent=None)
+def _read_note(folder: Path) -> dict[str, Any]:
+    """What the offline file of a run says: `best`, whether it is the best; `dataset`, which dataset it holds."""
+    return read_or_set_aside(folder / "wandb" / NOTE_FILE)
+
+
+def _write_note(run_dir: RunDir, **values: Any) -> None:
+    write_notes(run_dir.path / "wandb" / NOTE_FILE, {**_read_note(run_dir.path), **values}, indent=None)

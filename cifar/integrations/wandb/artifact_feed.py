@@ -150,7 +150,7 @@ class ArtifactFeed(Feed):
             return
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(Timeout, OSError):
-                stack.enter_context(FileLock(artifact_best.lock_file(self.run_dir), timeout=FIRST_DATASET_SECONDS))
+                stack.enter_context(FileLock(artifact_best.dataset_lock_file(self.run_dir), timeout=FIRST_DATASET_SECONDS))
             yield True
 
     def _send_model(self) -> None:
