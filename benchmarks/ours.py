@@ -19,6 +19,7 @@ import torch
 from benchmarks.common import ROOT, SMOKE, Missing, Result, child_environment, installed, synchronize
 from cifar import sidecar
 from cifar.config import resolve as configuration
+from cifar.integrations.wandb.settings import Mode
 from cifar.tracking.run_dir import RunDir
 from cifar.training import run
 from cifar.training.loop import RunHooks
@@ -37,6 +38,8 @@ class Trained:
     test_seconds: float  # of the final evaluation with the run's own views
     prepare_seconds: float  # of weights that are made from images (whitening)
     stretch_seconds: float  # from the first epoch's beginning to the end of that evaluation, whatever lies between
+    run_seconds: float  # from the call to the end of the run: also evaluation, writing, checkpoints
+    cpu_seconds: float  # of all cores, that this process has spent in that time
 
     @property
     def seconds(self) -> float:
@@ -45,17 +48,20 @@ class Trained:
 
 
 class Ours:
-    """Trainings in a folder of their own, followed by one companion process that mirrors them to an offline W&B run."""
+    """Trainings in a folder of their own, followed by one companion process that mirrors them to W&B.
 
-    def __init__(self, options: argparse.Namespace, result: Result, *, mirror: bool = True) -> None:
+    mode: "offline" writes files; "online" sends to the server that the environment names.
+    """
+
+    def __init__(self, options: argparse.Namespace, result: Result, *, mirror: bool = True, mode: Mode = "offline") -> None:
         self.options, self.device = options, resolve_device(options.device)
         self.toy: dict[str, Any] | None = None  # of --smoke, where SMOKE does not fit
         self._folder = tempfile.TemporaryDirectory(prefix="cifar-bench-")
         self.runs = Path(self._folder.name) / "runs"
         self.runs.mkdir()
-        self._mode = "offline" if mirror and installed("wandb") else "disabled"
+        self._mode: Mode = mode if mirror and installed("wandb") else "disabled"
         if mirror and self._mode == "disabled":
-            result.skip("the offline W&B mirror", "wandb is not installed")
+            result.skip(f"the {mode} W&B mirror", "wandb is not installed")
         self._log = Path(self._folder.name) / "mirror.log"
         self._follower: sidecar.SidecarHandle | None = None
 
@@ -98,7 +104,9 @@ class Ours:
             if hasattr(Trainer, "begin_epoch"):
                 clocks.enter_context(timed(Trainer, "begin_epoch", self.device, begun, first_only=True))
             hooks = RunHooks(should_continue=seen)
+            clock, cpu = time.perf_counter(), time.process_time()
             state = run.train_run(config, record, hooks=hooks, num_planned_runs=ahead)
+            clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
         if state != "finished":
             raise Missing(f"the run ended {state}: {record.read_json('status').get('reason', '')}")
         if mirrored and self._follower:
@@ -108,7 +116,8 @@ class Ours:
         training = sum(row["system/seconds"] for row in rows)
         test = final.seconds if final else 0.0
         stretch = final.end - begun[0].begin if final and begun else training + test
-        return Trained(record, rows, record.read_json("summary"), test, sum(call.seconds for call in prepared), stretch)
+        prepare = sum(call.seconds for call in prepared)
+        return Trained(record, rows, record.read_json("summary"), test, prepare, stretch, clock, cpu)
 
     def _settle(self, record: RunDir) -> None:
         """Wait until the run is drawn and mirrored: until its wandb/mirror.json holds a digest."""
