@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cifar.tracking.histograms import append_histograms
 from cifar.tracking.run_dir import RunDir
 
 NETWORKS: dict[str, tuple[float, int, int]] = {  # macs, params, layers
@@ -120,7 +121,20 @@ def write(
     record.set_status(state, reason=reason, epoch=done, epochs=epochs)
     if predictions:
         write_predictions(record.path)
+        write_histograms(record, layers)
     return record
+
+
+def write_histograms(record: RunDir, layers: int) -> None:
+    """Of the last epoch: the same bell for the gradients of all layers, and a wider one for the updates of each next layer."""
+    bell = [int(1000 * math.exp(-((i - 22) ** 2) / 20)) for i in range(32)]
+
+    def histograms(factor: int) -> dict[str, Any]:
+        tops = [2.0 ** (-10 + factor * i % 20) for i in range(layers)]
+        return {f"layer{i}.conv": {"top": top, "counts": [*reversed(bell), *bell]} for i, top in enumerate(tops)}
+
+    epoch = [row["epoch"] for row in record.read_rows()][-1]
+    append_histograms(record, {"epoch": epoch, "steps": 8, "gradients": histograms(0), "updates": histograms(3)})
 
 
 def write_predictions(path: Path, n: int = 5000) -> None:

@@ -19,6 +19,7 @@ from cifar.report import labels, style
 from cifar.report.aggregate import Comparison, compare_runs
 from cifar.report.load import STAND_IN_BANNER, Run, collect_runs, load_run
 from cifar.report.style import Nothing
+from cifar.tracking.histograms import append_histograms
 from helpers.fake_runs import NETWORKS, quickstart, write
 
 ENTRIES = sorted(registry.figures, key=style.sort_key)
@@ -176,6 +177,32 @@ def test_a_ratio_to_weights_of_zero_in_an_older_run_does_not_spoil_the_colours(t
     assert data.ratio[2][1:] == [row["update_ratio/layer2.conv"] for row in rows[1:]]
     assert data.limits[1] < 1
     assert not style.render_figure(BY_NAME["weight_updates"], run).problem
+
+
+def test_histograms_are_shares_by_size_of_the_last_epoch_that_was_looked_at(tmp_path: Path) -> None:
+    record = write(tmp_path, "one", epochs=3, layers=3)
+
+    def histogram(top: float, **bins: int) -> dict[str, Any]:
+        """bins: of the right side, r31 being the last; l31 is its neighbour on the left side, r0 has the zeros."""
+        counts = [0] * 64
+        for name, count in bins.items():
+            counts[32 + int(name[1:]) if name[0] == "r" else 31 - int(name[1:])] = count
+        return {"top": top, "counts": counts}
+
+    gradients = {"layer1.conv": histogram(1.0, r31=3, l31=1, r30=4, r0=8), "layer0.conv": histogram(1.5, r31=1, r29=3)}
+    updates = {"layer0.conv": histogram(1.0, r0=9), "layer1.conv": histogram(1.0, l0=9)}
+    for epoch, kind in ((1, {}), (2, gradients), (4, {})):  # the row of epoch 4 is not written
+        append_histograms(record, {"epoch": epoch, "steps": 1, "gradients": kind, "updates": updates})
+    data = BY_NAME["histograms"].build().select(load_run(record.path))
+    assert data.epoch == 2 and data.layers == ["layer0.conv", "layer1.conv"]  # in the network's order, without the third
+    (kind,) = data.kinds  # all updates are about zero
+    first, second = kind.shares  # from 0.5 (two bins below 1) to 1.5
+    assert kind.span == (-2, 1) and math.isnan(first[1]) and math.isnan(second[2])
+    assert (first[0], first[2]) == (0.75, 0.25) and second[:2] == [4 / 16, 4 / 16]
+    assert kind.ticks == [(0.0, 1.0)]
+    (record.path / "histograms.jsonl").write_text("[]\n")
+    damaged = BY_NAME["histograms"].build().select(load_run(record.path))
+    assert isinstance(damaged, Nothing) and "is damaged" in damaged.why
 
 
 @pytest.mark.parametrize("name", ["curves", "learning_curves", "weight_updates"])
