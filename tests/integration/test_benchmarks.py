@@ -22,7 +22,7 @@ import yaml
 from benchmarks import __main__ as bench
 from benchmarks import replay, stats, table, trials
 from benchmarks.common import Missing, Peer, Result, number
-from benchmarks.peers import airbench, notebook, standard
+from benchmarks.peers import airbench
 from cifar import data
 from helpers.paths import ROOT
 
@@ -136,6 +136,8 @@ def offsets(chosen: list[int]) -> tuple[set[int], set[int]]:
 
 
 def test_the_notebooks_images_are_ours() -> None:
+    from benchmarks.peers import notebook  # torchvision takes seconds
+
     images = torch.from_numpy(data.load_dataset("stand-in", None).train_images[:3].copy())
     pictures = notebook.Pictures(images.numpy(), np.arange(3), notebook.AUGMENTED)
     torch.manual_seed(0)
@@ -149,6 +151,8 @@ def test_the_notebooks_images_are_ours() -> None:
 
 
 def test_images_on_the_device_are_flipped_and_cropped_like_ours() -> None:
+    from benchmarks.peers import standard
+
     images = torch.from_numpy(data.load_dataset("stand-in", None).train_images[:128].copy())
     batches = standard.FromDevice(images, torch.arange(128), 64)
     torch.manual_seed(0)
@@ -165,19 +169,22 @@ def test_images_on_the_device_are_flipped_and_cropped_like_ours() -> None:
 SMALL = ["--dataset", "stand-in", "--device", "cpu", "--train-size", "256", "--batch-size", "32", "--width", "8", "--workers"]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: notebook.Notebook(notebook.parse([*SMALL, "0", "--lr", "3e-3"])).epoch,
-        lambda: (
-            standard.Standard(standard.parse([*SMALL, "0", "--feed", "device", "--model", "worksheet1", "--lr", "0.05"])).epoch
-        ),
-    ],
-    ids=["notebook", "standard"],
-)
+def make_notebook() -> Any:
+    from benchmarks.peers import notebook
+
+    return notebook.Notebook(notebook.parse([*SMALL, "0", "--lr", "3e-3"]))
+
+
+def make_standard() -> Any:
+    from benchmarks.peers import standard
+
+    return standard.Standard(standard.parse([*SMALL, "0", "--feed", "device", "--model", "worksheet1", "--lr", "0.05"]))
+
+
+@pytest.mark.parametrize("make", [make_notebook, make_standard], ids=["notebook", "standard"])
 def test_a_peer_trains(make: Any) -> None:
     torch.manual_seed(0)
-    epoch = make()
+    epoch = make().epoch
     rows = [epoch() for _ in range(8)]
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.02 and rows[0]["loss"] == pytest.approx(math.log(10), abs=0.3)
     assert all(row["images"] == 256 and row["seconds"] > 0 for row in rows)

@@ -74,9 +74,16 @@ def test_publishing_again_renews_both(tmp_path: Path, server: Server, sweep_id: 
     command = ["report", f"me/cifar/{sweep_id}", "--out", str(tmp_path / "out"), "--publish"]
     assert main(command) == main(command) == 0
     assert len(views(server, "runs")) == len(views(server, "project-view")) == 1
-    server.world.views.clear()  # somebody deleted them
-    assert main(command) == 0
-    assert len(views(server, "runs")) == len(views(server, "project-view")) == 1
+
+
+def test_what_somebody_has_deleted_is_published_anew(tmp_path: Path, server: Server, sweep_id: str) -> None:
+    from cifar.integrations.wandb.paths import WandbPath
+    from cifar.integrations.wandb.report import ReportContent, publish_report
+
+    for _ in range(2):
+        publish_report(WandbPath("me", "cifar"), ReportContent("x", [], [], [], []), tmp_path / "kept.json")
+        assert len(views(server, "runs")) == len(views(server, "project-view")) == 1
+        server.world.views.clear()
 
 
 def test_a_project_and_a_pushed_sweep(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from cifar.data import MEAN, STD, Augment, cifar10, crop, cutout, draw_mixing, flip, mix, normalize
@@ -93,7 +93,7 @@ def test_offsets_and_flips_are_uniform() -> None:
     across = torch.where(mirrored, 7 - column, column) - 3 + p
     cell = (row - 3 + p) * (2 * p + 1) + across
     table = torch.bincount(mirrored.long() * (2 * p + 1) ** 2 + cell, minlength=2 * (2 * p + 1) ** 2)
-    assert len(table) == 50 and stats.chisquare(table.numpy()).pvalue > 1e-3
+    assert len(table) == 50 and scipy.stats.chisquare(table.numpy()).pvalue > 1e-3
 
 
 def test_alternating_flip_shows_both_sides_in_two_epochs() -> None:
@@ -102,7 +102,7 @@ def test_alternating_flip_shows_both_sides_in_two_epochs() -> None:
     epochs = [augment.augment_uint8(images, places, epoch, generator(epoch)) for epoch in range(3)]
     mirrored = [(epoch != images).flatten(1).any(1) for epoch in epochs]
     assert torch.equal(mirrored[0], ~mirrored[1]) and torch.equal(mirrored[0], mirrored[2])
-    assert stats.binomtest(int(mirrored[0].sum()), 2000).pvalue > 1e-3
+    assert scipy.stats.binomtest(int(mirrored[0].sum()), 2000).pvalue > 1e-3
     assert torch.equal(augment.augment_uint8(images[7:9], places[7:9], 0, generator()), epochs[0][7:9]), "whatever the batch"
 
 
@@ -152,8 +152,8 @@ def test_mixup_weights_follow_beta(alpha: float) -> None:
         assert torch.allclose(soft, weight * targets + (1 - weight) * targets.roll(1, 0), atol=1e-6)
         weights.append(weight)
     spread = np.array(weights) + np.random.default_rng(0).uniform(-1e-7, 1e-7, 1500)  # float32 has ties at the ends
-    oracle = stats.beta(alpha, alpha).rvs(20000, random_state=1)
-    assert stats.ks_2samp(np.clip(spread, 1e-6, 1 - 1e-6), np.clip(oracle, 1e-6, 1 - 1e-6)).pvalue > 1e-3
+    oracle = scipy.stats.beta(alpha, alpha).rvs(20000, random_state=1)
+    assert scipy.stats.ks_2samp(np.clip(spread, 1e-6, 1 - 1e-6), np.clip(oracle, 1e-6, 1 - 1e-6)).pvalue > 1e-3
 
 
 def test_cutmix_pastes_a_box_and_weighs_by_area() -> None:
@@ -174,7 +174,7 @@ def test_cutmix_pastes_a_box_and_weighs_by_area() -> None:
     half = np.sqrt(1 - random.beta(1, 1, 20000))[:, None] / 2
     centre = random.uniform(0, 1, (20000, 2))
     oracle = np.floor(np.clip(centre + half, 0, 1) * 32) - np.floor(np.clip(centre - half, 0, 1) * 32)
-    assert stats.ks_2samp(areas, oracle.prod(1) / 1024).pvalue > 1e-3
+    assert scipy.stats.ks_2samp(areas, oracle.prod(1) / 1024).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
