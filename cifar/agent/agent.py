@@ -41,6 +41,7 @@ from cifar.sweeps import local, spec
 from cifar.sweeps.backend import Backend, Trial
 from cifar.sweeps.local import LocalBackend
 from cifar.system import devices
+from cifar.system.open_files import require_open_files
 from cifar.system.ownership import lease_seconds
 from cifar.system.signals import PREEMPTION_SIGNALS, TimeLimit, capture_signals, stop_request
 from cifar.system.variables import read_variable
@@ -58,6 +59,7 @@ def run_agent(sweep_id: str, options: AgentOptions, paths: PathOptions, console:
     """
     environments, messages = devices.assign_gpus(options.gpus, options.per_gpu) if options.gpus else ([], [])
     environments = environments or [{}] * (options.workers or devices.default_num_workers())
+    require_open_files(len(environments))
     backend = open_backend(sweep_id, options, paths, len(environments))
     if backend.wandb_target.get("engine") == "wandb":
         if options.pack.isdigit():

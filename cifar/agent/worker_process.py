@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cifar.sweeps.backend import Trial
+from cifar.system.open_files import require_open_files
 from cifar.system.redacted_streams import LogRedactor
 
 LOG_SECONDS = 1.0  # that the end of a log is waited for
@@ -140,6 +141,7 @@ _prestarted: list[tuple[dict[str, str], subprocess.Popen[bytes]]] = []
 def prestart_worker() -> Iterator[None]:
     """Start the first worker's process now: it imports PyTorch while the agent reads the sweep and claims trials."""
     if not _prestarted:
+        require_open_files(1)
         environment = _worker_environment()
         _prestarted.append((environment, _start_process(environment)))
     try:

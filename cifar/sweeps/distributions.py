@@ -122,7 +122,8 @@ class Parameter:
             index = bisect.bisect_right(cumulative, u * cumulative[-1])
             return options["values"][min(index, len(cumulative) - 1)]
         if kind == "int_uniform":
-            return options["min"] + max(math.ceil(u * (options["max"] - options["min"] + 1)) - 1, 0)
+            drawn = options["min"] + max(math.ceil(u * (options["max"] - options["min"] + 1)) - 1, 0)
+            return min(drawn, options["max"])  # a float rounds whole numbers from 2**53 on
         value = _ICDFS[kind.removeprefix("q_")](u, options)
         if has_open_ends and kind.removeprefix("q_") in _LIMITED_BY_VALUES:  # rounding may have met an end
             value = min(max(value, math.nextafter(options["min"], math.inf)), math.nextafter(options["max"], -math.inf))

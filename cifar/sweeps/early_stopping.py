@@ -29,21 +29,29 @@ class Hyperband:
 
     def rung_epochs(self, epochs: int) -> list[int]:
         """The epochs after which a run of `epochs` epochs is judged. Never its last one: stopping there would save nothing."""
-        bands: list[int] = []
-        band: float = self.max_iter or self.min_iter
-        if self.max_iter:
-            for _ in range(min(self.s, MAX_BANDS_FROM_ABOVE)):
-                band /= self.eta
-                if band < 1:
-                    break
-                bands.append(int(band))
-        else:
+        bands = self._list_bands_from_above() if self.max_iter else []
+        if not self.max_iter:
+            band: float = self.min_iter
             for _ in range(MAX_BANDS):
                 if band >= epochs:
                     break
                 bands.append(int(band))
                 band *= self.eta
         return sorted({band for band in bands if 1 <= band < epochs})
+
+    def count_bands_from_above(self) -> int:
+        """How many of the `s` bands come after a whole epoch. Two of them may come after the same one."""
+        return len(self._list_bands_from_above())
+
+    def _list_bands_from_above(self) -> list[int]:
+        bands: list[int] = []
+        band: float = self.max_iter
+        for _ in range(min(self.s, MAX_BANDS_FROM_ABOVE)):
+            band /= self.eta
+            if band < 1:
+                break
+            bands.append(int(band))
+        return bands
 
     def should_continue(self, value: float, best: float, peers: Sequence[float]) -> bool:
         """Whether a run goes on past a rung. All numbers are costs: less is better.

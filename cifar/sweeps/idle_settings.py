@@ -19,9 +19,10 @@ from cifar.errors import did_you_mean
 from cifar.registry import Entry
 from cifar.sweeps import spec
 from cifar.sweeps.distributions import NEVER_DRAWN, Parameter, freeze_value, is_same_value
-from cifar.sweeps.early_stopping import MAX_BANDS_FROM_ABOVE, Hyperband
+from cifar.sweeps.early_stopping import Hyperband
 from cifar.sweeps.objectives import Metric
 from cifar.sweeps.spec import Sweep
+from cifar.system.files import shorten_repr
 
 BoundTrial = tuple[Mapping[str, Any], Settings]  # a trial's values and its configuration
 
@@ -109,7 +110,7 @@ def _check_early_stopping(
 
 def _describe_first_band(rule: Hyperband) -> str:
     band = min(_list_bands(rule)) if rule.max_iter else rule.min_iter
-    return f"the first band is after epoch {band}"
+    return f"the first band is after epoch {shorten_repr(band)}"
 
 
 def _describe_lengths(lengths: Sequence[int]) -> str:
@@ -130,9 +131,10 @@ def _check_bands_from_above(rule: Hyperband, longest: int) -> Iterator[str]:
             f"bands after epochs {_list_values(beyond, 'and')} act" if len(beyond) > 1 else f"band after epoch {beyond[0]} acts"
         )
         yield f"early_terminate: the {named} on no trial: the longest has {longest} epochs; set max_iter to {longest}"
-    possible = sum(rule.max_iter / rule.eta**n >= 1 for n in range(1, min(rule.s, MAX_BANDS_FROM_ABOVE) + 1))
+    possible = rule.count_bands_from_above()
     if possible < rule.s:
-        yield f"early_terminate: s is {rule.s}, but only {possible} band{'s' * (possible > 1)} come after a whole epoch"
+        come = "bands come" if possible > 1 else "band comes"
+        yield f"early_terminate: s is {shorten_repr(rule.s)}, but only {possible} {come} after a whole epoch"
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------
@@ -145,8 +147,12 @@ def _check_parameter(parameter: Parameter, method: str) -> Iterator[str]:
     if parameter.distribution.startswith("q_"):
         values = parameter.grid_values if method == "grid" else parameter.boundary_values
         if values and all(is_same_value(value, values[0]) for value in values):
-            span = f"from {options['min']:g} to {options['max']:g} " if "min" in options else ""
-            yield f"{where}: q = {options['q']:g} leaves one value of the range {span}: {format_name_value(values[0])}"
+            span = f" from {options['min']:g} to {options['max']:g}" if "min" in options else ""
+            yield f"{where}: q = {options['q']:g} leaves one value of the range{span}: {format_name_value(values[0])}"
+    elif "values" not in options and "value" not in options:
+        values = parameter.boundary_values
+        if is_same_value(values[0], values[-1]):
+            yield f"{where}: {parameter.distribution} draws one value only: {format_name_value(values[0])}"
     if parameter.has_exponents and _looks_like_values(options["min"], options["max"]):
         low, high = sorted(parameter.boundary_names)
         yield (
@@ -192,6 +198,8 @@ def _check_metric(metric: Metric, trials: Sequence[BoundTrial]) -> Iterator[str]
         yield f"metric: target {metric.target:g} is never met: an accuracy is a fraction of 1{advice}"
     elif metric.target is not None and metric.goal == "minimize" and metric.target < 0:
         yield f"metric: target {metric.target:g} is never met: {metric.name} is not negative"
+    elif metric.target is not None and metric.goal == "maximize" and metric.name.endswith("/acc") and metric.target <= 0:
+        yield f"metric: target {metric.target:g} is met by every trial, so the first one ends the sweep; raise it, or leave it out"
     yield from _check_probe_of_metric(metric, [config for _, config in trials])
 
 
@@ -268,6 +276,8 @@ def _count_values(parameter: Parameter) -> float:
     if parameter.values is not None:
         return len(parameter.values)
     low, high = parameter.boundary_values
+    if is_same_value(low, high):
+        return 1
     if parameter.distribution == "int_uniform":
         return float(high - low + 1)
     return round((high - low) / parameter.options["q"]) + 1 if parameter.distribution.startswith("q_") else math.inf

@@ -141,7 +141,7 @@ def _parse_metric(spec: Any, *, each_epoch: bool) -> Metric:
         raise UserError(f"metric: goal = {goal!r}: write minimize or maximize")
     if name.endswith("/acc") and goal == "minimize":
         raise UserError(f"metric '{name}' would be minimized, W&B's default; add goal: maximize")
-    if target is not None and (isinstance(target, bool) or not isinstance(target, int | float)):
+    if target is not None and (isinstance(target, bool) or not isinstance(target, int | float) or math.isnan(target)):
         raise UserError(f"metric: target = {target!r} is not a number")
     for key in ("impute", "impute_while_running"):  # W&B's Bayesian search reads them; ours counts failures as the worst result
         allowed = ["latest", "best", "worst", *(["false"] if key != "impute" else [])]

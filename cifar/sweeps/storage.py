@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import sqlite3
@@ -70,6 +71,8 @@ def open_storage(url: str) -> RDBStorage:
         whole = redact_url(url) if backend == "sqlite" else parsed.render_as_string(hide_password=False)
         return GuardedStorage(whole, engine_kwargs=options)
     except Exception as error:  # a file that is no database of Optuna's can raise anything
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):  # that is no fault of the storage
+            raise
         what = "install psycopg2-binary" if isinstance(error, ImportError) else type(error).__name__
         raise UserError(f"the storage {redact_url(url)} cannot be opened ({what}); check the URL and its server") from None
 

@@ -122,7 +122,7 @@ def limited(limit: str, backend: LocalBackend) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("limit", [8, 13])
+@pytest.mark.parametrize("limit", [8, 13, 18, 31])
 def test_few_files_end_an_agent_in_one_sentence(runs: Path, limit: int) -> None:
     backend = create_sweep(runs, TWO)
     code, said = limited(f"ulimit -n {limit}; exec {{agent}}", backend)

@@ -96,3 +96,39 @@ def test_a_killed_agent_leaves_nothing_behind_and_its_run_can_be_finished(
     assert code == 0 and list(wandb_server.runs) == [run.id] and run.state == "finished", output
     assert [row["epoch"] for row in run.rows] == [row["_step"] for row in run.history] == list(range(1, EPOCHS + 1))
     assert run.rows == list(RunDir(runs / run.id).read_rows())
+
+
+PAIR = """
+from torch import nn
+from cifar.registry import models
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x.flatten(1))
+        return y, y
+
+@models.register("pair")
+def pair() -> nn.Module:
+    return Pair(3072, 10)
+"""
+
+
+def test_a_network_that_cannot_be_trained_fails_with_its_reason_and_the_agent_goes_on(
+    wandb_server: Server, runs: Path, tmp_path: Path
+) -> None:
+    """The sweep was made elsewhere, so that nothing has tried its networks before."""
+    (tmp_path / "plugin" / "models").mkdir(parents=True)
+    (tmp_path / "plugin" / "models" / "pair.py").write_text(PAIR)
+    text = GRID.replace("[conv4, conv8]", "[pair, conv4]").replace("[0.01, 0.02]", "[0.01]") + "  epochs: {value: 1}\n"
+    sweep = wandb_server.world.add_sweep("me", "cifar", text)
+    agent = ("-m", "cifar", "agent", f"me/cifar/{sweep.id}", "--workers", "1")
+    code, output = wait_for_exit(start_command(wandb_server, *agent, CIFAR_PLUGINS=str(tmp_path / "plugin")))
+    by_model = {str(run.config["model"]): run for run in wandb_server.runs.values()}
+    reason = "its output is a tuple; it has to be a floating-point tensor (B, 10)"
+    assert code == 0 and "this agent: 2 trials (1 finished, 1 failed)" in output and "Traceback" not in output, output
+    assert reason in output
+    pair, record = by_model["pair"], RunDir(runs / by_model["pair"].id)
+    assert pair.state == pair.summary["state"] == record.state == "failed" and pair.rows == []
+    assert reason in pair.summary["reason"] and pair.summary["reason"] == record.read_json("status")["reason"]
+    assert by_model["conv4"].state == "finished"
+    assert_as_trained(wandb_server, runs, by_model["conv4"].id, 1)

@@ -40,7 +40,11 @@ def hyperband(**options: Any) -> str:
         ({"min_iter": 5}, "epochs: {values: [3, 4, 30]}", "trials of 3 or 4 epochs are never judged: .* after epoch 5"),
         ({"min_iter": 8}, "model: {values: [{model: conv4, epochs: 8}, {model: conv8, epochs: 9}]}", "trials of 8 epochs"),
         ({"max_iter": 81, "s": 4}, "epochs: {value: 20}, " + LR, "band after epoch 27 acts on no trial"),
-        ({"max_iter": 9, "s": 5}, "epochs: {value: 9}, " + LR, "s is 5, but only 2 bands"),
+        ({"max_iter": 9, "s": 5}, "epochs: {value: 9}, " + LR, "s is 5, but only 2 bands come"),
+        ({"max_iter": 5, "s": 3}, "epochs: {value: 9}, " + LR, "s is 3, but only 1 band comes"),
+        ({"max_iter": 9, "s": 10**8}, "epochs: {value: 9}, " + LR, "s is 100000000, but only 2 bands"),
+        ({"max_iter": 9, "s": 10**250, "eta": 2.5}, "epochs: {value: 9}, " + LR, "s is 10+…, but only 2 bands"),
+        ({"min_iter": 10**250}, "epochs: {value: 9}, " + LR, "no trial is ever judged: .* after epoch 10+…, and trials"),
         ({"min_iter": 1, "s": 3}, "epochs: {value: 9}, " + LR, "s is not used beside min_iter"),
         ({"min_iter": 1, "max_iter": 9, "s": 2}, "epochs: {value: 9}, " + LR, "min_iter is not used beside"),
         ({"min_iter": 1, "eta": 2}, "epochs: {value: 9}, " + LR, "no trial is ever ended: the best 1/2 of 2 trials"),
@@ -85,7 +89,7 @@ def test_epochs_of_a_search_count_at_both_ends() -> None:
         ("weight_decay: {distribution: q_uniform, min: 0.9, max: 1.1, q: 1.0}", "leaves one value .*: 1"),
         (
             "lr: {distribution: q_log_normal, mu: -7, sigma: 0.5}",
-            "q = 1 leaves one value of the range : 0|q = 1 leaves one value",
+            "q = 1 leaves one value of the range: 0",
         ),
         (
             "lr: {distribution: log_uniform, min: 0.0001, max: 0.1}",
@@ -98,6 +102,8 @@ def test_epochs_of_a_search_count_at_both_ends() -> None:
         ("lr: {values: [0.1, 0.2, 0.3], probabilities: [0.5, 0.5, 0.0]}", "parameters.lr: 0.3 has probability 0: never drawn"),
         ("lr: {values: [0.1, 0.2, 0.1]}", "parameters.lr: 0.1 stands there more than once; each is drawn as often"),
         ("seed: {values: [3]}", "a single seed makes no repeats"),
+        ("lr: {distribution: normal, mu: 0.1, sigma: 0}", "parameters.lr: normal draws one value only: 0.1"),
+        ("lr: {distribution: log_normal, mu: -1000, sigma: 1}", "parameters.lr: log_normal draws one value only: 0"),
     ],
 )
 def test_ranges_and_lists_that_are_not_what_they_seem_are_said(parameter: str, said: str) -> None:
@@ -131,6 +137,8 @@ def test_what_acts_is_not_said(parameter: str) -> None:
         ("{name: system/images_per_second}", "is minimized, W&B's default"),
         ("{name: val/acc, goal: maximize, target: 95}", "target 95 is never met: an accuracy is a fraction of 1; write 0.95"),
         ("{name: val/loss, target: -1}", "target -1 is never met"),
+        ("{name: val/acc, goal: maximize, target: 0}", "target 0 is met by every trial, so the first one ends the sweep"),
+        ("{name: best/val/acc, goal: maximize, target: -0.5}", "target -0.5 is met by every trial"),
         ("{name: gradient_norm/nolayer}", "gradient_norm/nolayer is never measured: "),
         ("{name: gradient_norm}", "measured for each layer; write gradient_norm/LAYER"),
         ("{name: val/acc, goal: maximize, impute: worst}", "impute is read by W&B's Bayesian search only"),
@@ -172,6 +180,8 @@ def test_the_number_of_trials_is_compared_with_what_there_is() -> None:
     assert list_notes("method: grid\nrun_cap: 2", "lr: {values: [0.1, 0.2]}") == []
     (note,) = list_notes("method: random\nrun_cap: 9", "lr: {values: [0.1, 0.2]}, crop: {min: 0, max: 1}")
     assert note.startswith("9 trials are asked for, but there are 4 different ones")
+    notes = list_notes("method: random\nrun_cap: 9", "lr: {distribution: normal, mu: 0.1, sigma: 0}")
+    assert len(notes) == 2 and "nothing is swept" in notes[1]
     (note,) = list_notes("method: bayes\nrun_cap: 9", "lr: {value: 0.1}")
     assert "nothing is swept" in note
     assert list_notes("method: random\nrun_cap: 4", "lr: {values: [0.1, 0.2]}, crop: {min: 0, max: 1}") == []
