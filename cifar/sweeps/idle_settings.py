@@ -199,7 +199,7 @@ def _check_metric(metric: Metric, trials: Sequence[BoundTrial]) -> Iterator[str]
     elif metric.target is not None and metric.goal == "minimize" and metric.target < 0:
         yield f"metric: target {metric.target:g} is never met: {metric.name} is not negative"
     elif metric.target is not None and metric.goal == "maximize" and metric.name.endswith("/acc") and metric.target <= 0:
-        yield f"metric: target {metric.target:g} is met by every trial, so the first one ends the sweep; raise it, or leave it out"
+        yield f"metric: target {metric.target:g} is met by every trial: the first one ends the sweep; raise it or leave it out"
     yield from _check_probe_of_metric(metric, [config for _, config in trials])
 
 

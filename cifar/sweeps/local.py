@@ -29,6 +29,7 @@ import optuna
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+from cifar.config.schema import MAX_THREADS
 from cifar.config.yaml_loader import parse_yaml
 from cifar.errors import UserError
 from cifar.states import (
@@ -44,6 +45,7 @@ from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
 from cifar.sweeps.folder import read_sweep_info, read_sweep_text
 from cifar.sweeps.objectives import finite_or_none
 from cifar.sweeps.spec import Sweep
+from cifar.system.files import shorten_repr
 from cifar.system.names import check_id, check_name, escape_controls
 from cifar.system.ownership import RunOwnedError, lease_seconds
 from cifar.system.redact import redact
@@ -360,6 +362,8 @@ class LocalBackend:
         """The CPU threads of each trial: as the first agent proposes, then the same for all agents."""
         with storage.lock_storage(self._storage, self.id):
             agreed = self._storage.get_study_user_attrs(self._study).get("threads") or self.info["threads"]
+            if agreed and (type(agreed) is not int or not 1 <= agreed <= MAX_THREADS):
+                raise UserError(f"the sweep's database says threads: {shorten_repr(agreed)}; restore the database from a copy")
             if not agreed:
                 self._storage.set_study_user_attr(self._study, "threads", threads)
             self.info["threads"] = agreed or threads

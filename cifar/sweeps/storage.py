@@ -97,6 +97,8 @@ def _explain_errors(name: str) -> Callable[..., Any]:
         try:
             return method(self, *arguments, **options)
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, *_DAMAGE) as error:
+            if isinstance(error, KeyError) and name == "get_study_id_from_name":  # there is no study of that name
+                raise
             cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error  # says more
             what = " ".join(str(getattr(cause, "orig", cause) or error).split())[:200] or type(error).__name__
             raise StorageError(
@@ -107,8 +109,8 @@ def _explain_errors(name: str) -> Callable[..., Any]:
     return call
 
 
-# What Optuna raises at rows that it never wrote.
-_DAMAGE = (ValueError, TypeError, AssertionError, AttributeError, OverflowError, RecursionError)
+# What Optuna and SQLAlchemy raise at rows that Optuna never wrote.
+_DAMAGE = (ValueError, TypeError, AssertionError, AttributeError, LookupError, OverflowError, RecursionError)
 for _name in (
     "get_all_trials", "get_trial", "get_study_id_from_name", "get_study_user_attrs", "set_study_user_attr", "create_new_trial",
     "set_trial_user_attr", "set_trial_state_values", "set_trial_intermediate_value",

@@ -137,7 +137,7 @@ def test_what_acts_is_not_said(parameter: str) -> None:
         ("{name: system/images_per_second}", "is minimized, W&B's default"),
         ("{name: val/acc, goal: maximize, target: 95}", "target 95 is never met: an accuracy is a fraction of 1; write 0.95"),
         ("{name: val/loss, target: -1}", "target -1 is never met"),
-        ("{name: val/acc, goal: maximize, target: 0}", "target 0 is met by every trial, so the first one ends the sweep"),
+        ("{name: val/acc, goal: maximize, target: 0}", "target 0 is met by every trial: the first one ends the sweep"),
         ("{name: best/val/acc, goal: maximize, target: -0.5}", "target -0.5 is met by every trial"),
         ("{name: gradient_norm/nolayer}", "gradient_norm/nolayer is never measured: "),
         ("{name: gradient_norm}", "measured for each layer; write gradient_norm/LAYER"),

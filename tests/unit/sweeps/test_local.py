@@ -338,3 +338,27 @@ def test_what_a_database_refuses_is_one_sentence(runs: Path, monkeypatch: pytest
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
     with pytest.raises(UserError, match=r"has no locks \(No locks available\).*CIFAR_STORAGE"):
         LocalBackend(backend.id, runs).heartbeat(trial)
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("update trials set state = 'BANANA'", "damaged or does not answer"),  # a LookupError of SQLAlchemy's
+        ("update trials set datetime_start = 'x'", "damaged or does not answer"),
+        ("update trial_user_attributes set value_json = '{\"a\": 5}'", "trial 0 of the sweep's database is damaged"),
+        ("insert into study_user_attributes values (null, 1, 'threads', 'NaN')", "says threads: nan; restore the database"),
+        ("insert into study_user_attributes values (null, 1, 'threads', '[1]')", r"says threads: \[1\]"),
+        ("insert into study_user_attributes values (null, 1, 'threads', '-5')", "says threads: -5"),
+    ],
+)
+def test_rows_that_optuna_never_wrote_are_one_sentence(runs: Path, statement: str, said: str) -> None:
+    backend = create_local_sweep(runs, GRID)
+    before = (backend.folder / "sweep.json").read_text()
+    with sqlite3.connect(backend.folder / "study.db") as database:
+        database.execute(statement)
+    database.close()
+    with pytest.raises(UserError, match=said):
+        other = LocalBackend(backend.id, runs)
+        other.list_cells()
+        other.agree_on_threads(2)
+    assert (backend.folder / "sweep.json").read_text() == before

@@ -33,5 +33,5 @@ def test_more_workers_than_the_system_has_files_for_are_one_sentence(limit: None
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most == resource.RLIM_INFINITY:
         pytest.skip("this system sets no limit")
-    with pytest.raises(UserError, match=f"may have .*, and an agent with {most} workers needs {26 + 6 * most}; .*fewer --workers"):
+    with pytest.raises(UserError, match=f"with {most} workers needs {26 + 6 * most}; .*fewer --workers"):
         require_open_files(most)
