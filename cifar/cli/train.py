@@ -89,6 +89,7 @@ def train(
         pairs or [], experiment=experiment, from_run=from_run, trial=trial, dataset=dataset, runs_dir=runs_dir
     )
     if dry_run and not resume:
+        reject_secrets({"--name": name, "--tags": tags})  # as the run would
         return _print_config(layers, with_cost=True)
     paths = PathOptions(data_dir, runs_dir)
     if resume:

@@ -230,6 +230,7 @@ def test_planted_secrets_are_found_nowhere(wandb_server: Server, tmp_path: Path)
         ["train", *TINY, f"note=x{hidden}"],
         ["train", *TINY, "--name", hidden],
         ["train", *TINY, "--tags", f"fine,{plant.hidden['netrc']}"],
+        ["train", *TINY, "--tags", f"fine,{plant.hidden['netrc']}", "--dry-run"],
         ["train", *TINY, "note=https://me:secret@example.org"],
         ["sweep", plant.write(SWEEP + f"  note: {{values: [a, {hidden}]}}\n")],
         ["sweep", plant.write(f"description: the key is {wandb_server.key}\n" + SWEEP)],
