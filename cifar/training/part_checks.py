@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ from cifar.training.step import ForwardOptions, forward
 
 NUM_IMAGES = 2  # of the small training step: the fewest that BatchNorm takes
 EXTRA_SECONDS = 0.25  # a step of the run's own batch size is tried, too, if it takes no longer than this
+SMALL_LR = 1e-6  # at a lower one a step may be too small for the parameters' precision
 MAX_SCHEDULE_POINTS = 10_000
 MAX_INIT_IMAGES = 5000  # what a network's own `init_from_data` gets in a training
 
@@ -73,7 +75,7 @@ def check_parts(config: Settings, device: torch.device) -> CheckedParts:
             _check_schedule(config)
     key = (json.dumps(graph_signature(config), sort_keys=True, default=str), str(device), identify_code(config))
     if key not in _checked:
-        with _keep_random_state(device), _process_settings(config, device):
+        with _keep_random_state(device), _process_settings(config, device), contextlib.redirect_stdout(sys.stderr):
             try:
                 _checked[key] = _check_network(config, device)
             except UserError as error:
@@ -212,7 +214,7 @@ def _try_format(config: Settings, device: torch.device, channels_last: bool) -> 
         trial.take_step(config.batch_size)
         if seconds_per_image * max(eval_sizes) < EXTRA_SECONDS:
             trial.evaluate(max(eval_sizes))
-    return tuple(note for note in (trial.unclear_roles,) if note)
+    return tuple(trial.notes.values())
 
 
 def _list_eval_sizes(config: Settings, device: torch.device) -> list[int]:
@@ -233,12 +235,15 @@ class _Trial:
         self.optimizer_part = f"optimizer '{config.optimizer}' ({entries['optimizer'].file})"
         plugged = [f"'{e.name}' ({e.file})" for part, e in entries.items() if part.startswith("probe ") and e.is_plugin]
         self.probe_part = f"probe {plugged[0]}" if len(plugged) == 1 else "a probe"
+        self.notes: dict[str, str] = {}  # sentences for the user
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         self.model = self._build_model()
+        self.shapes = self._read_shapes()
         with _stage(self.optimizer_part, "when it is built"):
             self.optimizer = build_optimizer(config, self.model)
             self.optimizer.plan_lrs([0.0, 0.5])
+        self.check_groups()
         with _stage(self.probe_part, "at its start"):
             self.probe_runner = build_probe_runner(config, self.model)
         self.ema = None
@@ -259,7 +264,8 @@ class _Trial:
             raise PartError(f"{self.model_part} has no parameters that train; give it some, as nn.Parameter or in modules")
         if unknown := [name for name in _own_roles(model) if name not in named]:
             raise PartError(f"{self.model_part}: its `roles` name '{unknown[0]}', which is no parameter of it; correct it")
-        self.unclear_roles = describe_unclear(model)
+        if unclear := describe_unclear(model):
+            self.notes["roles"] = unclear
         with _stage(self.model_part, f"when it is moved to {self.device}"):
             model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         if init_from_data := getattr(model, "init_from_data", None):
@@ -281,9 +287,10 @@ class _Trial:
             with self._watched_probes():
                 self.probe_runner.after_backward()
                 self.probe_runner.before_update()
-        with _stage(self.optimizer_part, "in its step"):
+        with _stage(self.optimizer_part, "in its step"), self._watched_update(is_first):
             self.optimizer.step()
         if is_first:
+            self._check_shapes()
             with self._watched_probes():
                 self.probe_runner.after_update()
                 self.probe_runner.read_and_reset()
@@ -296,6 +303,69 @@ class _Trial:
                 self._load_weights_again()
         if self.ema:
             self.ema.update()
+
+    def check_groups(self) -> None:
+        """Each parameter is in one group at most, under its name, with an lr that a training can use."""
+        known, seen = {id(parameter) for parameter in self.model.parameters()}, set[int]()
+        for group in getattr(self.optimizer, "groups", ()) if selected_entries(self.config)["optimizer"].is_plugin else ():
+            if len(group.names) != len(group.params):
+                raise PartError(
+                    f"{self.optimizer_part} has a group of {len(group.params)} parameters and {len(group.names)} names; "
+                    "give it a name for each"
+                )
+            for name, parameter in zip(group.names, group.params, strict=True):
+                if id(parameter) not in known:
+                    raise PartError(
+                        f"{self.optimizer_part} has a tensor '{name}' in a group that is no parameter of the network, but a "
+                        "copy or a view; take the tensors of `parameters`"
+                    )
+                if id(parameter) in seen:
+                    raise PartError(f"{self.optimizer_part} has '{name}' in two groups; put it into one")
+                seen.add(id(parameter))
+            lr = float(group.hyper["lr"])
+            if not 0 <= lr < float("inf"):
+                raise PartError(f"{self.optimizer_part} has a group with lr={lr}; give a finite number of 0 or more")
+
+    @contextlib.contextmanager
+    def _watched_update(self, is_first: bool) -> Iterator[None]:
+        """A plug-in's first step with a positive lr changes parameters, in place."""
+        if not is_first or not selected_entries(self.config)["optimizer"].is_plugin:
+            yield
+            return
+        moving = [p for p in self.model.parameters() if p.grad is not None and bool(p.grad.any())]
+        before = [parameter.detach().clone() for parameter in moving]
+        yield
+        is_same = moving and all(torch.equal(old, new.detach()) for old, new in zip(before, moving, strict=True))
+        lrs = [float(group.hyper["lr"]) for group in getattr(self.optimizer, "groups", ())]
+        if is_same and lrs and min(lrs) > SMALL_LR:
+            raise PartError(
+                f"{self.optimizer_part} changes no parameter in its step; a rule changes the tensors of `params` in place "
+                "(param.sub_(...))"
+            )
+
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what is stored with the weights."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        for path, module in self.model.named_modules():
+            stored = {k: b for k, b in module._buffers.items() if b is not None and k not in module._non_persistent_buffers_set}
+            shapes |= {f"{path}.{name}".lstrip("."): tuple(buffer.shape) for name, buffer in stored.items()}
+        return shapes
+
+    def _check_shapes(self) -> None:
+        """What the optimizer does not know would not be trained, and what has another shape could not be loaded again."""
+        after = self._read_shapes()
+        if new := [name for name in after if name not in self.shapes]:
+            raise PartError(
+                f"{self.model_part} makes '{new[0]}' in its forward pass, too late to be trained and to be loaded again; make "
+                "it in __init__, or use a lazy module (nn.LazyLinear)"
+            )
+        for name, shape in self.shapes.items():
+            if after.get(name) != shape:
+                now = f"has the shape {after[name]} after one" if name in after else "is gone after one"
+                raise PartError(
+                    f"{self.model_part} changes '{name}' in its forward pass: it has the shape {shape} before a training step "
+                    f"and {now}, so that its weights could not be loaded again; keep its shape, or keep it out of the buffers"
+                )
 
     def _load_weights_again(self) -> None:
         state = self.model.state_dict()
@@ -311,10 +381,11 @@ class _Trial:
         labels = torch.randint(10, (num_images,), device=self.device)
         self.optimizer.set_lr_from_plan(self.step_index)
         doing = f"in a training step of {num_images} image{'s' * (num_images > 1)}"
-        with _stage(self.model_part, doing), self._checked_output(num_images, doing):
+        with _stage(self.model_part, doing):
             smoothing = torch.tensor(self.config.label_smoothing, device=self.device) if self.config.label_smoothing else None
             options = ForwardOptions(smoothing, self.bf16, self.config.keep < 1)
-            loss, _, _ = forward(model, images, labels, labels, options)
+            checked = self._check_output(model, num_images, doing)
+            loss, _, _ = forward(checked, images, labels, labels, options)
         if not loss.requires_grad:
             raise PartError(f"{self.model_part} cannot be trained: {NO_GRADIENT}")
         doing = f"in the backward pass of {num_images} images"
@@ -357,24 +428,27 @@ class _Trial:
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
         model = self.ema.averaged_model if self.ema else self.model
         images = self.draw_images(num_images)
-        with torch.inference_mode(), _stage(self.model_part, doing), self._checked_output(num_images, doing, model), autocast:
-            model.eval()(images)
+        with torch.inference_mode(), _stage(self.model_part, doing), autocast:
+            self._check_output(model.eval(), num_images, doing)(images)
 
-    @contextlib.contextmanager
-    def _checked_output(self, num_images: int, doing: str, model: nn.Module | None = None) -> Iterator[None]:
-        """Look at what the network returns in here."""
+    def _check_output(self, model: nn.Module, num_images: int, doing: str) -> Any:
+        """The network as a function that looks at what it returns. No hook: scripted modules take none."""
 
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        def run(images: Tensor) -> Any:
+            output = model(images)
             if problem := describe_output_problem(output, num_images):
                 raise PartError(f"{self.model_part} fails {doing}: {problem}")
+            if not output.detach().isfinite().all():
+                self.notes.setdefault("values", NOT_FINITE.format(model=self.config.model))
+            return output
 
-        hook = (model or self.model).register_forward_hook(look)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return run
 
 
+NOT_FINITE = (
+    "model '{model}' puts out NaN or infinite values for random images, before any training; if it does for the real ones, "
+    "the run ends as diverged at its first step"
+)
 NO_GRADIENT = (
     "no gradient reaches any of its parameters; its output must depend on them by operations that can be differentiated "
     "(no argmax, .detach(), .data or torch.no_grad())"

@@ -12,6 +12,7 @@ import io
 import os
 import resource
 import shutil
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,10 +176,11 @@ def measure_network(entry: registry.Entry, arguments: Mapping[str, Any]) -> tupl
     Raises UserError with the network's name and file where its builder or its forward pass fails.
     """
     try:
-        with flops.keep_random_state(), limit_size(entry.name):
-            model: nn.Module = entry.build(**arguments)
-            flops.materialize_lazy_modules(model)
-        return model, flops.measure_cost(model)
+        with contextlib.redirect_stdout(sys.stderr):  # what a plug-in prints, as stdout may be a document
+            with flops.keep_random_state(), limit_size(entry.name):
+                model: nn.Module = entry.build(**arguments)
+                flops.materialize_lazy_modules(model)
+            return model, flops.measure_cost(model)
     except UserError:
         raise
     except (Exception, SystemExit) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,6 +140,38 @@ class WithRoles(Net):
     roles: ClassVar = {"conv.wait": "hidden"}
 
 
+class MakesLayer(Net):
+    """A layer that is made by the first forward pass is no parameter that the optimizer knows."""
+
+    def features(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(512, 512)
+        return self.late(super().features(x))
+
+
+class Remembers(Net):
+    """A buffer that grows."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(0), persistent=persistent)
+
+    def features(self, x: Tensor) -> Tensor:
+        self.means = torch.cat([self.means, x.detach().mean()[None]])
+        return super().features(x)
+
+
+class Halved(Net):
+    """A part in half precision, which is what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv.bfloat16()
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.conv(x.bfloat16()).float().relu().flatten(1)
+
+
 class NoParameters(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)[:, :10]
@@ -222,6 +255,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "wrong roles": (WithRoles, "its `roles` name 'conv.wait', which is no parameter of it"),
     "sparse": (table, "has sparse gradients"),
     "exit": (Ends, "SystemExit: 3"),
+    "layer in a forward pass": (MakesLayer, "makes 'late.weight' in its forward pass, too late to be trained"),
+    "growing buffer": (lambda: Remembers(True), "changes 'means' in its forward pass: it has the shape (0,) before"),
 }  # name -> builder, and what has to be said
 TRAINED: dict[str, tuple[Any, bool]] = {
     "view": (View, False),
@@ -236,6 +271,9 @@ TRAINED: dict[str, tuple[Any, bool]] = {
     "probabilities": (lambda: Net(lambda y: y.softmax(1)), True),
     "half output": (lambda: Net(lambda y: y.half()), True),
     "other generators": (uses_numpy_and_random, True),
+    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(), nn.Linear(64, 10))), True),
+    "growing buffer that is not stored": (lambda: Remembers(False), True),
+    "a part in half precision": (Halved, True),
 }  # name -> builder, and whether it is trained in channels-last format
 
 
@@ -345,6 +383,11 @@ def bad_rule(params: list[Tensor], grads: list[Tensor], state: Any, hyper: Any) 
     state["velocity"]
 
 
+def rebinding_rule(params: list[Tensor], grads: list[Tensor], state: Any, hyper: Any) -> None:
+    """Changes the list, and not the tensors in it."""
+    params[:] = [param - hyper["lr"] * grad for param, grad in zip(params, grads, strict=True)]
+
+
 def group(parameters: Parameters, update: Any, hyper: dict[str, float]) -> Optimizer:
     return Optimizer([Group(list(parameters.tensors), list(parameters.tensors.values()), update, hyper)])
 
@@ -358,6 +401,16 @@ OPTIMIZERS: dict[str, tuple[Any, str]] = {
     "no lr": (lambda p: group(p, rule, {"rate": 0.1}), "fails when it is built: KeyError: 'lr'"),
     "rule": (lambda p: group(p, bad_rule, {"lr": 0.1}), "fails in its step: KeyError: 'velocity'"),
     "arguments": (lambda p: group(p, lambda params, grads: None, {"lr": 0.1}), "fails in its step: TypeError"),
+    "nothing changes": (
+        lambda p: group(p, lambda params, grads, state, hyper: None, {"lr": 0.1}),
+        "changes no parameter in its step",
+    ),
+    "rebinds": (lambda p: group(p, rebinding_rule, {"lr": 0.1}), "changes no parameter in its step"),
+    "copies": (lambda p: group(copy.deepcopy(p), rule, {"lr": 0.1}), "'stem.conv.weight' in a group that is no parameter"),
+    "twice": (lambda p: Optimizer(group(p, rule, {"lr": 0.1}).groups * 2), "has 'stem.conv.weight' in two groups"),
+    "names": (lambda p: Optimizer([Group(["a"], list(p.tensors.values()), rule, {"lr": 0.1})]), "parameters and 1 names"),
+    "nan lr": (lambda p: group(p, rule, {"lr": float("nan")}), "a group with lr=nan; give a finite number"),
+    "negative lr": (lambda p: group(p, rule, {"lr": -0.1}), "a group with lr=-0.1"),
 }
 SCHEDULES: dict[str, tuple[Any, str]] = {
     "text": (lambda: lambda progress: "0.1", "gives '0.1' at 0 % of the training"),
@@ -387,6 +440,21 @@ def test_an_optimizer_or_a_schedule_that_does_not_work_is_refused(kind: str, nam
     registry.schedules.register("other")(lambda: lambda progress: 1)
     if kind == "schedule":
         check_parts(resolve_config(_values(model="conv8", epochs=20, schedule="other")), CPU)
+
+
+def test_an_optimizer_may_have_lr_0_and_leave_parameters_out() -> None:
+    registry.optimizers.register("still")(lambda p: group(p, rule, {"lr": 0.0}))
+    registry.optimizers.register("head")(lambda p: group(Parameters(p.with_roles(["head"]), p.roles), rule, {"lr": 0.1}))
+    for name in ("still", "head"):
+        assert check_parts(resolve_config(_values(model="conv8", optimizer=name)), CPU).notes == ()
+
+
+def test_outputs_that_are_no_numbers_are_said_and_what_is_printed_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    register(lambda: Net(lambda y: print("in forward") or y * torch.inf * 0))
+    (note,) = check_parts(resolve_config(_values(model="mine")), CPU).notes
+    assert "NaN or infinite values for random images" in note
+    out, err = capsys.readouterr()
+    assert not out and "in forward" in err
 
 
 @pytest.mark.parametrize("value", [1, np.float32(0.5), torch.tensor(0.5)])
