@@ -212,9 +212,9 @@ class Sidecar:
                 break
             self._sleep()
         if "wandb" in sys.modules:  # else nothing was sent
-            from cifar.integrations.wandb import artifact_best
+            from cifar.integrations.wandb import artifact_settle
 
-            artifact_best.settle(self._log, everything=True)
+            artifact_settle.settle(self._log, everything=True)
 
     def _sleep(self) -> None:
         self._end_requested.wait(POLL_SECONDS)
@@ -265,7 +265,7 @@ class Sidecar:
         if end == run.mirrored_end or (end and end == run.suspended_end and not is_last):
             return
         try:
-            from cifar.integrations.wandb import artifact_best
+            from cifar.integrations.wandb import artifact_settle
             from cifar.integrations.wandb.mirror import Mirror
 
             run.mirror = run.mirror or Mirror(run.run_dir, self._mode, self._log)
@@ -277,7 +277,7 @@ class Sidecar:
                 elif run.mirror.finish(sorted((run.run_dir.path / "pictures").glob("*.png")), PATIENCE_SECONDS):
                     run.mirrored_end, run.is_waiting = end, False
                     run.is_incomplete = run.mirror.mode != self._mode  # it has turned to offline: written to a file instead
-                    artifact_best.settle(self._log)
+                    artifact_settle.settle(self._log)
                 else:
                     run.is_incomplete, run.is_waiting = True, run.mirror.is_open
                     if run.mirror.has_given_up:

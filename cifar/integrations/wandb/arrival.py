@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cifar.integrations.wandb import artifacts
+from cifar.integrations.wandb import artifact_arrival
 from cifar.integrations.wandb.convert import build_row, parse_number
 from cifar.states import WANDB_FINISHED_STATES
 from cifar.system.redact import mask_secrets
@@ -29,7 +29,7 @@ RUNS_PER_PAGE = 50
 STEPS_PER_PAGE = 10_000  # of a history, in one request
 PICTURES_FOLDER = "media/images/pictures/"  # where wandb puts the pictures among a run's files
 _PICTURE_NAME = re.compile(re.escape(PICTURES_FOLDER) + r"[\w-][\w.-]*")  # in the folder, whatever a server says
-_FIELDS = f"name state historyLineCount historyTail summaryMetrics {artifacts.RUN_FIELDS}"
+_FIELDS = f"name state historyLineCount historyTail summaryMetrics {artifact_arrival.RUN_FIELDS}"
 _PICTURES = f'files(pattern: "{PICTURES_FOLDER}%", first: 100) {{ edges {{ node {{ name sizeBytes }} }} }}'
 GET_RUN = f"""query ArrivedRun($name: String!, $project: String!, $entity: String!) {{
   project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_FIELDS} }} }}
@@ -55,7 +55,7 @@ class ArrivedRun:
     last_row: dict[str, Any]  # {} if there is none
     summary: dict[str, Any]
     pictures: frozenset[str] | None = None
-    artifacts: tuple[artifacts.ArrivedArtifact, ...] = ()  # that it made and uses
+    artifacts: tuple[artifact_arrival.ArrivedArtifact, ...] = ()  # that it made and uses
 
     def find_lost_pictures(self, pictures: Collection[str]) -> dict[str, str]:
         """Pictures that the summary names, and whose files are not among these: key -> name of the file.
@@ -88,7 +88,7 @@ def _parse_node(node: Mapping[str, Any]) -> ArrivedRun:
     last = json.loads(tail[-1]) if tail else {}
     summary = json.loads(node.get("summaryMetrics") or "{}")
     pictures = _parse_pictures(node) if "files" in node else None
-    num_rows, there = int(node.get("historyLineCount") or 0), artifacts.parse_artifacts(node)
+    num_rows, there = int(node.get("historyLineCount") or 0), artifact_arrival.parse_artifacts(node)
     return ArrivedRun(str(node["state"]), num_rows, build_row(last), summary, pictures, there)
 
 
@@ -235,4 +235,4 @@ def describe_difference(
         return difference
     lost = arrived.find_lost_pictures(arrived.pictures) if arrived.pictures is not None else {}
     difference = describe_wrong_end(arrived, run_dir) or (f"W&B lacks the files of {', '.join(lost)}" if lost else "")
-    return difference or artifacts.describe_missing(arrived.artifacts, run_dir)
+    return difference or artifact_arrival.describe_missing(arrived.artifacts, run_dir)

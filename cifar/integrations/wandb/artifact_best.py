@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ _ADD_ALIAS = """mutation AddAliases($input: AddAliasesInput!) { addAliases(input
 
 
 @dataclass(frozen=True)
-class _Marked:
+class Marked:
     """A collection with a new version. `run_dir`: one of its runs. Without an entity it is that of offline files."""
 
     run_dir: RunDir
@@ -56,8 +55,8 @@ class _Marked:
     project: str = ""
 
 
-_marked: dict[tuple[Path, str, str, str], _Marked] = {}  # since the last `settle`
-_touched: dict[tuple[Path, str, str, str], _Marked] = {}  # in this process
+_new: dict[tuple[Path, str, str, str], Marked] = {}  # since the last `take_marked`
+_all: dict[tuple[Path, str, str, str], Marked] = {}  # in this process
 
 
 def lock_file(run_dir: RunDir) -> Path:
@@ -78,27 +77,22 @@ def dataset_lock_file(run_dir: RunDir) -> Path:
 def mark(run_dir: RunDir, entity: str, project: str) -> None:
     """Note that W&B has a new version of a run's model collection: `settle` looks which one is the best."""
     key = (run_dir.path.parent, collection_name(MODEL, run_dir.read_json("run")), entity, project)
-    _marked[key] = _touched[key] = _Marked(run_dir, entity, project)
+    _new[key] = _all[key] = Marked(run_dir, entity, project)
 
 
-def settle(on_message: Callable[[str], None], *, everything: bool = False) -> None:
-    """Let `best` be the best of every collection that got a version since the last call, or in this process. Never raises."""
-    work = dict(_touched if everything else _marked)
-    _marked.clear()
-    for (_, collection, _, _), marked in work.items():
-        try:
-            if marked.entity:
-                _settle_online(marked, collection)
-            else:
-                _settle_offline(marked.run_dir, on_message)
-        except Exception as error:  # a failing server, a full disk
-            on_message(f"{collection}: W&B's alias `best` was not checked ({type(error).__name__}); `push` checks it again")
+def take_marked(*, everything: bool = False) -> dict[str, list[Marked]]:
+    """The collections that were marked since the last call, or in this process: name -> where."""
+    found: dict[str, list[Marked]] = {}
+    for (_, collection, _, _), marked in (_all if everything else _new).items():
+        found.setdefault(collection, []).append(marked)
+    _new.clear()
+    return found
 
 
 # -- online ------------------------------------------------------------------------------------------------------------
 
 
-def _settle_online(marked: _Marked, collection: str) -> None:
+def settle_online(marked: Marked, collection: str) -> None:
     client = GraphqlClient(QUERY_SECONDS)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(Timeout, OSError):  # without it, the check at the end of the sweep is left
@@ -112,7 +106,7 @@ def _settle_online(marked: _Marked, collection: str) -> None:
         client.execute_graphql(_ADD_ALIAS, input={"artifactID": found["id"], "aliases": [{**where, "alias": BEST}]})
 
 
-def _fetch_versions(client: GraphqlClient, marked: _Marked, collection: str) -> list[tuple[Candidate, dict[str, Any]]]:
+def _fetch_versions(client: GraphqlClient, marked: Marked, collection: str) -> list[tuple[Candidate, dict[str, Any]]]:
     versions: list[tuple[Candidate, dict[str, Any]]] = []
     place = {"entity": marked.entity, "project": marked.project, "type": MODEL, "collection": collection}
     after = None
@@ -150,42 +144,20 @@ def take_dataset_offline(run_dir: RunDir) -> bool:
     dataset = f"{collection_name(DATASET, about)} {fingerprint}"
     with FileLock(dataset_lock_file(run_dir), timeout=LOCK_SECONDS):
         for folder in list_folders(run_dir.path.parent):
-            if folder != run_dir.path and _read_note(folder).get("dataset") == dataset and list_offline_files(folder):
+            if folder != run_dir.path and read_note(folder).get("dataset") == dataset and list_offline_files(folder):
                 return False
         _write_note(run_dir, dataset=dataset)
     return True
-
-
-def _settle_offline(run_dir: RunDir, on_message: Callable[[str], None]) -> None:
-    """Write the offline files again that say `best` and are not, and that of the best if it does not say so."""
-    candidates = list_candidates(run_dir)
-    best = find_best(candidates)
-    for candidate in candidates:
-        path = run_dir.path.parent / candidate.run_id
-        if bool(_read_note(path).get("best")) != (candidate is best):
-            _write_again(RunDir(path), on_message)
-
-
-def _write_again(run_dir: RunDir, on_message: Callable[[str], None]) -> None:
-    from cifar.integrations.wandb.mirror import Mirror  # it imports the feeds
-
-    files = list_offline_files(run_dir.path)
-    if not files or any(file.with_name(f"{file.name}.synced").exists() for file in files):
-        return  # it was sent: the best one takes the alias from it when it is sent
-    mirror = Mirror(run_dir, "offline", on_message)
-    if mirror.is_complete():
-        mirror.forget()
-        mirror.finish(sorted((run_dir.path / "pictures").glob("*.png")))
 
 
 def list_offline_files(folder: Path) -> list[Path]:
     return list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def _read_note(folder: Path) -> dict[str, Any]:
+def read_note(folder: Path) -> dict[str, Any]:
     """What the offline file of a run says: `best`, whether it is the best; `dataset`, which dataset it holds."""
     return read_or_set_aside(folder / "wandb" / NOTE_FILE)
 
 
 def _write_note(run_dir: RunDir, **values: Any) -> None:
-    write_notes(run_dir.path / "wandb" / NOTE_FILE, {**_read_note(run_dir.path), **values}, indent=None)
+    write_notes(run_dir.path / "wandb" / NOTE_FILE, {**read_note(run_dir.path), **values}, indent=None)

@@ -9,13 +9,15 @@ import contextlib
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cifar.integrations.wandb import artifact_best, artifact_choice, artifacts
+from cifar.integrations.wandb import artifact_arrival, artifact_best, artifact_choice, artifacts
 from cifar.integrations.wandb.arrival import ArrivedRun
 from cifar.integrations.wandb.artifacts import DATASET, MODEL, PREDICTIONS
 from cifar.integrations.wandb.feed import Feed
@@ -40,6 +42,22 @@ _known_datasets: set[tuple[str, str, str]] = set()  # entity, project, fingerpri
 _told_sweeps: set[str] = set()  # of which was said that not all their models are sent
 
 
+class _Upload(threading.Thread):
+    """Waits until W&B has an artifact. A thread, because a wait that ends early would take the upload back."""
+
+    def __init__(self, kind: str, artifact: Any) -> None:
+        super().__init__(daemon=True)
+        self.kind, self.artifact = kind, artifact
+        self.error: Exception | None = None  # why W&B has not taken it
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.artifact.wait()
+        except Exception as error:  # wandb raises many kinds of errors
+            self.error = error
+
+
 class ArtifactFeed(Feed):
     """One for each run. Nothing that fails here keeps the rest of the run from W&B: it is said, and `push` tries again."""
 
@@ -47,19 +65,19 @@ class ArtifactFeed(Feed):
         super().__init__(run_dir, on_message)
         self._arrived: ArrivedRun | None = None
         self._is_sent = False
-        self._pending: list[tuple[str, Any]] = []  # type, wandb's artifact
+        self._uploads: list[_Upload] = []  # that have not ended
         self._num_bytes = 0  # of what is being uploaded
 
     def open(self, run: Any, arrived: ArrivedRun | None, mode: Mode) -> None:
         super().open(run, arrived, mode)
-        self._arrived, self._is_sent, self._pending, self._num_bytes = arrived, False, [], 0
+        self._arrived, self._is_sent, self._uploads, self._num_bytes = arrived, False, [], 0
 
     def finish(self) -> None:
         if self._is_sent:
             return
         self._is_sent = True
         arrived = self._arrived.artifacts if self._arrived and self.mode == "online" else ()
-        for kind in artifacts.list_missing(arrived, self.run_dir):
+        for kind in artifact_arrival.list_missing(arrived, self.run_dir):
             try:
                 self._send_artifact(kind)
             except Exception as error:  # wandb raises many kinds of errors; a damaged file can raise anything
@@ -71,20 +89,20 @@ class ArtifactFeed(Feed):
     def has_arrived(self, patience: float) -> bool:
         if patience >= 1.0:
             patience = max(patience, self._num_bytes / MIN_UPLOAD_RATE)
-        while self._pending:
-            kind, artifact = self._pending[0]
-            try:
-                artifact.wait(timeout=patience)
-            except Exception as error:
-                if is_core_death(error) or not list_core_pids():
-                    raise
-                if _is_timeout(error):
-                    return False
-                self._say_failed(kind, error)
-            del self._pending[0]
+        deadline = time.monotonic() + patience
+        while self._uploads:
+            upload = self._uploads[0]
+            upload.join(max(0.0, deadline - time.monotonic()))
+            if upload.is_alive():
+                return False
+            if upload.error:
+                if is_core_death(upload.error) or not list_core_pids():
+                    raise upload.error
+                self._say_failed(upload.kind, upload.error)
+            del self._uploads[0]
         if self._is_sent and self.mode == "online":
             shutil.rmtree(self.run_dir.path / "wandb" / FOLDER / COPIES, ignore_errors=True)
-        if MODEL in artifacts.list_kinds(self.run_dir):
+        if MODEL in artifact_arrival.list_kinds(self.run_dir):
             artifact_best.mark(self.run_dir, self.run.entity, self.run.project)
         return True
 
@@ -118,7 +136,7 @@ class ArtifactFeed(Feed):
         self.run.log_artifact(artifact, aliases=aliases)
         self._num_bytes += artifact.size
         if self.mode == "online":
-            self._pending.append((kind, artifact))
+            self._uploads.append(_Upload(kind, artifact))
 
     def _send_dataset(self) -> None:
         """Make the dataset a version, unless W&B has it, and say that the run uses it.
@@ -138,7 +156,7 @@ class ArtifactFeed(Feed):
         with self._own_first_dataset(place) as is_first:
             self.run._log_artifact(artifact, aliases=["latest"], is_user_created=True, use_after_commit=True)
             if self.mode == "online":
-                self._pending.append((DATASET, artifact))
+                self._uploads.append(_Upload(DATASET, artifact))
                 if is_first and self.has_arrived(FIRST_DATASET_SECONDS):
                     _known_datasets.add(place)
 
@@ -207,12 +225,6 @@ class ArtifactFeed(Feed):
                 del os.environ[_DATA_DIR]
             else:
                 os.environ[_DATA_DIR] = before
-
-
-def _is_timeout(error: Exception) -> bool:
-    from wandb.sdk.artifacts.exceptions import WaitTimeoutError
-
-    return isinstance(error, WaitTimeoutError | TimeoutError)
 
 
 def build_mistakes_table(arrays: dict[str, Any], names: Any) -> Any:

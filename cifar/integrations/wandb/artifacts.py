@@ -4,9 +4,10 @@
     weights.pt           -> a version of the model collection of its sweep, or of the project's single runs
     predictions.npz      -> a table of the worst mistakes with their images, and one of the accuracy of each class
 
-A run has artifacts once it is finished and has weights. W&B says itself which of them it has (`arrival.py`), so each is sent
-once, whoever sends it and when. `artifact_choice.py` bounds how many models a sweep sends and says which is the best;
-`artifact_feed.py` sends; `artifact_best.py` moves the alias `best`; `artifact_download.py` reads a model back.
+A run has artifacts once it is finished and has weights. W&B says itself which of them it has (`artifact_arrival.py`), so each
+is sent once, whoever sends it and when. `artifact_choice.py` bounds how many models a sweep sends and says which is the best;
+`artifact_feed.py` sends; `artifact_best.py` moves the alias `best`, when `artifact_settle.py` says so; `artifact_download.py`
+reads a model back.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from cifar.system.files import parse_json
@@ -30,27 +30,6 @@ RECORD_FILES = ("config.json", "run.json", "environment.json")  # beside the wei
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # as cifar.data has it; that would import PyTorch
 _ENVIRONMENT = ("versions", "device", "step", "data_fingerprint")
 _RESULTS = ("val/acc", "val/loss", "test/acc", "test/loss", "test/views", "epochs", "seconds")  # of the summary
-_FIELDS = "node { state metadata artifactType { name } }"
-RUN_FIELDS = f"outputArtifacts(first: 50) {{ edges {{ {_FIELDS} }} }} inputArtifacts(first: 50) {{ edges {{ {_FIELDS} }} }}"
-
-
-@dataclass(frozen=True)
-class ArrivedArtifact:
-    """A version on W&B that a run made (`is_input` false) or uses. Only complete ones are kept."""
-
-    type: str
-    is_input: bool
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-def parse_artifacts(node: Mapping[str, Any]) -> tuple[ArrivedArtifact, ...]:
-    """The artifacts of a run. `node`: W&B's answer to RUN_FIELDS."""
-    return tuple(
-        ArrivedArtifact(edge["node"]["artifactType"]["name"], is_input, parse_metadata(edge["node"].get("metadata")))
-        for name, is_input in (("outputArtifacts", False), ("inputArtifacts", True))
-        for edge in (node.get(name) or {}).get("edges", ())
-        if edge["node"]["state"] == "COMMITTED"
-    )
 
 
 def parse_metadata(text: Any) -> dict[str, Any]:
@@ -65,37 +44,6 @@ def is_enabled(run_dir: RunDir) -> bool:
     """Whether the run's artifacts may be sent. What `--artifacts` says now counts before what it said when the run was made."""
     choice = read_variable(SWITCH) or run_dir.read_json("run").get("artifacts") or "on"
     return str(choice) != "off"
-
-
-def list_kinds(run_dir: RunDir) -> tuple[str, ...]:
-    """The types of artifacts that W&B has of this run once it has all of it."""
-    if run_dir.state != "finished" or not (run_dir.path / WEIGHTS_FILE).exists() or not is_enabled(run_dir):
-        return ()
-    from cifar.integrations.wandb.artifact_choice import is_model_wanted
-
-    has_data = bool(run_dir.read_json("environment").get("data_fingerprint"))
-    has_predictions = (run_dir.path / PREDICTIONS_FILE).exists()
-    kinds = {DATASET: has_data, MODEL: is_model_wanted(run_dir), PREDICTIONS: has_predictions}
-    return tuple(kind for kind, is_wanted in kinds.items() if is_wanted)
-
-
-def list_missing(arrived: Iterable[ArrivedArtifact], run_dir: RunDir) -> list[str]:
-    """The types of artifacts that W&B lacks of this run."""
-    kinds = list_kinds(run_dir)
-    if not kinds:
-        return []
-    ended = run_dir.read_json("status").get("time")
-    fingerprint = run_dir.read_json("environment").get("data_fingerprint")
-    there = {each.type for each in arrived if not each.is_input and each.metadata.get("ended") == ended}
-    there |= {DATASET for each in arrived if each.is_input and each.metadata.get("data_fingerprint") == fingerprint}
-    return [kind for kind in kinds if kind not in there]
-
-
-def describe_missing(arrived: Iterable[ArrivedArtifact], run_dir: RunDir) -> str:
-    """What W&B lacks of the run's artifacts, in words; "" if it has all."""
-    words = {DATASET: "its use of the dataset", MODEL: "its model artifact", PREDICTIONS: "its predictions artifact"}
-    missing = [words[kind] for kind in list_missing(arrived, run_dir)]
-    return f"W&B lacks {' and '.join(missing)}" if missing else ""
 
 
 # -- names and metadata ------------------------------------------------------------------------------------------------

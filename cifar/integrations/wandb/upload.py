@@ -18,8 +18,9 @@ from typing import Any
 
 from cifar.config.yaml_loader import parse_yaml
 from cifar.errors import UserError
-from cifar.integrations.wandb import arrival, artifact_best, backend
+from cifar.integrations.wandb import arrival, artifact_arrival, artifact_best, artifact_settle, backend
 from cifar.integrations.wandb.api import GraphqlClient
+from cifar.integrations.wandb.artifacts import MODEL
 from cifar.integrations.wandb.download import Progress, connect_to_api, describe_error, ignore_progress
 from cifar.integrations.wandb.mirror import Mirror
 from cifar.integrations.wandb.notes import read_notes, write_notes
@@ -80,7 +81,7 @@ def push_sweep(
         progress(n + 1, len(missing))
         done["runs"][run_dir.id] = run_dir.read_json("status").get("time")
         write_notes(folder / NOTES_FILE, notes)
-    artifact_best.settle(on_message)
+    _settle_models(ended, target, entity, on_message)
     _ensure_arrived(missing, target)
     if not done["sweep"]:
         run_ids = [run_dir.id for run_dir in ended]
@@ -100,14 +101,25 @@ def push_runs(
 ) -> int:
     """Send what W&B lacks of these runs -> how many lacked something. Raises UserError."""
     target = {name: value for name, value in (("entity", entity), ("project", project)) if value}
-    connect_to_api()  # raises UserError if there is no key
+    api = connect_to_api()  # raises UserError if there is no key
     sent_before = [run_dir.id for run_dir in run_dirs if Mirror(run_dir, "online", on_message, target).is_complete()]
     missing = _find_missing(run_dirs, sent_before, target, on_message)
     for n, _ in enumerate(_send_runs(missing, target, on_message)):
         progress(n + 1, len(missing))
-    artifact_best.settle(on_message)
+    _settle_models(run_dirs, target, str(api.settings["entity"] or api.default_entity), on_message)
     _ensure_arrived(missing, target)
     return len(missing)
+
+
+def _settle_models(
+    run_dirs: Sequence[RunDir], target: Mapping[str, str], default_entity: str, on_message: Callable[[str], None]
+) -> None:
+    """Let W&B's alias `best` be right for the models of these runs, also where nothing was sent now."""
+    for run_dir in run_dirs:
+        if MODEL in artifact_arrival.list_kinds(run_dir):
+            run = {**run_dir.read_json("run"), **target}
+            artifact_best.mark(run_dir, run.get("entity") or default_entity, run.get("project") or "cifar")
+    artifact_settle.settle(on_message)
 
 
 def _find_missing(
