@@ -1,4 +1,5 @@
-"""The sidecar: a process beside the trainer that mirrors run folders to W&B, and draws a run's pictures when it has ended.
+"""The sidecar: a process beside the trainer that mirrors run folders to W&B, measures the trainer and its machine, and draws a
+run's pictures when it has ended.
 
     python -m cifar.sidecar --wandb auto
 
@@ -31,6 +32,7 @@ from cifar.system.names import escape_controls
 from cifar.system.redact import redact
 from cifar.system.redacted_streams import finish_output, install_redacted_output
 from cifar.tracking.run_dir import RunDir
+from cifar.tracking.system_metrics import SystemMetricsRecorder
 
 if TYPE_CHECKING:
     from cifar.integrations.wandb.mirror import Mirror
@@ -110,6 +112,8 @@ class _FollowedRun:
         self.mirror: Mirror | None = None
         self.is_writer_gone = False
         self.drawn_end = 0.0  # time of the end whose pictures are drawn
+        self.sampled_end = 0.0  # time of the end after which its process was measured for the last time
+        self.system_metrics = SystemMetricsRecorder(self.run_dir)
         self.mirrored_end = -1.0  # time of the end that W&B has, or has refused; 0.0: it failed while the run was open
         self.is_incomplete = False  # W&B does not have all of it
         self.is_waiting = False  # W&B has not got all rows yet; its mirror asks again
@@ -133,7 +137,7 @@ class _FollowedRun:
 
 
 class Sidecar:
-    """Two threads, one that draws and one that mirrors, so that pictures are drawn while W&B does not answer."""
+    """Three threads: one draws, one measures, one mirrors, so that the others go on while W&B does not answer."""
 
     def __init__(self, mode: Mode, log: Callable[[str], None]) -> None:
         self._mode, self._log = mode, log
@@ -141,11 +145,13 @@ class Sidecar:
         self._lock = threading.Lock()
         self._end_requested = threading.Event()
         self._server_is_silent: bool | None = None  # not asked yet
+        self._has_sampling_failed = False
         self._drawing_thread = threading.Thread(target=self._keep_drawing, daemon=True)
-        self._threads = [self._drawing_thread]
+        self._sampling_thread = threading.Thread(target=self._keep_sampling, daemon=True)
+        self._threads = [self._drawing_thread, self._sampling_thread]
         if mode != "disabled":
-            arguments = (lambda: not self._drawing_thread.is_alive(),)
-            self._threads.append(threading.Thread(target=self._keep_mirroring, args=arguments, daemon=True))
+            has_drawn = (lambda: not (self._drawing_thread.is_alive() or self._sampling_thread.is_alive()),)
+            self._threads.append(threading.Thread(target=self._keep_mirroring, args=has_drawn, daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -153,7 +159,7 @@ class Sidecar:
         if folder := message.get("run"):
             with self._lock:
                 run = self._followed.setdefault(folder, _FollowedRun(folder))
-                run.is_writer_gone, run.mirrored_end, run.is_waiting = False, -1.0, False
+                run.is_writer_gone, run.mirrored_end, run.is_waiting, run.sampled_end = False, -1.0, False, 0.0
         elif (folder := message.get("close")) and folder in self._followed:
             self._followed[folder].is_writer_gone = True
 
@@ -216,6 +222,27 @@ class Sidecar:
 
             artifact_settle.settle(self._log, everything=True)
 
+    def _keep_sampling(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._end_requested.is_set()
+            for run in list(self._followed.values()):
+                if not run.sampled_end and not run.is_writer_gone:
+                    self._sample_run(run)
+            self._sleep()
+
+    def _sample_run(self, run: _FollowedRun) -> None:
+        end = run.end_time()
+        try:
+            if not self._has_sampling_failed:
+                run.system_metrics.finish() if end else run.system_metrics.poll()
+        except (OSError, UserError):  # a full disk, or a damaged folder: those who train find out
+            pass
+        except Exception as error:  # psutil is not installed, or does not know this system
+            self._has_sampling_failed = True
+            self._log(f"no system metrics ({type(error).__name__}: {error})")
+        run.sampled_end = end
+
     def _sleep(self) -> None:
         self._end_requested.wait(POLL_SECONDS)
         if self._end_requested.is_set():
@@ -270,7 +297,7 @@ class Sidecar:
 
             run.mirror = run.mirror or Mirror(run.run_dir, self._mode, self._log)
             run.mirror.sync()
-            if end and end == run.drawn_end:
+            if end and end == run.drawn_end and (run.sampled_end or run.is_writer_gone):
                 if run.run_dir.state in FAILURE_STATES and run.mirror.holds_rows_back() and not is_last:
                     run.mirror.suspend()  # it may be tried again, and then the rows after its checkpoint are made again
                     run.suspended_end = end

@@ -218,6 +218,7 @@ class Agent:
 
     def _start_trials(self, trials: Sequence[Trial]) -> None:
         worker = self._free_worker(trials[0].cell)
+        worker.last_words.clear()  # those of earlier trials
         counts = self.backend.count_states()
         ahead = len(trials) + sum(counts.get(state, 0) for state in CLAIMABLE_STATES) // self.num_workers
         for trial in trials:

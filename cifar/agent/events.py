@@ -20,6 +20,7 @@ from cifar.sweeps.backend import Backend, Trial
 from cifar.system.disk import DiskSpaceGate
 from cifar.system.ownership import OwnershipError
 from cifar.system.signals import TimeLimit
+from cifar.tracking.console_log import write_last_words
 from cifar.tracking.run_dir import RunDir
 
 MAX_FAILURES_IN_A_ROW = 3
@@ -121,6 +122,7 @@ class EventHandler:
                 else:
                     with contextlib.suppress(OSError, OwnershipError), run_dir.own("reset"):
                         progress = {key: status.get(key, 0) for key in ("epoch", "epochs")}
+                        write_last_words(run_dir, list(worker.last_words), f"{event['state']}: {event['reason']}")
                         run_dir.set_status(event["state"], reason=event["reason"], **progress)
                 if self.state.sidecar:
                     self.state.sidecar.mark_writer_gone(assigned.folder)

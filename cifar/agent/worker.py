@@ -3,7 +3,7 @@
     python -m cifar.agent.worker        # started by cifar/agent/worker_process.py
 
 JSON lines in:  {"environment": {...}}, first, if it was started early   {"trials": [{...}]}
-                {"run_id", "stop": "interrupted", "when": "epoch" | "step"}   {"run_id", "go": true}
+                {"run_id", "stop": "interrupted", "when": "epoch" | "step"}   {"run_id", "go": true}   {"printed": [LINE]}
 JSON lines out: {"event": "started" | "progress" | "epoch" | "ended", "run_id", ...}
 The end of standard input means that the agent is gone: the worker ends at once, whatever it is doing.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar.system.redact import redact
-from cifar.system.redacted_streams import install_redacted_output
+from cifar.system.redacted_streams import frame_output, install_redacted_output
 
 if TYPE_CHECKING:
     from cifar.config.schema import Settings
@@ -46,6 +46,7 @@ class Worker:
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # what a plug-in prints goes to the log, not between our lines
         install_redacted_output()
+        frame_output()
         self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.trials: dict[str, dict[str, Any]] = {}  # by run id, until they have ended
         self.settings: Settings | None = None
@@ -62,6 +63,9 @@ class Worker:
             message = json.loads(line)
             if "environment" in message:
                 os.environ.update(message["environment"])  # started early; PyTorch reads the GPU variables at first use
+            elif "printed" in message:  # past Python, which the agent finds in the log
+                if console := sys.modules.get("cifar.training.console"):  # else no run has begun
+                    console.write_foreign_output(message["printed"])
             elif "stop" in message:
                 has_begun = self.step_index and message["run_id"] in self.trials  # else there is no epoch to finish
                 when = message.get("when", "step") if has_begun else "step"

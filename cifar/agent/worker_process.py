@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import IO, Any
 
 from cifar.sweeps.backend import Trial
 from cifar.system.open_files import require_open_files
-from cifar.system.redacted_streams import LogRedactor
+from cifar.system.redacted_streams import FrameSplitter, LogRedactor
 
 LOG_SECONDS = 1.0  # that the end of a log is waited for
+MAX_FOREIGN_LINES = 100  # printed past Python, of one piece of a log
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -51,6 +53,7 @@ class WorkerProcess:
         self.name, self.slot, self.log = name, slot, log
         self.assignments: dict[str, Assignment] = {}
         self.retiring = False  # it is ending, or dead, and gets no more trials
+        self.last_words: deque[str] = deque(maxlen=MAX_FOREIGN_LINES)  # printed past Python
         self.exit_event: Mapping[str, Any] | None = None  # how the trials that it had ended when its process did
         file = open(log, "ab", buffering=0)  # noqa: SIM115 (`_write_log` closes it)
         prestarted = _take_prestarted()
@@ -75,15 +78,23 @@ class WorkerProcess:
     def _write_log(self, file: IO[bytes]) -> None:
         """Write what the worker prints to its log, without secrets; also what its libraries print past Python."""
         assert self.process.stderr
-        redactor = LogRedactor()
+        splitter, redactor, foreign_redactor = FrameSplitter(), LogRedactor(), LogRedactor()
         with self.process.stderr as pipe, file:
             while piece := os.read(pipe.fileno(), 2**16):
                 self._is_log_behind.set()
+                whole, foreign = splitter.push(piece)
                 with contextlib.suppress(OSError):  # the disk is full; what comes later may find space
-                    file.write(redactor.push(piece))
+                    file.write(redactor.push(whole))
+                self._pass_on(foreign_redactor.push(foreign))
                 self._is_log_behind.clear()
             with contextlib.suppress(OSError):
                 file.write(redactor.finish())
+
+    def _pass_on(self, foreign: bytes) -> None:
+        """Give the worker what was printed past Python, for the logs of its runs: it owns them, and has not seen it."""
+        if lines := foreign.decode("utf-8", "replace").splitlines()[-MAX_FOREIGN_LINES:]:
+            self.last_words.extend(lines)
+            self.send_message(printed=lines)
 
     def wait_for_log(self) -> None:
         """Wait until the log has what the worker has printed by now, for a second at most."""

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 from cifar.system.names import escape_controls
@@ -17,7 +17,11 @@ from cifar.system.redact import redact, secret_spellings
 
 MAX_PENDING = 2**16  # characters of a line that has no end; then its beginning is passed on
 
+OutputListener = Callable[[str, str], None]  # gets "stdout" or "stderr", and text without secrets; may not raise
+
 _lock = threading.RLock()  # one for all streams: two threads may print at the same time
+_listeners: list[OutputListener] = []
+_unheard = threading.local()  # `depth`: how many `hide_from_listeners` are open in this thread
 
 
 def _renew_lock() -> None:
@@ -71,16 +75,25 @@ class RedactedStream:
     A line is passed on when it ends. `flush` passes on its beginning too, so prompts and progress bars are seen.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._lines = stream, LineRedactor()
+    def __init__(self, stream: TextIO, name: str = "stdout") -> None:
+        self._stream, self._name, self._lines = stream, name, LineRedactor()
+        self.is_framed = False  # see `frame_output`
 
     def write(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         with _lock:
             if complete := self._lines.push(text):
-                self._stream.write(complete)
+                self._write_redacted(complete)
         return len(text)
+
+    def _write_redacted(self, text: str) -> None:
+        if not getattr(_unheard, "depth", 0):
+            for listener in _listeners:
+                listener(self._name, text)
+        if self.is_framed:
+            text = _FRAME_START + re.sub("[\x02\x03]", "", text) + _FRAME_END
+        self._stream.write(text)
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -100,7 +113,7 @@ class RedactedStream:
     def _pass_on(self, *, keeps_beginning: bool) -> None:
         with _lock:
             if rest := self._lines.take(keeps_beginning=keeps_beginning):
-                self._stream.write(rest)
+                self._write_redacted(rest)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -116,7 +129,7 @@ def redact_output() -> Iterator[None]:
         yield
         return
     before = sys.stdout, sys.stderr
-    redacted: list[Any] = [RedactedStream(stream) for stream in before]
+    redacted: list[Any] = [RedactedStream(stream, name) for stream, name in zip(before, ("stdout", "stderr"), strict=True)]
     sys.stdout, sys.stderr = redacted
     try:
         yield
@@ -132,8 +145,42 @@ def redact_output() -> Iterator[None]:
 def install_redacted_output() -> None:
     """From now on, what this process prints has no secrets."""
     if not isinstance(sys.stdout, RedactedStream):
-        sys.stdout, sys.stderr = (cast(TextIO, RedactedStream(stream)) for stream in (sys.stdout, sys.stderr))
+        sys.stdout = cast(TextIO, RedactedStream(sys.stdout, "stdout"))
+        sys.stderr = cast(TextIO, RedactedStream(sys.stderr, "stderr"))
         atexit.register(finish_output)
+
+
+@contextlib.contextmanager
+def listen_to_output(listener: OutputListener) -> Iterator[None]:
+    """While this is open, `listener` hears what this process prints through its redacted streams."""
+    with _lock:
+        _listeners.append(listener)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, RedactedStream):
+                stream.finish()  # a line without an end was printed in this time too
+        with _lock:
+            _listeners.remove(listener)
+
+
+@contextlib.contextmanager
+def hide_from_listeners() -> Iterator[None]:
+    """What this thread prints while this is open goes to the terminal only."""
+    flush_output()  # what was printed before is heard
+    _unheard.depth = getattr(_unheard, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _unheard.depth -= 1
+
+
+def flush_output() -> None:
+    """Pass on the beginning of a line that has no end yet."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, RedactedStream):
+            stream.flush()
 
 
 def finish_output() -> None:
@@ -141,6 +188,35 @@ def finish_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, RedactedStream):
             stream.finish()
+
+
+# Around what Python prints, where a reader of the pipe has to tell it from what libraries and child processes print.
+_FRAME_START, _FRAME_END = "\x02", "\x03"
+
+
+def frame_output() -> None:
+    """Mark from now on what this process prints through its redacted streams, for a `FrameSplitter` at the pipe's other end."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, RedactedStream):
+            stream.is_framed = True
+
+
+class FrameSplitter:
+    """The bytes of a process that called `frame_output`, in pieces -> (all of them, those that Python did not print)."""
+
+    def __init__(self) -> None:
+        self._is_inside = False
+
+    def push(self, piece: bytes) -> tuple[bytes, bytes]:
+        whole, foreign = [], []
+        for part in re.split(b"([\x02\x03])", piece):
+            if part in (b"\x02", b"\x03"):
+                self._is_inside = part == b"\x02"
+                continue
+            whole.append(part)
+            if not self._is_inside:
+                foreign.append(part)
+        return b"".join(whole), b"".join(foreign)
 
 
 class LogRedactor:

@@ -7,6 +7,9 @@
       labels.json       metric -> {"label", "unit"}; "layers" lists the layers in the network's order
       metrics.jsonl     a JSON object a line, one an epoch
       histograms.jsonl  the same for some epochs: histograms of gradients and updates (tracking/histograms.py)
+      output.log        what the run printed (console_log.py)
+      system_metrics.jsonl   use of CPU, memory, disk, network and GPU; machine.json, requirements.txt: where it ran (the
+                             sidecar writes these three: system_metrics.py, machine.py)
       summary.json      last values, written once at the end
       status.json       {"state", "reason", "epoch", "epochs", "time", "pid"}; replaced as a whole
       checkpoint.pt     while unfinished; weights.pt once finished
@@ -14,8 +17,8 @@
       pictures/         drawn by the report
       owner.json, owner.lock   while a process owns the folder (system/ownership.py): the one that may write to it
 
-metrics.jsonl and histograms.jsonl are only appended to, or cut back to what a checkpoint knows. Every other file is replaced
-atomically.
+metrics.jsonl and histograms.jsonl are only appended to, or cut back to what a checkpoint knows. output.log and
+system_metrics.jsonl are only appended to. Every other file is replaced atomically.
 """
 
 from __future__ import annotations
@@ -134,7 +137,8 @@ class RunDir:
         finally:
             self.release()
 
-    def _check_ownership(self) -> None:
+    def check_ownership(self) -> None:
+        """Raise OwnershipLostError if this object owns the folder and another process has taken it."""
         if self._lock is not None:
             self._lock.check()
 
@@ -142,12 +146,12 @@ class RunDir:
 
     def write_file(self, name: str, content: bytes) -> None:
         """Replace a file as a whole."""
-        self._check_ownership()
-        write_atomic(self.path / name, content, before_replacing=self._check_ownership)
+        self.check_ownership()
+        write_atomic(self.path / name, content, before_replacing=self.check_ownership)
 
     def remove_file(self, name: str) -> None:
         """Delete a file, if there is one."""
-        self._check_ownership()
+        self.check_ownership()
         (self.path / name).unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Mapping[str, Any], *, mask_keys: bool = True) -> None:
@@ -160,7 +164,7 @@ class RunDir:
 
     def append_bytes(self, name: str, content: bytes) -> None:
         """Add to a file; it is on disk when this returns."""
-        self._check_ownership()
+        self.check_ownership()
         with open(self.path / name, "ab") as file:
             file.write(content)
             file.flush()
@@ -181,7 +185,7 @@ class RunDir:
 
     def cut_file(self, name: str, length: int) -> None:
         """Cut a file that is appended to, so that it has this many bytes."""
-        self._check_ownership()
+        self.check_ownership()
         with open(self.path / name, "ab") as file:
             file.truncate(length)
 

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from cifar.system.durations import format_duration
 from cifar.system.names import escape_controls
+from cifar.system.redacted_streams import hide_from_listeners
 from cifar.system.terminal import shorten_text
 
 REFRESH_SECONDS = 0.1  # between two updates of a progress bar
@@ -69,10 +70,14 @@ class LineCallback(RunCallback):
         self.epochs = epochs
 
     def on_message(self, text: str) -> None:
-        print(escape_controls(text, keeps_lines=True), file=self.out, flush=True)
+        self._print_line(escape_controls(text, keeps_lines=True))
 
     def on_epoch_end(self, row: Mapping[str, Any]) -> None:
-        print(format_epoch_line(row, self.epochs), file=self.out, flush=True)
+        self._print_line(format_epoch_line(row, self.epochs))
+
+    def _print_line(self, text: str) -> None:
+        with hide_from_listeners():  # the run writes these lines into its output.log itself
+            print(text, file=self.out, flush=True)
 
 
 class ProgressBarCallback(RunCallback):
@@ -94,7 +99,7 @@ class ProgressBarCallback(RunCallback):
         self.progress.start()
 
     def on_message(self, text: str) -> None:
-        self.progress.console.print(escape_controls(text, keeps_lines=True), highlight=False, markup=False)
+        self._print_line(escape_controls(text, keeps_lines=True))
 
     def on_step_end(self, epoch: int, step: int) -> None:
         if step < self.steps and time.monotonic() < self.shown + REFRESH_SECONDS:
@@ -105,8 +110,11 @@ class ProgressBarCallback(RunCallback):
 
     def on_epoch_end(self, row: Mapping[str, Any]) -> None:
         self.scores = format_scores(row)
-        line = format_epoch_line(row, self.epochs, self.progress.console.width)
-        self.progress.console.print(line, highlight=False, markup=False)
+        self._print_line(format_epoch_line(row, self.epochs, self.progress.console.width))
+
+    def _print_line(self, text: str) -> None:
+        with hide_from_listeners():  # as above
+            self.progress.console.print(text, highlight=False, markup=False)
 
     def on_run_end(self, state: str, reason: str, summary: Mapping[str, Any]) -> None:
         self.close()

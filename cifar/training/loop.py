@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -19,6 +20,7 @@ from cifar.tracking.histograms import append_histograms
 from cifar.tracking.run_dir import RunDir
 from cifar.training.callbacks import RunCallback
 from cifar.training.checkpoint import resume_from_checkpoint, save_checkpoint
+from cifar.training.console import RunConsole
 from cifar.training.cudagraph import StepRunner, new_timing_event
 from cifar.training.evaluation import compute_loss_and_accuracy
 from cifar.training.trainer import Trainer
@@ -42,7 +44,13 @@ class RunLoop:
         self.config, self.run_dir, self.hooks = config, run_dir, hooks or RunHooks()
         self.state, self.reason, self.summary = "", "", dict[str, Any]()
         self.end_recorded = False  # its folder says how it ended
+        self.console: RunConsole | None = None  # its output.log
         self._last_saved = self._started_at = time.monotonic()
+
+    def attach_console(self, console: RunConsole) -> None:
+        """Tell it about the run, as the other callbacks."""
+        self.console = console
+        self.hooks = dataclasses.replace(self.hooks, callbacks=(*self.hooks.callbacks, console))
 
     def attach_trainer(self, trainer: Trainer) -> None:
         """Train with this trainer from now on, from the run's checkpoint if there is one."""

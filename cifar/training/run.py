@@ -38,6 +38,7 @@ from cifar.system.redact import redact, reject_secrets
 from cifar.system.user_code import describe_failure
 from cifar.system.variables import read_variable
 from cifar.tracking.run_dir import RunDir, generate_id
+from cifar.training.console import RunConsole, record_output
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
 from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
 from cifar.training.loop import RunHooks, RunLoop, train_epochs
@@ -229,6 +230,9 @@ def train_runs(
             stack.callback(run.run_dir.release)
         context.rank_zero_call(lambda: _acquire_folders(runs))
         for run in runs:
+            run.attach_console(RunConsole(run.config, run.run_dir, len(runs)))
+        stack.enter_context(record_output([run.console for run in runs if run.console]))
+        for run in runs:
             stack.enter_context(record_failures(run, len(runs)))
         live = [run for run in runs if not _skip_if_over_budget(run)]
         if live:
@@ -257,6 +261,7 @@ def _skip_if_over_budget(run: RunLoop) -> bool:
     if not budget or macs <= budget:
         return False
     run.state, run.reason = "skipped", f"needs {macs:,} MACs, the budget max_macs is {budget:,.0f}"
+    _write_console_end(run, run.state, run.reason)
     run.run_dir.set_status("skipped", reason=run.reason, epochs=run.config.epochs)
     _notify_end(run)
     return True
@@ -266,7 +271,11 @@ def _write_description(run: RunLoop, step_description: dict[str, Any]) -> None:
     """Write what is known before the first step: the environment, how steps are taken, and the labels of all metrics."""
     trainer, run_dir = run.trainer, run.run_dir
     described = environment.describe_environment(trainer.device, trainer.fingerprint) | trainer.context.describe()
+    if "program" not in described:  # a trial: the command that repeats it
+        described |= {"program": "-m cifar", "args": ["train", "--from", run_dir.id]}
     run_dir.write_json("environment", {**described, "step": {**step_description, "channels_last": trainer.channels_last}})
+    if read_variable(environment.DIFF_VARIABLE) == "on" and (diff := environment.git_diff()):
+        run_dir.write_file(environment.DIFF_FILE, diff)
     labels = {name: {"label": label, "unit": unit} for name, (label, unit) in METRIC_LABELS.items()}
     layers = list(weight_layers(trainer.probe_runner.parameters))
     run_dir.write_json("labels", {**labels, **trainer.probe_runner.metric_labels(), "layers": layers})
@@ -301,15 +310,19 @@ def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exceptio
         return  # the folder is another process's now, or gone
     progress = {"epoch": run_dir.read_json("status").get("epoch", 0), "epochs": config.epochs}
     if isinstance(error, OwnershipError):
-        run_dir.set_status("interrupted", reason=f"side by side with {error.folder.name}, which was lost", **progress)
+        reason = f"side by side with {error.folder.name}, which was lost"
+        _write_console_end(run, "interrupted", reason)
+        run_dir.set_status("interrupted", reason=reason, **progress)
         return
     if is_disk_full_error(error):
         with contextlib.suppress(OSError):
+            _write_console_end(run, "interrupted", "no space left on the disk")
             run_dir.set_status("interrupted", reason="no space left on the disk", **progress)
         raise DiskFullError(
             f"no space is left for {run_dir.path}; free some, then go on with `python -m cifar train --resume {run_dir.id}`"
         ) from error
     if isinstance(error, PeerLostError):
+        _write_console_end(run, "interrupted", str(error))
         run_dir.set_status("interrupted", reason=str(error), **progress)
         return
     if isinstance(error, UserError):
@@ -328,6 +341,9 @@ def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exceptio
     with contextlib.suppress(OSError):
         text = escape_controls(redact(traceback.format_exc()), keeps_lines=True)
         run_dir.write_file("traceback.txt", text.encode())
+        if run.console:
+            run.console.log.write_lines(text.rstrip())
+        _write_console_end(run, state, reason)
         run_dir.set_status(state, reason=reason, **progress)
         error.add_note(f"the whole traceback: {run_dir.path / 'traceback.txt'}")
 
@@ -353,10 +369,17 @@ def _record_end(run: RunLoop) -> None:
     run_dir, epoch = run.run_dir, run.trainer.epoch - 1
     if run.state == "finished":
         run.summary = _write_results(run)
+    _write_console_end(run, run.state, run.reason)
     run_dir.set_status(run.state, reason=run.reason, epoch=epoch, epochs=run.config.epochs)
     if run.state in ("finished", "diverged"):
         run_dir.remove_file("checkpoint.pt")
     _notify_end(run)
+
+
+def _write_console_end(run: RunLoop, state: str, reason: str) -> None:
+    """The last line of output.log. Before the status: once that says that the run has ended, the mirror sends what is there."""
+    if run.console:
+        run.console.write_end(state, reason, run.summary)
 
 
 def _notify_end(run: RunLoop) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from cifar.tracking.run_dir import RunDir
 from helpers.paths import ROOT
 from helpers.protocol import Server
+from helpers.system_fields import assert_shown_as_recorded
 
 HEAD = "# Question: which?\nname: tiny\nmethod: grid\nmetric: {name: val/acc, goal: maximize}\n"
 TINY = """  dataset: {value: stand-in}
@@ -40,3 +41,4 @@ def assert_as_trained(server: Server, runs: Path, run_id: str, epochs: int) -> N
     assert run.summary.items() >= {**record.read_json("summary"), "state": record.state}.items()
     assert run.sweep and run.group == run.sweep == record.read_json("run")["sweep"]
     assert run.display_name == record.read_json("run")["name"][:128] and any("pictures" in name for name in run.files)
+    assert_shown_as_recorded(run, record.path)

@@ -41,6 +41,8 @@ DOORS = {  # package -> the files that may import it
     "typer": ["cli/"],
     "rich": ["cli/console.py", "training/callbacks.py", "agent/rich_dashboard.py"],
     "requests": ["data/"],
+    "psutil": ["system/sampler.py", "system/machine.py"],  # by the sidecar only
+    "pynvml": ["system/sampler.py"],
     "torchvision": [],  # two seconds of import; the tests compare with it
 }
 NO_TORCH = (

@@ -21,7 +21,9 @@ from cifar.integrations.wandb import artifact_arrival
 from cifar.integrations.wandb.convert import build_row, parse_number
 from cifar.states import WANDB_FINISHED_STATES
 from cifar.system.redact import mask_secrets
+from cifar.tracking import console_log
 from cifar.tracking.run_dir import RunDir
+from cifar.tracking.system_metrics import read_samples
 
 TIMES = "system/"  # prefix of what differs when the same epoch is trained again
 INCOMPLETE = "incomplete"  # the summary's `state` while W&B lacks something of a run that has ended here
@@ -29,7 +31,7 @@ RUNS_PER_PAGE = 50
 STEPS_PER_PAGE = 10_000  # of a history, in one request
 PICTURES_FOLDER = "media/images/pictures/"  # where wandb puts the pictures among a run's files
 _PICTURE_NAME = re.compile(re.escape(PICTURES_FOLDER) + r"[\w-][\w.-]*")  # in the folder, whatever a server says
-_FIELDS = f"name state historyLineCount historyTail summaryMetrics {artifact_arrival.RUN_FIELDS}"
+_FIELDS = f"name state historyLineCount historyTail summaryMetrics logLineCount eventsLineCount {artifact_arrival.RUN_FIELDS}"
 _PICTURES = f'files(pattern: "{PICTURES_FOLDER}%", first: 100) {{ edges {{ node {{ name sizeBytes }} }} }}'
 GET_RUN = f"""query ArrivedRun($name: String!, $project: String!, $entity: String!) {{
   project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_FIELDS} }} }}
@@ -54,6 +56,8 @@ class ArrivedRun:
     num_rows: int
     last_row: dict[str, Any]  # {} if there is none
     summary: dict[str, Any]
+    num_log_lines: int = 0  # of the console
+    num_event_lines: int = 0  # samples of system metrics
     pictures: frozenset[str] | None = None
     artifacts: tuple[artifact_arrival.ArrivedArtifact, ...] = ()  # that it made and uses
 
@@ -88,8 +92,9 @@ def _parse_node(node: Mapping[str, Any]) -> ArrivedRun:
     last = json.loads(tail[-1]) if tail else {}
     summary = json.loads(node.get("summaryMetrics") or "{}")
     pictures = _parse_pictures(node) if "files" in node else None
-    num_rows, there = int(node.get("historyLineCount") or 0), artifact_arrival.parse_artifacts(node)
-    return ArrivedRun(str(node["state"]), num_rows, build_row(last), summary, pictures, there)
+    num_rows, num_log_lines, num_event_lines = (int(node.get(f"{kind}LineCount") or 0) for kind in ("history", "log", "events"))
+    there = artifact_arrival.parse_artifacts(node)
+    return ArrivedRun(str(node["state"]), num_rows, build_row(last), summary, num_log_lines, num_event_lines, pictures, there)
 
 
 def fetch_pictures(execute_graphql: Execute, entity: str, project: str, run_id: str) -> frozenset[str]:
@@ -234,5 +239,15 @@ def describe_difference(
     if arrived is None or difference:
         return difference
     lost = arrived.find_lost_pictures(arrived.pictures) if arrived.pictures is not None else {}
-    difference = describe_wrong_end(arrived, run_dir) or (f"W&B lacks the files of {', '.join(lost)}" if lost else "")
+    difference = describe_wrong_end(arrived, run_dir) or describe_missing_lines(arrived, run_dir)
+    difference = difference or (f"W&B lacks the files of {', '.join(lost)}" if lost else "")
     return difference or artifact_arrival.describe_missing(arrived.artifacts, run_dir)
+
+
+def describe_missing_lines(arrived: ArrivedRun, run_dir: RunDir) -> str:
+    """What W&B lacks of the console's lines and of the system metrics, in words; "" if nothing."""
+    counts = {
+        "console lines": (arrived.num_log_lines, console_log.count_lines(run_dir.path)),
+        "samples of system metrics": (arrived.num_event_lines, sum(1 for _ in read_samples(run_dir.path))),
+    }
+    return next((f"W&B has {there} of {here} {what}" for what, (there, here) in counts.items() if there < here), "")

@@ -20,6 +20,7 @@ folder. wandb is imported when the first run is opened. Only the process that ca
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -474,6 +475,8 @@ class Mirror:
             try:
                 self._run = self._init_run(rewind_to=int(rows[num_equal - 1]["epoch"]) if num_equal else 0)
                 self._num_expected, self._picture_hashes, self._lost_pictures = num_equal, {}, {}  # the summary is gone too
+                # wandb-core writes the other lines from their beginning again, too
+                self._arrived = dataclasses.replace(arrived, num_log_lines=0, num_event_lines=0)
                 return
             except Exception as error:
                 self._on_message(f"{self.run_dir.id}: W&B cannot take rows back ({type(error).__name__})")
@@ -527,7 +530,7 @@ class Mirror:
                 finish_timeout_raises=True,
                 x_disable_meta=True,
                 x_disable_stats=True,
-                x_disable_machine_info=True,
+                host="",  # not this process's: the environment's feed sends what the record says
                 x_save_requirements=False,
                 x_transaction_log_flush_interval=2.0,
                 x_file_stream_transmit_interval=TRANSMIT_SECONDS,

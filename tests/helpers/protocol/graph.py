@@ -88,7 +88,7 @@ class RunNode(RunArtifacts):
         self.createdAt, self.heartbeatAt = date(run.created), date(run.beat)
         self.historyLineCount, self.eventsLineCount = len(run.history_lines), len(run.event_lines)
         self.logLineCount, self.fileCount = len(run.log_lines), len(run.files)
-        self.readOnly, self.commit, self.description, self.systemMetrics = False, None, "", "{}"
+        self.readOnly, self.commit, self.description, self.systemMetrics = False, run.commit or None, "", "{}"
 
     def projectId(self, info: Any) -> int:
         return int(self.project(info).internalId)
@@ -254,6 +254,7 @@ class Root(RootViews, RootArtifacts):
                 world.sweeps[sweep].runs.append(run.id)
             run.sweep = sweep
         given = {"display_name": "displayName", "group": "groupName", "job_type": "jobType", "notes": "notes", "tags": "tags"}
+        given |= {"host": "host", "commit": "commit", "program": "jobProgram", "repository": "jobRepo"}
         for ours, theirs in given.items():
             if input.get(theirs) is not None:
                 setattr(run, ours, input[theirs])

@@ -48,6 +48,10 @@ class Run:
     group: str = ""
     job_type: str = ""
     notes: str = ""
+    host: str = ""
+    commit: str = ""
+    program: str = ""
+    repository: str = ""
     tags: list[str] = field(default_factory=list)
     raw_config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar.system.redacted_streams import LogRedactor, RedactedStream, redact_output
+from cifar.system.redacted_streams import FrameSplitter, LogRedactor, RedactedStream, redact_output
 from helpers.paths import ROOT
 
 SECRET = "correct-horse-battery"
@@ -123,3 +123,23 @@ def test_warnings_logging_and_tracebacks_of_a_process_are_redacted() -> None:
     printed = done.stdout + done.stderr
     assert done.returncode == 1 and SECRET not in printed and printed.count("ValueError: ***") == 2
     assert "end without a newline ***" in done.stdout and "UserWarning: ***" in done.stderr
+
+
+@given(st.lists(st.tuples(st.booleans(), st.text(alphabet="ab\n\x02\x03", max_size=5)), max_size=8), st.integers(1, 4))
+def test_what_python_does_not_print_is_told_apart(printed: list[tuple[bool, str]], size: int) -> None:
+    """Frames around Python's text; a library writes between them, and the pipe cuts anywhere."""
+    pipe = io.StringIO()
+    stream = RedactedStream(pipe)
+    stream.is_framed = True
+    expected = ""
+    for is_python, text in printed:
+        if is_python:
+            stream.write(text + "\n")
+        else:
+            text = text.translate({2: "", 3: ""})
+            pipe.write(text)
+            expected += text
+    content, splitter = pipe.getvalue().encode(), FrameSplitter()
+    pieces = [splitter.push(content[start : start + size]) for start in range(0, len(content), size)]
+    assert b"".join(foreign for _, foreign in pieces).decode() == expected
+    assert b"".join(whole for whole, _ in pieces) == content.translate(None, b"\x02\x03")
