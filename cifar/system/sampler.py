@@ -36,6 +36,13 @@ class Sampler:
         self._gpu = find_gpu(gpu_uuid) if gpu_uuid else None
         self._disks_before, self._network_before = self._disk_sums(), self._network_sums()
 
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        try:
+            return bool(self._process.is_running() and self._process.status() != self._psutil.STATUS_ZOMBIE)
+        except self._psutil.Error:
+            return False
+
     def take(self) -> dict[str, float]:
         """All that can be measured now. What a machine does not tell is left out."""
         found: dict[str, float] = {}

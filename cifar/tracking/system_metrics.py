@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cifar.states import ENDED_STATES
 from cifar.system.files import UnreadableFileError, is_regular_file, load_json, read_bytes
 from cifar.system.machine import describe_machine, list_packages
 from cifar.system.sampler import Sampler, is_relative
@@ -35,30 +34,37 @@ class SystemMetricsRecorder:
         self._path = run_dir.path / FILE
         self._sampler: Sampler | None = None
         self._pid = 0
-        self._num_samples = -1  # not counted yet
+        self._num_samples, self._last_time = -1, 0.0  # not read yet
         self._next_time = 0.0
 
     def poll(self) -> None:
         """Take a sample if it is time. Raises OSError where the disk is full, and ImportError without psutil."""
-        if time.monotonic() >= self._next_time:
-            self._take(dict(self._run_dir.read_json("status")))
+        status = self._run_dir.read_json("status")
+        if status.get("state") != "running":
+            self.finish()
+        elif time.monotonic() >= self._next_time:
+            self._take(status)
 
     def finish(self) -> None:
-        """The run has ended: take the last sample, unless that was done."""
+        """The run has ended, or waits to go on: take the last sample, unless that was done."""
         status = self._run_dir.read_json("status")
-        if float(status.get("time") or 0.0) > self._last_time():
+        self._read_file()
+        if float(status.get("time") or 0.0) > self._last_time:
             self._take(status)
+            self._last_time = time.time()  # once, also where nothing could be measured
         self._sampler, self._pid, self._next_time = None, 0, 0.0
 
     def _take(self, status: dict[str, Any]) -> None:
         pid = int(status.get("pid") or 0)
-        if pid != self._pid and not self._begin(pid, is_over=status.get("state") in ENDED_STATES):
+        if pid != self._pid and not self._begin(pid, is_over=status.get("state") != "running"):
             return
-        if self._sampler is None or self._count() >= MAX_SAMPLES:
+        self._read_file()
+        if self._sampler is None or not self._sampler.is_alive() or self._num_samples >= MAX_SAMPLES:
             return
         if os.path.lexists(self._path) and not is_regular_file(self._path):
             return
-        line = json.dumps({"_timestamp": time.time(), **self._sampler.take()}, separators=(",", ":")) + "\n"
+        self._last_time = time.time()
+        line = json.dumps({"_timestamp": self._last_time, **self._sampler.take()}, separators=(",", ":")) + "\n"
         with open(self._path, "ab", buffering=0) as file:
             file.write(line.encode())
         self._num_samples += 1
@@ -81,16 +87,12 @@ class SystemMetricsRecorder:
         write_atomic(self._run_dir.path / PACKAGES_FILE, "".join(f"{line}\n" for line in list_packages()).encode())
         write_atomic(self._run_dir.path / MACHINE_FILE, json.dumps(describe_machine(gpu_uuid), indent=1).encode())
 
-    def _count(self) -> int:
+    def _read_file(self) -> None:
+        """How many samples there are, and when the last one was taken: by an earlier sidecar, perhaps."""
         if self._num_samples < 0:
-            self._num_samples = sum(1 for _ in read_samples(self._run_dir.path))
-        return self._num_samples
-
-    def _last_time(self) -> float:
-        last = 0.0
-        for sample in read_samples(self._run_dir.path):
-            last = max(last, float(sample["_timestamp"]))
-        return last
+            samples = list(read_samples(self._run_dir.path))
+            self._num_samples = len(samples)
+            self._last_time = max((float(sample["_timestamp"]) for sample in samples), default=0.0)
 
 
 def read_samples(folder: Path, start: int = 0) -> Iterator[dict[str, Any]]:

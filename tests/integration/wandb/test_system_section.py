@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,12 +14,17 @@ from typing import Any
 
 import pytest
 
+from cifar.config.resolve import resolve_config
 from cifar.integrations.wandb.mirror import Mirror
 from cifar.integrations.wandb.mirror_process import stop_core
 from cifar.integrations.wandb.upload import push_runs
 from cifar.tracking.run_dir import RunDir
+from cifar.training.callbacks import RunCallback
+from cifar.training.loop import RunHooks
+from cifar.training.run import RunMetadata, create_run, train_run
 from helpers.leet import end_record, make_record, row, write_checkpoint
 from helpers.protocol import Server
+from helpers.run_configs import TINY
 from helpers.system_fields import assert_shown_as_recorded, shown_environment, shown_lines, shown_samples
 
 SAMPLE = {"system.cpu": 51.25, "system.memory_percent": 40, "system.disk./.usageGB": 12.5, "system.gpu.0.powerWatts": 350.5}
@@ -199,3 +205,43 @@ def test_a_run_of_the_command_line(server: Server, tmp_path: Path, way: str) -> 
     assert len(samples) >= 1 and samples[-1]["_timestamp"] >= json.loads((folder / "status.json").read_text())["time"] - 0.01
     assert abs(samples[-1]["_timestamp"] - time.time()) < 300 and samples[-1]["system.proc.memory.rssMB"] > 100
     assert shown_environment(run)["args"][:2] == ["train", "model=conv4"]
+
+
+ENDS = {  # how a run ends -> (the hooks and values that end it so, W&B's word, our word, the beginning of the reason)
+    "finished": ({}, "finished", "finished", ""),
+    "failed": ({"fails": True}, "failed", "failed", "RuntimeError"),
+    "diverged": ({"lr": 1e30}, "failed", "diverged", "the loss became"),
+    "stopped": ({"stop": "stopped"}, "failed", "stopped", "asked to end at step 1 of epoch 1"),
+    "preempted": ({"stop": "preempted"}, "failed", "preempted", "asked to end at step 1 of epoch 1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ENDS)
+def test_each_end_shows_its_state_its_reason_and_its_lines(server: Server, tmp_path: Path, kind: str) -> None:
+    how, word, state, reason = ENDS[kind]
+
+    class Fails(RunCallback):
+        def on_epoch_end(self, row: Any) -> None:
+            raise RuntimeError("a bug, password=abcdefgh12345")
+
+    config = resolve_config({**TINY, "optimizer": "sgd", "lr": how.get("lr", 0.05)})
+    record = create_run(config, tmp_path / "runs", RunMetadata(run_id=f"ends-{kind}"))
+    stop = how.get("stop")
+    hooks = RunHooks(callbacks=[Fails()] if "fails" in how else [], poll_stop=lambda: str(stop) if stop else None)
+    with contextlib.suppress(RuntimeError):
+        train_run(config, record, hooks=hooks)
+    mirror = Mirror(record, "online", pytest.fail)
+    if kind == "preempted":  # it may go on, so the mirror does not end it
+        mirror.sync(everything=True)
+        mirror.suspend()
+    else:
+        assert mirror.finish()
+    run = server.runs[record.id]
+    assert (run.state, run.summary["state"]) == (word, state) and run.summary["reason"].startswith(reason)
+    assert_shown_as_recorded(run, record.path)
+    lines = shown_lines(run)
+    assert lines[0].startswith(f"run ends-{kind}: ") and lines[-1].startswith(f"{state}: ")
+    assert ("Traceback (most recent call last):" in lines) == (kind == "failed") and "abcdefgh" not in str(lines)
+    if reason:
+        assert lines[-1] == f"{state}: {run.summary['reason']}"
