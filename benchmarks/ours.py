@@ -12,18 +12,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from benchmarks.common import ROOT, SMOKE, Missing, Result, child_environment, installed, synchronize
 from cifar import sidecar
 from cifar.config import resolve as configuration
-from cifar.integrations.wandb.settings import Mode
 from cifar.tracking.run_dir import RunDir
 from cifar.training import run
 from cifar.training.loop import RunHooks
 from cifar.training.trainer import Trainer, resolve_device
+
+if TYPE_CHECKING:
+    from cifar.integrations.wandb.settings import Mode
 
 SETTLE_SECONDS = 60.0
 

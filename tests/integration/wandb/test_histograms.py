@@ -17,13 +17,13 @@ from cifar.tracking.run_dir import RunDir
 from helpers.leet import end_record, make_record, row, wandb_files, write_checkpoint
 from helpers.protocol import Server
 
-EDGES = {0.5: [-0.5, -0.375, -0.25], 0.75: [-0.75, -0.5, -0.375]}  # top -> the first ones
+EDGES = {0.5: [-0.5, -0.25, -0.125], 0.75: [-0.75, -0.375, -0.1875]}  # top -> the first ones on W&B
 LAYERS = ("layers.0.conv1", "head")
 
 
 def line(epoch: int) -> dict[str, Any]:
     def histogram(top: float, first: int) -> dict[str, Any]:
-        return {"top": top, "counts": [epoch, first, *([0] * 30), 7, *([0] * 31)]}
+        return {"top": top, "counts": [epoch, 100, first, 0, *([0] * 28), 7, 5, *([0] * 30)]}  # pairs are added up on W&B
 
     return {
         "epoch": epoch,
@@ -45,8 +45,9 @@ def found(history: list[dict[str, Any]]) -> dict[int, dict[str, tuple[float, lis
     for each in history:
         histograms = {key: value for key, value in each.items() if isinstance(value, dict) and value["_type"] == "histogram"}
         for value in histograms.values():
-            assert len(value["values"]) == 64 and len(value["bins"]) == 65 and value["bins"] == sorted(set(value["bins"]))
-            assert value["bins"][32] == 0 and value["bins"][:3] == EDGES[value["bins"][-1]]
+            assert len(value["values"]) == 32 and len(value["bins"]) == 33 and value["bins"] == sorted(set(value["bins"]))
+            assert value["bins"][16] == 0 and value["bins"][:3] == EDGES[value["bins"][-1]]
+            assert value["values"][16] == 12 and sum(value["values"][2:]) == 12
         rows[each["epoch"]] = {key: (value["bins"][-1], value["values"][:2]) for key, value in histograms.items()}
     return rows
 
@@ -54,7 +55,7 @@ def found(history: list[dict[str, Any]]) -> dict[int, dict[str, tuple[float, lis
 def wanted(*epochs: int) -> dict[int, dict[str, tuple[float, list[int]]]]:
     return {
         epoch: {
-            name: (top, [epoch, first])
+            name: (top, [epoch + 100, first])
             for name, top, first in (
                 ("gradients/layers.0.conv1", 0.5, 0),
                 ("gradients/head", 0.5, 1),
@@ -78,6 +79,11 @@ def test_they_are_in_the_rows_of_their_epochs(server: Server, tmp_path: Path) ->
     run = server.runs["hist0001"]
     assert found(run.history) == {**wanted(1, 3, 4), 2: {}}
     assert run.rows == list(record.read_rows())  # nothing of it is taken for a number
+    assert not [key for key in run.summary if key.startswith(("gradients", "updates"))]
+    defined = {
+        each.get("1"): each for each in run.raw_config["_wandb"]["value"]["m"]
+    }  # 1: name, 6: options, of which 2: hidden
+    assert all(2 in defined[key]["6"] for key in wanted(1)[1])
 
 
 def test_offline_then_sync_and_live_give_the_same(server: Server, tmp_path: Path) -> None:
