@@ -18,22 +18,35 @@ def send(records: Iterable[RunDir]) -> None:
         assert Mirror(record, "online", lambda line: pytest.fail(line)).finish()
 
 
-def put(server: Server, record: RunDir, sweep: str = "", project: str = "cifar") -> None:
-    """The same, without a client: for a great many runs. `test_put_is_what_a_client_sends` compares the two."""
+def put(server: Server, record: RunDir, sweep: str = "", project: str = "cifar", *, old_form: bool = False) -> None:
+    """The same, without a client: for a great many runs. `test_put_is_what_a_client_sends` compares the two.
+
+    `old_form`: as versions sent a run that wrote the record as text into the configuration and the summary.
+    """
     read = record.read_json
-    about = json.dumps({name: read(name) for name in ("run", "config", "labels", "environment")})
+    about = {name: read(name) for name in ("run", "config", "labels", "environment")}
+    cost = {name: read("run")["cost"][name] for name in ("macs", "params")}
     run = server.world.add_run("me", project, record.id)
     run.arrived, run.sweep, run.group, run.display_name = True, sweep, read("run").get("sweep") or "", read("run")["name"]
-    run.raw_config = {key: {"value": value} for key, value in {**read("config"), "cifar": about}.items()}
+    extra = {"cifar": json.dumps(about)} if old_form else {"cifar_schema": 2, **cost}
+    run.raw_config = {key: {"value": value} for key, value in {**extra, **read("config")}.items()}
     rows = list(record.read_rows())
     run.history_lines = [json.dumps({**row, "_step": row["epoch"], "_runtime": 1.5, "_timestamp": 1.75e9}) for row in rows]
     status = {name: value for name, value in read("status").items() if name != "pid"}
-    if status["state"] == "running":
+    has_ended, summary = status["state"] != "running", read("summary")
+    if not old_form:
+        end = {"status": status, "summary": summary} if has_ended else {}
+        run.files["cifar.json"] = json.dumps({"schema": 2, **about, **end}).encode()
+    if not has_ended:
         run.base_state = "running"
         return
-    summary = read("summary")
-    run.summary = {**(rows[-1] if rows else {}), **summary, "state": status["state"]}
-    run.summary |= {"cifar": json.dumps({"status": status, "summary": summary}), "reason": status.get("reason", "")}
+    last = rows[-1] if rows else {}
+    if old_form:
+        run.summary = {**last, **summary, "cifar": json.dumps({"status": status, "summary": summary})}
+    else:
+        shown = {k: v for k, v in last.items() if k == "epoch" or k.startswith(("train/", "val/"))}
+        run.summary = {**shown, **cost, **summary, "flops": 2 * cost["macs"]}
+    run.summary |= {"state": status["state"], "reason": status.get("reason", "")}
     run.end(0 if status["state"] in ("finished", "pruned", "skipped") else 255 if status["state"] == "stopped" else 1)
     if sweep:
         server.sweeps[sweep].runs.append(record.id)

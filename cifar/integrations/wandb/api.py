@@ -11,6 +11,8 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cifar.errors import UserError
@@ -36,6 +38,22 @@ REGISTER_AGENT = """mutation CreateAgent($host: String!, $projectName: String, $
 SEND_HEARTBEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState: JSONString) {
   agentHeartbeat(input: {id: $id, metrics: $metrics, runState: $runState}) { agent { id } commands }
 }"""
+
+
+def execute_graphql(api: Any, query: str, **variables: Any) -> dict[str, Any]:
+    """The `data` of the answer. `api`: wandb's public API. Raises what wandb raises."""
+    data: dict[str, Any] = api._service_api.execute_graphql(query, variables, timeout=CALL_TIMEOUT_SECONDS)
+    return data
+
+
+def download_file(api: Any, file: Mapping[str, Any], folder: Path) -> None:
+    """Download a run's file into a folder. `file`: name, url and sizeBytes, as GraphQL gives them. Raises what wandb raises.
+
+    `run.files()` would ask for the address again, one request for each run.
+    """
+    from wandb.apis.public.files import File
+
+    File(api._service_api, dict(file)).download(root=str(folder), replace=True).close()
 
 
 class GraphqlClient:

@@ -14,13 +14,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cifar.integrations.wandb import artifact_arrival
 from cifar.integrations.wandb.convert import build_row, parse_number
+from cifar.integrations.wandb.document import DOCUMENT_FILE, build_document, compute_md5, read_clean
+from cifar.integrations.wandb.workspace import build_summary
 from cifar.states import WANDB_FINISHED_STATES
-from cifar.system.redact import mask_secrets
 from cifar.tracking import console_log
 from cifar.tracking.run_dir import RunDir
 from cifar.tracking.system_metrics import read_samples
@@ -31,8 +32,9 @@ RUNS_PER_PAGE = 50
 STEPS_PER_PAGE = 10_000  # of a history, in one request
 PICTURES_FOLDER = "media/images/pictures/"  # where wandb puts the pictures among a run's files
 _PICTURE_NAME = re.compile(re.escape(PICTURES_FOLDER) + r"[\w-][\w.-]*")  # in the folder, whatever a server says
-_FIELDS = f"name state historyLineCount historyTail summaryMetrics logLineCount eventsLineCount {artifact_arrival.RUN_FIELDS}"
-_PICTURES = f'files(pattern: "{PICTURES_FOLDER}%", first: 100) {{ edges {{ node {{ name sizeBytes }} }} }}'
+_FIELDS = f"""name state historyLineCount historyTail summaryMetrics logLineCount eventsLineCount {artifact_arrival.RUN_FIELDS}
+  document: files(names: ["{DOCUMENT_FILE}"], first: 1) {{ edges {{ node {{ name sizeBytes md5 }} }} }}"""
+_PICTURES = f'pictures: files(pattern: "{PICTURES_FOLDER}%", first: 100) {{ edges {{ node {{ name sizeBytes }} }} }}'
 GET_RUN = f"""query ArrivedRun($name: String!, $project: String!, $entity: String!) {{
   project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_FIELDS} }} }}
 }}"""
@@ -60,14 +62,16 @@ class ArrivedRun:
     num_event_lines: int = 0  # samples of system metrics
     pictures: frozenset[str] | None = None
     artifacts: tuple[artifact_arrival.ArrivedArtifact, ...] = ()  # that it made and uses
+    media: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the last row and the summary: key -> W&B's description
+    document_md5: str | None = None  # of cifar.json; None if it is not there, "" if W&B does not say
 
     def find_lost_pictures(self, pictures: Collection[str]) -> dict[str, str]:
-        """Pictures that the summary names, and whose files are not among these: key -> name of the file.
+        """Pictures that a row or the summary names, and whose files are not among these: key -> name of the file.
 
         The row and the summary may arrive before the files do.
         """
-        media = {key: str(value.get("path")) for key, value in self.summary.items() if isinstance(value, Mapping)}
-        return {key: name for key, name in media.items() if _PICTURE_NAME.fullmatch(name) and name not in pictures}
+        names = {key: str(value.get("path")) for key, value in self.media.items()}
+        return {key: name for key, name in names.items() if _PICTURE_NAME.fullmatch(name) and name not in pictures}
 
 
 def fetch_run(execute_graphql: Execute, entity: str, project: str, run_id: str) -> ArrivedRun | None:
@@ -91,10 +95,21 @@ def _parse_node(node: Mapping[str, Any]) -> ArrivedRun:
     tail = json.loads(node.get("historyTail") or "[]")
     last = json.loads(tail[-1]) if tail else {}
     summary = json.loads(node.get("summaryMetrics") or "{}")
-    pictures = _parse_pictures(node) if "files" in node else None
+    media = {key: value for key, value in {**last, **summary}.items() if isinstance(value, dict) and "path" in value}
+    documents = [edge["node"] for edge in (node.get("document") or {}).get("edges", ())]
     num_rows, num_log_lines, num_event_lines = (int(node.get(f"{kind}LineCount") or 0) for kind in ("history", "log", "events"))
-    there = artifact_arrival.parse_artifacts(node)
-    return ArrivedRun(str(node["state"]), num_rows, build_row(last), summary, num_log_lines, num_event_lines, pictures, there)
+    return ArrivedRun(
+        str(node["state"]),
+        num_rows,
+        build_row(last),
+        summary,
+        num_log_lines,
+        num_event_lines,
+        _parse_pictures(node) if "pictures" in node else None,
+        artifact_arrival.parse_artifacts(node),
+        media,
+        next((str(file.get("md5") or "") for file in documents if int(file.get("sizeBytes") or 0)), None),
+    )
 
 
 def fetch_pictures(execute_graphql: Execute, entity: str, project: str, run_id: str) -> frozenset[str]:
@@ -105,7 +120,7 @@ def fetch_pictures(execute_graphql: Execute, entity: str, project: str, run_id: 
 
 def _parse_pictures(node: Mapping[str, Any]) -> frozenset[str]:
     """An empty file is one that W&B waits for."""
-    nodes = [edge["node"] for edge in (node.get("files") or {}).get("edges", ())]
+    nodes = [edge["node"] for edge in (node.get("pictures") or {}).get("edges", ())]
     return frozenset(str(file["name"]) for file in nodes if int(file.get("sizeBytes") or 0))
 
 
@@ -201,14 +216,24 @@ def describe_missing_rows(arrived: ArrivedRun | None, num_rows: int, last_row: M
 # -- summary and state -------------------------------------------------------------------------------------------------
 
 
-def build_summary(run_dir: RunDir) -> dict[str, Any]:
-    """What the summary on W&B says of a run that has ended: its results, its state, and why it ended."""
-    # an earlier version may have written secrets
-    summary, status = (dict(mask_secrets(run_dir.read_json(name), mask_keys=False)) for name in ("summary", "status"))
+def describe_missing_document(arrived: ArrivedRun | None, md5: str) -> str:
+    """Whether W&B lacks `cifar.json`, in words; "" if it has it. `md5`: of what it should have."""
+    if arrived is None or arrived.document_md5 in (md5, ""):
+        return ""
+    return f"W&B does not have {DOCUMENT_FILE}" + " as it is here" * (arrived.document_md5 is not None)
+
+
+def is_old_form(arrived: ArrivedRun) -> bool:
+    """Whether an earlier version sent this run, with the record's files as text in the configuration and in the summary."""
+    return bool(arrived.summary.get("cifar")) and arrived.document_md5 is None
+
+
+def _build_old_summary(run_dir: RunDir) -> dict[str, Any]:
+    """What an earlier version wrote into the summary of a run that has ended."""
+    summary, status = read_clean(run_dir, "summary"), read_clean(run_dir, "status")
     status.pop("pid", None)
     reason = str(status.get("reason") or "")
-    about = json.dumps({"status": status, "summary": summary})
-    return {**summary, "state": run_dir.state, "reason": reason, "cifar": about}
+    return {**summary, "state": run_dir.state, "reason": reason, "cifar": json.dumps({"status": status, "summary": summary})}
 
 
 def describe_wrong_end(arrived: ArrivedRun, run_dir: RunDir) -> str:
@@ -218,8 +243,11 @@ def describe_wrong_end(arrived: ArrivedRun, run_dir: RunDir) -> str:
     if (arrived.state == "finished") != is_finished or arrived.state in ("running", "pending"):
         return f"W&B calls the run {arrived.state}, and it is {state}"
     there = {"reason": "", **arrived.summary}  # earlier versions sent no reason
-    wrong = [key for key, value in build_summary(run_dir).items() if key not in there or not are_equal(there[key], value)]
-    return f"W&B's summary has other values of {', '.join(wrong[:4])}" if wrong else ""
+    here = _build_old_summary(run_dir) if is_old_form(arrived) else build_summary(run_dir)
+    wrong = [key for key, value in here.items() if key not in there or not are_equal(there[key], value)]
+    if wrong:
+        return f"W&B's summary has other values of {', '.join(wrong[:4])}"
+    return "" if is_old_form(arrived) else describe_missing_document(arrived, compute_md5(build_document(run_dir)))
 
 
 def describe_difference(
@@ -227,8 +255,8 @@ def describe_difference(
 ) -> str:
     """How a run on W&B differs from its record, in words; "" if it does not.
 
-    Looks at the number of rows, the last row, state, summary and pictures. `read_history` is called if there are too many rows:
-    those of epochs that were sent twice may be right.
+    Looks at the number of rows, the last row, state, summary, cifar.json and pictures. `read_history` is called if there are
+    too many rows: those of epochs that were sent twice may be right.
     """
     rows = list(run_dir.read_rows())
     difference = describe_missing_rows(arrived, len(rows), rows[-1] if rows else {})

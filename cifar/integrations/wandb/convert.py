@@ -10,31 +10,72 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar.states import FROM_WANDB
+from cifar.integrations.wandb.document import DOCUMENT_FILE, PARTS
+from cifar.states import ENDED_STATES, FROM_WANDB
 from cifar.system.files import parse_json
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # as wandb writes them into JSON
+_NOT_RESULTS = ("state", "reason", "epoch", "flops")  # keys of W&B's summary that summary.json does not have
+UNVERIFIED_TAG = "macs unverified"  # that `training/run.py` gives a run whose multiply-adds are not certain
 _INTEGER_KEYS = ("epoch", "step")  # may come as floats, because a parquet column has one type
 
 
 def build_run_files(
-    run_id: str, config: Mapping[str, Any], summary: Mapping[str, Any], state: str
+    run_id: str,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    state: str,
+    document: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The JSON files of the run folder: name -> content. `state` is W&B's. Raises ValueError for a run that is not ours."""
-    description = _parse_object(config.get("cifar"))
-    if not all(isinstance(description.get(name), dict) for name in ("run", "config")):
-        raise ValueError("it was not logged by this suite: its configuration has no `cifar`")
-    content = {name: description.get(name) or {} for name in ("run", "config", "labels", "environment")}
-    end = _parse_object(summary.get("cifar") or None)
-    if end.get("status") and state not in ("running", "preempting"):  # a resumed run still has its earlier end
-        return {**content, "status": end["status"], "summary": end.get("summary") or {}}
-    if summary.get("state") == "incomplete" and state not in (
-        "running",
-        "preempting",
-    ):  # it has ended where it ran, and W&B has not got all of it
+    """The JSON files of the run folder: name -> content. Raises ValueError for a run that is not ours.
+
+    state: W&B's word. document: what `cifar.json` of the run holds. None: an earlier version sent the run, and the same
+    is text in the configuration and in the summary; or the file is lost, and what W&B knows has to do. about: W&B's name,
+    group and tags of the run, for that case.
+    """
+    if document is None and config.get("cifar_schema") and not config.get("cifar"):
+        document = _rebuild_document(run_id, config, summary, about or {})
+        is_current = True
+    elif document is None:
+        document = {**_parse_object(config.get("cifar")), **_parse_object(summary.get("cifar") or None)}
+        is_current = True
+    else:  # the file and the summary are sent at different moments, and a resumed run still has its earlier end in one of them
+        is_current = summary.get("state") == _get_object(document, "status").get("state")
+    if not all(isinstance(document.get(name), dict) for name in ("run", "config")):
+        raise ValueError(f"it was not logged by this suite: it has no {DOCUMENT_FILE}")
+    content = {name: _get_object(document, name) for name in PARTS}
+    is_open = state in ("running", "preempting")
+    if is_current and not is_open and (status := _get_object(document, "status")):
+        return {**content, "status": status, "summary": _get_object(document, "summary")}
+    if summary.get("state") == "incomplete" and not is_open:  # it has ended where it ran, and W&B has not got all of it
         return {**content, "status": {"state": "interrupted", "reason": str(summary.get("reason") or "incomplete on W&B")}}
     our_state = FROM_WANDB.get(state, "killed")
     return {**content, "status": {"state": our_state, "reason": "" if our_state == "running" else f"{state}, says W&B"}}
+
+
+def _rebuild_document(
+    run_id: str, config: Mapping[str, Any], summary: Mapping[str, Any], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `cifar.json` says of a run, as far as W&B's own fields say it: for a .wandb file without the files beside it."""
+    tags, group = [str(tag) for tag in about.get("tags") or ()], str(about.get("group") or "")
+    own = {key: value for key, value in config.items() if key not in ("cifar_schema", "macs", "params", "_wandb")}
+    cost = {key: config[key] for key in ("macs", "params") if key in config} | {"verified": UNVERIFIED_TAG not in tags}
+    dataset = str(config.get("dataset") or "")
+    run = {"name": str(about.get("name") or run_id), "group": group, "sweep": group, "tags": tags, "dataset": dataset}
+    parts: dict[str, Any] = {"run": {**run, "official": dataset == "cifar10", "cost": cost}, "config": own}
+    if summary.get("state") in ENDED_STATES:
+        known = {
+            key: value for key, value in summary.items() if key not in _NOT_RESULTS and isinstance(value, bool | int | float)
+        }
+        parts["status"] = {"state": summary["state"], "reason": str(summary.get("reason") or "")}
+        parts["summary"] = {key: value for key, value in known.items() if key[:1] != "_"}
+    return parts
+
+
+def _get_object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = document.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _parse_object(text: Any) -> dict[str, Any]:

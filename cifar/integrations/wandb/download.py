@@ -10,11 +10,13 @@ for one list of runs without configurations and metrics, and then for the runs t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,9 @@ from filelock import FileLock
 
 from cifar.errors import UserError
 from cifar.integrations.wandb import convert
+from cifar.integrations.wandb.api import download_file, execute_graphql
 from cifar.integrations.wandb.arrival import scan_history
+from cifar.integrations.wandb.document import DOCUMENT_FILE, read_document
 from cifar.integrations.wandb.mirror import PREDICTIONS_FILE
 from cifar.integrations.wandb.mirror_process import stop_core
 from cifar.integrations.wandb.notes import read_or_set_aside
@@ -41,6 +45,17 @@ RUNS_PER_LIST_PAGE, RUNS_PER_FULL_PAGE = 500, 50  # without and with their confi
 NUM_THREADS = 8
 STALL_SECONDS = 60.0  # without an answer, after which the server is given up
 NOTES_FILE = "pulled.json"  # in the cached run folder: `_change_stamp` and last step when it was read
+
+_GET_DETAILS = f"""query RunDetails($project: String!, $entity: String!, $filters: JSONString, $first: Int) {{
+  project(name: $project, entityName: $entity) {{
+    runs(filters: $filters, first: $first) {{
+      edges {{ node {{
+        name state summaryMetrics historyKeys
+        files(names: ["{DOCUMENT_FILE}"], first: 1) {{ edges {{ node {{ id name url(upload: false) directUrl sizeBytes }} }} }}
+      }} }}
+    }}
+  }}
+}}"""
 
 Progress = Callable[[int, int], None]  # called with (done, total)
 
@@ -152,14 +167,13 @@ def _download_stale_runs(
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         while chunk := list(itertools.islice(remaining, RUNS_PER_FULL_PAGE)):
             try:
-                page = list(
-                    api.runs(f"{path.entity}/{path.project}", {"name": {"$in": chunk}}, per_page=RUNS_PER_FULL_PAGE, lazy=False)
-                )
+                details = _fetch_details(api, path, chunk)
             except Exception as error:  # wandb raises many kinds of errors if a server fails
                 yield from ((run_id, describe_error(error)) for run_id in chunk)
                 continue
             downloads: dict[Future[None], str] = {
-                pool.submit(_download_run, run, project_folder / run.id, _change_stamp(listed[run.id])): run.id for run in page
+                pool.submit(_download_run, api, listed[run_id], project_folder / run_id, one): run_id
+                for run_id, one in details.items()
             }
             for run_id in set(chunk) - set(downloads.values()):
                 yield run_id, "W&B did not hand it out"
@@ -176,10 +190,41 @@ def _download_stale_runs(
                         yield run_id, describe_error(failure)
 
 
-def _download_run(run: Any, folder: Path, stamp: list[Any]) -> None:
+@dataclass(frozen=True)
+class _Details:
+    """What W&B says of one run beyond its list of runs. `document`: the file cifar.json; None if the run has none."""
+
+    state: str
+    last_step: int
+    config: dict[str, Any]  # only of a run without the file
+    summary: dict[str, Any]
+    document: dict[str, Any] | None
+
+
+def _fetch_details(api: Any, path: WandbPath, run_ids: Sequence[str]) -> dict[str, _Details]:
+    """What W&B says of these runs, by id; those that W&B does not have are left out. Two requests at most."""
+    place = {"project": path.project, "entity": path.entity}
+    filters = json.dumps({"name": {"$in": list(run_ids)}})
+    found = execute_graphql(api, _GET_DETAILS, **place, filters=filters, first=len(run_ids)).get("project") or {}
+    details = {}
+    for run in (edge["node"] for edge in (found.get("runs") or {}).get("edges", ())):
+        files = [edge["node"] for edge in (run.get("files") or {}).get("edges", ())]
+        document = next((file for file in files if file.get("name") == DOCUMENT_FILE and file.get("sizeBytes")), None)
+        last_step = int((run.get("historyKeys") or {}).get("lastStep", -1))
+        summary = json.loads(run.get("summaryMetrics") or "{}")
+        details[str(run["name"])] = _Details(str(run["state"]), last_step, {}, summary, document)
+    if old := [run_id for run_id, one in details.items() if one.document is None]:
+        for run in api.runs(f"{path.entity}/{path.project}", {"name": {"$in": old}}, per_page=RUNS_PER_FULL_PAGE, lazy=False):
+            details[run.id] = dataclasses.replace(details[run.id], config=dict(run.config))
+    return details
+
+
+def _download_run(api: Any, run: Any, folder: Path, details: _Details) -> None:
     """Download one run into its folder in the cache, from the last step that the cache has."""
-    content = convert.build_run_files(run.id, run.config, run.summary_metrics, run.state)
-    last = int((run.history_keys or {}).get("lastStep", -1))
+    document = _download_document(api, details.document, folder.parent) if details.document else None
+    about = {"name": run.name, "group": run.group, "tags": run.tags}
+    content = convert.build_run_files(run.id, details.config, details.summary, details.state, document, about)
+    stamp, last = _change_stamp(run), details.last_step
     notes = read_or_set_aside(folder / NOTES_FILE)
     old_rows: list[dict[str, Any]] = []
     if notes and notes["stamp"][0] == stamp[0] and notes["stamp"][1] <= stamp[1] and notes["last"] <= last:  # it has grown
@@ -189,6 +234,12 @@ def _download_run(run: Any, folder: Path, stamp: list[Any]) -> None:
     if not old_rows and run.history_line_count and not rows:
         raise ValueError(f"W&B counts {run.history_line_count} rows and hands out none")
     convert.write_run_dir(folder, {**content, "pulled": {"stamp": stamp, "last": last}}, rows)
+
+
+def _download_document(api: Any, file: Mapping[str, Any], parent: Path) -> dict[str, Any] | None:
+    with tempfile.TemporaryDirectory(prefix=".document.", dir=parent) as folder:
+        download_file(api, file, Path(folder))
+        return read_document(Path(folder) / DOCUMENT_FILE)
 
 
 def _download_predictions(run: Any, folder: Path) -> None:

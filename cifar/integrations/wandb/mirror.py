@@ -37,16 +37,19 @@ from cifar.errors import UserError
 from cifar.integrations.wandb import arrival
 from cifar.integrations.wandb.api import GraphqlClient
 from cifar.integrations.wandb.arrival import INCOMPLETE, PICTURES_FOLDER, ArrivedRun
+from cifar.integrations.wandb.document import read_clean
+from cifar.integrations.wandb.document_feed import DocumentFeed
 from cifar.integrations.wandb.feeds import FEEDS
 from cifar.integrations.wandb.mirror_process import is_core_death, list_core_pids, num_core_stops, reset_dead_core, stop_core
 from cifar.integrations.wandb.naming import settle_name
 from cifar.integrations.wandb.notes import read_or_set_aside, write_notes
 from cifar.integrations.wandb.run_file import wait_for_exit_record
 from cifar.integrations.wandb.settings import Mode
+from cifar.integrations.wandb.workspace import PICTURES, MetricDefinitions, build_config, build_summary, list_outdated_keys
 from cifar.states import ENDED_STATES, OPEN_RUN_STATES, wandb_exit_code
 from cifar.system.files import MissingFileError, open_file, read_bytes, read_text
 from cifar.system.names import escape_controls
-from cifar.system.redact import mask_secrets, redact
+from cifar.system.redact import redact
 from cifar.tracking.final_rows import FinalRows
 from cifar.tracking.run_dir import MAX_METRICS_BYTES, RunDir, write_atomic
 
@@ -85,7 +88,8 @@ class Mirror:
         self._folder = run_dir.path / "wandb"
         self._lock = FileLock(self._folder / "mirror.lock", timeout=0)
         self._final_rows = FinalRows(run_dir)
-        self._feeds = [feed(run_dir, on_message) for feed in FEEDS]
+        self._document = DocumentFeed(run_dir, on_message)
+        self._feeds = [self._document, *(feed(run_dir, on_message) for feed in FEEDS)]
         self._run: Any = None
         self._num_core_stops = 0
         self.has_given_up = False  # W&B has something that cannot be mended
@@ -97,7 +101,6 @@ class Mirror:
         self._sent_digests: dict[int, bytes] = {}  # epoch -> digest of its line in metrics.jsonl
         self._offset = 0
         self._is_last_row_open = False  # the last row was sent but not committed, so that the pictures can be part of it
-        self._sent_description = ""
         self._has_sent_media = False
         self._num_expected = 0  # history rows that W&B has once all that was sent has arrived
         self._has_stale_rows = False  # W&B has rows that are not the record's, and cannot take them back
@@ -132,8 +135,7 @@ class Mirror:
             epoch = int(row["epoch"])
             if epoch in self._sent_digests:
                 continue
-            if len(self._sent_digests) == num_before:
-                self._send_description()
+            self._definitions.define(row)
             if epoch >= self._run.starting_step:  # the server has the earlier ones
                 self._is_last_row_open = epoch == epochs
                 self._run.log(self._complete_row(row), step=epoch, commit=not self._is_last_row_open)
@@ -175,7 +177,7 @@ class Mirror:
             feed.finish()
         if self.mode == "online" and not self._has_arrived(pictures, patience):
             return False
-        self._run.summary.update(arrival.build_summary(self.run_dir))
+        self._run.summary.update(build_summary(self.run_dir))
         digest = self._compute_digest()
         run, self._run = self._run, None
         try:
@@ -243,10 +245,6 @@ class Mirror:
             _write_timeout = 1.0 if list_core_pids() else WRITE_TIMEOUT_SECONDS
             raise TimeoutError(f"wandb-core has not written the run's end to {file}")
 
-    def _read_clean(self, name: str) -> dict[str, Any]:
-        """A file of the record without secrets: an earlier version may have written some."""
-        return dict(mask_secrets(self.run_dir.read_json(name), mask_keys=False))
-
     # -- what has arrived --
 
     def _has_arrived(self, pictures: Sequence[Path], patience: float) -> bool:
@@ -259,7 +257,7 @@ class Mirror:
         while True:
             if self._has_stale_rows and (problem := self._repeat_rows(rows)):
                 return self._call_incomplete(problem)
-            missing = self._wait_for_rows(rows, deadline)
+            missing = self._wait_for_content(rows, deadline)
             if missing == "":
                 return all(feed.has_arrived(patience) for feed in self._feeds)
             if missing is None or time.monotonic() - self._progress[1] < LOST_SECONDS:
@@ -276,8 +274,8 @@ class Mirror:
                 feed.finish()
             deadline = time.monotonic() + patience
 
-    def _wait_for_rows(self, rows: Sequence[Mapping[str, Any]], deadline: float) -> str | None:
-        """Wait until W&B has all rows -> what it lacks, in words; "" if it lacks nothing, None if it does not answer."""
+    def _wait_for_content(self, rows: Sequence[Mapping[str, Any]], deadline: float) -> str | None:
+        """Wait until W&B has all rows and cifar.json -> what it lacks, in words; None if it does not answer."""
         pause = 0.05
         while True:
             try:
@@ -288,6 +286,7 @@ class Mirror:
                 self._progress = (-1, time.monotonic())
                 return None
             missing = arrival.describe_missing_rows(arrived, self._num_expected, rows[-1] if rows else {})
+            missing = missing or arrival.describe_missing_document(arrived, self._document.md5)
             if not missing:
                 return ""
             num_rows = arrived.num_rows if arrived else -1
@@ -331,9 +330,7 @@ class Mirror:
         """Delete pictures of an earlier end, of a failed run that was resumed: W&B keeps them beside the new ones."""
         client, (entity, project) = _connect(), self._place()
         arrived = arrival.fetch_run(client.execute_graphql, entity, project, self.run_dir.id)
-        shown = {
-            str(value.get("path")) for value in (arrived.summary if arrived else {}).values() if isinstance(value, Mapping)
-        }
+        shown = {str(value.get("path")) for value in (arrived.media if arrived else {}).values()}
         if arrived is None or not shown:
             return
         for file in client.api.run(f"{entity}/{project}/{self.run_dir.id}").files(pattern=f"{PICTURES_FOLDER}%"):
@@ -350,30 +347,22 @@ class Mirror:
 
     # -- configuration, pictures, files --
 
-    def _send_description(self) -> None:
-        """Send run.json and its neighbours as the key `cifar` of the W&B configuration. convert.py reads them back.
-
-        They are sent as text, because W&B keeps neither the order of keys nor the difference between 1.0 and 1.
-        """
-        description = json.dumps({name: self._read_clean(name) for name in ("run", "config", "labels", "environment")})
-        if description != self._sent_description:
-            self._run.config.update({"cifar": description}, allow_val_change=True)
-            self._sent_description = description
-
     def _send_media(self, pictures: Sequence[Path]) -> None:
-        """Send the pictures that W&B lacks, the predictions, the rest of the description. Once each time the run is opened."""
+        """Send the pictures that W&B lacks, and the predictions. Once each time the run is opened."""
         if self._has_sent_media:
             return
         import wandb
 
-        keys = {f"pictures/{path.stem}": path for path in pictures}
+        keys = {f"{PICTURES}{path.stem}": path for path in pictures}
         images = {
             key: wandb.Image(str(path))
             for key, path in keys.items()
             # in the last row they are part of it; the same picture at the same step is the same file
             if self._is_last_row_open or self._picture_hashes.get(key) != _hash_bytes(path.read_bytes()).hex()
         }
+        self._definitions.define(images)
         if self._is_last_row_open:
+            self._remove_from_summary([key for key in (self._arrived.summary if self._arrived else {}) if key in images])
             self._run.log(images, commit=True)
             self._is_last_row_open = False
         elif images:
@@ -383,7 +372,6 @@ class Mirror:
             if key in keys and key not in images:
                 self._send_picture_file(keys[key], name)
         self._send_predictions()
-        self._send_description()
         self._has_sent_media = True
 
     def _send_picture_file(self, picture: Path, name: str) -> None:
@@ -437,8 +425,9 @@ class Mirror:
                 self._run = self._init_run()
             is_over = self.run_dir.state in ENDED_STATES
             word, reason = (INCOMPLETE, "its record is being sent") if is_over else ("running", "")
-            # `cifar` is how an earlier try ended
-            self._run.summary.update({"state": word, "reason": reason, **({"cifar": "{}"} if self._run.resumed else {})})
+            self._run.summary.update({**build_summary(self.run_dir), "state": word, "reason": reason})
+            if self._arrived:
+                self._remove_from_summary(list_outdated_keys(self._arrived.summary))
             for feed in self._feeds:
                 feed.open(self._run, self._arrived, self.mode)
         except BaseException:
@@ -455,10 +444,9 @@ class Mirror:
         settle_name(self.run_dir, client, entity, project)
         self._arrived = arrived = arrival.fetch_run(client.execute_graphql, entity, project, self.run_dir.id)
         if arrived:
-            media = {key: value for key, value in arrived.summary.items() if isinstance(value, Mapping)}
-            self._picture_hashes = {key: str(value.get("sha256", "")) for key, value in media.items()}
-            self._had_pictures = bool(media)
-            if media:
+            self._picture_hashes = {key: str(value.get("sha256", "")) for key, value in arrived.media.items()}
+            self._had_pictures = bool(arrived.media)
+            if arrived.media:
                 there = arrival.fetch_pictures(client.execute_graphql, entity, project, self.run_dir.id)
                 self._lost_pictures = arrived.find_lost_pictures(there)
         last_known = int(arrived.summary.get("_step", -1)) if arrived else -1  # wandb goes on from there
@@ -494,7 +482,7 @@ class Mirror:
             os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
         import wandb
 
-        run = {**self._read_clean("run"), **self._target}
+        run = {**read_clean(self.run_dir, "run"), **self._target}
         sweep = run.get("sweep") or None
         is_online = self.mode == "online"
         wandb_run = wandb.init(
@@ -506,7 +494,7 @@ class Mirror:
             tags=[escape_controls(str(tag))[:64] for tag in run.get("tags") or [] if tag],
             notes=run.get("command"),
             job_type="sweep" if sweep else "train",
-            config=self._read_clean("config"),
+            config=build_config(self.run_dir),
             mode=self.mode,
             resume="allow" if is_online and rewind_to is None else None,
             resume_from=f"{self.run_dir.id}?_step={rewind_to}" if rewind_to is not None else None,
@@ -537,10 +525,16 @@ class Mirror:
                 x_file_stream_retry_wait_max_seconds=RETRY_SECONDS,
             ),
         )
-        # step_sync=False: W&B must not add an epoch to a row that has none, so that the history has each epoch once.
-        wandb_run.define_metric("epoch")
-        wandb_run.define_metric("*", step_metric="epoch", step_sync=False)
+        config: Any = wandb_run.config
+        if config.get("cifar"):  # an earlier version sent the record's files as text; they are in cifar.json now
+            config.update({"cifar": None}, allow_val_change=True)
+        self._definitions = MetricDefinitions(wandb_run)
         return wandb_run
+
+    def _remove_from_summary(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            with contextlib.suppress(KeyError):  # W&B has it, and this run was opened without it
+                del self._run.summary[key]
 
     def _delete_folders(self, pattern: str) -> None:
         for old in self._folder.glob(pattern):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar.integrations.wandb import convert
+from cifar.integrations.wandb.document import DOCUMENT_FILE, read_document
 from cifar.integrations.wandb.mirror import PREDICTIONS_FILE
 from cifar.integrations.wandb.run_file import read_records
 from cifar.system.disk import cache_folder
@@ -25,9 +26,11 @@ def unpack_runs(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str,
     for file in files:
         run_id = file.stem.removeprefix("run-")
         try:
-            run_id, config, summary, history, exit_code = _read_run(file)
+            run_id, about, config, summary, history, exit_code = _read_run(file)
             state = {None: "running", 0: "finished"}.get(exit_code, "failed")
-            content, rows = convert.build_run_files(run_id, config, summary, state), convert.build_rows(history)
+            document = read_document(file.parent / "files" / DOCUMENT_FILE)
+            content = convert.build_run_files(run_id, config, summary, state, document, about)
+            rows = convert.build_rows(history)
             if len(rows) >= folders.get(run_id, (0,))[0]:
                 folder = cache_folder() / "wandb" / "offline" / run_id
                 convert.write_run_dir(folder, content, rows)
@@ -39,9 +42,10 @@ def unpack_runs(files: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str,
     return [folder for _, folder in folders.values()], damaged
 
 
-def _read_run(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]], int | None]:
-    """(id, configuration, summary, history, exit code) of the run. The code is None if the file has no end."""
+def _read_run(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], list[dict[str, Any]], int | None]:
+    """(id, name with group and tags, configuration, summary, history, exit code). The code is None if the file has no end."""
     run_id, exit_code = "", None
+    about: dict[str, Any] = {}
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     history = []
@@ -49,6 +53,7 @@ def _read_run(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], list[dic
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run_id = record.run.run_id
+            about = {"name": record.run.display_name, "group": record.run.run_group, "tags": list(record.run.tags)}
             _set_items(config, record.run.config.update)
         elif kind == "config":
             _set_items(config, record.config.update)
@@ -62,7 +67,7 @@ def _read_run(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], list[dic
         raise ValueError("it holds no run")
     if not is_id(run_id):
         raise ValueError("its run's id cannot be the name of a folder")
-    return run_id, config, summary, history, exit_code
+    return run_id, about, config, summary, history, exit_code
 
 
 def _set_items(values: dict[str, Any], items: Iterable[Any]) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def _describe_run(run: Mapping[str, Any], cell: int, metrics: Sequence[str]) -> 
         if summary.get("state") == "incomplete" and state != "running":  # it has ended, and W&B has not got all of it
             state = "interrupted"
     values = {name: given.get("value") for name, given in config.items() if isinstance(given, Mapping) and name[:1] != "_"}
-    values.pop("cifar", None)
+    for name in ("cifar", "cifar_schema", "macs", "params"):  # sent beside the configuration
+        values.pop(name, None)
     with contextlib.suppress(UserError):  # two leaves of one name
         values = flatten_values(values)
     objectives = [_read_metric(summary, name) for name in metrics]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -153,8 +155,10 @@ class RunNode(RunArtifacts):
     def _file(self, info: Any, name: str) -> dict[str, Any]:
         run = self._run
         url = f"{info.context.url}/storage/{run.entity}/{run.project}/{run.id}/{name}"
-        size = len(run.files[name])
-        return {"id": key_of("File", run.id, name), "name": name, "url": url, "directUrl": url, "sizeBytes": size}
+        content = run.files[name]
+        md5 = base64.b64encode(hashlib.md5(content).digest()).decode()
+        key = key_of("File", run.id, name)
+        return {"id": key, "name": name, "url": url, "directUrl": url, "sizeBytes": len(content), "md5": md5}
 
 
 class SweepNode:

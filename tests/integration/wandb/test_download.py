@@ -93,6 +93,7 @@ def test_put_is_what_a_client_sends(tmp_path: Path, server: Server) -> None:
     sent = server.runs.pop(record.id)
     put(server, record)
     placed = server.runs[record.id]
+    assert sent.files["cifar.json"] == placed.files["cifar.json"]
     assert sent.config == placed.config and sent.rows == placed.rows and sent.state == placed.state
     assert {k: v for k, v in sent.summary.items() if k[0] != "_"} == placed.summary
 
@@ -194,14 +195,19 @@ def test_a_run_that_goes_on_is_read_from_its_last_step(tmp_path: Path, server: S
 def test_a_bad_run_is_named_and_the_others_are_reported(tmp_path: Path, server: Server) -> None:
     runs = tmp_path / "runs"
     for n in range(3):
-        put(server, write(runs, f"r{n}", seed=n, layers=2))
+        put(server, write(runs, f"r{n}", seed=n, layers=2), old_form=n == 1)
     put(server, write(runs, "alien", seed=7, layers=2))
-    del server.runs["alien"].raw_config["cifar"]
+    del server.runs["alien"].files["cifar.json"]
     put(server, write(runs, "broken", seed=8, layers=2))
-    server.runs["broken"].raw_config["cifar"] = {"value": json.dumps({"run": {"cost": {"macs": "many"}}, "config": {"lr": 1}})}
+    server.runs["broken"].files["cifar.json"] = b'{"run": {"cost": {"macs": "many"}}, "config": {"lr": 1}}'
+    put(server, write(runs, "cut-off", seed=9, layers=2))
+    server.runs["cut-off"].files["cifar.json"] = server.runs["cut-off"].files["cifar.json"][:99]
+    put(server, write(runs, "older", seed=10, layers=2), old_form=True)
+    server.runs["older"].raw_config["cifar"] = {"value": "{"}
     found = collect_runs(["me/cifar"], runs)
     assert {run.id for run in found.runs} == {"r0", "r1", "r2"}
-    assert {run.id for run in found.damaged} == {"alien", "broken"}
+    assert {run.id for run in found.damaged} == {"alien", "broken", "cut-off", "older"}
+    assert "its cifar.json is damaged" in next(run.reason for run in found.damaged if run.id == "cut-off")
     assert "not logged by this suite" in next(run.reason for run in found.damaged if run.id == "alien")
     result = write_report(["me/cifar"], runs=runs)
     assert any(note.startswith("Apart, damaged:") and "alien" in note for note in result.notes)
@@ -253,7 +259,12 @@ def test_a_cut_offline_file_gives_its_whole_rows(tmp_path: Path) -> None:
     lone.write_bytes(content[: len(content) // 2])
     (run,) = collect_runs([str(lone)], tmp_path).runs
     assert run.state == "running" and 5 < len(run.rows) < 40
-    assert list(run.rows) == list(load_run(record.path).rows)[: len(run.rows)]
+    here = load_run(record.path)
+    assert list(run.rows) == list(here.rows)[: len(run.rows)]
+    lone.write_bytes(content)  # without cifar.json, which is another file: what W&B's own fields say
+    (run,) = collect_runs([str(lone)], tmp_path).runs
+    for name in ("name", "macs", "params", "verified", "official", "sweep", "config", "state", "rows", "summary"):
+        assert getattr(run, name) == getattr(here, name), name
 
 
 def test_a_server_in_trouble_costs_its_run_only(tmp_path: Path, server: Server) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +13,12 @@ from typing import Any
 from cifar.integrations.wandb.arrival import (
     ArrivedRun,
     are_equal_rows,
-    build_summary,
     compare_history,
     describe_difference,
     describe_missing_rows,
 )
+from cifar.integrations.wandb.document import build_document
+from cifar.integrations.wandb.workspace import build_summary
 from helpers.leet import end_record, make_record, row
 
 
@@ -63,8 +67,9 @@ def test_what_is_missing_in_words(tmp_path: Path) -> None:
     assert "not that of epoch 2" in describe_missing_rows(ArrivedRun("running", 2, row(1), {}), 2, row(2))
     assert describe_missing_rows(ArrivedRun("running", 0, {}, {}), 0, {}) == ""
 
-    def said(wandb_state: str, **summary: Any) -> str:
-        arrived = ArrivedRun(wandb_state, 2, row(2), {**build_summary(record), **summary})
+    def said(wandb_state: str, md5: str | None = "right", **summary: Any) -> str:
+        md5 = base64.b64encode(hashlib.md5(build_document(record)).digest()).decode() if md5 == "right" else md5
+        arrived = ArrivedRun(wandb_state, 2, row(2), {**build_summary(record), **summary}, document_md5=md5)
         return describe_difference(arrived, record, lambda: [])
 
     assert said("finished") == "" and "calls the run running, and it is finished" in said("running")
@@ -72,6 +77,22 @@ def test_what_is_missing_in_words(tmp_path: Path) -> None:
     record.set_status("stopped", reason="asked to end")
     assert said("failed") == "" and "calls the run finished, and it is stopped" in said("finished")
     assert said("failed", reason="").endswith("other values of reason")
+    assert said("failed", md5="") == "", "a server that gives no digests"
+    assert said("failed", md5="other") == "W&B does not have cifar.json as it is here"
+    assert said("failed", md5=None) == "W&B does not have cifar.json"
+
+
+def test_a_run_that_an_earlier_version_sent_is_whole(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "older001", epochs=1)
+    record.append_row(row(1))
+    end_record(record, "failed")
+    summary, status = record.read_json("summary"), record.read_json("status")
+    del status["pid"]
+    sent = {**summary, "state": "failed", "reason": "", "cifar": json.dumps({"status": status, "summary": summary})}
+    assert "flops" not in sent
+    assert describe_difference(ArrivedRun("failed", 1, row(1), sent), record, lambda: []) == ""
+    wrong = {**sent, "cifar": "{}"}  # it was opened again
+    assert "other values of cifar" in describe_difference(ArrivedRun("failed", 1, row(1), wrong), record, lambda: [])
 
 
 def test_pictures_whose_files_are_missing(tmp_path: Path) -> None:
@@ -85,8 +106,8 @@ def test_pictures_whose_files_are_missing(tmp_path: Path) -> None:
         "z": "media/images/pictures/..",
         "v": None,
     }
-    summary = {key: {"_type": "image-file", "path": name} for key, name in {**names, **elsewhere}.items()}
-    arrived = ArrivedRun("finished", 1, row(1), {**build_summary(record), **summary})
+    media = {key: {"_type": "image-file", "path": name} for key, name in {**names, **elsewhere}.items()}
+    arrived = ArrivedRun("finished", 1, row(1), build_summary(record), media=media, document_md5="")
     assert arrived.find_lost_pictures({names["pictures/b"]}) == {"pictures/a": names["pictures/a"]}
     assert arrived.find_lost_pictures(names.values()) == {}
     for pictures, said in (
