@@ -95,7 +95,8 @@ def test_follows_two_runs_to_their_ends(tmp_path: Path) -> None:
     assert follower.shut_down() is True, log.read_text()
     for record in records:
         seen = inspect_only(record)
-        assert seen.rows == list(record.read_rows()) and seen.config == record.read_json("config") and seen.exit_code == 0
+        assert seen.rows == list(record.read_rows()) and seen.exit_code == 0
+        assert seen.config == {**record.read_json("config"), "cifar_schema": 2}
         assert seen.run["run_id"] == record.id and any("curves" in file for file in seen.files)
     assert not is_alive(follower.pid)
 
