@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cifar.registry import figures
-from cifar.report.formatting import format_power
-from cifar.report.labels import set_epoch_axis, set_layer_ticks
+from cifar.report.heat_map import HeatMap, draw_heat_map, select_heat_map, size_heat_map
 from cifar.report.load import Run
 from cifar.report.style import Nothing
 
@@ -17,14 +15,6 @@ if TYPE_CHECKING:
 
 
 MAX_RATIO = 1e3  # older runs have 1e8 and more where the weights before the step were zero
-
-
-@dataclass(frozen=True)
-class Updates:
-    layers: list[str]
-    epochs: list[int]
-    ratio: list[list[float]]  # (layers, epochs), nan where nothing moved or there is no ratio
-    limits: tuple[float, float]
 
 
 @figures.register("weight_updates")
@@ -36,46 +26,14 @@ class WeightUpdates:
         "order; a dark row is a layer that hardly learns, a bright one is thrown about. Blank: no update, or weights of zero."
     )
 
-    def select(self, run: Run) -> Updates | Nothing:
-        layers = run.layers_with("update_ratio")
-        rows = [row for row in run.rows if any(f"update_ratio/{layer}" in row for layer in layers)]
-        if not rows:
+    def select(self, run: Run) -> HeatMap | Nothing:
+        data = select_heat_map(run, "update_ratio", MAX_RATIO)
+        if data is None:
             return Nothing("the run has no update_ratio rows (probe weight_updates was off, or no epoch has ended)")
-        ratio = [[_ratio_or_nan(row.get(f"update_ratio/{layer}")) for row in rows] for layer in layers]
-        seen = sorted(value for line in ratio for value in line if math.isfinite(value))
-        if not seen:
-            return Nothing("no weight was moved")
-        limits = (
-            seen[len(seen) // 50],
-            max(seen[-1 - len(seen) // 50], seen[len(seen) // 50] * 10),
-        )  # without the 2 % at each end
-        return Updates(layers, [int(row.get("epoch", i + 1)) for i, row in enumerate(rows)], ratio, limits)
+        return data if math.isfinite(data.limits[0]) else Nothing("no weight was moved")
 
-    def size(self, data: Updates) -> tuple[float, float]:
-        return 8.0, min(7.0, max(2.6, 1.2 + 0.19 * len(data.layers)))
+    def size(self, data: HeatMap) -> tuple[float, float]:
+        return size_heat_map(data)
 
-    def draw(self, data: Updates, figure: Figure) -> None:
-        from matplotlib.colors import LogNorm
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-        axes = figure.subplots()
-        axes.grid(visible=False)
-        norm = LogNorm(*data.limits)
-        image = axes.imshow(data.ratio, aspect="auto", norm=norm, cmap="viridis", interpolation="nearest",
-                            extent=(data.epochs[0] - 0.5, data.epochs[-1] + 0.5, len(data.layers) - 0.5, -0.5))  # fmt: skip
-        set_layer_ticks(axes.yaxis, data.layers)
-        axes.tick_params(axis="y", labelsize=7, length=0)
-        set_epoch_axis(axes, max_ticks=10)
-        bar = figure.colorbar(image, pad=0.02, aspect=35, extend="both")
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value)))
-        is_narrow = data.limits[1] / data.limits[0] < 100
-        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if is_narrow else (1.0,)))
-        bar.ax.yaxis.set_minor_locator(NullLocator())
-        bar.set_label("update norm / weight norm (log)")
-        bar.outline.set_visible(False)
-
-
-def _ratio_or_nan(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value) if 0 < value < MAX_RATIO else math.nan
+    def draw(self, data: HeatMap, figure: Figure) -> None:
+        draw_heat_map(data, figure, "update norm / weight norm (log)")

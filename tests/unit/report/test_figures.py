@@ -161,7 +161,18 @@ def test_gradient_flow_marks_layers_that_get_none(tmp_path: Path) -> None:
 def test_weight_updates_are_layers_by_epochs_in_the_networks_order(run: Run) -> None:
     data = BY_NAME["weight_updates"].build().select(run)
     assert data.layers == run.labels["layers"] and data.epochs == [1, 2, 3, 4]
-    assert data.ratio[2][1] == run.rows[1]["update_ratio/layer2.conv"]
+    assert data.values[2][1] == run.rows[1]["update_ratio/layer2.conv"]
+
+
+def test_gradient_norms_are_layers_by_epochs_and_zeros_are_blank(tmp_path: Path) -> None:
+    record = write(tmp_path, "one", epochs=2, layers=3)
+    record.append_row({"epoch": 3, "gradient_norm/layer0.conv": 0.0, "gradient_norm/layer2.conv": 0.25})
+    data = BY_NAME["gradient_norms"].build().select(load_run(record.path))
+    assert data.layers == ["layer0.conv", "layer1.conv", "layer2.conv"] and data.epochs == [1, 2, 3]
+    assert data.values[2][2] == 0.25 and math.isnan(data.values[0][2]) and math.isnan(data.values[1][2])
+    zeros = write(tmp_path, "two", epochs=1, layers=0)
+    zeros.append_row({"epoch": 2, "gradient_norm/layer0.conv": 0.0})
+    assert BY_NAME["gradient_norms"].build().select(load_run(zeros.path)).why == "every gradient is zero"
 
 
 def test_a_ratio_to_weights_of_zero_in_an_older_run_does_not_spoil_the_colours(tmp_path: Path) -> None:
@@ -173,8 +184,8 @@ def test_a_ratio_to_weights_of_zero_in_an_older_run_does_not_spoil_the_colours(t
     (record.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = load_run(record.path)
     data = BY_NAME["weight_updates"].build().select(run)
-    assert math.isnan(data.ratio[2][0]) and math.isnan(data.ratio[1][1])
-    assert data.ratio[2][1:] == [row["update_ratio/layer2.conv"] for row in rows[1:]]
+    assert math.isnan(data.values[2][0]) and math.isnan(data.values[1][1])
+    assert data.values[2][1:] == [row["update_ratio/layer2.conv"] for row in rows[1:]]
     assert data.limits[1] < 1
     assert not style.render_figure(BY_NAME["weight_updates"], run).problem
 
@@ -205,7 +216,7 @@ def test_histograms_are_shares_by_size_of_the_last_epoch_that_was_looked_at(tmp_
     assert isinstance(damaged, Nothing) and "is damaged" in damaged.why
 
 
-@pytest.mark.parametrize("name", ["curves", "learning_curves", "weight_updates"])
+@pytest.mark.parametrize("name", ["curves", "learning_curves", "weight_updates", "gradient_norms"])
 @pytest.mark.parametrize("epochs", [1, 2, 9])
 def test_epochs_are_whole_and_values_written_out(name: str, epochs: int, tmp_path: Path) -> None:
     runs = [load_run(write(tmp_path, f"r{i}", epochs=epochs, seed=i, accuracy=0.15038, layers=3).path) for i in range(2)]
