@@ -232,6 +232,7 @@ class Agent:
             "place": self.backend.wandb_target,
             "runs": str(self.backend.runs_dir),
             "swept": self.state.swept_keys,
+            "description": self.sweep.description,
             "metric": self.sweep.metric.name,
             "objectives": [metric.name for metric in self.sweep.metrics],
             "early": dataclasses.asdict(early_stopping) if early_stopping else None,

@@ -183,6 +183,7 @@ class Worker:
             sweep_keys=trial["swept"],
             sweep=trial["sweep"],
             cell=trial["cell"],
+            description=trial["description"],
             **trial["place"],
         )
         try:

@@ -55,6 +55,7 @@ class Sweep:
     early_stopping: Hyperband | None
     project: str
     entity: str
+    description: str = ""  # what the sweep asks; "" if the file does not say it under that key
 
     @property
     def metric(self) -> Metric:
@@ -132,6 +133,7 @@ def _parse_content(content: dict[str, Any], text: str, default_name: str) -> Swe
         early_stopping=early_stopping,
         project=content.get("project", ""),
         entity=content.get("entity", ""),
+        description=content.get("description", "").strip(),
     )
 
 

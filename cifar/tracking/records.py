@@ -74,7 +74,8 @@ _COST = {"macs": _AMOUNT, "params": _COUNT, "activations": _COUNT, "norm_ops": _
 FIELDS: dict[str, dict[str, tuple[str, Check]]] = {
     "run": {
         **dict.fromkeys(
-            ("id", "name", "group", "project", "entity", "sweep", "engine", "dataset", "command", "artifacts"), _TEXT
+            ("id", "name", "group", "project", "entity", "sweep", "engine", "dataset", "command", "description", "artifacts"),
+            _TEXT,
         ),
         "tags": _TEXTS,
         "swept": _TEXTS,

@@ -37,6 +37,7 @@ from cifar.system.ownership import OwnershipError
 from cifar.system.redact import redact, reject_secrets
 from cifar.system.user_code import describe_failure
 from cifar.system.variables import read_variable
+from cifar.tracking.records import MAX_NAME
 from cifar.tracking.run_dir import RunDir, generate_id
 from cifar.training.console import RunConsole, record_output
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
@@ -76,6 +77,7 @@ class RunMetadata:
     engine: str = ""  # "wandb" where W&B gave out the run, so that it belongs to the sweep of that id on W&B
     cell: int | None = None  # its place in the sweep's grid
     swept: Sequence[str] = ()  # the keys that the sweep varies and that this run was given
+    description: str = ""  # of the sweep
     sweep_keys: Sequence[str] = ()  # all keys that the sweep varies, as known when the run was made
 
 
@@ -135,6 +137,7 @@ def _describe_run(
         **({"plugins": plugins} if (plugins := describe_plugins(config)) else {}),  # of its parts, each with a digest
         **({"notes": list(notes)} if notes else {}),
         **({"artifacts": "off"} if read_variable("CIFAR_ARTIFACTS") == "off" else {}),  # so that a later `push` sends none
+        **({"description": escape_controls(about.description[:MAX_NAME], keeps_lines=True)} if about.description else {}),
         "command": f"python -m cifar train --from {run_id}",
     }
 

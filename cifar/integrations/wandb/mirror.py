@@ -492,7 +492,7 @@ class Mirror:
             name=escape_controls(str(run.get("name") or self.run_dir.id))[:128],  # W&B's limits
             group=run.get("group") or sweep,
             tags=[escape_controls(str(tag))[:64] for tag in run.get("tags") or [] if tag],
-            notes=run.get("command"),
+            notes=run.get("description") or run.get("command"),
             job_type="sweep" if sweep else "train",
             config=build_config(self.run_dir),
             mode=self.mode,

@@ -1,7 +1,8 @@
-"""Names of runs that the plain `wandb agent` started: made of the keys that differ between the trials, as under our agents.
+"""Names and notes of runs that the plain `wandb agent` started, as runs under our agents have them.
 
-The agent gives a trial all parameters of the sweep in one file, and does not say which of them vary. The sweep's configuration
-is on the server. Training does not wait for a network, so the mirror asks, and writes name and swept keys into run.json.
+A name is made of the keys that differ between the trials, and the notes are the sweep's description. That agent gives a trial
+all parameters of the sweep in one file, and says neither. The sweep's configuration is on the server. Training does not wait
+for a network, so the mirror asks, and writes what it is told into run.json.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from cifar.errors import UserError
+from cifar.tracking.records import MAX_NAME
 from cifar.tracking.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -29,14 +31,18 @@ def settle_name(run_dir: RunDir, client: GraphqlClient, entity: str, project: st
     from cifar.config.yaml_loader import parse_yaml
     from cifar.sweeps import spec
 
-    config = run_dir.read_json("config")
-    if about.get("name") != format_run_name(config, about["swept"]):
+    config, swept = run_dir.read_json("config"), list(about["swept"])
+    is_named_after_all = about.get("name") == format_run_name(config, swept)
+    if not is_named_after_all and "description" in about:
         return
     with contextlib.suppress(UserError):
         text = client.fetch_sweep(entity, project, about["sweep"]).get("config")
         if not text:
             return
         sweep = spec.parse_sweep(parse_yaml(text, "the sweep on W&B"), text, "the sweep on W&B")
+        settled = {**about, **({"description": sweep.description[:MAX_NAME]} if sweep.description else {})}
         swept = [key for key in sweep.swept_keys if key in about["swept"]]
-        if swept != about["swept"]:
-            run_dir.write_json("run", {**about, "swept": swept, "name": format_run_name(config, swept)})
+        if is_named_after_all:
+            settled |= {"swept": swept, "name": format_run_name(config, swept)}
+        if settled != about:
+            run_dir.write_json("run", settled)

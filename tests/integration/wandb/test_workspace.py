@@ -1,0 +1,101 @@
+"""What a person finds on W&B without any set-up: panels, columns, and every field of the run's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar.cli.app import main
+from helpers.protocol import Run, Server
+from helpers.workspace import automatic_panels, hidden_keys, history_keys, summary_keys
+
+PAIRS = (
+    "dataset=stand-in", "epochs=2", "max_steps=2", "batch_size=32", "train_size=128", "val_size=64", "threads=1", "device=cpu",
+    "probe_every=1", "tta=flip", "test=final",
+)  # fmt: skip
+MAX_PANELS, MAX_SUMMARY = 25, 30
+SHOWN = {
+    "train/loss", "train/acc", "train/lr", "train/gradient_norm", "train/update_ratio", "train/zero_gradients",
+    "val/loss", "val/acc", "system/seconds", "system/images_per_second", "system/memory_gib",
+}  # fmt: skip
+
+
+def train(server: Server, runs: Path, *words: str) -> tuple[Path, Run]:
+    """A run by the command line, mirrored -> its folder, and what the server has of it."""
+    assert main(["train", "--wandb", "online", *words]) == 0
+    (folder,) = (path.parent for path in runs.glob("*/run.json"))
+    return folder, server.runs[folder.name]
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_of_a_layer(key: str) -> bool:
+    return key.startswith(("gradient_", "update_ratio/", "gradients/", "updates/"))
+
+
+@pytest.mark.parametrize(
+    ("network", "num_layers"),
+    [
+        (("--experiment", "worksheet1"), 4),
+        pytest.param(("model=resnet20",), 22, marks=pytest.mark.slow),
+        pytest.param(("model=resnet56",), 58, marks=pytest.mark.slow),
+    ],
+    ids=["worksheet1", "resnet20", "resnet56"],
+)
+def test_few_panels_and_columns(wandb_server: Server, runs: Path, network: tuple[str, ...], num_layers: int) -> None:
+    _, run = train(wandb_server, runs, *network, *PAIRS)
+    panels, summary = automatic_panels(run), summary_keys(run)
+    print(f"{len(panels)} panels: {sorted(panels)}")
+    print(f"{len(summary)} summary: {sorted(summary)}")
+    print(f"{len(run.config)} config: {sorted(run.config)}")
+    assert panels >= SHOWN and len(panels) <= MAX_PANELS
+    assert {f"pictures/{name}" for name in ("curves", "gradient_norms", "weight_updates")} <= panels
+    layers = {key.partition("/")[2] for key in history_keys(run) if key.startswith("gradient_norm/")}
+    assert len(layers) == num_layers and not any(map(is_of_a_layer, panels))
+    assert {key for key in history_keys(run) if is_of_a_layer(key)} <= hidden_keys(run) and "epoch" in hidden_keys(run)
+    wanted = {"val/acc", "val/loss", "test/acc", "test/loss", "best/val/acc", "macs", "flops", "params", "seconds"}
+    assert summary >= {*wanted, "images_per_second", "state", "reason", "epochs"} and len(summary) <= MAX_SUMMARY
+    assert not any(map(is_of_a_layer, summary))
+    assert run.summary["flops"] == 2 * run.summary["macs"] == 2 * run.config["macs"]
+    for cells in (run.config, run.summary):
+        assert not [value for value in cells.values() if isinstance(value, str) and value[:1] in ("{", "[")]
+
+
+@pytest.mark.parametrize("probes", ["probes=all", pytest.param("probes=none", marks=pytest.mark.slow)])
+def test_every_field_of_the_folder_is_on_the_server(wandb_server: Server, runs: Path, probes: str) -> None:
+    """Nothing of the mirror's code is used here."""
+    folder, run = train(wandb_server, runs, "--experiment", "worksheet1", "--tags", "mine", *PAIRS, probes)
+    about, config, status, summary = (read(folder, name) for name in ("run", "config", "status", "summary"))
+    rows = read_rows(folder)
+
+    history = [
+        {key: value for key, value in row.items() if key[0] != "_" and not isinstance(value, dict)} for row in run.history
+    ]
+    assert history == rows and [row["_step"] for row in run.history] == [1, 2]
+    cost = {name: about["cost"][name] for name in ("macs", "params")}
+    assert run.config == {**config, **cost, "cifar_schema": 2}
+    numbers = {key: value for key, value in run.summary.items() if key[0] != "_" and not isinstance(value, dict)}
+    ends = {"state": status["state"], "reason": status["reason"], "flops": 2 * cost["macs"]}
+    assert numbers == {**summary, **cost, **ends, "epoch": rows[-1]["epoch"]}
+    assert (run.id, run.display_name, run.tags, run.notes) == (folder.name, about["name"], about["tags"], about["command"])
+    assert (run.project, run.job_type, run.exits) == (about["project"], "train", [0])
+
+    document = json.loads(run.files["cifar.json"])
+    del status["pid"]
+    parts = {name: read(folder, name) for name in ("run", "config", "labels", "environment", "summary")}
+    assert document == {"schema": 2, **parts, "status": status}
+    assert [list(document[name]) for name in parts] == [list(parts[name]) for name in parts], "in the same order"
+
+    pictures = {path.stem: path.read_bytes() for path in (folder / "pictures").glob("*.png")}
+    sent = {key.partition("/")[2]: value["path"] for key, value in run.history[-1].items() if key.startswith("pictures/")}
+    assert {name: run.files[path] for name, path in sent.items()} == pictures and pictures
+    assert run.files["predictions.npz"] == (folder / "predictions.npz").read_bytes()
