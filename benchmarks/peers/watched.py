@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
 import wandb
+
 from benchmarks.common import serve, synchronize
 from benchmarks.peers.standard import FromDevice
 from cifar import data, registry
