@@ -27,7 +27,7 @@ from cifar.tracking.run_dir import RunDir, list_folders
 BEST = "best"
 LOCK_FILE = "artifacts.lock"
 NOTE_FILE = "artifacts.json"  # in RUN/wandb: what the run's offline file says
-LOCK_SECONDS, QUERY_SECONDS = 10.0, 10.0
+LOCK_SECONDS = 10.0
 VERSIONS_PER_PAGE = 500
 _GET_VERSIONS = """query ModelVersions(
   $entity: String!, $project: String!, $type: String!, $collection: String!, $first: Int, $after: String
@@ -92,8 +92,8 @@ def take_marked(*, everything: bool = False) -> dict[str, list[Marked]]:
 # -- online ------------------------------------------------------------------------------------------------------------
 
 
-def settle_online(marked: Marked, collection: str) -> None:
-    client = GraphqlClient(QUERY_SECONDS)
+def settle_online(client: GraphqlClient, marked: Marked, collection: str) -> None:
+    """Move `best` to the best version that W&B has now, if it is another one. Raises what wandb raises."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(Timeout, OSError):  # without it, the check at the end of the sweep is left
             stack.enter_context(FileLock(lock_file(marked.run_dir), timeout=LOCK_SECONDS))

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cifar.integrations.wandb.api import GraphqlClient
 from cifar.integrations.wandb.artifact_best import list_offline_files, read_note, settle_online, take_marked
 from cifar.integrations.wandb.artifact_choice import find_best, list_candidates
 from cifar.integrations.wandb.mirror import Mirror
+from cifar.integrations.wandb.mirror_process import num_core_stops
 from cifar.tracking.run_dir import RunDir
+
+QUERY_SECONDS = 10.0  # for one question to the server
+
+_client: tuple[int, GraphqlClient] | None = None  # the number of core stops when it was made, and the client
 
 
 def settle(on_message: Callable[[str], None], *, everything: bool = False) -> None:
@@ -16,12 +22,20 @@ def settle(on_message: Callable[[str], None], *, everything: bool = False) -> No
         for marked in places:
             try:
                 if marked.entity:
-                    settle_online(marked, collection)
+                    settle_online(_connect(), marked, collection)
                 else:
                     _settle_offline(marked.run_dir, on_message)
             except Exception as error:  # a failing server, a full disk
                 reason = type(error).__name__
                 on_message(f"{collection}: W&B's alias `best` was not checked ({reason}); `push` checks it again")
+
+
+def _connect() -> GraphqlClient:
+    """The client for questions to the server; another one after wandb-core was stopped."""
+    global _client
+    if _client is None or _client[0] != num_core_stops():
+        _client = num_core_stops(), GraphqlClient(QUERY_SECONDS)
+    return _client[1]
 
 
 def _settle_offline(run_dir: RunDir, on_message: Callable[[str], None]) -> None:

@@ -90,7 +90,7 @@ def build_metadata(run_dir: RunDir) -> dict[str, Any]:
     cost = about.get("cost") or {}
     values = {
         "run": run_dir.id,
-        "name": about.get("name"),
+        "name": str(about.get("name") or "")[:128],
         "sweep": about.get("sweep"),
         "cell": about.get("cell"),
         "model": run_dir.read_json("config").get("model"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from cifar.integrations.wandb import artifact_best, artifact_choice, artifact_se
 from cifar.integrations.wandb.artifact_download import ArtifactPath, parse_artifact_path
 from cifar.integrations.wandb.artifacts import CIFAR10_URL
 from cifar.integrations.wandb.mirror import Mirror
+from cifar.integrations.wandb.mirror_process import stop_core
 from cifar.registry import models
 from cifar.tracking.run_dir import RunDir, list_run_dirs
 from helpers.fake_runs import write
@@ -207,6 +211,50 @@ def test_a_full_server_takes_the_run_and_push_the_rest(
     server.heal()
     push_all(records[1:2])
     check_arrived(server, records[1:2])
+
+
+@pytest.mark.slow
+def test_a_slow_upload_is_waited_for_and_not_begun_again(records: list[RunDir], server: Server) -> None:
+    server.fault = Fault("slow", 0.5, where="artifact_files")
+    mirror = Mirror(records[1], "online", pytest.fail)
+    num_tries = 0
+    while not mirror.finish(patience=0.1):
+        assert mirror.is_open and server.runs[BEST_RUN].state == "running"
+        num_tries += 1
+        assert num_tries < 200
+    assert num_tries and server.runs[BEST_RUN].state == "finished" and len(server.asked("CreateArtifact")) == 3
+    push_all(records[1:2])
+    check_arrived(server, records[1:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["CreateArtifact", "artifact_files", "CommitArtifact", "UseArtifact"])
+def test_an_upload_that_is_cut_off_is_made_again(records: list[RunDir], server: Server, where: str) -> None:
+    server.fault = Fault("hang", where=where)
+    mirror = Mirror(records[1], "online", pytest.fail)
+    threading.Timer(3.0, stop_core).start()  # the process is killed in the middle of it
+    with contextlib.suppress(Exception):
+        while not mirror.finish(patience=0.1):
+            time.sleep(0.1)
+    with contextlib.suppress(Exception):
+        mirror.suspend()
+    server.heal()
+    push_all(records[1:2])
+    check_arrived(server, records[1:2])
+
+
+@pytest.mark.slow
+def test_the_switch_of_a_training_is_kept_in_its_record(wandb_server: Server, runs: Path) -> None:
+    words = ["model=conv4", "epochs=1", "train_size=256", "val_size=200", "batch_size=64", "--dataset", "stand-in"]
+    for option, count in (("off", 0), ("on", 1)):
+        code, output = wait_for_exit(start_command(wandb_server, "-m", "cifar", "train", *words, "--artifacts", option))
+        assert code == 0, output
+        (record,) = [
+            each for each in list_run_dirs(runs) if (each.read_json("run").get("artifacts") == "off") == (option == "off")
+        ]
+        code, output = wait_for_exit(start_command(wandb_server, "-m", "cifar", "push", record.id))
+        assert code == 0 and "(0 sent now)" in output, output
+        assert [each.run for each in wandb_server.artifacts.committed("model")] == [record.id] * count
 
 
 @pytest.mark.slow
