@@ -116,6 +116,7 @@ PARSED = {
     "cifar agent SWEEP --gpus all --per-gpu 2 --time-limit 50m": GPU,
     "cifar agent SWEEP --gpus all --time-limit 50m": GPU,
     "cifar data --mirror URL": "asks the network",
+    "cifar evaluate ENTITY/PROJECT/model-SWEEP:best": ACCOUNT,
     "cifar push RUN": ACCOUNT,
     "cifar push SWEEP": ACCOUNT,
     "cifar push SWEEP --project cifar": ACCOUNT,
@@ -123,6 +124,7 @@ PARSED = {
     "cifar report ENTITY/PROJECT/SWEEP": ACCOUNT,
     "cifar report ENTITY/PROJECT/SWEEP --publish": ACCOUNT,
     "cifar report me/cifar/x7k2m1pq --publish": ACCOUNT,
+    "cifar train --from ENTITY/PROJECT/model-SWEEP:best seed=1": ACCOUNT,
 }
 
 # Programs of others, and set-up: what is checked of each is in `check_other`.
