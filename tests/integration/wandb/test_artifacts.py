@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -232,12 +229,11 @@ def test_a_slow_upload_is_waited_for_and_not_begun_again(records: list[RunDir], 
 def test_an_upload_that_is_cut_off_is_made_again(records: list[RunDir], server: Server, where: str) -> None:
     server.fault = Fault("hang", where=where)
     mirror = Mirror(records[1], "online", pytest.fail)
-    threading.Timer(3.0, stop_core).start()  # the process is killed in the middle of it
-    with contextlib.suppress(Exception):
-        while not mirror.finish(patience=0.1):
-            time.sleep(0.1)
-    with contextlib.suppress(Exception):
-        mirror.suspend()
+    for _ in range(5):
+        assert not mirror.finish(patience=0.2) and server.runs[BEST_RUN].state == "running"
+    assert server.fault.met
+    stop_core()  # as if the process was killed in the middle of it
+    mirror.suspend()
     server.heal()
     push_all(records[1:2])
     check_arrived(server, records[1:2])
