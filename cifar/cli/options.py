@@ -16,6 +16,7 @@ from cifar.errors import UserError
 from cifar.system.names import check_name
 from cifar.system.variables import read_variable
 
+SAVE_DIFF = "CIFAR_SAVE_DIFF"  # as cifar.system.environment reads it
 ARTIFACTS = "CIFAR_ARTIFACTS"  # as cifar.integrations.wandb.artifacts reads it
 
 
@@ -76,6 +77,27 @@ Artifacts = Annotated[
         "--artifacts",
         help="weights, predictions and the use of the dataset as W&B artifacts; else $CIFAR_ARTIFACTS, else on",
         callback=_apply_artifacts,
+    ),
+]
+
+
+def _apply_save_diff(ctx: typer.Context, value: bool) -> bool:
+    """Let this process and those that it starts follow `--save-diff`, until the command ends."""
+    before = read_variable(SAVE_DIFF)
+    if before not in ("", "on", "off"):
+        raise UserError(f"{SAVE_DIFF} is '{before}'; write on or off, or unset it")
+    if value and not ctx.resilient_parsing:
+        os.environ[SAVE_DIFF] = "on"
+        ctx.call_on_close(lambda: os.environ.update({SAVE_DIFF: before}))
+    return value
+
+
+SaveDiff = Annotated[
+    bool,
+    typer.Option(
+        "--save-diff",
+        help="keep the uncommitted changes of the code with the run, also on W&B; else $CIFAR_SAVE_DIFF",
+        callback=_apply_save_diff,
     ),
 ]
 Set = Annotated[

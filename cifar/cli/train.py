@@ -21,7 +21,19 @@ from cifar.cli.console import (
     warn,
     warn_of_stand_in,
 )
-from cifar.cli.options import Artifacts, DataDir, Dataset, Experiment, Json, Pairs, RunsDir, Split, Wandb, refuse_empty
+from cifar.cli.options import (
+    Artifacts,
+    DataDir,
+    Dataset,
+    Experiment,
+    Json,
+    Pairs,
+    RunsDir,
+    SaveDiff,
+    Split,
+    Wandb,
+    refuse_empty,
+)
 from cifar.errors import UserError, name_program
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES, OPEN_RUN_STATES
 from cifar.system.durations import format_duration
@@ -69,6 +81,7 @@ def train(
     runs_dir: RunsDir = None,
     wandb: Wandb = "auto",
     artifacts: Artifacts = None,
+    save_diff: SaveDiff = False,
     name: Annotated[str, typer.Option("--name", help="what the run is called [default: made of its keys]")] = "",
     tags: Annotated[str, typer.Option("--tags", metavar="A,B", help="words to find it by")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the configuration and its cost, train nothing")] = False,

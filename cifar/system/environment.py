@@ -127,12 +127,13 @@ def git_state() -> dict[str, Any]:
 
 DIFF_VARIABLE, DIFF_FILE = "CIFAR_SAVE_DIFF", "diff.patch"  # on: `--save-diff` sets it, also for the processes that it starts
 MAX_DIFF_BYTES = 1_000_000
+CODE_FOLDER = Path(__file__).resolve().parent
 
 
 @functools.cache
-def git_diff() -> bytes:
-    """How the checkout differs from its commit (`git diff HEAD`), without secrets, cut where it is large; b"" if not."""
-    command = ["git", "-C", str(Path(__file__).resolve().parents[2]), "diff", "HEAD", "--no-color", "--no-ext-diff"]
+def git_diff(folder: Path = CODE_FOLDER) -> bytes:
+    """How a checkout differs from its commit (`git diff HEAD`), without secrets, cut where it is large; b"" if not."""
+    command = ["git", "-C", str(folder), "diff", "HEAD", "--no-color", "--no-ext-diff"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         text = subprocess.run(command, capture_output=True, timeout=20, check=True).stdout.decode("utf-8", "replace")
         content = redact(text).encode("utf-8", "replace")
