@@ -60,7 +60,8 @@ def test_uncommitted_changes_have_no_secrets_and_a_bound(tmp_path: Path, monkeyp
 def test_the_option_is_for_this_process_and_those_that_it_starts(tmp_path: Path) -> None:
     code = (
         "import os, typer; from typer.testing import CliRunner; from cifar.cli.options import SaveDiff; app = typer.Typer();"
-        "exec('def command(save_diff: SaveDiff = False): print(repr(os.environ.get(\"CIFAR_SAVE_DIFF\")))'); app.command()(command);"
+        "exec('def command(save_diff: SaveDiff = False): print(repr(os.environ.get(\"CIFAR_SAVE_DIFF\")))');"
+        "app.command()(command);"
         "print(CliRunner().invoke(app, ['--save-diff']).output, CliRunner().invoke(app, []).output)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
