@@ -71,7 +71,8 @@ def test_a_process_that_dies_is_not_measured_any_more(record: RunDir, monkeypatc
     record.write_json("environment", {"pid": process.pid})
     recorder = SystemMetricsRecorder(record)
     recorder.poll()
-    process.kill()  # a zombie now, and then gone
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie now, and then gone
     for _ in range(2):
         monkeypatch.setattr(recorder, "_next_time", 0.0)
         recorder.poll()
