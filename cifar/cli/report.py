@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import webbrowser
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import typer
 from cifar.cli.completion import complete_sweep_or_run
 from cifar.cli.console import (
     clean_text,
+    console,
     echo,
     print_json,
     print_sentence,
@@ -29,6 +31,9 @@ from cifar.system.names import is_id
 from cifar.system.ownership import find_owner
 from cifar.system.terminal import Column
 from cifar.tracking import run_dir
+
+MAX_BEST = 20  # points that are printed beside those of the front
+MIN_PLOTTED = 5  # points that make a picture
 
 if TYPE_CHECKING:
     from cifar.integrations.wandb.report import PublishedUrls
@@ -47,7 +52,20 @@ def report(
     budget: Annotated[str, typer.Option("--budget", metavar="MACS", help="name the best below it: 50M, 1.2G, 5e7")] = "",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="where the page and the figures go")] = None,
     runs_dir: RunsDir = None,
+    cost_unit: Annotated[str, typer.Option("--x", metavar="macs|flops", help="the axis of costs; FLOPs are 2 × MACs")] = "macs",
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--compare", metavar="A B", help="two points, by a run's id or a label: what differs, and the test"),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="RUN", help="keep its full curves on a page of many runs")
+    ] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="print all points, not the front and the best 20")] = False,
     open_: Annotated[bool, typer.Option("--open", help="show the page in a browser")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="serve the page to this machine's browser; it follows the runs")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="of --serve [default: a free one]")] = 0,
     publish: Annotated[bool, typer.Option("--publish", help="make a report and a workspace on W&B, too")] = False,
     as_json: Json = False,
 ) -> int:
@@ -61,13 +79,22 @@ def report(
 
     `python -m cifar report --split test`
 
+    `python -m cifar report --compare resnet20 worksheet1`
+
+    `python -m cifar report --serve --open`
+
     `python -m cifar report me/cifar/x7k2m1pq --publish`
     """
     runs = run_dir.resolve_runs_dir(runs_dir)
+    if serve:
+        _serve_report(names or [], runs, port, split=split, budget=budget, cost_unit=cost_unit, opens_browser=open_)
+        return 0
     with redirect_messages(as_json):
-        result = draw_report(names or [], runs=runs, split=split, budget=budget, out=out)
-        if not as_json:
-            print_report(result, runs)
+        result = draw_report(names or [], runs=runs, split=split, budget=budget, out=out, cost_unit=cost_unit, kept=keep or [])
+        if not as_json and compare:
+            print_comparison(result, *compare)
+        elif not as_json:
+            print_report(result, runs, show_all=show_all)
         published = None
         if publish:
             with spinner("publishing on W&B ..."):
@@ -89,7 +116,14 @@ def report(
 
 
 def draw_report(
-    names: Sequence[str], *, runs: Path, split: str = "val", budget: str = "", out: Path | None = None
+    names: Sequence[str],
+    *,
+    runs: Path,
+    split: str = "val",
+    budget: str = "",
+    out: Path | None = None,
+    cost_unit: str = "macs",
+    kept: Sequence[str] = (),
 ) -> ReportResult:
     """Read runs, write the page and the figures."""
     with progress_bar("reading from W&B", "runs") as progress:
@@ -97,16 +131,53 @@ def draw_report(
         from cifar.report.formatting import parse_macs
 
         limit = parse_macs(budget) if budget else None
-        return reports.write_report(names, runs=runs, out=out, split=split, budget=limit, progress=progress)
+        return reports.write_report(
+            names, runs=runs, out=out, split=split, budget=limit, cost_unit=cost_unit, kept=kept, progress=progress
+        )
 
 
-def print_report(result: ReportResult, runs: Path) -> None:
-    """Print the table, the answers, how the best run is repeated, and where the files are."""
+def _serve_report(
+    names: Sequence[str], runs: Path, port: int, *, split: str, budget: str, cost_unit: str, opens_browser: bool
+) -> None:
+    """Serve the page until Ctrl-C."""
+    from cifar.report.formatting import parse_macs
+    from cifar.report.serve import serve_report
+
+    limit = parse_macs(budget) if budget else None
+    server = serve_report(tuple(names), runs, port, split=split, budget=limit, cost_unit=cost_unit)
+    echo(f"{server.url} follows the runs in {runs}; Ctrl-C ends it")
+    if opens_browser:
+        webbrowser.open(server.url)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve()
+
+
+def print_comparison(result: ReportResult, first: str, second: str) -> None:
+    """Print two points side by side: the settings that differ, and the test of their accuracies."""
+    from cifar.report import compare
+
+    points = [compare.find_point(result.comparison, name) for name in (first, second)]
+    if points[0] is points[1]:
+        raise UserError(f"--compare {first} {second}: these are the same point; name two")
+    rows, sentences = compare.describe_comparison(result.comparison, *points)
+    print_table("", ["", points[0].label, points[1].label], rows)
+    echo()
+    for sentence in sentences:
+        print_sentence(sentence)
+
+
+def print_report(result: ReportResult, runs: Path, *, show_all: bool = False) -> None:
+    """Print a plot, the table, the answers, how the best run is repeated, and where the files are."""
     if result.banner:
         warn_of_stand_in(f"{result.banner}: these accuracies compare with nothing else.")
+    for line in _draw_plot(result):
+        echo(line)
     if result.rows:
-        rows = [[row.get(column) for column in result.columns] for row in result.rows]
+        chosen = _choose_rows(result, show_all)
+        rows = [[result.rows[index].get(column) for column in result.columns] for index in chosen]
         print_table(result.title, _make_columns(result), rows)
+        if len(chosen) < len(result.rows):
+            echo(f"the front and the best {MAX_BEST} of {len(result.rows)} points; --all prints all of them")
         echo()
     for index, note in enumerate(result.notes):
         print_sentence(note)
@@ -115,6 +186,33 @@ def print_report(result: ReportResult, runs: Path) -> None:
     for path in result.paths:
         if path.suffix != ".svg":  # beside each PNG
             echo(f"{path.suffix[1:]:<5} {path}")
+
+
+def _draw_plot(result: ReportResult) -> list[str]:
+    """The points as a few lines of text, where there are enough for a picture."""
+    from cifar.report.formatting import format_macs
+    from cifar.report.text_plot import TextPoint, draw_text_plot
+
+    comparison = result.comparison
+    points = [
+        TextPoint(point.macs * comparison.cost_factor, point.mean, point.on_front)
+        for point in comparison.points
+        if point.num_views == 1
+    ]
+    if len(points) < MIN_PLOTTED:
+        return []
+    unit = comparison.cost_column[1:]  # MACs or FLOPs
+    lines = draw_text_plot(points, lambda cost: format_macs(cost).removesuffix("MACs") + unit, width=min(console.width, 76))
+    return [f"{comparison.accuracy_label}, % against {unit} (log); ● the front", *lines, ""] if lines else []
+
+
+def _choose_rows(result: ReportResult, show_all: bool) -> list[int]:
+    """Indices of the points that are printed, in their order."""
+    points = result.comparison.points
+    if show_all:
+        return list(range(len(points)))
+    best = set(sorted(range(len(points)), key=lambda index: -points[index].mean)[:MAX_BEST])
+    return [index for index, point in enumerate(points) if point.on_front or index in best]
 
 
 def _make_columns(result: ReportResult) -> list[Column]:
@@ -135,7 +233,7 @@ def _make_columns(result: ReportResult) -> list[Column]:
                     is_number=name != "front",
                     drop_order=drop_orders.get(name, 0),
                     is_extra=name == "params M",
-                    can_be_shared=name in ("MMACs", "params M", "± 95 %", "n"),
+                    can_be_shared=name in ("MMACs", "MFLOPs", "params M", "± 95 %", "n"),
                 )
             )
     return columns

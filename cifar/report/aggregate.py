@@ -123,6 +123,17 @@ class Comparison:
     title: str = ""
     banner: str = ""
     has_scores: bool = True  # False if the split is test and no run has scored it
+    cost_unit: str = "macs"  # of the axis: "macs", or "flops", which are twice as many
+
+    @property
+    def cost_factor(self) -> int:
+        """What MACs are multiplied by on the axis."""
+        return 2 if self.cost_unit == "flops" else 1
+
+    @property
+    def cost_column(self) -> str:
+        """The heading of a column of costs in millions."""
+        return "MFLOPs" if self.cost_unit == "flops" else "MMACs"
 
     @property
     def accuracy_label(self) -> str:
@@ -188,8 +199,11 @@ def compare_runs(
     budget: float | None = None,
     title: str = "",
     damaged: Sequence[ExcludedRun] = (),
+    cost_unit: str = "macs",
 ) -> Comparison:
     """Combine runs that differ in their seed into points, and exclude runs that cannot be compared with the others."""
+    if cost_unit not in ("macs", "flops"):
+        raise UserError(f"--x {cost_unit}: choose macs or flops")
     if split not in SPLIT_NAMES:
         raise UserError(f"--split {split}: choose val or test")
     runs = sorted(runs, key=lambda run: (run.created, run.id))
@@ -233,6 +247,7 @@ def compare_runs(
         title=title,
         banner=find_banner(*majority) if runs else "",
         has_scores=split == "val" or any(run.accuracies_by_views(split) for run in runs),
+        cost_unit=cost_unit,
     )
 
 

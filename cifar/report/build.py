@@ -21,6 +21,8 @@ from cifar.errors import UserError
 from cifar.report import html as pages
 from cifar.report import style
 from cifar.report.aggregate import Comparison, Point, compare_runs
+from cifar.report.explorer.document import build_document
+from cifar.report.explorer.page import render_explorer
 from cifar.report.formatting import (
     format_mega_macs,
     format_mega_params,
@@ -28,6 +30,7 @@ from cifar.report.formatting import (
     format_value,
     pluralize,
 )
+from cifar.report.front import front_probabilities
 from cifar.report.load import RunCollection, collect_runs, load_run
 from cifar.system.durations import format_duration
 from cifar.system.redact import mask_secrets
@@ -46,6 +49,10 @@ FORMULA_STARTS = (
     "\uff0d",
     "\uff20",
 )
+
+
+MAX_INLINE_BYTES = 120_000  # of a figure as SVG on the page; a larger one is a picture there
+SHOWN_BY_EXPLORER = ("accuracy_vs_macs", "accuracy_vs_params", "learning_curves")  # figures
 
 
 @dataclass(frozen=True)
@@ -74,23 +81,31 @@ def write_report(
     split: str = "val",
     budget: float | None = None,
     command: str = "",
+    cost_unit: str = "macs",
+    kept: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> ReportResult:
     """Compare the named runs and sweeps and write the report into `out`. No name: the newest sweep, or else all runs.
 
     `out` is by default report/ (for the test split report-test/) in the sweep's folder, in the run's folder if there is one
-    run only, or in `runs`. If nothing can be compared, the result has no columns. `progress` is called with (runs read, runs
-    in all) while runs are read from W&B.
+    run only, or in `runs`. If nothing can be compared, the result has no columns. `cost_unit`: "macs" or "flops", for the axis
+    and the table. `kept`: runs whose full curves and heat maps stay on a page of many. `progress` is called with (runs
+    read, runs in all) while runs are read from W&B.
 
     Raises UserError for an unknown name, and if `out` cannot be written.
     """
     collection = collect_runs(names, runs, progress)
-    comparison = compare_runs(collection.runs, split=split, budget=budget, title=collection.title, damaged=collection.damaged)
+    comparison = compare_runs(
+        collection.runs, split=split, budget=budget, title=collection.title, damaged=collection.damaged, cost_unit=cost_unit
+    )
+    kept_ids = _find_kept(kept, collection)
     wandb_name = collection.wandb_name.partition("://")[2] or collection.wandb_name
     wandb_folder = re.sub(r"[^\w.-]+", "_", wandb_name)  # "" unless the runs come from W&B
     out = out or _default_folder(collection, runs) / ("report-test" if split == "test" else "report") / wandb_folder
     options = ["--split", "test"] if split == "test" else []
     options += ["--budget", f"{budget / 1e6:g}M"] if budget else []
+    options += ["--x", cost_unit] if cost_unit != "macs" else []
+    options += [word for name in kept for word in ("--keep", name)]
     notes = [*pages.write_sentences(comparison), *_progress_notes(collection, comparison)]
     command = command or shlex.join(["python", "-m", "cifar", "report", *names, *options])
     try:
@@ -104,7 +119,10 @@ def write_report(
         else:
             paths.pop(1).unlink(missing_ok=True)
         provenance = pages.describe_provenance(comparison, collection.runs, command)
-        html = pages.render_page(comparison, sections, question=collection.question, notes=notes, provenance=provenance)
+        explorer = _make_explorer(comparison, collection, runs, kept_ids)
+        html = pages.render_page(
+            comparison, sections, question=collection.question, notes=notes, provenance=provenance, explorer=explorer
+        )
         write_atomic(paths[0], html.encode())
     except OSError as error:
         raise UserError(
@@ -137,6 +155,29 @@ def _default_folder(collection: RunCollection, runs: Path) -> Path:
     return collection.runs[0].path if collection.is_single_run and not collection.wandb_name else runs
 
 
+def _find_kept(names: Sequence[str], collection: RunCollection) -> list[str]:
+    """The ids of the runs that `--keep` names, by id, the start of an id, or name. Raises UserError."""
+    found = []
+    for name in names:
+        matches = [run.id for run in collection.runs if run.id == name or run.name == name]
+        matches = matches or [run.id for run in collection.runs if run.id.startswith(name)]
+        if not matches:
+            raise UserError(f"--keep {name}: no run of this report has that id or name")
+        found += matches
+    return found
+
+
+def _make_explorer(comparison: Comparison, collection: RunCollection, runs: Path, kept_ids: Sequence[str]) -> str:
+    """The section of the explorer; "" where there is nothing to compare."""
+    if collection.is_single_run or not comparison.points:
+        return ""
+    points = [point for point in comparison.points if point.num_views == 1]
+    chances = front_probabilities([point.macs for point in points], [point.accuracies for point in points]) or ()
+    document = build_document(comparison, collection.runs, runs_folder=runs, kept_ids=kept_ids, probabilities=chances)
+    listed = {run.id for run in comparison.runs}
+    return render_explorer(document, num_apart=sum(run.id not in listed for run in collection.runs))
+
+
 def _draw_figures(
     collection: RunCollection, comparison: Comparison, out: Path, notes: list[str]
 ) -> tuple[list[pages.Section], list[Path]]:
@@ -167,7 +208,10 @@ def _draw_figures(
         write_atomic(paths[-1], vector.encode())
         figure_class: Any = entry.builder
         caption = getattr(figure_class, "caption", "")
-        sections.append(pages.Section(figure_class.title, caption, style.inline_svg(vector, drawn.header_inches)))
+        inline = style.inline_svg(vector, drawn.header_inches, figure_class.title)
+        if len(inline) > MAX_INLINE_BYTES:
+            inline = pages.render_image(style.encode_small_png(drawn.figure), figure_class.title)
+        sections.append(pages.Section(figure_class.title, caption, inline, entry.name in SHOWN_BY_EXPLORER))
     return sections, paths
 
 
@@ -193,7 +237,7 @@ def _format_row(comparison: Comparison, point: Point) -> dict[str, str]:
     row = {"network": point.network_name}
     row |= {key: format_value(value) for key, value in point.values.items() if key != "model"}
     row |= {
-        "MMACs": format_mega_macs(point.macs),
+        comparison.cost_column: format_mega_macs(point.macs * comparison.cost_factor),
         "params M": format_mega_params(point.params),
         f"{comparison.split} acc %": format_percent(point.mean),
         "± 95 %": point.interval_text,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from html import escape as escape_html
 from typing import Any
 
-from cifar.report.aggregate import Comparison, describe_settings
+from cifar.report.aggregate import Comparison, Point, describe_settings
+from cifar.report.explorer.page import read_script, read_style
 from cifar.report.formatting import (
     format_macs,
     format_mega_macs,
@@ -33,16 +34,19 @@ class Section:
     title: str
     caption: str
     svg: str
+    in_explorer: bool = False  # the explorer shows the same, so that the figure stands here for browsers without scripts only
 
 
 NO_TEST_SCORES = "No run has a test accuracy; `python -m cifar train ... test=final` makes one."
+MAX_LISTED = 30  # points in the table of a page with many
+MAX_EXCLUDED = 100  # runs in the table of what is left out
 MAX_BIASED_LISTED = 5  # points that the sentences name; the table marks all of them
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --page: #f6f7f9; --ink: #1f2a37; --muted: #6b7785; --line: #e3e7ec;
-  --accent: #2f6fde; --soft: #eef3fc; --warn: #ffe9b8; --warn-ink: #5c3c00; }
+:root { color-scheme: light dark; --paper: #ffffff; --page: #f6f7f9; --ink: #1f2a37; --muted: #5d6977; --line: #e3e7ec;
+  --edge: #8a95a3; --accent: #2f6fde; --soft: #eef3fc; --warn: #ffe9b8; --warn-ink: #5c3c00; }
 @media (prefers-color-scheme: dark) { :root { --paper: #171b21; --page: #101318; --ink: #e4e8ee; --muted: #98a3b1;
-  --line: #2b323c; --accent: #7aa5f5; --soft: #1b2638; --warn: #4a3708; --warn-ink: #ffe2a0; } }
+  --line: #2b323c; --edge: #6b7787; --accent: #7aa5f5; --soft: #1b2638; --warn: #4a3708; --warn-ink: #ffe2a0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5; -webkit-text-size-adjust: 100%;
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif; }
@@ -60,7 +64,7 @@ p { margin: 0 0 .75rem; }
 .answer strong { font-size: 1.08rem; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
   padding: 1.3rem 1.4rem; margin: 1.2rem 0; }
-section svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+section svg, section > img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 .caption { color: var(--muted); font-size: .87rem; margin: .8rem 0 0; max-width: 52rem; }
 .tip { cursor: default; }
 .tip:hover { filter: brightness(1.15) drop-shadow(0 0 2px var(--accent)); }
@@ -88,7 +92,7 @@ SCRIPT = """
 const box = document.body.appendChild(Object.assign(document.createElement('div'), {id: 'tip'}));
 for (const mark of document.querySelectorAll('.tip')) {
   const title = mark.querySelector('title'); const text = title.textContent; title.remove();
-  mark.setAttribute('aria-label', text);
+  mark.setAttribute('role', 'img'); mark.setAttribute('aria-label', text);
   mark.addEventListener('mousemove', at => { box.textContent = text; box.style.display = 'block';
     box.style.left = Math.min(at.clientX + 14, innerWidth - box.offsetWidth - 8) + 'px';
     box.style.top = Math.min(at.clientY + 14, innerHeight - box.offsetHeight - 8) + 'px'; });
@@ -113,32 +117,50 @@ def escape(text: str) -> str:
 
 
 def render_page(
-    comparison: Comparison, sections: Sequence[Section], *, question: str, notes: Sequence[str], provenance: Mapping[str, str]
+    comparison: Comparison,
+    sections: Sequence[Section],
+    *,
+    question: str,
+    notes: Sequence[str],
+    provenance: Mapping[str, str],
+    explorer: str = "",
 ) -> str:
-    """The whole page. `notes`: the report's sentences, the answer first. `provenance`: how it was made, name -> text."""
+    """The whole page. `notes`: the report's sentences, the answer first. `provenance`: how it was made, name -> text.
+
+    explorer: the section of the explorer, with its data; "" for a page without it.
+    """
     banner = f'<div class="banner" role="alert">{escape(comparison.banner)}</div>' if comparison.banner else ""
     title = " – ".join(part for part in (comparison.banner, comparison.title) if part)
-    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    scripts = [SCRIPT, read_script()] if explorer else [SCRIPT]
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
     # The policy protects even if a text was not escaped: the browser runs no script but ours and fetches nothing.
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script_hash}'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {hashes}"
     first, other_sections = sections[:1], sections[1:]
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{banner}<main>",
+        f"<title>{escape(title)}</title><style>{STYLE}{read_style() if explorer else ''}</style></head><body>{banner}<main>",
         f"<h1>{escape(comparison.title)}</h1>",
         f'<p class="lead">{escape(comparison.subtitle.removeprefix(comparison.title + " · "))}</p>',
         f'<p class="question">{escape(question)}</p>' if question else "",
         _render_answer(notes),
+        explorer,
         *map(_render_figure, first),
         _render_points(comparison) if comparison.points else "",
         *map(_render_figure, other_sections),
         _render_excluded(comparison.excluded) if comparison.excluded else "",
         f"<section><h2>How it was made</h2><dl>{''.join(_render_fact(k, v) for k, v in provenance.items())}</dl></section>",
-        f"</main><script>{SCRIPT}</script></body></html>\n",
+        "</main>",
+        *(f"<script>{script}</script>" for script in scripts),
+        "</body></html>\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def render_image(png: bytes, title: str) -> str:
+    """A figure as a picture inside the page."""
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _render_answer(notes: Sequence[str]) -> str:
@@ -150,7 +172,8 @@ def _render_answer(notes: Sequence[str]) -> str:
 
 def _render_figure(section: Section) -> str:
     caption = f'<p class="caption">{escape(section.caption)}</p>' if section.caption else ""
-    return f"<section><h2>{escape(section.title)}</h2>{section.svg}{caption}</section>"
+    kind = ' class="without-scripts"' if section.in_explorer else ""
+    return f"<section{kind}><h2>{escape(section.title)}</h2>{section.svg}{caption}</section>"
 
 
 def _render_points(comparison: Comparison) -> str:
@@ -160,7 +183,8 @@ def _render_points(comparison: Comparison) -> str:
         [("network", False), *((key, False) for key in keys), *((name, True) for name in numbers), ("", False)]
     )
     body = []
-    for point in comparison.points:
+    listed = _choose_listed(comparison)
+    for point in listed:
         cells = [
             _render_cell(point.network_name),
             *(_render_cell(format_value(point.values.get(k)), _number_or_none(point.values.get(k))) for k in keys),
@@ -187,17 +211,30 @@ def _render_points(comparison: Comparison) -> str:
         note += " With two seeds both accuracies stand in its place."
     if any(point.num_lost for point in comparison.points):
         note += " n = 1 of 3: two more seeds came to an end without a result, and are not in the mean."
-    return f'<section><h2>{escape(title)}</h2>{table}<p class="caption">{note}</p></section>'
+    if len(listed) < len(comparison.points):
+        left_out = len(comparison.points) - len(listed)
+        note += f" The front and the best {MAX_LISTED}; report.csv and the explorer have the other {left_out}, too."
+    return f'<section class="without-scripts"><h2>{escape(title)}</h2>{table}<p class="caption">{note}</p></section>'
 
 
-def _render_excluded(excluded: Iterable[ExcludedRun]) -> str:
+def _choose_listed(comparison: Comparison) -> list[Point]:
+    """The points of the table: all, or of many the front and the best ones."""
+    if len(comparison.points) <= 4 * MAX_LISTED:
+        return list(comparison.points)
+    best = {id(point) for point in sorted(comparison.points, key=lambda point: -point.mean)[:MAX_LISTED]}
+    return [point for point in comparison.points if point.on_front or id(point) in best]
+
+
+def _render_excluded(excluded: Sequence[ExcludedRun]) -> str:
     rows = "".join(
         f"<tr>{''.join(map(_render_cell, (run.name, run.id if run.id != run.name else '', run.kind, run.reason)))}</tr>"
-        for run in excluded
+        for run in excluded[:MAX_EXCLUDED]
     )
+    more = f" {len(excluded) - MAX_EXCLUDED} more are in report.json." if len(excluded) > MAX_EXCLUDED else ""
     head = _render_header_row([("run", False), ("id", False), ("state", False), ("why", False)])
     return (
-        "<section><h2>What is left out</h2><p class='caption'>Not in the figures and never the best.</p>"
+        "<section><h2>What is left out</h2><p class='caption'>Not in the figures and never the best."
+        f"{more}</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>'
     )
 

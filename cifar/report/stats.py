@@ -9,22 +9,44 @@ from collections.abc import Sequence
 from cifar.sweeps.objectives import find_non_dominated
 
 
-def t_probability(t: float, df: int) -> float:
-    """P(|T| <= t) for Student's T with `df` degrees of freedom. Abramowitz & Stegun 26.7.3 (odd df) and 26.7.4 (even df)."""
-    angle = math.atan(t / math.sqrt(df))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = df % 2
-    term = cosine if odd else 1.0
-    total = term if df > 1 else 0.0
-    for k in range(2 + odd, df, 2):  # term k of the series in cos(angle)**k
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+def incomplete_beta(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22, evaluated by Lentz's method)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - incomplete_beta(1 - x, b, a)
+    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    fraction = c = 1.0
+    d = 0.0
+    for i in range(1000):
+        m = i // 2
+        if i == 0:
+            term = 1.0
+        elif i % 2 == 0:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1 / ((1 + term * d) or 1e-300)
+        c = (1 + term / c) or 1e-300
+        fraction *= c * d
+        if abs(1 - c * d) < 1e-15:
+            break
+    return math.exp(logarithm) / a * (fraction - 1)
 
 
-def t_quantile(confidence: float, df: int) -> float:
+def t_tail(t: float, df: float) -> float:
+    """P(|T| > |t|) for Student's T with `df` degrees of freedom, which need not be a whole number."""
+    return incomplete_beta(df / (df + t * t), df / 2, 0.5)
+
+
+def t_probability(t: float, df: float) -> float:
+    """P(|T| <= |t|) for Student's T with `df` degrees of freedom."""
+    return 1 - t_tail(t, df)
+
+
+def t_quantile(confidence: float, df: float) -> float:
     """The t with P(|T| <= t) = confidence, by bisection."""
-    assert 0 < confidence < 1 and df >= 1
+    assert 0 < confidence < 1 and df > 0
     low, high = 0.0, 1.0
     while t_probability(high, df) < confidence:
         high *= 2

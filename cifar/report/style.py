@@ -21,6 +21,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape as escape_html
 from typing import TYPE_CHECKING, Any
 
 from cifar.registry import Entry
@@ -178,6 +179,15 @@ def encode_png(figure: Figure, dpi: int = DPI) -> bytes:
     return buffer.getvalue()
 
 
+def encode_small_png(figure: Figure) -> bytes:
+    """As PNG with 64 colours, for a page where the same as SVG would be large."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(encode_png(figure, 110))).convert("RGB").quantize(64).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
 def encode_svg(figure: Figure, salt: str) -> str:
     """As SVG, with tooltips of points. `salt` makes its ids unique on a page and the same in every run."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -189,8 +199,11 @@ def encode_svg(figure: Figure, salt: str) -> str:
     return re.sub(r'<g id="tip:([^"]*)">', r'<g class="tip"><title>\1</title>', text)
 
 
-def inline_svg(text: str, header_inches: float = 0.0) -> str:
-    """The <svg> element for a page, from `encode_svg`'s text: without the header, in the page's colours, transparent."""
+def inline_svg(text: str, header_inches: float = 0.0, title: str = "") -> str:
+    """The <svg> element for a page, from `encode_svg`'s text: without the header, in the page's colours, transparent.
+
+    title: what a screen reader says of it.
+    """
     points = 72 * header_inches
     for part, attribute in (
         ("title", 'display="none"'),
@@ -201,7 +214,7 @@ def inline_svg(text: str, header_inches: float = 0.0) -> str:
     width, height = map(float, re.findall(r' viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0])
     text = re.sub(r' viewBox="[^"]*"', f' viewBox="0 {points:g} {width:g} {height - points:g}"', text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    size = f' width="{width:g}pt" height="{height - points:g}pt" role="img"'
+    size = f' width="{width:g}pt" height="{height - points:g}pt" role="img" aria-label="{escape_html(title or "figure")}"'
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', size, text, count=1)
     for colour, variable in THEME_VARIABLES.items():
         text = text.replace(colour, variable)

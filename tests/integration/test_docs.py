@@ -80,6 +80,7 @@ cifar report --budget 50M
 cifar report --budget 5M --open
 cifar report --split test
 cifar report RUN
+cifar report SWEEP --all --x flops
 cifar report SWEEP --budget 50M
 cifar report SWEEP --out my_report
 cifar report SWEEP --split test
@@ -107,6 +108,7 @@ cifar train model=resnet20 optimizer=sgd lr=0.1 schedule=cosine epochs=5
 
 # Parsed by the command line's own parser and not run: command -> why.
 ACCOUNT, GPU = "needs an account on W&B; tests/integration/wandb run it against the protocol server", "needs GPUs"
+TWO_POINTS = "needs two points; tests/unit/report/test_compare.py"
 PARSED = {
     "cifar --install-completion": "writes to the settings of the user's shell",
     "cifar agent ENTITY/PROJECT/SWEEP --workers 2": ACCOUNT,
@@ -125,6 +127,10 @@ PARSED = {
     "cifar report ENTITY/PROJECT/SWEEP --publish": ACCOUNT,
     "cifar report me/cifar/x7k2m1pq --publish": ACCOUNT,
     "cifar train --from ENTITY/PROJECT/model-SWEEP:best seed=1": ACCOUNT,
+    "cifar report --compare resnet20 worksheet1": TWO_POINTS,
+    "cifar report SWEEP --compare RUN RUN": TWO_POINTS,
+    "cifar report SWEEP --keep RUN": "needs a run of that sweep; tests/unit/report/test_document.py",
+    "cifar report --serve --open": "serves until Ctrl-C; tests/integration/test_explorer.py",
 }
 
 # Programs of others, and set-up: what is checked of each is in `check_other`.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STYLES = {"front": (BLUE, "o"), "dominated": (DIM, "o"), "views": (GREEN, "D")}
 MAX_NAMED = 24  # if there are more points, only the front is named
+MAX_DRAWN_APART = 300  # dominated points; more are drawn as small dots without bars
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Data:
     budget: float | None
     limits: tuple[float, float]
     axis: str
+    unit: str = "MACs"
 
 
 @figures.register("accuracy_vs_macs")
@@ -66,7 +68,7 @@ class AccuracyVsMacs:
             return Nothing(f"no finished run with {comparison.accuracy_label.partition(',')[0]} and verified MACs yet")
         dots = [
             Dot(
-                p.macs,
+                p.macs * comparison.cost_factor,
                 100 * p.mean,
                 None if p.ci_half_width is None else 100 * p.ci_half_width,
                 (100 * p.interval[0], 100 * p.interval[1]) if p.interval else None,
@@ -79,13 +81,15 @@ class AccuracyVsMacs:
             )
             for p in comparison.points
         ]
-        xs = [dot.x for dot in dots] + ([comparison.budget] if comparison.budget else [])
+        budget = comparison.budget * comparison.cost_factor if comparison.budget else None
+        xs = [dot.x for dot in dots] + ([budget] if budget else [])
         limits = (min(xs) / 1.6, max(xs) * 2.2)
         front = [dot for dot in dots if dot.is_on_front]
         steps: list[tuple[float, float]] = []
         for dot, end in zip(front, [*(dot.x for dot in front[1:]), limits[1]], strict=False):
             steps += [(dot.x, dot.y), (end, dot.y)]
-        return Data(dots, steps, comparison.budget, limits, comparison.accuracy_label)
+        unit = {"macs": "MACs", "flops": "FLOPs"}[comparison.cost_unit]
+        return Data(dots, steps, budget, limits, comparison.accuracy_label, unit)
 
     def size(self, data: Data) -> tuple[float, float]:
         return 8.4, 4.8
@@ -96,7 +100,11 @@ class AccuracyVsMacs:
         set_log_axis(axes.xaxis, lambda macs: format_macs(macs).removesuffix("MACs"))
         if data.steps:
             axes.plot(*zip(*data.steps, strict=True), color=BLUE, lw=1.4, alpha=0.75, zorder=2)
-        for dot in data.dots:
+        others = [dot for dot in data.dots if not dot.is_on_front]
+        if len(others) > MAX_DRAWN_APART:  # as one picture: piles show as dark places, and the file stays small
+            xs, ys = [dot.x for dot in others], [dot.y for dot in others]
+            axes.scatter(xs, ys, s=5, color=STYLES["dominated"][0], alpha=0.35, lw=0, zorder=3, rasterized=True)
+        for dot in data.dots if len(others) <= MAX_DRAWN_APART else [dot for dot in data.dots if dot.is_on_front]:
             colour, shape = STYLES[dot.kind]
             height = 5 if dot.is_on_front else 3
             if dot.bar:
@@ -111,12 +119,20 @@ class AccuracyVsMacs:
             axes.axvline(data.budget, color=ORANGE, lw=1.1, ls=(0, (4, 3)), zorder=1)
             transform = axes.get_xaxis_transform()
             axes.text(
-                data.budget, 0.01, f" budget {format_macs(data.budget)}", color=ORANGE, size=8, transform=transform, va="bottom"
+                data.budget,
+                0.01,
+                f" budget {format_macs(data.budget).removesuffix('MACs')}{data.unit}",
+                color=ORANGE,
+                size=8,
+                transform=transform,
+                va="bottom",
             )
-        axes.set_xlabel("multiply-adds (MACs) for one image, log scale")
+        name = "multiply-adds (MACs)" if data.unit == "MACs" else "FLOPs (2 × MACs)"
+        axes.set_xlabel(f"{name} for one image, log scale")
         axes.set_ylabel(f"{data.axis} (%)")
         self._draw_legend(axes, data)
-        bars = [[(d.x, min(ends)), (d.x, max(ends))] for d in data.dots for ends in [d.bar or d.seeds or (d.y,)]]
+        drawn = data.dots if len(others) <= MAX_DRAWN_APART else [dot for dot in data.dots if dot.is_on_front]
+        bars = [[(d.x, min(ends)), (d.x, max(ends))] for d in drawn for ends in [d.bar or d.seeds or (d.y,)]]
         is_same_n = len({dot.num_seeds_text for dot in data.dots}) == 1
         ordered = sorted(data.dots, key=lambda dot: not dot.is_on_front)
         named = [dot for dot in ordered if dot.is_on_front or len(ordered) <= MAX_NAMED]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Series = tuple[list[int], list[float]]  # epochs, values
+MAX_LINES = 100  # of more, those of the front are drawn, and where half and nine tenths of all are
 MAX_NAMED = 14  # if there are more lines, only those of the front are named
 
 
@@ -60,7 +61,8 @@ class LearningCurves:
     title = "Learning curves"
     caption = (
         "Validation accuracy and loss after each epoch, mean over seeds; the band spans the smallest and the largest seed. "
-        "Colours run from the fewest multiply-adds to the most."
+        "Colours run from the fewest multiply-adds to the most. Of many configurations those of the front are drawn; the grey "
+        "bands have half and nine tenths of all."
     )
 
     def select(self, comparison: Comparison) -> LearningData | Nothing:
@@ -78,7 +80,11 @@ class LearningCurves:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1))
         for axes, lines, title in ((left, data.loss, "validation loss"), (right, data.accuracy, "validation accuracy (%)")):
             ends = []
+            if len(lines) > MAX_LINES:
+                _draw_quantiles(axes, lines)
             for line, ramp in zip(lines, ramp_colours(len(lines)), strict=True):
+                if len(lines) > MAX_LINES and not line.is_on_front:
+                    continue
                 grey = data.is_front_only and not line.is_on_front
                 colour = MUTED if grey else ramp
                 style = {"lw": 0.8, "alpha": 0.45} if grey else {"lw": 1.6}
@@ -93,6 +99,19 @@ class LearningCurves:
             set_epoch_axis(axes)
             if axes is right:
                 label_line_ends(axes, ends)
+
+
+def _draw_quantiles(axes: Any, lines: Sequence[Line]) -> None:
+    """Where half and nine tenths of many lines are, at each epoch."""
+    by_epoch: dict[int, list[float]] = defaultdict(list)
+    for line in lines:
+        for epoch, value in zip(line.epochs, line.mean, strict=True):
+            by_epoch[epoch].append(value)
+    epochs = sorted(by_epoch)
+    ordered = [sorted(by_epoch[epoch]) for epoch in epochs]
+    for low, high, alpha in ((0.05, 0.95, 0.18), (0.25, 0.75, 0.3)):
+        edges = [[values[round(share * (len(values) - 1))] for values in ordered] for share in (low, high)]
+        axes.fill_between(epochs, *edges, color=MUTED, alpha=alpha, lw=0)
 
 
 def _average_seeds(point: Any, key: str, scale: float) -> Line:

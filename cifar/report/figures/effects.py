@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_COLUMNS = 3
+MAX_DRAWN_APART = 300  # dots of a panel
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ class Effects:
         for axes in grid.flat[len(data) :]:
             axes.set_axis_off()
         for axes, effect in zip(grid.flat, data, strict=False):
-            for x, y, label in effect.dots:
+            if len(effect.dots) > MAX_DRAWN_APART:  # as one picture: piles show as dark places, and the file stays small
+                xs, ys, _ = zip(*effect.dots, strict=True)
+                axes.scatter(xs, ys, s=6, color=BLUE, alpha=0.25, lw=0, rasterized=True)
+            for x, y, label in effect.dots if len(effect.dots) <= MAX_DRAWN_APART else ():
                 (dot,) = axes.plot(x, y, "o", ms=4.5, color=BLUE, alpha=0.55, mew=0)
                 dot.set_gid(f"tip:{label}\n{effect.key}: {y:.1f} %")
             if effect.ticks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,11 @@ from cifar.report.palette import BLUE, MUTED, RED, ramp_colours
 from cifar.report.style import Nothing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_PANELS = 12
+MAX_LINES = 40  # a panel with more shows where most of them are
 MAX_NAMED = 6  # a panel with more lines has no legend
 
 
@@ -116,13 +119,31 @@ def _shorten_labels(model: str, lines: list[tuple[str, list[float]]]) -> list[tu
     ]
 
 
+def _draw_quantiles(axes: Axes, panel: Panel) -> None:
+    """The middle line of many, and where half and nine tenths of them are."""
+    where = range(1, panel.layers + 1)
+    by_layer = [
+        sorted(value for value in values if math.isfinite(value)) for values in zip(*(n for _, n in panel.lines), strict=True)
+    ]
+    for low, high, alpha in ((0.05, 0.95, 0.18), (0.25, 0.75, 0.3)):
+        bottom, top = ([_read_quantile(values, share) for values in by_layer] for share in (low, high))
+        axes.fill_between(where, bottom, top, color=BLUE, alpha=alpha, lw=0)
+    axes.plot(where, [_read_quantile(values, 0.5) for values in by_layer], "o-", color=BLUE, ms=2.5, lw=1.4)
+    axes.text(0.03, 0.97, f"{len(panel.lines)} configurations", transform=axes.transAxes, size=6.5, color=MUTED, va="top")
+
+
+def _read_quantile(ordered: Sequence[float], share: float) -> float:
+    return ordered[round(share * (len(ordered) - 1))] if ordered else math.nan
+
+
 @figures.register("gradient_flow_by_network")
 class GradientFlowByNetwork:
     scope, order = "sweep", 20
     title = "Gradient flow by network"
     caption = (
         "Norm of each layer's gradient in the last epoch, from the input (left) to the output (right), mean over seeds; one "
-        "panel a network, one line a configuration, on one common scale."
+        "panel a network, one line a configuration, on one common scale. Of many configurations the middle one is shown, and "
+        "where half and nine tenths of them are."
     )
 
     def select(self, comparison: Comparison) -> list[Panel] | Nothing:
@@ -155,7 +176,10 @@ class GradientFlowByNetwork:
         for axes in grid.flat[len(data) :]:
             axes.set_axis_off()
         for axes, panel in zip(grid.flat, data, strict=False):
-            for (label, norms), colour in zip(panel.lines, ramp_colours(len(panel.lines)), strict=True):
+            if len(panel.lines) > MAX_LINES:
+                _draw_quantiles(axes, panel)
+            lines = panel.lines if len(panel.lines) <= MAX_LINES else []
+            for (label, norms), colour in zip(lines, ramp_colours(len(lines)), strict=True):
                 (line,) = axes.plot(range(1, panel.layers + 1), norms, "o-", color=colour, ms=2.5, lw=1.2, label=label)
                 line.set_gid(f"tip:{label}")
             if 1 < len(panel.lines) <= MAX_NAMED:

@@ -1,0 +1,1 @@
+"""The interactive part of the report page: its data (`document.py`), its place (`page.py`), its program (`web/`)."""

@@ -1,0 +1,297 @@
+"""The data of the page's explorer: what is known of all runs, in columns, small enough for one file with 10,000 runs.
+
+Three parts travel in the page, each compressed: `table` (JSON: points, runs, settings), `curves` (the curves of all runs, in at
+most 32 points each, as 16-bit numbers) and `details` (JSON: full curves, heat maps, confusion, of few runs). The program reads
+the table first, and the others when they are needed.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cifar.report.aggregate import Comparison, Point
+from cifar.report.figures.predictions import class_names, read_predictions
+from cifar.report.load import ExcludedRun, Run
+from cifar.report.style import Nothing
+from cifar.system.names import escape_controls
+from cifar.system.redact import redact
+from cifar.tracking.run_dir import format_repeat_command
+
+MAX_CURVE_POINTS, MAX_CURVE_POINTS_OF_MANY, MANY_RUNS = 32, 24, 1000  # of a run; of each of more than so many runs
+MAX_DETAILED = 30  # of the best points, beside those of the front
+MAX_HEAT_EPOCHS = 60
+MAX_HEAT_LAYERS = 120
+# metric -> steps of one unit. Accuracies of 5,000 images are exact; finer steps would be noise that does not compress.
+CURVE_METRICS = {"val/acc": 5e3, "train/acc": 2e3, "train/loss": 1e3, "val/loss": 1e3}
+HEAT_METRICS = {"gradient_norm": "gradient norm", "update_ratio": "update norm / weight norm"}
+MISSING = 0xFFFF  # a 16-bit number that stands for no value
+_FAMILY = re.compile(r"[A-Za-z]+?(?:_[A-Za-z]{2,})*(?:_v\d+|(?=\d|_|-|$))")
+
+
+@dataclass(frozen=True)
+class Document:
+    """The parts as text (base64 of gzip)."""
+
+    table: str
+    curves: str
+    details: str
+
+    def __len__(self) -> int:
+        return len(self.table) + len(self.curves) + len(self.details)
+
+
+def build_document(
+    comparison: Comparison,
+    runs: Iterable[Run],
+    *,
+    runs_folder: Any = None,
+    kept_ids: Iterable[str] = (),
+    importance: Mapping[str, Any] | None = None,
+    probabilities: Sequence[float] = (),
+) -> Document:
+    """Everything that the explorer shows. `runs`: all that were read, also those that are not compared.
+
+    kept_ids: runs whose details are kept beside those of the front and of the best. probabilities: of each point that has one
+    view to be on the front.
+    """
+    points = [point for point in comparison.points if point.num_views == 1]
+    listed = {run.id: (run, index) for index, point in enumerate(points) for run in point.runs}
+    others = [run for run in runs if run.id not in listed]
+    ordered = [run for run, _ in listed.values()] + others
+    detailed = _choose_detailed(points, others, set(kept_ids))
+    chances = dict(zip(map(id, points), probabilities, strict=False))
+    num_curve_points = MAX_CURVE_POINTS if len(ordered) <= MANY_RUNS else MAX_CURVE_POINTS_OF_MANY
+    table = {
+        "version": 1,
+        "title": comparison.title,
+        "banner": comparison.banner,
+        "split": comparison.split,
+        "x": comparison.cost_unit,
+        "budget": comparison.budget and comparison.budget * comparison.cost_factor,
+        "keys": [_describe_key(key, points) for key in comparison.distinguishing_keys],
+        "points": {
+            "label": [point.label for point in points],
+            "model": [point.model for point in points],
+            "family": [name_family(point.model) for point in points],
+            "macs": [point.macs for point in points],
+            "params": [point.params for point in points],
+            "lost": [point.num_lost for point in points],
+            "chance": [_round(chances.get(id(point)), 3) for point in points],
+            "values": {key: [_plain(point.values.get(key)) for point in points] for key in comparison.distinguishing_keys},
+        },
+        "runs": _list_runs(ordered, {run_id: index for run_id, (_, index) in listed.items()}, comparison.excluded, runs_folder),
+        "curves": {"metrics": list(CURVE_METRICS), "scales": list(CURVE_METRICS.values()), "points": num_curve_points},
+        "importance": importance,
+    }
+    first_seeds = {point.runs[0].id for point in points}
+    details = {
+        run.id: describe_details(run, with_pictures=run.id not in listed or run.id in first_seeds)
+        for run in ordered
+        if run.id in detailed
+    }
+    return Document(_pack_json(table), _pack(_encode_curves(ordered, num_curve_points)), _pack_json(details))
+
+
+def name_family(model: str) -> str:
+    """The part of a network's name before its size: resnet20 -> resnet, shufflenet_v2_x0.5 -> shufflenet_v2."""
+    match = _FAMILY.match(model)
+    return match.group() if match else model
+
+
+def _choose_detailed(points: Sequence[Point], others: Sequence[Run], kept: set[str]) -> set[str]:
+    best = sorted(points, key=lambda point: -point.mean)[:MAX_DETAILED]
+    chosen = {run.id for point in [*best, *(point for point in points if point.on_front)] for run in point.runs}
+    broken = [run.id for run in others if run.state in ("diverged", "failed")][:MAX_DETAILED]
+    return chosen | set(broken) | kept
+
+
+def _describe_key(key: str, points: Sequence[Point]) -> dict[str, Any]:
+    values = [value for point in points if (value := point.values.get(key)) is not None]
+    is_number = bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    is_log = is_number and min(values) > 0 and max(values) / min(values) >= 30
+    return {"name": key, "number": is_number, "log": is_log}
+
+
+def _list_runs(
+    runs: Sequence[Run], points: Mapping[str, int], excluded: Sequence[ExcludedRun], runs_folder: Any
+) -> dict[str, list[Any]]:
+    why = {run.id: f"{run.kind}: {run.reason}" for run in excluded}
+
+    def accuracy(run: Run, split: str, *, most_views: bool = False) -> float | None:
+        found = run.accuracies_by_views(split)
+        return _round(found.get(max(found) if found and most_views else 1), 6)
+
+    return {
+        "id": [run.id for run in runs],
+        "name": [_clean(run.name) for run in runs],
+        "point": [points.get(run.id, -1) for run in runs],
+        "seed": [_plain(run.config.get("seed")) for run in runs],
+        "state": [run.state for run in runs],
+        "why": [_clean(why.get(run.id, "")) for run in runs],
+        "epoch": [run.epoch or len(run.rows) for run in runs],
+        "epochs": [run.epochs for run in runs],
+        "val": [accuracy(run, "val") for run in runs],
+        "test": [accuracy(run, "test") for run in runs],
+        "views": [max(run.accuracies_by_views("test"), default=1) for run in runs],
+        "test_views": [accuracy(run, "test", most_views=True) for run in runs],
+        "seconds": [_round(run.seconds, 3) for run in runs],
+        "images": [_count_images(run) for run in runs],
+        "command": [format_repeat_command(run.path, runs_folder or run.path.parent) for run in runs],
+        "folder": [str(run.path) for run in runs],
+        "url": [_read_url(run) for run in runs],
+    }
+
+
+def _count_images(run: Run) -> int | None:
+    """Training images that a run has seen, in all epochs. Three times the MACs for each are the training FLOPs / 2."""
+    steps = run.rows[-1].get("step") if run.rows else None
+    batch = run.config.get("batch_size")
+    return int(steps * batch) if isinstance(steps, int) and isinstance(batch, int) else None
+
+
+def _read_url(run: Run) -> str:
+    file = run.path / "wandb" / "url.txt"
+    try:
+        url = file.read_text(errors="replace").strip()[:400]
+    except OSError:
+        return ""
+    return url if re.fullmatch(r"https?://[^\s\"'<>]+", url) else ""
+
+
+# -- curves ------------------------------------------------------------------------------------------------------------
+
+
+def sample_rows(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """At most `count` rows at equal distances, the first and the last among them."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
+
+
+def _encode_curves(runs: Sequence[Run], num_points: int) -> bytes:
+    """Blocks of 16-bit numbers: the number of points of each run, then the epochs of all runs, then each metric of all runs.
+
+    A value is the difference to the one before it in its run, with the sign in the lowest bit. A block has its low bytes first
+    and its high bytes, which are mostly zero, after them. All of it so that it compresses well.
+    """
+    sampled = [sample_rows(run.rows, num_points) for run in runs]
+    columns = [[[min(int(row.get("epoch", 0)), MISSING - 1) for row in rows] for rows in sampled]]
+    columns += [
+        [[_quantise(row.get(metric), scale) for row in rows] for rows in sampled] for metric, scale in CURVE_METRICS.items()
+    ]
+    blocks = [np.array([len(rows) for rows in sampled], np.int64)]
+    for column in columns:
+        differences = [after - before for line in column for before, after in itertools.pairwise([0, *line])]
+        wrapped = ((np.array(differences, np.int64) + 2**15) & MISSING) - 2**15  # the shorter way round
+        blocks.append(np.where(wrapped < 0, -2 * wrapped - 1, 2 * wrapped))
+    return b"".join(block.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes() for block in blocks)
+
+
+def _quantise(value: Any, scale: float) -> int:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return MISSING
+    return int(min(max(round(value * scale), 0), MISSING - 1))
+
+
+# -- details -----------------------------------------------------------------------------------------------------------
+
+
+def describe_details(run: Run, *, with_pictures: bool = True) -> dict[str, Any]:
+    """Full curves of one run, and its heat maps and confusion matrix, as far as its folder has them.
+
+    The curves are whole numbers of steps, as CURVE_METRICS says; None stands for no value.
+    """
+    curves = {
+        metric: [_count_steps(row.get(metric), scale) for row in run.rows]
+        for metric, scale in CURVE_METRICS.items()
+        if metric in run.metric_keys
+    }
+    found: dict[str, Any] = {"epochs": [row.get("epoch") for row in run.rows], "curves": curves, "heat": {}}
+    if not with_pictures:
+        return found
+    for metric, label in HEAT_METRICS.items():
+        if heat := _describe_heat(run, metric, label):
+            found["heat"][metric] = heat
+    predictions = read_predictions(run)
+    if not isinstance(predictions, Nothing):
+        counts = np.zeros((10, 10), np.int64)
+        np.add.at(counts, (predictions["label"].astype(int), predictions["predicted"].astype(int)), 1)
+        found["confusion"] = {
+            "classes": list(class_names(run)),
+            "counts": counts.tolist(),
+            "split": str(predictions.get("split", "val")),
+        }
+    return found
+
+
+def _count_steps(value: Any, scale: float) -> int | None:
+    return round(value * scale) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _describe_heat(run: Run, metric: str, label: str) -> dict[str, Any] | None:
+    """log10 of a metric by layer and epoch, in 255 steps between its extremes; 0 stands for no value."""
+    layers = run.layers_with(metric)
+    rows = [row for row in run.rows if any(f"{metric}/{layer}" in row for layer in layers)]
+    if not rows or not layers:
+        return None
+    sampled = sample_rows(rows, MAX_HEAT_EPOCHS)
+    shown = [layers[round(i * (len(layers) - 1) / (MAX_HEAT_LAYERS - 1))] for i in range(MAX_HEAT_LAYERS)]
+    shown = layers if len(layers) <= MAX_HEAT_LAYERS else shown
+    values = np.array([[_logarithm(row.get(f"{metric}/{layer}")) for row in sampled] for layer in shown])
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return None
+    low, high = float(known.min()), float(known.max())
+    steps = 1 + np.nan_to_num(254 * (values - low) / ((high - low) or 1.0)).round()
+    cells = np.where(np.isfinite(values), np.clip(steps, 1, 255), 0).astype(np.uint8)
+    return {
+        "label": label,
+        "layers": shown,
+        "epochs": [row.get("epoch") for row in sampled],
+        "low": low,
+        "high": high,
+        "cells": base64.b64encode(cells.tobytes()).decode(),
+    }
+
+
+def _logarithm(value: Any) -> float:
+    is_positive = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return math.log10(value) if is_positive else math.nan
+
+
+# -- texts and numbers -------------------------------------------------------------------------------------------------
+
+
+def _round(value: Any, digits: int) -> float | None:
+    return round(float(value), digits) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: numbers and None stay, everything else is text."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, int) else _clean(str(value))
+
+
+def _clean(text: str) -> str:
+    return escape_controls(redact(text))
+
+
+def _pack_json(value: Any) -> str:
+    return _pack(json.dumps(value, separators=(",", ":"), allow_nan=False).encode())
+
+
+def _pack(content: bytes) -> str:
+    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()

@@ -1,0 +1,129 @@
+// The table behind the charts: all points that are shown, or the runs that are not compared. Only the rows in sight exist.
+
+import { make } from "./dom.js";
+import { formatPercent, formatSeconds, formatValue, formatX } from "./format.js";
+
+const ROW = 30; // pixels
+const SPARE = 8; // rows above and below those in sight
+
+export class Table {
+  constructor(view, root) {
+    this.view = view;
+    this.box = root.querySelector(".rows");
+    this.count = root.querySelector(".count");
+    this.element = make("table", {}, make("thead"), make("tbody"));
+    this.box.append(this.element);
+    this.box.addEventListener("scroll", () => { this.frame ||= requestAnimationFrame(() => { this.frame = 0; this.fill(); }); });
+    this.element.addEventListener("click", (event) => this.click(event));
+    this.box.addEventListener("keydown", (event) => this.key(event));
+    new ResizeObserver(() => this.fill()).observe(this.box);
+  }
+
+  columns() {
+    const { view } = this, { table, measured, state } = view, { points, runs } = table;
+    if (state.values.list === "apart") return [
+      { name: "run", text: (run) => runs.name[run] }, { name: "id", text: (run) => runs.id[run] },
+      { name: "state", text: (run) => runs.state[run] }, { name: "why", text: (run) => runs.why[run], wide: true },
+      { name: "epoch", number: (run) => runs.epoch[run], text: (run) => `${runs.epoch[run]} of ${runs.epochs[run]}` },
+      { name: "val acc %", number: (run) => runs.val[run] ?? NaN, text: (run) => formatPercent(runs.val[run] ?? NaN) },
+    ];
+    const seconds = (i) => { const known = table.runsOf[i].map((run) => runs.seconds[run]).filter((v) => v !== null); return known.length ? known.reduce((a, b) => a + b, 0) / known.length : NaN; };
+    const keys = table.keys.filter(({ name }) => name !== "model" && (!state.values.differing || view.varies(name)));
+    const order = new Map(view.front.map((i, n) => [i, n]));
+    return [
+      { name: "network", text: (i) => points.model[i] },
+      ...keys.map(({ name, number }) => ({
+        name, text: (i) => formatValue(points.values[name][i]), ...(number ? { number: (i) => points.values[name][i] ?? NaN } : {}),
+      })),
+      { name: "MMACs", number: (i) => points.macs[i], text: (i) => formatValue(Number((points.macs[i] / 1e6).toPrecision(4))) },
+      { name: "params", number: (i) => points.params[i], text: (i) => formatX("params", points.params[i]) },
+      { name: `${{ val: "val", test: "test", test_views: "test, all views" }[state.values.y]} acc %`, number: (i) => measured.y[i], text: (i) => formatPercent(measured.y[i]) },
+      {
+        name: "± 95 %", number: (i) => measured.half[i],
+        text: (i) => (measured.values[i].length === 2 ? measured.values[i].map((v) => formatPercent(v)).join(", ") : formatPercent(measured.half[i])),
+      },
+      { name: "n", number: (i) => measured.values[i].length, text: (i) => (points.lost[i] ? `${measured.values[i].length} of ${measured.values[i].length + points.lost[i]}` : String(measured.values[i].length)) },
+      { name: "time a run", number: seconds, text: (i) => formatSeconds(seconds(i)) },
+      { name: "front", number: (i) => (order.has(i) ? 1e6 - order.get(i) : points.chance[i] ?? 0), text: (i) => (order.has(i) ? "yes" : ""), },
+      ...(points.chance.some((c) => c !== null) ? [{ name: "P(front) %", number: (i) => points.chance[i] ?? NaN, text: (i) => (points.chance[i] === null ? "–" : formatPercent(points.chance[i], 0)), title: "probability to be on the front, given the scatter of the seeds; of all runs, whatever is filtered" }] : []),
+    ];
+  }
+
+  draw() {
+    const { view } = this, { state, table } = view, columns = this.shownColumns = this.columns();
+    const isApart = state.values.list === "apart";
+    this.rows = isApart ? [...view.apart] : [...view.shown];
+    const sorted = columns.find(({ name }) => name === state.values.sort) ?? (isApart ? null : columns.find(({ name }) => name.endsWith("acc %")));
+    if (sorted) {
+      const key = sorted.number ?? sorted.text, sign = state.values.descending ? -1 : 1;
+      const keys = new Map(this.rows.map((row) => [row, key(row)]));
+      this.rows.sort((a, b) => {
+        const x = keys.get(a), y = keys.get(b);
+        if (typeof x === "string") return sign * x.localeCompare(y);
+        return Number.isNaN(x) || Number.isNaN(y) ? Number.isNaN(x) - Number.isNaN(y) : sign * (x - y);
+      });
+    }
+    const head = columns.map((column) => make("th", {
+      scope: "col", class: column.number && "number", title: column.title,
+      "aria-sort": column === sorted ? (state.values.descending ? "descending" : "ascending") : null,
+    }, make("button", { type: "button", "data-sort": column.name }, column.name)));
+    this.element.tHead.replaceChildren(make("tr", {}, ...(isApart ? [] : [make("th", { scope: "col" }, "pin")]), ...head));
+    this.element.setAttribute("aria-rowcount", this.rows.length + 1);
+    const all = isApart ? table.apart.length : table.count;
+    this.count.textContent = this.rows.length === all ? `${all} ${isApart ? "runs" : "points"}` : `${this.rows.length} of ${all} ${isApart ? "runs" : "points"}`;
+    this.fill(true);
+  }
+
+  fill() {
+    if (!this.rows) return;
+    const { view } = this, { state, table } = view, isApart = state.values.list === "apart";
+    const first = Math.max(0, Math.floor(this.box.scrollTop / ROW) - SPARE);
+    const last = Math.min(this.rows.length, first + Math.ceil((this.box.clientHeight || 400) / ROW) + 2 * SPARE);
+    const spacer = (count) => (count > 0 ? [make("tr", { "aria-hidden": "true", style: `height:${count * ROW}px` })] : []);
+    const body = [];
+    for (let at = first; at < last; at++) {
+      const row = this.rows[at], isFront = !isApart && view.isFront[row];
+      const chosen = isApart ? view.selectedRun === row : view.selected === row;
+      const name = isApart ? table.runs.id[row] : table.points.label[row];
+      const cells = this.shownColumns.map((column, c) => {
+        const text = column.text(row);
+        const content = c ? text : make("button", { type: "button", class: "open", "data-row": row }, text);
+        return make("td", { class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null, title: column.wide ? text : null }, content);
+      });
+      if (!isApart) cells.unshift(make("td", {}, make("input", { type: "checkbox", "data-pin": row, "aria-label": `pin ${name}`, checked: view.pinned.includes(row) })));
+      body.push(make("tr", { class: [isFront && "front", chosen && "chosen"].filter(Boolean).join(" ") || null, "aria-rowindex": at + 2, "data-row": row }, cells));
+    }
+    const focused = document.activeElement?.dataset?.row;
+    this.element.tBodies[0].replaceChildren(...spacer(first), ...body, ...spacer(this.rows.length - last));
+    if (focused !== undefined && !document.activeElement?.dataset?.row) this.element.querySelector(`button[data-row="${focused}"]`)?.focus();
+  }
+
+  click(event) {
+    const { state } = this.view, { target } = event;
+    if (target.dataset.sort) {
+      const name = target.dataset.sort, again = state.values.sort === name;
+      state.set({ sort: name, descending: again ? !state.values.descending : this.shownColumns.some((c) => c.name === name && c.number) });
+      requestAnimationFrame(() => [...this.element.querySelectorAll("th button")].find((b) => b.dataset.sort === name)?.focus());
+    } else if (target.dataset.pin) this.view.togglePin(Number(target.dataset.pin));
+    else {
+      const row = target.closest("tr[data-row]")?.dataset.row;
+      if (row !== undefined) state.values.list === "apart" ? this.view.selectRun(Number(row)) : this.view.select(Number(row));
+    }
+  }
+
+  // Up and down go from row to row, also to rows that do not exist yet.
+  key(event) {
+    const row = document.activeElement?.dataset?.row, by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (row === undefined || !by) return;
+    event.preventDefault();
+    const at = this.rows.indexOf(Number(row)) + by;
+    if (at < 0 || at >= this.rows.length) return;
+    const top = at * ROW, room = this.box.clientHeight - 2 * ROW;
+    if (top < this.box.scrollTop) this.box.scrollTop = top;
+    else if (top > this.box.scrollTop + room) this.box.scrollTop = top - room;
+    this.fill();
+    this.element.querySelector(`button[data-row="${this.rows[at]}"]`)?.focus();
+  }
+
+  facts() { return [this.shownColumns.map(({ name }) => name), ...this.rows.map((row) => this.shownColumns.map(({ number, text }) => (number ? number(row) : text(row))))]; }
+}

@@ -1,0 +1,536 @@
+"""The report page in a real browser: every interaction, against values computed in Python from the same runs."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import math
+import threading
+import xml.etree.ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cifar.report import write_report
+from cifar.report.stats import pareto_front
+from helpers.browser import READY, OpenPage, open_browser, page_url
+from helpers.fake_runs import NETWORKS, write
+
+pytestmark = pytest.mark.slow
+HOSTILE = '</script><img src=x onerror="window.pwned=1">=HYPERLINK("http://x")&\u202e{{7*7}}'
+SHOTS = 'const canvas = document.querySelector(".scatter canvas.marks"); return canvas.toDataURL().length'
+
+
+def write_runs(runs: Path) -> None:
+    """Eight networks at three learning rates with one to four seeds, two runs that diverged, one that failed."""
+    for n, model in enumerate(NETWORKS):
+        for k, lr in enumerate((0.01, 0.1, 0.5)):
+            for seed in range(1 + (n + k) % 4):
+                write(
+                    runs,
+                    f"run{n}{k}{seed}",
+                    model=model,
+                    seed=seed,
+                    lr=lr,
+                    epochs=40 + 20 * k,
+                    swept=("model", "lr", "seed"),
+                    layers=5,
+                    accuracy=0.5 + 0.04 * n - 0.03 * abs(k - 1) + 0.003 * math.sin(7 * seed + n),
+                    test=0.49 + 0.04 * n if seed == 0 else None,
+                    predictions=seed == 0 and k == 1,
+                )
+    for seed in range(2):
+        write(runs, f"bad{seed}", model="vgg11", seed=seed, lr=9.0, state="diverged", reason="the loss is nan at step 301")
+    write(runs, "broken", model="vgg13", seed=0, state="failed", reason="out of memory")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    runs = tmp_path_factory.mktemp("explorer")
+    write_runs(runs)
+    return write_report([], runs=runs)
+
+
+@pytest.fixture
+def opened(browser: Any, report: Any) -> Iterator[OpenPage]:
+    page = OpenPage(browser, page_url(report.page))
+    yield page
+    assert [message for message in page.messages if not message.startswith("log")] == []
+    page.close()
+
+
+def shown_labels(opened: OpenPage) -> set[str]:
+    return set(opened.run("return view.shown.map((i) => view.table.points.label[i])"))
+
+
+def front_labels(opened: OpenPage) -> list[str]:
+    return list(opened.run("return view.front.map((i) => view.table.points.label[i])"))
+
+
+def test_the_page_asks_for_nothing_and_shows_the_reports_numbers(opened: OpenPage, report: Any) -> None:
+    assert [url for url in opened.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    comparison = report.comparison
+    found = opened.run(
+        "const m = view.measured;"
+        "return view.table.points.label.map((label, i) => [label, m.x[i], m.y[i], m.half[i], m.values[i].length])"
+    )
+    assert len(found) == len(comparison.points)
+    for (label, x, y, half, n), point in zip(found, comparison.points, strict=True):
+        assert (label, x, n) == (point.label, point.macs, point.num_seeds)
+        assert y == pytest.approx(point.mean, abs=1e-6)
+        if point.ci_half_width is not None:
+            assert half == pytest.approx(point.ci_half_width, abs=5e-6)
+    assert front_labels(opened) == [point.label for point in comparison.front]
+
+
+def test_axes(opened: OpenPage, report: Any) -> None:
+    points = report.comparison.points
+    for x, expected in (
+        ("macs", [p.macs for p in points]),
+        ("flops", [2 * p.macs for p in points]),
+        ("params", [p.params for p in points]),
+        ("seconds", [p.seconds for p in points]),
+        ("train_flops", [6 * p.macs * 128 * p.runs[0].rows[-1]["step"] for p in points]),
+    ):
+        before = opened.run(SHOTS)
+        opened.page.select_option("#explorer-x", x)
+        opened.settle()
+        found = opened.run("return Array.from(view.measured.x)")
+        assert found == pytest.approx(expected, rel=1e-4)
+        front = pareto_front(expected, [p.mean for p in points])
+        assert front_labels(opened) == [points[i].label for i in front]
+        if x != "macs":
+            assert opened.run(SHOTS) != before or x == "flops"
+    opened.page.select_option("#explorer-y", "test")
+    opened.settle()
+    assert opened.run("return Array.from(view.measured.y)") == pytest.approx(
+        [np.mean([run.accuracy("test") for run in p.runs if run.accuracy("test") is not None]) for p in points], abs=1e-5
+    )
+    opened.page.uncheck("#explorer-log")
+    opened.settle()
+    assert opened.run("return explorer.parts.scatter.current.x.base") is None  # a linear scale has no base
+
+
+def test_hover_focus_and_tap(opened: OpenPage, browser: Any, report: Any) -> None:
+    best = report.comparison.best
+    place = opened.run(
+        "const s = explorer.parts.scatter, i = view.front.at(-1), box = s.plot.getBoundingClientRect();"
+        "return [box.left + s.current.x(view.measured.x[i]), box.top + s.current.y(view.measured.y[i])]"
+    )
+    opened.page.mouse.move(place[0] - 3, place[1] + 2)
+    tip = opened.page.inner_text("#explorer-tip")
+    assert best.label in tip and f"{100 * best.mean:.2f}" in tip
+    opened.page.mouse.move(5, 5)
+    assert opened.page.is_hidden("#explorer-tip")
+    opened.page.focus(".scatter .plot")
+    opened.page.keyboard.press("Home")
+    assert report.comparison.points[0].label.split(",")[0] in opened.page.inner_text("#explorer-spoken")
+    phone = OpenPage(browser, page_url(report.page), width=420, has_touch=True, is_mobile=True)
+    place = phone.run(
+        "const s = explorer.parts.scatter, i = view.front.at(-1);"
+        "s.plot.scrollIntoView({block: 'center'}); await new Promise(requestAnimationFrame);"
+        "const box = s.plot.getBoundingClientRect(), { x, y } = s.current;"
+        "return [box.left + x(view.measured.x[i]), box.top + y(view.measured.y[i])]"
+    )
+    phone.page.touchscreen.tap(*place)
+    phone.settle()
+    assert best.label in phone.page.inner_text(".detail")
+    phone.close()
+
+
+def drag(opened: OpenPage, selector: str, start: tuple[float, float], end: tuple[float, float]) -> None:
+    opened.page.locator(selector).scroll_into_view_if_needed()
+    box = opened.page.locator(selector).bounding_box()
+    opened.page.mouse.move(box["x"] + start[0] * box["width"], box["y"] + start[1] * box["height"])
+    opened.page.mouse.down()
+    opened.page.mouse.move(box["x"] + end[0] * box["width"], box["y"] + end[1] * box["height"], steps=5)
+    opened.page.mouse.up()
+    opened.settle()
+
+
+def test_zoom_and_brush(opened: OpenPage, report: Any) -> None:
+    drag(opened, ".scatter .plot", (0.3, 0.2), (0.7, 0.6))
+    zoom = opened.run("return view.state.values.zoom")
+    assert zoom and zoom[0] < zoom[1] and zoom[2] < zoom[3]
+    assert len(shown_labels(opened)) == len(report.comparison.points)  # a zoom hides nothing from the other parts
+    opened.page.dblclick(".scatter .plot", position={"x": 400, "y": 60})
+    opened.settle()
+    assert opened.run("return view.state.values.zoom") is None
+    opened.page.check("input[name=drag][value=filter]")
+    drag(opened, ".scatter .plot", (0.3, 0.05), (0.7, 0.9))
+    low, high = opened.run("return view.state.values.ranges['x:macs']")
+    bottom, top = opened.run("return view.state.values.ranges['y:val']")
+    inside = {p.label for p in report.comparison.points if low <= p.macs <= high and bottom <= p.mean <= top}
+    assert 0 < len(inside) < len(report.comparison.points) and shown_labels(opened) == inside
+
+
+def test_filters_are_linked(opened: OpenPage, report: Any) -> None:
+    points = report.comparison.points
+    opened.page.fill("#explorer-text", "resnet lr=0.1")
+    opened.settle()
+    expected = [p for p in points if "resnet" in p.label and "lr=0.1" in p.label]
+    assert shown_labels(opened) == {p.label for p in expected} and expected
+    front = pareto_front([p.macs for p in expected], [p.mean for p in expected])
+    assert front_labels(opened) == [expected[i].label for i in front]
+    assert opened.page.inner_text(".table .count") == f"{len(expected)} of {len(points)} points"
+    opened.page.fill("#explorer-text", "")
+    opened.page.click(".chips button:has-text('resnet') >> nth=0")
+    opened.settle()
+    families = {p.model for p in points if p.label in shown_labels(opened)}
+    assert families == {"resnet20", "resnet56"}
+    opened.page.click(".controls > button:has-text('reset')")
+    opened.settle()
+    assert len(shown_labels(opened)) == len(points)
+    opened.page.click(".filters summary")
+    field = opened.page.locator(".keys fieldset:has(legend:text-is('lr')) input")
+    field.nth(0).fill("0.05")
+    field.nth(0).dispatch_event("change")
+    opened.settle()
+    assert shown_labels(opened) == {p.label for p in points if p.values["lr"] >= 0.05}
+    box = opened.page.locator(".keys fieldset:has(legend:text-is('model')) label:has-text('vgg11') input")
+    box.uncheck()
+    opened.settle()
+    assert shown_labels(opened) == {p.label for p in points if p.values["lr"] >= 0.05 and p.model != "vgg11"}
+
+
+def test_budget(opened: OpenPage, report: Any) -> None:
+    for step in (0, 120, 260, 400):
+        opened.page.locator("#explorer-budget").fill(str(step))
+        opened.settle()
+        budget = opened.run("return view.state.values.budget")
+        fitting = [p for p in report.comparison.front if budget is None or p.macs <= budget]
+        text = opened.page.inner_text(".budget output")
+        assert (fitting[-1].label in text) if fitting else ("nothing fits" in text)
+    assert budget is None
+
+
+def test_a_chosen_point(opened: OpenPage, report: Any) -> None:
+    point = next(p for p in report.comparison.front if p.num_seeds > 1 and p.values["lr"] == 0.1)
+    opened.run("view.select(view.byRun.get(argument))", point.runs[0].id)
+    text = opened.page.inner_text(".detail")
+    for run in point.runs:
+        assert run.id in text
+    assert f"train --from {point.runs[0].id}" in text and f"{100 * point.runs[1].accuracy('val'):.2f}" in text
+    assert opened.page.locator(".detail .chart polyline").count() == 1
+    assert opened.page.locator(".detail .chart polygon").count() == 1  # the band of the seeds
+    assert opened.page.locator(".detail .heat canvas").count() == 2
+    confusion = opened.run(
+        "const read = (row) => [...row.querySelectorAll('td')].map((cell) => cell.textContent);"
+        "return [...document.querySelectorAll('.confusion tbody tr')].map(read)"
+    )
+    arrays = np.load(point.runs[0].path / "predictions.npz")
+    counts = np.zeros((10, 10))
+    np.add.at(counts, (arrays["label"].astype(int), arrays["predicted"].astype(int)), 1)
+    shares = 100 * counts / counts.sum(1, keepdims=True)
+    assert np.allclose(np.array(confusion, float), shares, atol=0.51)
+    opened.page.select_option("#explorer-curve", "train/loss")
+    opened.settle()
+    opened.page.click(".curves summary")
+    cells = opened.page.locator(".curves tbody tr").last.inner_text().split()
+    last = np.mean([run.rows[-1]["train/loss"] for run in point.runs])
+    assert float(cells[1]) == pytest.approx(last, abs=2e-3)
+
+
+def test_curves_and_heat_maps_are_the_records(opened: OpenPage, report: Any) -> None:
+    """Every curve that travels, decoded by the page, against the rows of the run."""
+    curves = opened.run(
+        "const curves = await explorer.load.curves(view.table);"
+        "return view.table.runs.id.map((id, n) => [id, curves[n].epochs, curves[n]['val/acc'], curves[n]['train/loss']])"
+    )
+    runs = {run.id: run for point in report.comparison.points for run in point.runs}
+    for run_id, epochs, accuracies, losses in curves:
+        if run_id not in runs:
+            continue
+        rows = {row["epoch"]: row for row in runs[run_id].rows}
+        assert len(epochs) == min(32, len(rows)) and epochs[0] == 1 and epochs[-1] == len(rows)
+        assert accuracies == pytest.approx([rows[epoch]["val/acc"] for epoch in epochs], abs=1.01e-4)
+        assert losses == pytest.approx([rows[epoch]["train/loss"] for epoch in epochs], abs=5.1e-4)
+    best = report.comparison.best.runs[0]
+    heat = opened.run("const d = await explorer.load.details([argument]); return d[argument].heat.gradient_norm", best.id)
+    cells = np.frombuffer(base64.b64decode(heat["cells"]), np.uint8).reshape(len(heat["layers"]), len(heat["epochs"]))
+    rows = {row["epoch"]: row for row in best.rows}
+    for r, layer in enumerate(heat["layers"]):
+        for c, epoch in enumerate(heat["epochs"]):
+            value = heat["low"] + (cells[r, c] - 1) / 254 * (heat["high"] - heat["low"])
+            assert value == pytest.approx(math.log10(rows[epoch][f"gradient_norm/{layer}"]), abs=0.01)
+
+
+def test_pinned_points_are_compared(opened: OpenPage, report: Any) -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    first, second = [p for p in report.comparison.points if p.num_seeds >= 3][:2]
+    for point in (first, second):
+        opened.run("view.togglePin(view.byRun.get(argument))", point.runs[0].id)
+    text = opened.page.inner_text(".detail .compare")
+    welch = scipy_stats.ttest_ind(second.accuracies, first.accuracies, equal_var=False)
+    interval = welch.confidence_interval()
+    assert f"{100 * (second.mean - first.mean):+.2f} points".replace("-", "−") in text
+    assert f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}".replace("-", "−") in text
+    seeds = [{r.config["seed"]: a for r, a in zip(p.runs, p.accuracies, strict=True)} for p in (first, second)]
+    common = sorted(set(seeds[0]) & set(seeds[1]))
+    paired = scipy_stats.ttest_rel([seeds[1][s] for s in common], [seeds[0][s] for s in common])
+    exact = opened.run(
+        "return explorer.stats.paired(...argument)",
+        [common, [seeds[1][s] for s in common], common, [seeds[0][s] for s in common]],
+    )
+    assert exact["p"] == pytest.approx(paired.pvalue, rel=1e-9)
+    assert f"over the {len(common)} seeds that both have" in text
+    assert "model" in text  # the setting that differs
+    opened.page.click(".compare [data-unpin] >> nth=0")
+    opened.settle()
+    assert opened.page.locator(".detail .compare").count() == 0
+
+
+@pytest.mark.parametrize("df", [1, 2, 3.7, 12, 250])
+def test_the_pages_student_is_scipys(opened: OpenPage, df: float) -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    found = opened.run(
+        "return [explorer.stats.tQuantile(0.95, argument), ...[0.1, 1.3, 4, 20].map((t) => explorer.stats.tTail(t, argument))]",
+        df,
+    )
+    assert found[0] == pytest.approx(scipy_stats.t.ppf(0.975, df), rel=1e-9)
+    assert found[1:] == pytest.approx([2 * scipy_stats.t.sf(t, df) for t in (0.1, 1.3, 4, 20)], rel=1e-8)
+
+
+def test_a_view_can_be_sent(opened: OpenPage, browser: Any, report: Any) -> None:
+    opened.page.fill("#explorer-text", "resnet")
+    opened.page.select_option("#explorer-x", "params")
+    opened.settle()
+    opened.run("view.select(view.front[0]); view.togglePin(view.front[0]); view.togglePin(view.front.at(-1))")
+    state = opened.run("return view.state.values")
+    other = OpenPage(browser, opened.page.url)
+    assert other.run("return view.state.values") == state
+    assert shown_labels(other) == shown_labels(opened) and other.page.locator(".compare").count() == 1
+    other.close()
+    for broken in (
+        "#%7B",
+        "#null",
+        "#" + json.dumps({"x": 7, "pins": "no", "zoom": [1, 2], "ranges": {"lr": "x"}, "y": "nothing", "colour": "gone"}),
+    ):
+        odd = OpenPage(browser, page_url(report.page) + broken)
+        assert len(shown_labels(odd)) == len(report.comparison.points) and odd.messages == []
+        odd.close()
+
+
+def test_table(opened: OpenPage, report: Any) -> None:
+    points = report.comparison.points
+    for _ in range(2):
+        opened.page.click(".rows th button:has-text('MMACs')")
+        opened.settle()
+    column = opened.run("return [...document.querySelectorAll('.rows thead th')].findIndex((h) => h.textContent === 'MMACs')")
+    first = opened.run(
+        "return [...document.querySelectorAll('.rows tbody tr[data-row]')].map((r) => Number(r.cells[argument].textContent))",
+        column,
+    )
+    assert first == sorted(first)
+    assert opened.page.get_attribute(".rows th[aria-sort]", "aria-sort") == "ascending"
+    opened.page.click("[data-list=apart]")
+    opened.settle()
+    text = opened.page.inner_text(".rows")
+    assert "the loss is nan at step 301" in text and "out of memory" in text
+    opened.page.click(".rows button:has-text('vgg11-0')")
+    opened.settle()
+    assert "diverged" in opened.page.inner_text(".detail") and opened.page.locator(".detail .chart polyline").count() == 1
+    opened.page.click("[data-list=points]")
+    opened.page.fill("#explorer-text", "lr=0.1")
+    opened.settle()
+    heads = opened.page.inner_text(".rows thead")
+    assert "lr" not in heads.split()  # it does not differ among what is shown
+    opened.page.uncheck(".differing")
+    opened.settle()
+    assert "lr" in opened.page.inner_text(".rows thead").split()
+    assert len(points) > 0
+
+
+def test_downloads(opened: OpenPage, tmp_path: Path) -> None:
+    opened.page.fill("#explorer-text", "resnet")
+    opened.settle()
+    files = {}
+    for kind in ("csv", "svg", "png"):
+        with opened.page.expect_download() as download:
+            opened.page.click(f"[data-save={kind}]")
+        files[kind] = tmp_path / f"file.{kind}"
+        download.value.save_as(files[kind])
+    rows = list(csv.DictReader(files["csv"].open()))
+    assert {row["network"] for row in rows} == {"resnet20", "resnet56", "preact_resnet18"}
+    assert len(rows) == opened.run("return view.shown.length")
+    drawing = xml.etree.ElementTree.parse(files["svg"]).getroot()
+    assert drawing.tag.endswith("svg") and len(list(drawing.iter())) > 20
+    assert files["png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_parallel_coordinates(opened: OpenPage, report: Any) -> None:
+    opened.page.locator(".parallel svg").scroll_into_view_if_needed()
+    x, high, low = opened.run(
+        "const axis = explorer.parts.parallel.current.find((a) => a.id === 'lr');"
+        "const group = [...document.querySelectorAll('.parallel g.axis')].find((element) => element.__data__.id === 'lr');"
+        "const top = document.querySelector('.parallel svg').getBoundingClientRect().top;"
+        "return [group.querySelector('.spine').getBoundingClientRect().left, top + axis.scale(0.5), top + axis.scale(0.06)]"
+    )
+    opened.page.mouse.move(x + 2, high - 6)  # a little beyond the end of the axis, so that the largest value is inside
+    opened.page.mouse.down()
+    opened.page.mouse.move(x + 2, low, steps=6)
+    opened.page.mouse.up()
+    opened.settle()
+    assert shown_labels(opened) == {p.label for p in report.comparison.points if p.values["lr"] > 0.05}
+    opened.page.mouse.click(x + 2, low + 40)
+    opened.settle()
+    assert len(shown_labels(opened)) == len(report.comparison.points)
+
+
+def test_by_keyboard_alone(opened: OpenPage, report: Any) -> None:
+    """Choose, pin two, compare, filter, sort and read a row: with Tab, arrows, Enter and letters only."""
+    press = opened.page.keyboard.press
+
+    def tab_to(test: str) -> None:
+        for _ in range(80):
+            if opened.run(f"const e = document.activeElement; return Boolean({test})"):
+                return
+            press("Tab")
+        raise AssertionError(test)
+
+    tab_to("e.id === 'explorer-text'")
+    opened.page.keyboard.type("lr=0.1")
+    tab_to("e.matches('.scatter .plot')")
+    press("Home")
+    press("p")
+    press("ArrowUp")
+    press("ArrowUp")
+    press("p")
+    press("Enter")
+    opened.settle()
+    assert opened.page.locator(".compare").count() == 1 and opened.page.locator(".detail .about h3").count() == 1
+    tab_to("e.matches('.rows th button') && e.textContent === 'params'")
+    press("Enter")
+    opened.settle()
+    assert opened.run("return view.state.values.sort") == "params"
+    tab_to("e.matches('.rows td button')")
+    press("ArrowDown")
+    press("Enter")
+    opened.settle()
+    label = opened.run("return view.table.points.label[view.selected]")
+    assert opened.page.inner_text(".detail h3 >> nth=0") == label
+    outline = opened.run("const s = getComputedStyle(document.activeElement); return [s.outlineStyle, s.outlineWidth]")
+    assert outline[0] != "none" and outline[1] != "0px"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 768, 420])
+def test_no_violation_and_no_overflow(browser: Any, report: Any, scheme: str, width: int) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="AXE IS NOT INSTALLED")
+    page = OpenPage(browser, page_url(report.page), width=width, color_scheme=scheme, reduced_motion="reduce")
+    page.run("view.select(view.front.at(-1)); view.togglePin(view.front[0]); view.togglePin(view.front.at(-1))")
+    page.page.click(".filters summary")
+    found = axe.Axe().run(page.page)
+    assert [(v["id"], [node["target"] for node in v["nodes"]]) for v in found.response["violations"]] == []
+    assert page.run("return document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+def test_print_and_without_scripts(browser: Any, report: Any, tmp_path: Path) -> None:
+    page = OpenPage(browser, page_url(report.page))
+    page.page.pdf(path=tmp_path / "page.pdf", format="A4")
+    assert (tmp_path / "page.pdf").stat().st_size > 20_000
+    page.close()
+    plain = OpenPage(browser, page_url(report.page), java_script_enabled=False)
+    assert plain.page.is_hidden("#explorer")
+    text = plain.page.inner_text("main")
+    assert (
+        "Accuracy against multiply-adds" in text
+        and "Learning curves" in text
+        and report.comparison.best.label.split(",")[0] in text
+    )
+    plain.close()
+
+
+def test_hostile_names_do_nothing(browser: Any, tmp_path: Path) -> None:
+    for n in range(3):
+        write(
+            tmp_path,
+            f"hostile{n}",
+            model="resnet20",
+            name=HOSTILE,
+            recipe=f"{HOSTILE}{n}",
+            swept=("recipe",),
+            state="failed" if n == 2 else "finished",
+            reason=HOSTILE,
+        )
+        (tmp_path / f"hostile{n}" / "wandb").mkdir()
+        (tmp_path / f"hostile{n}" / "wandb" / "url.txt").write_text("javascript:window.pwned=1")
+    page = OpenPage(browser, page_url(write_report([], runs=tmp_path).page))
+    page.run("view.select(0); view.togglePin(0); view.togglePin(1)")
+    page.page.click("[data-list=apart]")
+    page.settle()
+    assert page.run("return window.pwned ?? 0") == 0
+    assert page.page.locator("img").count() == 0 and page.page.locator("a[href^=javascript]").count() == 0
+    assert "onerror" in page.page.inner_text(".rows")  # as text
+    policy = page.page.get_attribute("meta[http-equiv=Content-Security-Policy]", "content")
+    assert "unsafe-eval" not in policy and "script-src 'sha256-" in policy
+    inserted = page.run(
+        "const script = document.createElement('script'); script.textContent = 'window.pwned = 2';"
+        "document.body.append(script); return window.pwned ?? 0"
+    )
+    assert inserted == 0  # the browser runs no script but ours
+    page.close()
+
+
+def test_many_runs(browser: Any, tmp_path: Path) -> None:
+    for n in range(400):
+        write(
+            tmp_path,
+            f"many{n:03}",
+            model=list(NETWORKS)[n % 8],
+            seed=0,
+            lr=0.001 * (n + 1),
+            epochs=3,
+            layers=1,
+            swept=("model", "lr"),
+        )
+    page = OpenPage(browser, page_url(write_report([], runs=tmp_path).page))
+    assert page.page.locator(".rows tbody tr").count() < 60
+    page.run("document.querySelector('.rows').scrollTop = 1e6")
+    assert page.page.locator(".rows tbody tr[aria-rowindex='401']").count() == 1
+    assert page.run("return document.documentElement.scrollHeight") < 12 * 900
+    page.close()
+
+
+def test_served_page_follows_the_runs(browser: Any, tmp_path: Path) -> None:
+    from cifar.report.serve import serve_report
+
+    for seed in range(2):
+        write(tmp_path, f"live{seed}", model="resnet20", seed=seed)
+        write(tmp_path, f"other{seed}", model="vgg11", seed=seed)
+    server = serve_report((), tmp_path, 0)
+    thread = threading.Thread(target=server.serve, daemon=True)
+    thread.start()
+    try:
+        page = OpenPage(browser, server.url)
+        page.page.fill("#explorer-text", "resnet")
+        page.settle()
+        assert len(shown_labels(page)) == 1
+        write(tmp_path, "new0", model="resnet56", seed=0)
+        for _ in range(300):
+            page.settle()
+            if page.page.locator(READY).count() and len(shown_labels(page)) == 2:
+                break
+        assert page.page.input_value("#explorer-text") == "resnet"  # what was chosen is still so
+        details = page.run("const d = await explorer.load.details(['live1']); return Object.keys(d.live1.heat)")
+        assert details == ["gradient_norm", "update_ratio"]
+        assert all(url.startswith((server.url, "blob:", "data:")) for url in page.requests)
+        answer = page.context.request.get(server.url, headers={"Host": "evil.example"})
+        assert answer.status == 403
+        for path in ("details/..%2f..%2fetc", "details/nothing", "other"):
+            assert page.context.request.get(server.url + path).status == 404
+        page.close()
+    finally:
+        server.stop()
+        thread.join(10)
