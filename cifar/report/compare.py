@@ -14,7 +14,6 @@ from cifar.report.aggregate import Comparison, Point
 from cifar.report.formatting import format_macs, format_value
 from cifar.report.stats import t_quantile, t_tail
 
-
 ROUNDING = 1e-12  # a scatter of accuracies below it comes from rounding
 
 
