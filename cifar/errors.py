@@ -32,7 +32,7 @@ DiskFull = DiskFullError  # old name, for plug-ins
 
 def is_out_of_threads(error: BaseException) -> bool:
     """Whether no thread could be started, since the limit of processes is reached. Python has no class for this error."""
-    return isinstance(error, RuntimeError) and str(error) == "can't start new thread"
+    return isinstance(error, RuntimeError) and error.args == ("can't start new thread",)
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

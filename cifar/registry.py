@@ -234,8 +234,9 @@ def _import_file(path: Path, name: str) -> None:
     except UserError:
         sys.modules.pop(name)
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         sys.modules.pop(name)
+        user_code.pass_interrupt(error)
         ends = isinstance(error, SystemExit)
         said = f"it ends the program, {user_code.describe_error(error)}" if ends else user_code.describe_error(error)
         raise UserError(f"the plug-in {path} cannot be imported: {said}; correct the file") from error

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar.system.redact import redact
 from cifar.system.redacted_streams import frame_output, install_redacted_output
+from cifar.system.user_code import pass_interrupt
 
 if TYPE_CHECKING:
     from cifar.config.schema import Settings
@@ -92,7 +93,8 @@ class Worker:
             pack_size = len(self.trials)
             try:
                 self._train_trials()
-            except Exception as error:
+            except BaseException as error:
+                pass_interrupt(error)
                 with contextlib.suppress(OSError):  # the log may be on the full disk
                     traceback.print_exc()
                 for run_id, trial in self.trials.items():
@@ -108,13 +110,13 @@ class Worker:
         outcome = RunDir(Path(trial["runs"]) / run_id).read_outcome(trial["metric"], trial["objectives"])
         self.send_event("ended", run_id, **outcome)
 
-    def _describe_failure(self, trial: dict[str, Any], error: Exception, pack_size: int) -> dict[str, Any]:
+    def _describe_failure(self, trial: dict[str, Any], error: BaseException, pack_size: int) -> dict[str, Any]:
         """The content of the event "ended" of a trial whose training has raised an error."""
         from cifar.errors import PartError, UserError, is_out_of_threads
         from cifar.states import pack_failure_reason
         from cifar.system.disk import is_caused_by_full_disk
         from cifar.system.ownership import OwnershipError
-        from cifar.system.user_code import describe_failure
+        from cifar.system.user_code import describe_failure, read_error_text
         from cifar.training.run import describe_out_of_memory
 
         if is_caused_by_full_disk(error):
@@ -127,7 +129,7 @@ class Worker:
             return {"state": "interrupted", "reason": str(error), "halt": True}
         traceback_path = Path(trial["runs"]) / trial["run_id"] / "traceback.txt"
         memory = describe_out_of_memory(error, self.settings) if self.settings else ""
-        cause = "memory" if memory else "device" if str(error).startswith("CUDA error") else ""
+        cause = "memory" if memory else "device" if read_error_text(error).startswith("CUDA error") else ""
         reason = memory or (str(error) if isinstance(error, PartError) else describe_failure(error))
         if pack_size > 1:  # which of them is at fault shows when each is trained alone
             return {"state": "interrupted", "reason": pack_failure_reason(reason, pack_size), "apart": pack_size}

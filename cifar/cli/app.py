@@ -91,21 +91,23 @@ def _run_command(arguments: list[str]) -> int:
     except UserError as error:
         return _print_error(str(error))
     except OSError as error:
+        if user_code.is_plugin_error(error):  # a file of theirs is missing, say
+            return _print_user_error(error)
         if error.errno not in _DISK_ADVICE:
             raise
         place = f" at {error.filename}" if error.filename else ""
         return _print_error(f"{(error.strerror or 'cannot write').lower()}{place}; {_DISK_ADVICE[error.errno]}")
     except MemoryError:
         return _print_error("the memory does not hold what was given; take smaller values or a smaller file")
-    except Exception as error:
+    except BaseException as error:
+        user_code.pass_interrupt(error)
         if is_out_of_threads(error):
             return _print_error(f"{error}; {_DISK_ADVICE[errno.EAGAIN]}")
         message = getattr(error, "format_message", None)  # Typer's own usage errors; their class is private
         if message is None:
             if not user_code.is_plugin_error(error):
                 raise
-            print(escape_controls(redact(user_code.format_folded(error)), keeps_lines=True), file=sys.stderr)
-            return 1
+            return _print_user_error(error)
         name = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
         return _print_error(f"{message().rstrip('.')}; see `python -m cifar {name}--help`")
     if code in _SIGNAL_ENDS:
@@ -147,6 +149,11 @@ def _prepare_text(arguments: list[str]) -> None:
 def _print_error(sentence: str) -> int:
     print("error: " + escape_controls(" ".join(redact(name_program(sentence)).split())), file=sys.stderr)
     return 2
+
+
+def _print_user_error(error: BaseException) -> int:
+    print(escape_controls(redact(user_code.format_folded(error)), keeps_lines=True), file=sys.stderr)
+    return 1
 
 
 def _name_program_in_help(command: Any) -> None:

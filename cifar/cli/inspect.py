@@ -26,6 +26,7 @@ from cifar.cli.train import format_cost, gather_layers
 from cifar.errors import UserError
 from cifar.system.durations import format_duration
 from cifar.system.terminal import Column, Short
+from cifar.system.user_code import describe_error, pass_interrupt
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +65,9 @@ def models(
                     microseconds = flops.measure_microseconds_per_image(model, torch_device, batch_size) if time else None
                 except UserError as error:  # the others are listed
                     note = str(error)
-                except Exception as error:
-                    note = (
-                        f"a forward pass on {torch_device} fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                    )
+                except BaseException as error:
+                    pass_interrupt(error)
+                    note = f"a forward pass on {torch_device} fails: {describe_error(error)}"
                 rows.append(NetworkRow(entry.name, aliases, keys, cost, microseconds, note))
         rows.sort(key=lambda row: (row.cost is None, row.cost.macs if row.cost else 0, row.name))
     if as_json:

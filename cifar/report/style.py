@@ -52,7 +52,7 @@ from cifar.report.palette import (
     ramp_colours,
 )
 from cifar.system.redact import redact
-from cifar.system.user_code import describe_error
+from cifar.system.user_code import describe_error, pass_interrupt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,7 +162,8 @@ def render_figure(entry: Entry, subject: Any) -> DrawnFigure:
             lay_out_figure(figure)
             figure.set_layout_engine("none")  # so that saving it does not lay it out again
             return DrawnFigure(figure, header_inches=header_inches)
-        except (Exception, SystemExit) as error:  # an error in one figure, perhaps a plug-in's, must not end the report
+        except BaseException as error:  # an error in one figure, perhaps a plug-in's, must not end the report
+            pass_interrupt(error)
             problem = redact(f"figure '{entry.name}' failed ({describe_error(error)}); correct {entry.file}")
             figure = Figure(figsize=(SIZE[0], 2.2), layout="constrained")
             _draw_header(figure, "", "", subject.banner)

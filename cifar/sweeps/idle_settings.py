@@ -23,6 +23,7 @@ from cifar.sweeps.early_stopping import Hyperband
 from cifar.sweeps.objectives import Metric
 from cifar.sweeps.spec import Sweep
 from cifar.system.files import shorten_repr
+from cifar.system.user_code import pass_interrupt
 
 BoundTrial = tuple[Mapping[str, Any], Settings]  # a trial's values and its configuration
 
@@ -233,7 +234,8 @@ def _list_layers(probe: Entry, configs: Sequence[Settings]) -> list[str]:
             measured = probe.build(**config.kwargs_for(probe.name))
             measured.start(dict(registry.models[config.model].build(**config.kwargs_for("model")).named_parameters()))
             layers |= dict.fromkeys(measured.layers)
-    except Exception:  # of a plug-in; it is reported where the network is trained
+    except BaseException as error:  # of a plug-in; it is reported where the network is trained
+        pass_interrupt(error)
         return []
     return list(layers)
 

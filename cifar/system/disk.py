@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cifar.errors import DiskFullError
+from cifar.system.user_code import read_error_text
 from cifar.system.variables import read_path
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -29,7 +30,7 @@ def is_caused_by_full_disk(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        text = str(error).lower()
+        text = read_error_text(error).lower()
         if is_disk_full_error(error) or "disk is full" in text or "no space left" in text:
             return True
         error = error.__cause__ or error.__context__

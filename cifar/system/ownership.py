@@ -370,6 +370,8 @@ class RunLock:
         except Timeout:
             return None
         except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ELOOP):
+                raise UserError(f"{self.folder / LOCK_FILE} is no file of a run's owner; delete it") from None
             if error.errno not in NO_FLOCK_ERRNOS:
                 raise
             return False

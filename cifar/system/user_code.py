@@ -20,6 +20,15 @@ def note_plugin_file(path: Path) -> None:
     _plugin_files.add(str(path))
 
 
+def pass_interrupt(error: BaseException) -> None:
+    """Raise it again if it is Ctrl-C or the end of a generator: for `except BaseException` around somebody's code.
+
+    That code may raise anything: SystemExit, or a class of its own that is no Exception.
+    """
+    if isinstance(error, KeyboardInterrupt | GeneratorExit):
+        raise error
+
+
 def is_plugin_error(error: BaseException) -> bool:
     """Whether a plug-in had a part in it: one of its lines is in the traceback."""
     return any(frame.filename in _plugin_files for each in _chain(error) for frame in traceback.extract_tb(each.__traceback__))
@@ -27,7 +36,7 @@ def is_plugin_error(error: BaseException) -> bool:
 
 def describe_error(error: BaseException) -> str:
     """An error in a few words, with the last line of the user's own code that it came through: for a sentence."""
-    text = " ".join(str(error).split()) if not isinstance(error, SyntaxError) else str(error.msg)
+    text = " ".join(read_error_text(error).split()) if not isinstance(error, SyntaxError) else str(error.msg)
     text = text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 3]}..."
     said = f"{type(error).__name__}: {text}".removesuffix(": ")
     return f"{said} ({place})" if (place := locate_error(error)) else said
@@ -47,7 +56,16 @@ def locate_error(error: BaseException) -> str:
 def describe_failure(error: BaseException) -> str:
     """An error in full; where a plug-in had a part in it, with the user's own line."""
     place = locate_error(error) if is_plugin_error(error) else ""
-    return f"{type(error).__name__}: {error}" + f" ({place})" * bool(place)
+    return f"{type(error).__name__}: {read_error_text(error)}".removesuffix(": ") + f" ({place})" * bool(place)
+
+
+def read_error_text(error: BaseException) -> str:
+    """The error's own text; a class of somebody's may fail to make one."""
+    try:
+        return str(error)
+    except BaseException as failure:
+        pass_interrupt(failure)
+        return f"its text cannot be made, {type(failure).__name__}"
 
 
 def find_user_line(text: str) -> str:

@@ -29,7 +29,7 @@ from cifar.errors import PartError, UserError
 from cifar.kernels.cpu_conv_pool import chunk_conv_pools
 from cifar.optim.optimizer import check_multiplier
 from cifar.optim.parameter_roles import describe_unclear
-from cifar.system.user_code import describe_error, find_user_line, locate_error
+from cifar.system.user_code import describe_error, find_user_line, locate_error, pass_interrupt, read_error_text
 from cifar.training.ema import ExponentialMovingAverage
 from cifar.training.evaluation import DEFAULT_EVAL_BATCH_SIZE, EVAL_BATCH_SIZES
 from cifar.training.parts import (
@@ -92,7 +92,7 @@ def check_parts(config: Settings, device: torch.device) -> CheckedParts:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the GPU or of the machine was not enough."""
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in read_error_text(error)
 
 
 def choose_channels_last(config: Settings, device: torch.device) -> bool:
@@ -150,7 +150,8 @@ def _stage(part: str, doing: str, find_line: Callable[[], str] = lambda: "") -> 
     except UserError as error:
         names_part = str(error).startswith((part.partition(" (")[0], "probe ", "two probes "))
         raise PartError(str(error) if names_part else f"{part}: {error}") from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        pass_interrupt(error)
         if is_out_of_memory(error):
             raise
         line = "" if locate_error(error) else find_line()

@@ -10,7 +10,7 @@ from cifar import registry
 from cifar.config.resolve import resolve_for_evaluation
 from cifar.config.schema import Settings
 from cifar.errors import UserError
-from cifar.system.user_code import describe_error
+from cifar.system.user_code import describe_error, pass_interrupt
 from cifar.tracking.run_dir import RunDir
 from cifar.training.parts import build_model, find_changed_files
 from cifar.training.weights import WrongWeightsError, load_weights
@@ -29,7 +29,8 @@ def load_model(run_dir: RunDir) -> nn.Module:
         model = build_model(settings)
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        pass_interrupt(error)
         raise UserError(
             f"model '{settings.model}' of run {run_dir.id} cannot be built as {entry.file} has it now: {describe_error(error)}"
         ) from error

@@ -35,7 +35,7 @@ from cifar.system.disk import is_disk_full_error
 from cifar.system.names import check_id, escape_controls
 from cifar.system.ownership import OwnershipError
 from cifar.system.redact import redact, reject_secrets
-from cifar.system.user_code import describe_failure
+from cifar.system.user_code import describe_error, describe_failure, pass_interrupt
 from cifar.system.variables import read_variable
 from cifar.tracking.records import MAX_NAME
 from cifar.tracking.run_dir import RunDir, generate_id
@@ -187,11 +187,11 @@ def measure_network(entry: registry.Entry, arguments: Mapping[str, Any]) -> tupl
             return model, flops.measure_cost(model)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split())[:300]
+    except BaseException as error:
+        pass_interrupt(error)
         raise UserError(
             f"model '{entry.name}' ({entry.file}) cannot be counted, as a forward pass of one image fails: "
-            f"{type(error).__name__}: {text}"
+            f"{describe_error(error)}"
         ) from error
 
 
@@ -300,14 +300,15 @@ def record_failures(run: RunLoop, pack_size: int = 1) -> Iterator[None]:
     status_before = run.run_dir.read_json("status")
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        pass_interrupt(error)
         clear_trainer_cache()  # the trainers may be in any state
         if not run.end_recorded:
             _record_failure(run, status_before, error, pack_size)
         raise
 
 
-def _record_failure(run: RunLoop, status_before: dict[str, Any], error: Exception, pack_size: int) -> None:
+def _record_failure(run: RunLoop, status_before: dict[str, Any], error: BaseException, pack_size: int) -> None:
     run_dir, config = run.run_dir, run.config
     if isinstance(error, OwnershipError) and error.folder.name == run_dir.id:
         return  # the folder is another process's now, or gone

@@ -155,12 +155,13 @@ def test_a_key_that_is_a_setting_names_the_file(plugins) -> None:
         ("x = 1\ndef broken(:\n", "SyntaxError: invalid syntax", 2),
         ("x = 1\n\nraise ValueError('later')\n", "ValueError: later", 3),
         ("import sys\nsys.exit(0)\n", "it ends the program, SystemExit: 0", 2),
+        ("class Mine(BaseException):\n    pass\n\nraise Mine('of my own')\n", "Mine: of my own", 4),
         ("\u00e9 = '".encode("latin-1"), "SyntaxError", 0),
         (PLUGIN.format(name="two", key="a", type="int", default="1") * 2, "registered twice in", 0),
         (PLUGIN.format(name="resnet20", key="a", type="int", default="1"), "'resnet20' is registered twice", 0),
         (PLUGIN.format(name="untyped", key="a", type="Missing", default="1"), "NameError: name 'Missing'", 0),
     ],
-    ids=["import", "syntax", "raise", "exit", "bytes", "twice", "built-in", "type"],
+    ids=["import", "syntax", "raise", "exit", "own class", "bytes", "twice", "built-in", "type"],
 )
 def test_a_plugin_that_cannot_be_imported_is_named_with_its_line(plugins, text: str | bytes, said: str, line: int) -> None:
     plugins("models", "good", PLUGIN.format(name="good", key="flavour", type="str", default="'x'"))

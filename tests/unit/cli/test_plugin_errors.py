@@ -33,6 +33,10 @@ class Net(nn.Sequential):
         return torch.cat([x, x.flatten(1)])  # the line that is shown
 
 
+class Own(BaseException):
+    pass
+
+
 @models.register("fails")
 def fails(*, fails_at: int = 1) -> nn.Module:
     """Fails in its Nth training step."""
@@ -144,3 +148,39 @@ def test_an_error_in_a_run_is_shown_at_the_users_line(plugins: Path, runs: Path,
     assert record.state == "failed"
     assert record.read_json("status")["reason"].endswith(f"({plugins}:{line}, in give_up)")
     assert [row["epoch"] for row in record.read_rows()] == [1, 2], "what was trained before stays"
+
+
+OWN_ERRORS = {
+    "Own('of my own')": "Own: of my own",
+    "SystemExit(0)": "SystemExit: 0",
+    "__import__('asyncio').CancelledError": "CancelledError",
+    "PermissionError(13, 'not mine', '/there')": "PermissionError: [Errno 13] not mine: '/there'",
+}
+
+
+@pytest.mark.parametrize("error", OWN_ERRORS)
+def test_whatever_a_plugin_raises_in_a_run_is_its_own_error(
+    error: str, plugins: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugins.write_text(MODELS.replace("return torch.cat([x, x.flatten(1)])", f"raise {error}"))
+    line = line_of(plugins, "the line that is shown")
+    assert main(["train", "model=fails", *PAIRS, "--wandb", "disabled"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{OWN_ERRORS[error]} ({plugins}:{line}, in give_up)" in said and not runs.exists()
+
+    assert main(["train", "model=fails", "fails_at=9", *PAIRS, "--wandb", "disabled"]) == 1
+    said = capsys.readouterr().err
+    assert f'File "{plugins}", line {line}, in give_up' in said and "cifar/training" not in said
+    (record,) = (RunDir(path) for path in runs.iterdir())
+    assert record.state == "failed"
+    assert record.read_json("status")["reason"] == f"{OWN_ERRORS[error]} ({plugins}:{line}, in give_up)"
+
+
+@pytest.mark.parametrize("command", [["profile"], ["train", "--dry-run"]])
+def test_a_builder_that_ends_in_a_class_of_its_own_is_one_sentence(
+    command: list[str], plugins: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugins.write_text(MODELS.replace("return Net(fails_at=fails_at)", "raise Own('built')"))
+    assert main([*command, "model=fails", *PAIRS]) == 2
+    said, line = capsys.readouterr().err, line_of(plugins, "raise Own")
+    assert f"Own: built ({plugins}:{line}, in fails)" in said and said.count("\n") == 1

@@ -181,6 +181,16 @@ def test_what_is_no_file_is_named(record: RunDir, kind: str) -> None:
     assert LOCK_FILE not in list_files(record)
 
 
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_lock_that_is_no_file_is_named_and_a_link_is_not_followed(record: RunDir, kind: str, tmp_path: Path) -> None:
+    path, other = record.path / LOCK_FILE, tmp_path / "other"
+    other.write_text("mine")
+    path.mkdir() if kind == "folder" else path.symlink_to(other)
+    with pytest.raises(UserError, match=r"owner\.lock is no file of a run's owner; delete it"):
+        record.acquire()
+    assert other.read_text() == "mine" and LEASE_FILE not in list_files(record)
+
+
 def test_a_hostile_lease_reaches_no_terminal(record: RunDir) -> None:
     with RunLock(record.path):
         change_lease(record, host="\x1b]0;title\x07" + "x" * 500, doing="\x1b[2Jtrained", since=1e300)

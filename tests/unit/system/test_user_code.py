@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cifar.errors import is_out_of_threads
 from cifar.system import user_code
+from cifar.system.disk import is_caused_by_full_disk
 
 
 @pytest.fixture
@@ -75,3 +77,18 @@ def test_a_line_is_found_in_the_text_of_a_traceback(plugin: Path) -> None:
     text = f'Error detected in Mul. File "/usr/x/site-packages/torch/a.py", line 3\n  File "{plugin}", line 12, in forward\n'
     assert user_code.find_user_line(text) == f"{plugin}:12"
     assert user_code.find_user_line("nothing") == ""
+
+
+@pytest.mark.parametrize("method", ["raise SystemExit(3)", "return 3"])
+def test_an_error_that_cannot_say_its_text_is_still_described(plugin: Path, method: str) -> None:
+    error = run_plugin(plugin, f"class Mute(BaseException):\n    def __str__(self):\n        {method}\n\nraise Mute\n")
+    why = "SystemExit" if "raise" in method else "TypeError"
+    assert user_code.describe_error(error) == f"Mute: its text cannot be made, {why} ({plugin}:5)"
+    assert user_code.describe_failure(error) == f"Mute: its text cannot be made, {why} ({plugin}:5)"
+    assert not is_caused_by_full_disk(error) and not is_out_of_threads(error)
+
+
+def test_ctrl_c_is_nobodys_fault() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        user_code.pass_interrupt(KeyboardInterrupt())
+    user_code.pass_interrupt(SystemExit(3))
