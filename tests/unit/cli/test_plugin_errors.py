@@ -153,7 +153,6 @@ def test_an_error_in_a_run_is_shown_at_the_users_line(plugins: Path, runs: Path,
 OWN_ERRORS = {
     "Own('of my own')": "Own: of my own",
     "SystemExit(0)": "SystemExit: 0",
-    "__import__('asyncio').CancelledError": "CancelledError",
     "PermissionError(13, 'not mine', '/there')": "PermissionError: [Errno 13] not mine: '/there'",
 }
 
