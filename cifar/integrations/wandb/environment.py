@@ -15,7 +15,6 @@ from cifar.errors import UserError
 from cifar.integrations.wandb.arrival import ArrivedRun
 from cifar.integrations.wandb.feed import Feed
 from cifar.integrations.wandb.settings import Mode
-from cifar.states import ENDED_STATES
 from cifar.system.files import UnreadableFileError, read_text
 from cifar.system.redact import mask_secrets
 from cifar.tracking.run_dir import RunDir, read_json
@@ -25,7 +24,7 @@ DIFF_FILE = "diff.patch"  # W&B's own name; written where `--save-diff` asks for
 
 
 class EnvironmentFeed(Feed):
-    """environment.json, machine.json and requirements.txt -> W&B's fields, once they are there or the run has ended.
+    """environment.json, machine.json and requirements.txt -> W&B's fields, once they are there or the run trains no more.
 
     They are sent each time that the W&B run is opened: wandb-core keeps of an earlier opening's configuration no environment.
     """
@@ -36,12 +35,12 @@ class EnvironmentFeed(Feed):
         self._publish_run({})  # before any sample: W&B counts the samples' seconds from the start that is given here
 
     def send(self) -> None:
-        if not self._is_sent and (self.run_dir.path / MACHINE_FILE).exists():
+        # of a run that trains no more, what there is: an earlier version wrote no machine.json
+        if not self._is_sent and ((self.run_dir.path / MACHINE_FILE).exists() or self.run_dir.state != "running"):
             self._send_all()
 
     def finish(self) -> None:
-        if not self._is_sent and self.run_dir.state in ENDED_STATES:
-            self._send_all()  # of an earlier version, which wrote no machine.json
+        self.send()
 
     def _send_all(self) -> None:
         environment, machine = read_environment(self.run_dir)
