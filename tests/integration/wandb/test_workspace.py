@@ -81,6 +81,20 @@ def test_every_field_of_the_folder_is_on_the_server(wandb_server: Server, runs: 
         {key: value for key, value in row.items() if key[0] != "_" and not isinstance(value, dict)} for row in run.history
     ]
     assert history == rows and [row["_step"] for row in run.history] == [1, 2]
+    file = folder / "histograms.jsonl"
+    lines = {line["epoch"]: line for line in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    assert sorted(lines) == ([1, 2] if probes == "probes=all" else [])
+    for row in run.history:
+        there = {key: value for key, value in row.items() if isinstance(value, dict) and value["_type"] == "histogram"}
+        kinds = {kind: lines[row["epoch"]][kind] for kind in ("gradients", "updates")} if lines else {}
+        assert there.keys() == {f"{kind}/{layer}" for kind, layers in kinds.items() for layer in layers}
+        for key, value in there.items():
+            kind, _, layer = key.partition("/")
+            counts, top = kinds[kind][layer]["counts"], kinds[kind][layer]["top"]
+            assert value["values"] == [sum(counts[i : i + 2]) for i in range(0, 64, 2)]
+            edges = [top / 2**i for i in range(16)]  # each bin is twice as wide as the one nearer to zero
+            assert value["bins"] == pytest.approx([*(-edge for edge in edges), 0.0, *reversed(edges)], rel=1e-3, abs=0)
+
     cost = {name: about["cost"][name] for name in ("macs", "params")}
     assert run.config == {**config, **cost, "cifar_schema": 2}
     numbers = {key: value for key, value in run.summary.items() if key[0] != "_" and not isinstance(value, dict)}
