@@ -84,6 +84,14 @@ class _PluginFile:
 _importing: list[_PluginFile] = []  # the last one is being imported; a plug-in may import another
 
 
+class UnknownNameError(UserError):
+    """No part of that kind has this name."""
+
+    def __init__(self, text: str, kind: str = "", name: str = "") -> None:
+        super().__init__(text)
+        self.kind, self.name = kind, name
+
+
 def is_plugin_file(file: str) -> bool:
     """Whether a file is somebody's own, and not in this package."""
     return not Path(file).is_relative_to(_PACKAGE)
@@ -183,7 +191,8 @@ class Registry:
             if name not in self._entries:
                 raise
         if name not in self._entries:
-            raise UserError(f"unknown {self.kind} '{name}': {did_you_mean(name, self._entries)}; {self._hint_at_plugins()}")
+            text = f"unknown {self.kind} '{name}': {did_you_mean(name, self._entries)}; {self._hint_at_plugins()}"
+            raise UnknownNameError(text, self.kind, name)
         return self._entries[name]
 
     def find(self, name: str) -> Entry | None:

@@ -186,7 +186,7 @@ def gather_layers(
     runs_dir: Path | None = None,
 ) -> Layers:
     """What the options say, first to last, each with its name. Values are checked when they are resolved."""
-    from cifar.config.resolve import merge_layers, parse_pairs
+    from cifar.config.resolve import merge_layers, name_lost_plugin, parse_pairs
 
     layers: Layers = []
     if experiment:
@@ -203,7 +203,8 @@ def gather_layers(
 
         run = find_run(from_run, run_dir.resolve_runs_dir(runs_dir))
         changes = merge_layers(*(values for _, values in layers))
-        layers.insert(0, (f"run {run.id}", _keep_valid_keys(run.read_json("config"), changes)))
+        with name_lost_plugin(run.id, run.read_json("run").get("plugins")):
+            layers.insert(0, (f"run {run.id}", _keep_valid_keys(run.read_json("config"), changes)))
     for _, values in layers:
         reject_secrets(values)
     return layers
@@ -341,7 +342,7 @@ def _create_run_dir(settings: Settings, runs: Path, swept: list[str], name: str,
 
 def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) -> int:
     """Go on with a run from its checkpoint."""
-    from cifar.config.resolve import resolve_resumed
+    from cifar.config.resolve import name_lost_plugin, resolve_resumed
 
     with spinner("importing PyTorch ..."):
         from cifar.training.distributed import init_distributed
@@ -352,7 +353,8 @@ def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) 
             lambda: _acquire_resumable(name, paths.resolve_runs_dir(), has_changes=has_changes)
         )
         try:
-            settings, notes = resolve_resumed(values)
+            with name_lost_plugin(record.id, record.read_json("run").get("plugins")):
+                settings, notes = resolve_resumed(values)
             notes += [f"{change}: the run goes on with the file as it is now" for change in describe_changes(record)]
             if not context.rank:
                 add_notes(record, notes)

@@ -6,8 +6,10 @@ Values come in layers, and later ones win: defaults, the experiment file, the sw
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +39,26 @@ def resolve_config(*layers: Mapping[str, Any]) -> Settings:
         *(entry.name for entry in entries[:3]), values.get("probes", Settings.model_fields["probes"].default)
     )
     return _validate(schema, values)
+
+
+@contextlib.contextmanager
+def name_lost_plugin(run_id: str, plugins: Any) -> Iterator[None]:
+    """Where a part of a recorded run is not known any more, say which file the run had it from.
+
+    plugins: run.json's "plugins", which runs of earlier versions lack.
+    """
+    try:
+        yield
+    except registry.UnknownNameError as error:
+        about = plugins.get(error.kind) if isinstance(plugins, Mapping) else None
+        if not isinstance(about, Mapping) or about.get("name") != error.name or not isinstance(about.get("file"), str):
+            raise
+        file = about["file"]
+        why = "which CIFAR_PLUGINS does not name now" if os.path.isfile(file) else "which is gone; restore it"
+        raise UserError(
+            f"unknown {error.kind} '{error.name}': run {run_id} had it from {file}, {why}; "
+            f"set CIFAR_PLUGINS to {os.path.dirname(os.path.dirname(file))}"
+        ) from None
 
 
 def resolve_for_evaluation(values: Mapping[str, Any]) -> Settings:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from cifar import registry
-from cifar.config.resolve import resolve_for_evaluation
+from cifar.config.resolve import name_lost_plugin, resolve_for_evaluation
 from cifar.config.schema import Settings
 from cifar.errors import UserError
 from cifar.system.user_code import describe_error, pass_interrupt
@@ -23,7 +23,7 @@ def load_model(run_dir: RunDir) -> nn.Module:
         raise UserError(
             f"run {run_dir.id} has no weights, it is {run_dir.state}; go on with `python -m cifar train --resume {run_dir.id}`"
         )
-    settings = resolve_for_evaluation(run_dir.read_json("config"))
+    settings = _resolve_settings(run_dir)
     entry = registry.models[settings.model]
     try:
         model = build_model(settings)
@@ -73,7 +73,12 @@ def add_notes(run_dir: RunDir, notes: Sequence[str]) -> None:
 
 def evaluation_settings(run_dir: RunDir) -> Settings:
     """What is needed to score the run: its network and its images, in the memory format that it was trained in."""
-    settings = resolve_for_evaluation(run_dir.read_json("config"))
+    settings = _resolve_settings(run_dir)
     step = run_dir.read_json("environment").get("step", {})
     used = step.get("channels_last") if isinstance(step, dict) else None
     return settings.model_copy(update={"channels_last": used}) if isinstance(used, bool) else settings
+
+
+def _resolve_settings(run_dir: RunDir) -> Settings:
+    with name_lost_plugin(run_dir.id, run_dir.read_json("run").get("plugins")):
+        return resolve_for_evaluation(run_dir.read_json("config"))

@@ -229,10 +229,17 @@ def test_older_runs_have_no_digest_and_nothing_is_claimed(
 
 def test_a_network_that_is_gone_is_named(plugins: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = train(runs, model="edited", probes="none")
-    (plugins / "models" / "w.py").unlink()
+    file = plugins / "models" / "w.py"
+    file.unlink()
     forget_plugins()
-    with pytest.raises(UserError, match="unknown model 'edited'"):
+    gone = (
+        f"unknown model 'edited': run {record.id} had it from {file}, which is gone; restore it; set CIFAR_PLUGINS to {plugins}"
+    )
+    with pytest.raises(UserError) as caught:
         cifar.load(record.path)
+    assert str(caught.value) == gone
+    for command in (["config", "--from", record.id], ["train", "--from", record.id, "--dry-run"], ["evaluate", record.id]):
+        assert main([*command, "--runs-dir", str(runs)]) == 2 and capsys.readouterr().err == f"error: {gone}\n"
     edited = plugins / "models" / "w.py"
     edited.write_text(MODEL.replace("def edited(*, slope", "def edited(*, width: int = 3, slope").replace("WIDE, 3", "None, 3"))
     forget_plugins()
