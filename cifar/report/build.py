@@ -31,6 +31,7 @@ from cifar.report.formatting import (
     pluralize,
 )
 from cifar.report.front import front_probabilities
+from cifar.report.importance import compute_importance
 from cifar.report.load import RunCollection, collect_runs, load_run
 from cifar.system.durations import format_duration
 from cifar.system.redact import mask_secrets
@@ -175,7 +176,8 @@ def _make_explorer(comparison: Comparison, collection: RunCollection, runs: Path
     chances = front_probabilities([point.macs for point in points], [point.accuracies for point in points]) or ()
     document = build_document(comparison, collection.runs, runs_folder=runs, kept_ids=kept_ids, probabilities=chances)
     listed = {run.id for run in comparison.runs}
-    return render_explorer(document, num_apart=sum(run.id not in listed for run in collection.runs))
+    importance = compute_importance(comparison)
+    return render_explorer(document, importance=importance, num_apart=sum(run.id not in listed for run in collection.runs))
 
 
 def _draw_figures(

@@ -36,7 +36,7 @@ DOORS = {  # package -> the files that may import it
     "wandb_workspaces": ["integrations/wandb/report.py"],
     "thop": ["flops/"],
     "matplotlib": ["report/", "cli/preview.py"],
-    "optuna": ["sweeps/"],
+    "optuna": ["sweeps/", "report/importance.py"],
     "sqlalchemy": ["sweeps/"],
     "typer": ["cli/"],
     "rich": ["cli/console.py", "training/callbacks.py", "agent/rich_dashboard.py"],

@@ -56,7 +56,6 @@ def build_document(
     *,
     runs_folder: Any = None,
     kept_ids: Iterable[str] = (),
-    importance: Mapping[str, Any] | None = None,
     probabilities: Sequence[float] = (),
 ) -> Document:
     """Everything that the explorer shows. `runs`: all that were read, also those that are not compared.
@@ -91,7 +90,6 @@ def build_document(
         },
         "runs": _list_runs(ordered, {run_id: index for run_id, (_, index) in listed.items()}, comparison.excluded, runs_folder),
         "curves": {"metrics": list(CURVE_METRICS), "scales": list(CURVE_METRICS.values()), "points": num_curve_points},
-        "importance": importance,
     }
     first_seeds = {point.runs[0].id for point in points}
     details = {

@@ -1,0 +1,98 @@
+"""Shares of variance of functions whose shares are known, and designs that allow none."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cifar.report.importance import compute_importance, find_confounded
+
+pytest.importorskip("sklearn")
+
+
+def make_comparison(rows: list[dict[str, Any]], accuracies: list[float]) -> Any:
+    """As much of a Comparison as is read."""
+    points = [SimpleNamespace(values=row, mean=mean, num_views=1) for row, mean in zip(rows, accuracies, strict=True)]
+    return SimpleNamespace(points=points, distinguishing_keys=list(rows[0]))
+
+
+def draw_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    draw = random.Random(seed)
+    return [
+        {"a": draw.random(), "b": draw.random(), "kind": draw.choice(["x", "y"]), "noise": draw.random()} for _ in range(count)
+    ]
+
+
+def shares_of(found: dict[str, Any]) -> dict[str, float]:
+    return {share["key"]: share["mean"] for share in found["shares"]}
+
+
+@pytest.mark.slow
+def test_shares_of_a_sum_are_those_of_its_variances() -> None:
+    """Var(0.3 a) : Var(0.15 b) : Var(0.1 [kind = y]) = 0.0075 : 0.001875 : 0.0025. Forests take some of a category for noise."""
+    rows = draw_rows(250)
+    found = compute_importance(
+        make_comparison(rows, [0.5 + 0.3 * r["a"] + 0.15 * r["b"] + 0.1 * (r["kind"] == "y") for r in rows])
+    )
+    assert found is not None
+    shares = shares_of(found)
+    assert [*shares] == ["a", "kind", "b", "noise"]
+    for key, variance in {"a": 0.0075, "b": 0.001875, "kind": 0.0025, "noise": 0.0}.items():
+        assert shares[key] == pytest.approx(variance / 0.011875, abs=0.08)
+    assert all(share["low"] <= share["mean"] <= share["high"] for share in found["shares"])
+
+
+@pytest.mark.slow
+def test_shares_are_those_of_optuna_over_20_seeds() -> None:
+    import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.importance import FanovaImportanceEvaluator
+
+    rows = draw_rows(200, seed=1)
+    accuracies = [0.6 + 0.2 * (r["a"] - 0.6) ** 2 - 0.1 * r["a"] * r["b"] + 0.03 * (r["kind"] == "x") for r in rows]
+    low, high = ({key: bound(r[key] for r in rows) for key in ("a", "b", "noise")} for bound in (min, max))
+    distributions: dict[str, Any] = {key: FloatDistribution(low[key], high[key]) for key in low}
+    distributions["kind"] = CategoricalDistribution(["x", "y"])
+    study = optuna.create_study()
+    study.add_trials(
+        [
+            optuna.trial.create_trial(params=r, distributions=distributions, value=v)
+            for r, v in zip(rows, accuracies, strict=True)
+        ]
+    )
+    theirs: dict[str, list[float]] = {}
+    for seed in range(20):
+        for key, share in FanovaImportanceEvaluator(seed=seed).evaluate(study).items():
+            theirs.setdefault(key, []).append(share)
+    expected = {key: statistics.fmean(values) for key, values in theirs.items()}
+    found = compute_importance(make_comparison(rows, accuracies))
+    assert found is not None
+    ours = shares_of(found)
+    assert sorted(ours, key=ours.__getitem__)[2:] == sorted(expected, key=expected.__getitem__)[2:]  # those that matter
+    for key, share in expected.items():
+        assert ours[key] == pytest.approx(share, abs=0.05)
+
+
+def test_designs_that_allow_none() -> None:
+    few = draw_rows(10)
+    assert "too few" in compute_importance(make_comparison(few, [0.5] * 10))["reason"]  # type: ignore[index]
+    together = [{"a": i / 30, "b": 2 * i / 30 + 0.01 * (i % 2)} for i in range(30)]
+    assert "a and b vary together" in compute_importance(make_comparison(together, [0.5] * 30))["reason"]  # type: ignore[index]
+    own = [{"model": f"m{i % 3}", "width": None if i % 2 else 8 + i} for i in range(30)]
+    assert compute_importance(make_comparison([{"model": f"m{i % 3}"} for i in range(30)], [0.5] * 30)) is None
+    found = compute_importance(
+        make_comparison(
+            [{**r, "width": o["width"]} for r, o in zip(draw_rows(30), own, strict=True)], [r["a"] for r in draw_rows(30)]
+        )
+    )
+    assert found is not None and "width" in found["note"] and "width" not in shares_of(found)
+
+
+def test_confounded() -> None:
+    assert find_confounded({"model": ["x", "x", "y", "y"], "lr": [1, 1, 2, 2]}) == ("model", "lr")
+    assert find_confounded({"model": ["x", "x", "y", "y"], "lr": [1, 2, 1, 2]}) is None
+    assert find_confounded({"lr": [0.1, 0.2, 0.3, 0.4], "decay": [1e-3, 1e-4, 1e-3, 1e-4]}) is None
