@@ -33,7 +33,7 @@ def shares_of(found: dict[str, Any]) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_shares_of_a_sum_are_those_of_its_variances() -> None:
-    """Var(0.3 a) : Var(0.15 b) : Var(0.1 [kind = y]) = 0.0075 : 0.001875 : 0.0025. Forests take some of a category for noise."""
+    """Var(0.3 a) : Var(0.15 b) : Var(0.1 [kind]) = 0.0075 : 0.001875 : 0.0025. Forests take some of a category for noise."""
     rows = draw_rows(250)
     found = compute_importance(
         make_comparison(rows, [0.5 + 0.3 * r["a"] + 0.15 * r["b"] + 0.1 * (r["kind"] == "y") for r in rows])
