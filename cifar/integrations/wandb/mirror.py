@@ -37,6 +37,7 @@ from cifar.errors import UserError
 from cifar.integrations.wandb import arrival
 from cifar.integrations.wandb.api import GraphqlClient
 from cifar.integrations.wandb.arrival import INCOMPLETE, PICTURES_FOLDER, ArrivedRun
+from cifar.integrations.wandb.charts import CHART_KEY, TABLE_KEY, build_chart, define_chart
 from cifar.integrations.wandb.document import read_clean
 from cifar.integrations.wandb.document_feed import DocumentFeed
 from cifar.integrations.wandb.feeds import FEEDS
@@ -360,14 +361,20 @@ class Mirror:
             # in the last row they are part of it; the same picture at the same step is the same file
             if self._is_last_row_open or self._picture_hashes.get(key) != _hash_bytes(path.read_bytes()).hex()
         }
-        self._definitions.define(images)
+        chart = build_chart(list(self.run_dir.read_rows()), self.run_dir.read_json("labels").get("layers") or [])
+        self._definitions.define([*images, TABLE_KEY])
         if self._is_last_row_open:
             self._remove_from_summary([key for key in (self._arrived.summary if self._arrived else {}) if key in images])
-            self._run.log(images, commit=True)
+            self._run.log({**images, **({CHART_KEY: chart} if chart else {})}, commit=True)
             self._is_last_row_open = False
-        elif images:
+        else:
             # The run ended early. A row for the pictures would take the step of the next epoch, if the run is resumed.
-            self._run.summary.update(images)
+            if chart:
+                define_chart(self._run, chart)
+            if chart and TABLE_KEY not in self._picture_hashes:
+                images[TABLE_KEY] = chart.table
+            if images:
+                self._run.summary.update(images)
         for key, name in self._lost_pictures.items():
             if key in keys and key not in images:
                 self._send_picture_file(keys[key], name)

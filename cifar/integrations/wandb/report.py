@@ -17,7 +17,14 @@ from cifar.integrations.wandb.notes import read_notes, write_notes
 from cifar.integrations.wandb.paths import WandbPath
 
 MAX_LAYERS = 40  # in the panel of gradients by layer
-PICTURE_NAMES = ("curves", "gradient_flow", "weight_updates", "confusion", "mistakes")  # the names that the mirror gives them
+PICTURE_NAMES = (
+    "curves",
+    "gradient_flow",
+    "gradient_norms",
+    "weight_updates",
+    "confusion",
+    "mistakes",
+)  # the names that the mirror gives them
 MISSING_LIBRARY = "`pip install -e '.[publish]'` in the checkout brings what --publish needs (wandb-workspaces)"
 
 
@@ -135,6 +142,11 @@ def _build_sections(reports: Any, content: ReportContent) -> dict[str, list[Any]
         running_ymax=True,
     )
     gradients = [make_line_plot("Gradient of each layer", metric_regex=f"^{gradient}/.*", log_y=True)]
+    gradients += [
+        make_line_plot("Gradient norm of all layers", "train/gradient_norm", log_y=True),
+        make_line_plot("Update to weight, all layers", "train/update_ratio", log_y=True),
+        make_line_plot("Zero gradients, all layers", "train/zero_gradients"),
+    ]
     if flow:
         bars = reports.BarPlot(title="Gradient by layer, input → output, last epoch", metrics=flow, orientation="v")
         gradients.insert(0, make_wide(bars))
@@ -148,7 +160,10 @@ def _build_sections(reports: Any, content: ReportContent) -> dict[str, list[Any]
         ],
         "Gradient flow": [*gradients, make_line_plot("Update to weight", metric_regex="^update_ratio/.*", log_y=True)],
         "Pictures": [make_wide(reports.MediaBrowser(media_keys=[f"pictures/{name}" for name in PICTURE_NAMES], num_columns=3))],
-        "Time": [make_line_plot("Seconds an epoch", "system/seconds")],
+        "Time": [
+            make_line_plot("Seconds an epoch", "system/seconds"),
+            make_line_plot("Images a second", "system/images_per_second"),
+        ],
     }
     for panels in sections.values():
         for n, panel in enumerate([panel for panel in panels if panel.layout.w != 24]):

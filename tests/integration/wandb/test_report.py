@@ -57,6 +57,8 @@ def test_the_report_and_the_workspace_read_back(
     curves = {panel.title: panel for panel in panels if isinstance(panel, reports.LinePlot)}
     assert curves["Validation accuracy"].y == [reports.Metric("val/acc")]
     assert curves["Gradient of each layer"].metric_regex == "^gradient_norm/.*"
+    assert curves["Gradient norm of all layers"].y == [reports.Metric("train/gradient_norm")]
+    assert curves["Update to weight, all layers"].y == [reports.Metric("train/update_ratio")]
     (grid, *_) = [block for block in report.blocks if isinstance(block, reports.PanelGrid)]
     assert grid.runsets[0].filters == f"Metric(\"Sweep\") == '{sweep_id}'"
     (table,) = [block.text for block in report.blocks if isinstance(block, reports.MarkdownBlock)]

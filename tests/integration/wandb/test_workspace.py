@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from cifar.cli.app import main
+from cifar.integrations.wandb.mirror import Mirror
+from helpers.leet import end_record, make_record, row
 from helpers.protocol import Run, Server
-from helpers.workspace import automatic_panels, hidden_keys, history_keys, summary_keys
+from helpers.workspace import automatic_panels, custom_charts, hidden_keys, history_keys, summary_keys
 
 PAIRS = (
     "dataset=stand-in", "epochs=2", "max_steps=2", "batch_size=32", "train_size=128", "val_size=64", "threads=1", "device=cpu",
@@ -59,6 +61,7 @@ def test_few_panels_and_columns(wandb_server: Server, runs: Path, network: tuple
     print(f"{len(run.config)} config: {sorted(run.config)}")
     assert panels >= SHOWN and len(panels) <= MAX_PANELS
     assert {f"pictures/{name}" for name in ("curves", "gradient_norms", "weight_updates")} <= panels
+    assert custom_charts(run) == {"charts/gradient_norm_by_layer"} and "charts/gradient_norm_by_layer_table" in summary
     layers = {key.partition("/")[2] for key in history_keys(run) if key.startswith("gradient_norm/")}
     assert len(layers) == num_layers and not any(map(is_of_a_layer, panels))
     assert {key for key in history_keys(run) if is_of_a_layer(key)} <= hidden_keys(run) and "epoch" in hidden_keys(run)
@@ -68,6 +71,41 @@ def test_few_panels_and_columns(wandb_server: Server, runs: Path, network: tuple
     assert run.summary["flops"] == 2 * run.summary["macs"] == 2 * run.config["macs"]
     for cells in (run.config, run.summary):
         assert not [value for value in cells.values() if isinstance(value, str) and value[:1] in ("{", "[")]
+
+
+@pytest.mark.parametrize("epochs", [3, 9], ids=["the whole run", "an early end"])
+def test_the_chart_is_w_and_b_s_own(tmp_path: Path, server: Server, epochs: int) -> None:
+    """What the server gets is what `wandb.Run.log` makes of such a chart, also where there is no row for it to be in."""
+    import wandb
+
+    record = make_record(tmp_path, "chart001", epochs=epochs)
+    for epoch in (1, 2, 3):
+        record.append_row({**row(epoch), "gradient_norm/layers.1.conv1": 0.0})
+    end_record(record, "finished" if epochs == 3 else "pruned")
+    for _ in range(2):
+        mirror = Mirror(record, "online")
+        assert mirror.finish()
+        mirror.forget()  # the next one opens the run again
+    run = server.runs["chart001"]
+    table = json.loads(run.files[run.summary["charts/gradient_norm_by_layer_table"]["path"]])
+    assert table["columns"] == ["layer", "epoch", "norm"]
+    assert [point for point in table["data"] if point[1] == "epoch 3"] == [  # the norms are 1/3 and 1/5
+        [1, "epoch 3", pytest.approx(-0.47712125)],
+        [3, "epoch 3", pytest.approx(-0.69897)],
+    ]
+    assert len(table["data"]) == 6, "a norm of zero has no logarithm"
+
+    other = wandb.init(
+        id="other001", project="cifar", dir=str(tmp_path), settings=wandb.Settings(console="off"), reinit="create_new"
+    )
+    line = wandb.plot.line_series(
+        [1], [[0.5]], title="log10 of the gradient norm, by layer from input to output", xname="layer"
+    )
+    line.spec.fields |= {"step": "layer", "lineKey": "epoch", "lineVal": "norm"}
+    other.log({"charts/gradient_norm_by_layer": line})
+    other.finish()
+    sent, wanted = (server.runs[name].raw_config["_wandb"]["value"]["visualize"] for name in ("chart001", "other001"))
+    assert sent == wanted
 
 
 @pytest.mark.parametrize("probes", ["probes=all", pytest.param("probes=none", marks=pytest.mark.slow)])
