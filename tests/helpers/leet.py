@@ -70,7 +70,7 @@ class Inspected:
         self.config = {key: value for key, value in self.run["config"]["update"].items() if key != "_wandb"}
         self.steps = [item["step"]["num"] for item in by_type("history")]
         self.history = [{k: v for k, v in item["item"].items() if k[0] != "_"} for item in by_type("history")]
-        self.rows = [{k: v for k, v in item.items() if not k.startswith("pictures/")} for item in self.history]
+        self.rows = [{k: v for k, v in item.items() if not k.startswith(("pictures/", "charts/"))} for item in self.history]
         self.summary: dict[str, Any] = {}
         for update in by_type("summary"):
             self.summary.update(update["update"])

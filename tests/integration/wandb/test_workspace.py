@@ -10,7 +10,8 @@ import pytest
 
 from cifar.cli.app import main
 from cifar.integrations.wandb.mirror import Mirror
-from helpers.leet import end_record, make_record, row
+from helpers import leet
+from helpers.leet import end_record, make_record
 from helpers.protocol import Run, Server
 from helpers.workspace import automatic_panels, custom_charts, hidden_keys, history_keys, summary_keys
 
@@ -92,7 +93,7 @@ def test_the_chart_is_w_and_b_s_own(tmp_path: Path, server: Server, epochs: int)
 
     record = make_record(tmp_path, "chart001", epochs=epochs)
     for epoch in (1, 2, 3):
-        record.append_row({**row(epoch), "gradient_norm/layers.1.conv1": 0.0})
+        record.append_row({**leet.row(epoch), "gradient_norm/layers.1.conv1": 0.0})
     end_record(record, "finished" if epochs == 3 else "pruned")
     for _ in range(2):
         mirror = Mirror(record, "online")
