@@ -95,7 +95,8 @@ def test_put_is_what_a_client_sends(tmp_path: Path, server: Server) -> None:
     placed = server.runs[record.id]
     assert sent.files["cifar.json"] == placed.files["cifar.json"]
     assert sent.config == placed.config and sent.rows == placed.rows and sent.state == placed.state
-    assert {k: v for k, v in sent.summary.items() if k[0] != "_"} == placed.summary
+    numbers = {k: v for k, v in sent.summary.items() if k[0] != "_" and not isinstance(v, dict)}
+    assert numbers == placed.summary
 
 
 @pytest.mark.parametrize("mode", ["online", pytest.param("offline", marks=pytest.mark.slow)])
@@ -265,7 +266,7 @@ def test_a_cut_offline_file_gives_its_whole_rows(tmp_path: Path) -> None:
     assert list(run.rows) == list(here.rows)[: len(run.rows)]
     lone.write_bytes(content)  # without cifar.json, which is another file: what W&B's own fields say
     (run,) = collect_runs([str(lone)], tmp_path).runs
-    for name in ("name", "macs", "params", "verified", "official", "sweep", "config", "state", "rows"):
+    for name in ("macs", "params", "verified", "official", "sweep", "config", "state", "rows"):
         assert getattr(run, name) == getattr(here, name), name
     assert run.summary.items() >= here.summary.items()
 
