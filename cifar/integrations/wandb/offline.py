@@ -53,7 +53,8 @@ def _read_run(file: Path) -> tuple[str, dict[str, Any], dict[str, Any], dict[str
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run_id = record.run.run_id
-            about = {"name": record.run.display_name, "group": record.run.run_group, "tags": list(record.run.tags)}
+            said = {"name": record.run.display_name, "group": record.run.run_group, "tags": list(record.run.tags)}
+            about |= {key: value for key, value in said.items() if value}  # a later record says again only what it changes
             _set_items(config, record.run.config.update)
         elif kind == "config":
             _set_items(config, record.config.update)

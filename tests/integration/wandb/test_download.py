@@ -266,7 +266,7 @@ def test_a_cut_offline_file_gives_its_whole_rows(tmp_path: Path) -> None:
     assert list(run.rows) == list(here.rows)[: len(run.rows)]
     lone.write_bytes(content)  # without cifar.json, which is another file: what W&B's own fields say
     (run,) = collect_runs([str(lone)], tmp_path).runs
-    for name in ("macs", "params", "verified", "official", "sweep", "config", "state", "rows"):
+    for name in ("name", "macs", "params", "verified", "official", "sweep", "config", "state", "rows"):
         assert getattr(run, name) == getattr(here, name), name
     assert run.summary.items() >= here.summary.items()
 
