@@ -205,14 +205,15 @@ def _draw_figures(
                 (out / f"{entry.name}.{suffix}").unlink(missing_ok=True)
             continue
         paths += [out / f"{entry.name}.png", out / f"{entry.name}.svg"]
-        write_atomic(paths[-2], style.encode_png(drawn.figure))
+        png = style.encode_png(drawn.figure)
+        write_atomic(paths[-2], png)
         vector = style.encode_svg(drawn.figure, entry.name)
         write_atomic(paths[-1], vector.encode())
         figure_class: Any = entry.builder
         caption = getattr(figure_class, "caption", "")
         inline = style.inline_svg(vector, drawn.header_inches, figure_class.title)
         if len(inline) > MAX_INLINE_BYTES:
-            inline = pages.render_image(style.encode_small_png(drawn.figure), figure_class.title)
+            inline = pages.render_image(style.shrink_png(png), figure_class.title)
         sections.append(pages.Section(figure_class.title, caption, inline, entry.name in SHOWN_BY_EXPLORER))
     return sections, paths
 

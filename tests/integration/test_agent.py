@@ -36,6 +36,7 @@ def test_trials_end_as_they_should_and_two_agents_share_them(runs: Path) -> None
     assert config["threads"] == 1 and config["test"] == "never"
 
 
+@pytest.mark.slow
 def test_interrupted_trials_are_given_back_and_go_on(runs: Path) -> None:
     backend = create_sweep(runs, "parameters: {model: {value: conv4}, epochs: {value: 100}}", epochs=100)
     process = start_agent(backend, "workers=1")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cifar.sweeps.local import LocalBackend
 from helpers.agent_processes import create_sweep, start_agent
+from helpers.plugins import keep_registries
 from helpers.processes import wait_for_exit
 
 TALKER = """
@@ -41,10 +43,19 @@ def talker(*, kind: str = "talks") -> nn.Module:
 """
 
 
+@pytest.fixture
+def _registries() -> Iterator[None]:
+    """What the plug-ins register is forgotten."""
+    with keep_registries():
+        yield
+
+
 def lines_of(backend: LocalBackend, cell: int) -> list[str]:
     return (backend.runs_dir / backend.run_id(cell) / "output.log").read_text().splitlines()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_registries")
 def test_each_trial_has_its_own_lines(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plugin" / "models").mkdir(parents=True)
     (tmp_path / "plugin" / "models" / "talker.py").write_text(TALKER)

@@ -214,7 +214,7 @@ class ArtifactFeed(Feed):
     @contextlib.contextmanager
     def _keep_copies_here(self) -> Iterator[None]:
         """Let wandb keep its copies of an artifact's files in the run's folder, where `wandb sync` finds them, not at home."""
-        before = os.environ.get(_DATA_DIR)
+        before = dict(os.environ).get(_DATA_DIR)
         folder = self._make_folder() / COPIES
         shutil.rmtree(folder, ignore_errors=True)
         os.environ[_DATA_DIR] = str(folder)

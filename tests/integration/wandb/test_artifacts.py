@@ -75,6 +75,7 @@ def push_all(records: list[RunDir]) -> None:
         assert main(["push", record.id, "--runs-dir", str(record.path.parent)]) == 0
 
 
+@pytest.mark.slow
 def test_sent_once_with_lineage_and_best(records: list[RunDir], server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     del records[2:]
     push_all(records)

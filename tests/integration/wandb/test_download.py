@@ -45,7 +45,8 @@ def asked_of_runs(server: Server) -> Counter[str]:
     return Counter(request.name for request in server.requests if request.name not in quiet)
 
 
-@pytest.mark.parametrize("exported", [*(pytest.param(n, marks=pytest.mark.slow) for n in (None, 0)), 3])
+@pytest.mark.parametrize("exported", [None, 0, 3])
+@pytest.mark.slow
 def test_what_comes_back_is_what_was_sent(tmp_path: Path, server: Server, exported: int | None) -> None:
     runs = tmp_path / "runs"
     write(runs, "abcd1234-000", layers=12, seed=1, sweep="abcd1234", cell=0, test=0.71, views=6, one_view=0.7)

@@ -88,6 +88,7 @@ def test_what_somebody_has_deleted_is_published_anew(tmp_path: Path, server: Ser
         server.world.views.clear()
 
 
+@pytest.mark.slow
 def test_a_project_and_a_pushed_sweep(
     tmp_path: Path, runs: Path, server: Server, sweep_id: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def shown(server: Server, run_id: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_live_pushed_and_synced_later_are_the_same(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = begin(tmp_path, "sameagain")
     mirror = Mirror(record, "online", pytest.fail)
@@ -152,6 +153,7 @@ def test_what_is_missing_is_found_and_sent(server: Server, tmp_path: Path) -> No
     assert_shown_as_recorded(run, record.path)
 
 
+@pytest.mark.slow
 def test_rows_that_are_taken_back_leave_the_lines_as_they_are(server: Server, tmp_path: Path) -> None:
     record = begin(tmp_path, "rewound1")
     record.append_row(row(1))

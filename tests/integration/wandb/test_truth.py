@@ -166,7 +166,8 @@ def is_named(server: Server, record: RunDir) -> bool:
     return bool(run and any("pictures/curves" in line for line in run.history))
 
 
-@pytest.mark.parametrize("rewinds", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rewinds", [True, False])
+@pytest.mark.slow
 def test_rows_that_were_made_again(tmp_path: Path, server: Server, rewinds: bool) -> None:
     server.world.rewinds = rewinds
     record = make_record(tmp_path, "again001", epochs=4)
@@ -249,6 +250,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 def test_push_reads_back_what_arrived(runs: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     record = make_record(runs, "check001", epochs=3)
     picture = draw_png(record.path / "pictures" / "curves.png")

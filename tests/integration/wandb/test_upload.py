@@ -99,6 +99,7 @@ def test_a_run_that_w_and_b_has_half_of_is_completed(runs: Path, server: Server,
     assert not server.sweeps
 
 
+@pytest.mark.slow
 def test_what_a_sweep_of_w_and_b_lacks_is_sent(runs: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = server.world.add_sweep("me", "cifar", TEXT)
     (runs / "sweeps" / sweep.id).mkdir(parents=True)

@@ -55,6 +55,7 @@ def is_of_a_layer(key: str) -> bool:
     ],
     ids=["worksheet1", "resnet20", "resnet56"],
 )
+@pytest.mark.slow
 def test_few_panels_and_columns(wandb_server: Server, runs: Path, network: tuple[str, ...], num_layers: int) -> None:
     _, run = train(wandb_server, runs, *PAIRS, *network)
     is_scored = "test=never" not in network

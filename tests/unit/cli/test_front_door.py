@@ -118,6 +118,7 @@ def test_a_shipped_sweep_is_found_by_its_name(
 # -- where the run is on W&B -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_says_where_its_run_is(wandb_server: Server, capsys: pytest.CaptureFixture[str], runs: Path) -> None:
     assert main(["train", *TINY]) == 0
     run_id = next(path.name for path in runs.iterdir())

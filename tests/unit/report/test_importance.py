@@ -80,13 +80,13 @@ def test_shares_are_those_of_optuna_over_20_seeds() -> None:
 def test_designs_that_allow_none() -> None:
     few = draw_rows(10)
     assert "too few" in compute_importance(make_comparison(few, [0.5] * 10))["reason"]  # type: ignore[index]
-    together = [{"a": i / 30, "b": 2 * i / 30 + 0.01 * (i % 2)} for i in range(30)]
-    assert "a and b vary together" in compute_importance(make_comparison(together, [0.5] * 30))["reason"]  # type: ignore[index]
-    own = [{"model": f"m{i % 3}", "width": None if i % 2 else 8 + i} for i in range(30)]
-    assert compute_importance(make_comparison([{"model": f"m{i % 3}"} for i in range(30)], [0.5] * 30)) is None
+    together = [{"a": i / 60, "b": 2 * i / 60 + 0.01 * (i % 2)} for i in range(60)]
+    assert "a and b vary together" in compute_importance(make_comparison(together, [0.5] * 60))["reason"]  # type: ignore[index]
+    own = [{"model": f"m{i % 3}", "width": None if i % 2 else 8 + i} for i in range(60)]
+    assert compute_importance(make_comparison([{"model": f"m{i % 3}"} for i in range(60)], [0.5] * 60)) is None
     found = compute_importance(
         make_comparison(
-            [{**r, "width": o["width"]} for r, o in zip(draw_rows(30), own, strict=True)], [r["a"] for r in draw_rows(30)]
+            [{**r, "width": o["width"]} for r, o in zip(draw_rows(60), own, strict=True)], [r["a"] for r in draw_rows(60)]
         )
     )
     assert found is not None and "width" in found["note"] and "width" not in shares_of(found)

@@ -404,7 +404,7 @@ def test_a_sweep_in_progress_and_one_without_a_finished_run(tmp_path: Path) -> N
 def test_a_run_has_pictures_and_a_page_of_its_own(tmp_path: Path) -> None:
     record = write(tmp_path, "one", predictions=True, layers=20, epochs=10)
     drawn = draw_pictures(record.path)
-    names = {"curves", "gradient_flow", "weight_updates", "histograms", "confusion", "mistakes"}
+    names = {"curves", "gradient_flow", "gradient_norms", "weight_updates", "histograms", "confusion", "mistakes"}
     assert {path.stem for path in drawn} == names and {path.parent for path in drawn} == {record.path / "pictures"}
     result = write_report(["one"], runs=tmp_path, out=tmp_path / "out")
     assert {path.stem for path in result.paths if path.suffix == ".svg"} == names
