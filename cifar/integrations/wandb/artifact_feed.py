@@ -26,6 +26,7 @@ from cifar.integrations.wandb.settings import Mode
 from cifar.system.files import read_arrays
 from cifar.system.names import escape_controls
 from cifar.system.redact import redact
+from cifar.system.variables import read_variable
 from cifar.tracking.run_dir import RunDir, write_atomic
 
 FOLDER = "artifacts"  # in RUN/wandb: files of artifacts that the run's folder has in another form
@@ -214,17 +215,17 @@ class ArtifactFeed(Feed):
     @contextlib.contextmanager
     def _keep_copies_here(self) -> Iterator[None]:
         """Let wandb keep its copies of an artifact's files in the run's folder, where `wandb sync` finds them, not at home."""
-        before = dict(os.environ).get(_DATA_DIR)
+        before = read_variable(_DATA_DIR)
         folder = self._make_folder() / COPIES
         shutil.rmtree(folder, ignore_errors=True)
         os.environ[_DATA_DIR] = str(folder)
         try:
             yield
         finally:
-            if before is None:
-                del os.environ[_DATA_DIR]
-            else:
+            if before:
                 os.environ[_DATA_DIR] = before
+            else:
+                del os.environ[_DATA_DIR]
 
 
 def build_mistakes_table(arrays: dict[str, Any], names: Any) -> Any:
