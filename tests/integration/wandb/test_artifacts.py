@@ -24,6 +24,7 @@ from helpers.fake_runs import write
 from helpers.hosted_sweeps import GRID, start_command
 from helpers.processes import wait_for_exit, wait_until
 from helpers.protocol import Fault, Server
+from helpers.protocol.artifacts import Artifact
 
 ID, BEST = "abcd1234", artifact_best.BEST
 BEST_RUN = f"{ID}-001"
