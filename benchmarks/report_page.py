@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from cifar.report import write_report  # noqa: E402
-from cifar.tracking.records import SCHEMA  # noqa: E402
-from helpers.browser import READY, find_chromium, page_url  # noqa: E402
-from helpers.fake_runs import ACCURACY, NETWORKS  # noqa: E402
+from cifar.report import write_report
+from cifar.tracking.records import SCHEMA
+from helpers.browser import READY, find_chromium, page_url
+from helpers.fake_runs import ACCURACY, NETWORKS
 
 NUM_LAYERS = 3
 # one frame after an input: the handler, the drawing of the next frame, and what the browser does after it

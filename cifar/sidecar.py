@@ -150,8 +150,7 @@ class Sidecar:
         self._sampling_thread = threading.Thread(target=self._keep_sampling, daemon=True)
         self._threads = [self._drawing_thread, self._sampling_thread]
         if mode != "disabled":
-            has_drawn = (lambda: not (self._drawing_thread.is_alive() or self._sampling_thread.is_alive()),)
-            self._threads.append(threading.Thread(target=self._keep_mirroring, args=has_drawn, daemon=True))
+            self._threads.append(threading.Thread(target=self._keep_mirroring, daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -209,9 +208,10 @@ class Sidecar:
                     self._draw_pictures(*ended_runs[0])  # one only: more runs may have ended meanwhile
             self._sleep()
 
-    def _keep_mirroring(self, has_drawn: Callable[[], bool]) -> None:
+    def _keep_mirroring(self) -> None:
         while True:
-            is_last = has_drawn()
+            # asked first: what is drawn and measured last has to be sent, too
+            is_last = not (self._drawing_thread.is_alive() or self._sampling_thread.is_alive())
             for run in list(self._followed.values()):
                 self._mirror_run(run, is_last)
             if is_last and not any(run.is_waiting for run in list(self._followed.values())):

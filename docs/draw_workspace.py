@@ -17,11 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from helpers.protocol import Run, Server  # noqa: E402
-from helpers.workspace import automatic_panels, custom_charts  # noqa: E402
+from helpers.protocol import Run, Server
+from helpers.workspace import automatic_panels, custom_charts
+
+ROOT = Path(__file__).resolve().parent.parent
 
 WORDS = (
     "model=conv16",

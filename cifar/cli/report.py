@@ -144,7 +144,7 @@ def _serve_report(
     from cifar.report.serve import serve_report
 
     limit = parse_macs(budget) if budget else None
-    server = serve_report(tuple(names), runs, port, split=split, budget=limit, cost_unit=cost_unit)
+    server = serve_report(names, runs, port, split=split, budget=limit, cost_unit=cost_unit)
     echo(f"{server.url} follows the runs in {runs}; Ctrl-C ends it")
     if opens_browser:
         webbrowser.open(server.url)

@@ -2,7 +2,6 @@
 
 from cifar.data.augment import MEAN, STD, Augment, crop, cutout, draw_mixing, flip, mix, normalize
 from cifar.data.cifar10 import (
-    CLASSES,
     Dataset10,
     find_cifar10,
     find_or_download,
@@ -13,6 +12,7 @@ from cifar.data.cifar10 import (
 from cifar.data.loader import BatchFormat, EpochOptions, Loader
 from cifar.data.torch_dataset import CIFAR10Custom, make_dataloader
 from cifar.system.disk import cache_folder
+from cifar.tracking.predictions import CLASSES
 
 dataloader, load, split = make_dataloader, load_dataset, split_indices  # old names, for notebooks
 obtain, locate = find_or_download, find_cifar10

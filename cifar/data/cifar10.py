@@ -26,6 +26,7 @@ from cifar.errors import UserError
 from cifar.system.disk import cache_folder
 from cifar.system.files import MIB, UnreadableFileError, read_bytes
 from cifar.system.variables import read_path, read_variable, read_words
+from cifar.tracking.predictions import CLASSES
 
 # Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"; address, names and sums as torchvision has them.
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -39,7 +40,6 @@ BATCHES = {  # in the order of the training set, the test set last
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MAX_BATCH_BYTES, MAX_UNPACKED_BYTES = 64 * MIB, 512 * MIB  # a batch has 30 MiB, the archive's content 178 MiB
 MAX_DOWNLOAD_SECONDS = 600.0  # `auto` takes the generated data if a download would take longer
 NEEDED_BYTES = 400 << 20  # for the archive and its content

@@ -12,7 +12,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -136,6 +136,18 @@ def _send(request: BaseHTTPRequestHandler, status: int, content: bytes, kind: st
         request.wfile.write(content)
 
 
-def serve_report(names: tuple[str, ...], runs: Path, port: int, **options: object) -> ReportServer:
-    """A server for `cifar report NAMES`. `options`: of `write_report`."""
-    return ReportServer(runs, lambda out: write_report(names, runs=runs, out=out, **options), port)  # type: ignore[arg-type]
+def serve_report(
+    names: Sequence[str],
+    runs: Path,
+    port: int,
+    *,
+    split: str = "val",
+    budget: float | None = None,
+    cost_unit: str = "macs",
+) -> ReportServer:
+    """A server for `cifar report NAMES`, with the options of `write_report`."""
+
+    def write(out: Path) -> ReportResult:
+        return write_report(names, runs=runs, out=out, split=split, budget=budget, cost_unit=cost_unit)
+
+    return ReportServer(runs, write, port)

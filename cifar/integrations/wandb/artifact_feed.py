@@ -23,18 +23,14 @@ from cifar.integrations.wandb.artifacts import DATASET, MODEL, PREDICTIONS
 from cifar.integrations.wandb.feed import Feed
 from cifar.integrations.wandb.mirror_process import is_core_death, list_core_pids
 from cifar.integrations.wandb.settings import Mode
-from cifar.system.files import read_arrays
 from cifar.system.names import escape_controls
 from cifar.system.redact import redact
 from cifar.system.variables import read_variable
+from cifar.tracking import predictions
 from cifar.tracking.run_dir import RunDir, write_atomic
 
 FOLDER = "artifacts"  # in RUN/wandb: files of artifacts that the run's folder has in another form
 COPIES = "copies"  # in that: wandb's copies of files
-MAX_PREDICTIONS_BYTES = 2**27  # unpacked; of 10,000 images it has less than a megabyte
-NUM_CLASSES = 10
-# in the order of the labels: Krizhevsky 2009, "Learning multiple layers of features from tiny images"
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FIRST_DATASET_SECONDS = 10.0  # how long to wait for the first dataset that this process sends
 MIN_UPLOAD_RATE = 100_000  # bytes a second: a slower upload is given up for now
 _DATA_DIR = "WANDB_DATA_DIR"  # where wandb keeps copies of an artifact's files until they are sent
@@ -190,9 +186,9 @@ class ArtifactFeed(Feed):
     def _send_predictions(self) -> None:
         import wandb
 
-        arrays = read_arrays(self.run_dir.path / artifacts.PREDICTIONS_FILE, MAX_PREDICTIONS_BYTES)
+        arrays = predictions.read_predictions(self.run_dir.path)
         about = self.run_dir.read_json("run")
-        names = CLASSES if about.get("dataset") == "cifar10" else [f"class {i}" for i in range(NUM_CLASSES)]
+        names = predictions.name_classes(str(about.get("dataset")))
         metadata = {**artifacts.build_metadata(self.run_dir), "split": str(arrays.get("split", ""))}
         artifact = wandb.Artifact(artifacts.collection_name(PREDICTIONS, about), type=PREDICTIONS, metadata=metadata)
         self._add_record_file(artifact, "run.json")

@@ -10,22 +10,17 @@ from cifar.registry import figures
 from cifar.report.load import Run
 from cifar.report.palette import RED
 from cifar.report.style import Nothing
-from cifar.system.files import MissingFileError, UnreadableFileError, read_arrays
+from cifar.system.files import MissingFileError, UnreadableFileError
+from cifar.tracking import predictions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MAX_PREDICTIONS_BYTES = 2**27  # unpacked; of 10,000 images it has less than a megabyte
-# in the order of the labels: Krizhevsky 2009, "Learning multiple layers of features from tiny images"
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def read_predictions(run: Run) -> dict[str, Any] | Nothing:
     """The arrays of predictions.npz. Pickled objects are refused."""
     try:
-        arrays = read_arrays(run.path / "predictions.npz", MAX_PREDICTIONS_BYTES)
-        _check_predictions(arrays)
-        return arrays
+        return predictions.read_predictions(run.path)
     except MissingFileError:
         return Nothing("the run has no predictions.npz (it has not finished)")
     except (UnreadableFileError, ValueError) as error:
@@ -33,22 +28,8 @@ def read_predictions(run: Run) -> dict[str, Any] | Nothing:
         return Nothing(f"predictions.npz cannot be read ({reason})")
 
 
-def _check_predictions(arrays: dict[str, Any]) -> None:
-    """Raise ValueError for arrays of other names, kinds, lengths or values than an evaluation writes."""
-    missing = {"index", "label", "predicted", "confidence", "worst_index", "worst_images"} - arrays.keys()
-    if missing:
-        raise ValueError(f"it lacks {min(missing)}")
-    label, predicted, images = arrays["label"], arrays["predicted"], arrays["worst_images"]
-    is_listed = all(arrays[name].shape == label.shape for name in ("index", "predicted", "confidence"))
-    is_whole = all(arrays[name].dtype.kind in "iu" for name in ("index", "label", "predicted", "worst_index"))
-    is_right = is_listed and is_whole and label.ndim == 1 and arrays["confidence"].dtype.kind == "f"
-    is_right = is_right and images.shape == (len(arrays["worst_index"]), 3, 32, 32) and images.dtype.kind == "u"
-    if not is_right or not all(((values >= 0) & (values < 10)).all() for values in (label, predicted)):
-        raise ValueError("it is no evaluation of ten classes")
-
-
 def class_names(run: Run) -> Sequence[str]:
-    return CLASSES if run.dataset == "cifar10" else [f"class {i}" for i in range(10)]  # the stand-in has its own
+    return predictions.name_classes(run.dataset)
 
 
 @dataclass(frozen=True)
