@@ -14,6 +14,7 @@ from typing import Any
 from cifar.report.aggregate import Comparison
 from cifar.report.stats import rank_correlation
 
+MIN_MENTIONED = 20  # a page with fewer points says nothing of importance
 MIN_POINTS = 50  # below it a forest has too little to learn from
 MAX_POINTS = 150  # of more, so many are drawn for each forest, since its time grows with them
 NUM_RESAMPLES = 6
@@ -24,7 +25,8 @@ MAX_CORRELATION = 0.8  # of two settings, above which what each of them does can
 def compute_importance(comparison: Comparison) -> dict[str, Any] | None:
     """{"shares": [{"key", "mean", "low", "high"}, ...], "note"}, or {"reason"} if the design does not allow it.
 
-    None where nothing but the network differs, so that there is nothing to say. Shares are fractions of the variance.
+    None where there is nothing to say: nothing but the network differs, or there are few points. Shares are fractions of the
+    variance.
     """
     points = [point for point in comparison.points if point.num_views == 1]
     columns = {key: [point.values.get(key) for point in points] for key in comparison.distinguishing_keys}
@@ -33,6 +35,8 @@ def compute_importance(comparison: Comparison) -> dict[str, Any] | None:
         return None
     conditional = [key for key, values in columns.items() if None in values]
     shared = {key: values for key, values in columns.items() if key not in conditional}
+    if len(points) < MIN_MENTIONED:
+        return None
     if len(points) < MIN_POINTS:
         return {"reason": f"{len(points)} points are too few: it needs {MIN_POINTS}."}
     if not shared:

@@ -362,7 +362,7 @@ def test_downloads(opened: OpenPage, tmp_path: Path) -> None:
         download.value.save_as(files[kind])
     rows = list(csv.DictReader(files["csv"].open()))
     assert {row["network"] for row in rows} == {"resnet20", "resnet56", "preact_resnet18"}
-    assert len(rows) == opened.run("return view.shown.length")
+    assert len(rows) == opened.run("return view.shown.length") and {row["dataset"] for row in rows} == {"CIFAR-10"}
     drawing = xml.etree.ElementTree.parse(files["svg"]).getroot()
     assert drawing.tag.endswith("svg") and len(list(drawing.iter())) > 20
     assert files["png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -480,6 +480,21 @@ def test_hostile_names_do_nothing(browser: Any, tmp_path: Path) -> None:
         "document.body.append(script); return window.pwned ?? 0"
     )
     assert inserted == 0  # the browser runs no script but ours
+    page.close()
+
+
+def test_what_leaves_the_page_says_that_the_data_is_a_stand_in(browser: Any, tmp_path: Path) -> None:
+    for seed in range(2):
+        write(tmp_path, f"standin{seed}", model="resnet20", seed=seed, dataset="stand-in")
+    page = OpenPage(browser, page_url(write_report([], runs=tmp_path).page))
+    for kind in ("svg", "csv"):
+        with page.page.expect_download() as download:
+            page.page.click(f"[data-save={kind}]")
+        file = tmp_path / f"file.{kind}"
+        download.value.save_as(file)
+        assert "STAND-IN DATA, not CIFAR-10" in file.read_text()
+    plain = page.run("view.table.banner = ''; return explorer.parts.scatter.toSvg()")
+    assert "STAND-IN" not in plain
     page.close()
 
 

@@ -78,8 +78,9 @@ def test_shares_are_those_of_optuna_over_20_seeds() -> None:
 
 
 def test_designs_that_allow_none() -> None:
-    few = draw_rows(10)
-    assert "too few" in compute_importance(make_comparison(few, [0.5] * 10))["reason"]  # type: ignore[index]
+    assert compute_importance(make_comparison(draw_rows(10), [0.5] * 10)) is None
+    few = draw_rows(40)
+    assert "too few" in compute_importance(make_comparison(few, [0.5] * 40))["reason"]  # type: ignore[index]
     together = [{"a": i / 60, "b": 2 * i / 60 + 0.01 * (i % 2)} for i in range(60)]
     assert "a and b vary together" in compute_importance(make_comparison(together, [0.5] * 60))["reason"]  # type: ignore[index]
     own = [{"model": f"m{i % 3}", "width": None if i % 2 else 8 + i} for i in range(60)]

@@ -119,6 +119,12 @@ class View {
     const id = this.idOf(i), { pins } = this.state.values;
     this.state.set({ pins: this.pinned.includes(i) ? pins.filter((pin) => this.byRun.get(pin) !== i) : [...pins, id].slice(-8) });
   }
+  // Rows of a file, the heading first, with a column that names the data.
+  nameDataset([head, ...rows]) {
+    const name = this.table.banner || "CIFAR-10";
+    return [[...head, "dataset"], ...rows.map((row) => [...row, name])];
+  }
+
   reset() { this.state.set({ ...this.state.defaults }); }
 }
 
@@ -158,7 +164,7 @@ async function start() {
   root.addEventListener("click", async (event) => {
     const { list, save } = event.target.dataset;
     if (list) view.state.set({ list, sort: list === "apart" ? "state" : "front", descending: list !== "apart" });
-    if (save === "csv") download("runs.csv", new Blob([table.facts().map((row) => row.map(csvCell).join(",")).join("\n") + "\n"], { type: "text/csv" }));
+    if (save === "csv") download("runs.csv", new Blob([view.nameDataset(table.facts()).map((row) => row.map(csvCell).join(",")).join("\n") + "\n"], { type: "text/csv" }));
     if (save === "svg") download("accuracy.svg", new Blob([scatter.toSvg()], { type: "image/svg+xml" }));
     if (save === "png") download("accuracy.png", await scatter.toPng());
     if (save === "link") { view.state.set({}); await navigator.clipboard?.writeText(location.href.split("#")[0] + (view.state.hash ?? location.hash)).catch(() => {}); event.target.textContent = "copied"; setTimeout(() => { event.target.textContent = "copy link"; }, 1500); }

@@ -88,7 +88,7 @@ export class Parallel {
     const letters = Math.max(6, Math.floor(gap / 6.6));
     groups.select("text.name").attr("y", (_, n) => (gap < 70 && n % 2 ? 12 : 26)).text(({ name }) => (name.length > letters ? `${name.slice(0, letters - 1)}…` : name));
     groups.select("g.ticks").each(function ticks(axis) {
-      const found = axis.words ? (axis.words.length > 14 ? axis.words.filter((_, n) => n % Math.ceil(axis.words.length / 14) === 0) : axis.words) : axis.scale.ticks(4).slice(0, 8);
+      const found = axis.words ? (axis.words.length > 14 ? axis.words.filter((_, n) => n % Math.ceil(axis.words.length / 14) === 0) : axis.words) : spreadTicks(axis.scale);
       const rows = found.map((value) => ({ y: axis.scale(value), text: axis.format(value) }));
       if (self.view.table.points.values[axis.id]?.some((value) => value === null)) rows.push({ y: height - MARGIN.bottom + 14, text: "–" });
       select(this).selectAll("text").data(rows).join("text").attr("x", 6).attr("dy", "0.32em").attr("y", ({ y }) => y)
@@ -116,6 +116,13 @@ export class Parallel {
       state.set({ ranges: selection ? { ...others, [axis.id]: [axis.scale.invert(selection[1]), axis.scale.invert(selection[0])] } : others });
     }
   }
+}
+
+// Ticks that do not overlap: a logarithmic scale offers many.
+function spreadTicks(scale) {
+  const kept = [];
+  for (const tick of scale.ticks(4)) if (!kept.length || Math.abs(scale(tick) - scale(kept.at(-1))) >= 16) kept.push(tick);
+  return kept;
 }
 
 function numberScale(values, log, range) {

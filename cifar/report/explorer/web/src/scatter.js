@@ -217,17 +217,25 @@ export class Scatter {
     state.set({ zoom: [...around(x, at[0]), ...around(y, at[1])] });
   }
 
-  toSvg() {
-    const size = { width: 960, height: 560 }, pen = new SvgPen(size.width, size.height);
+  // A picture that leaves the page says itself if its data is not CIFAR-10.
+  paintExport(pen, size) {
+    const { banner } = this.view.table;
     pen.rect(0, 0, size.width, size.height, { fill: readTheme().paper });
     this.paint(pen, size, this.scales(size));
+    if (!banner) return;
+    pen.rect(MARGIN.left, 2, 9 * banner.length + 16, 22, { fill: "#ffe9b8" });
+    pen.text(MARGIN.left + 8, 17, banner, { fill: "#5c3c00", size: 13, weight: "bold" });
+  }
+
+  toSvg() {
+    const size = { width: 960, height: 560 }, pen = new SvgPen(size.width, size.height);
+    this.paintExport(pen, size);
     return String(pen);
   }
 
   toPng() {
     const size = { width: 960, height: 560 }, canvas = document.createElement("canvas"), pen = new CanvasPen(canvas, size.width, size.height, 2);
-    pen.rect(0, 0, size.width, size.height, { fill: readTheme().paper });
-    this.paint(pen, size, this.scales(size));
+    this.paintExport(pen, size);
     return new Promise((resolve) => { canvas.toBlob(resolve, "image/png"); });
   }
 }
