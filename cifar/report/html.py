@@ -40,6 +40,8 @@ class Section:
 NO_TEST_SCORES = "No run has a test accuracy; `python -m cifar train ... test=final` makes one."
 MAX_LISTED = 30  # points in the table of a page with many
 MAX_EXCLUDED = 100  # runs in the table of what is left out
+MAX_EXCLUDED_BESIDE = 12  # of more, the explorer's list is enough
+MAX_NOTES = 3  # after the answer; the others are folded
 MAX_BIASED_LISTED = 5  # points that the sentences name; the table marks all of them
 
 STYLE = """
@@ -62,6 +64,7 @@ p { margin: 0 0 .75rem; }
   border-radius: 0 8px 8px 0; }
 .answer p:last-child { margin: 0; }
 .answer strong { font-size: 1.08rem; }
+.answer summary { cursor: pointer; color: var(--muted); } .answer details p { margin: .5rem 0 0; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
   padding: 1.3rem 1.4rem; margin: 1.2rem 0; }
 section svg, section > img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
@@ -85,7 +88,15 @@ tr.dominated td { color: var(--muted); }
 code { font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.4rem; margin: 0; font-size: .89rem; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
-@media print { body { background: none; } section { break-inside: avoid; } .banner { position: static; } }
+@media print {
+  :root { color-scheme: light; --paper: #ffffff; --page: #ffffff; --ink: #1f2a37; --muted: #4a5563; --line: #d5dae1;
+    --edge: #8a95a3; --accent: #2f6fde; --soft: #eef3fc; --warn: #ffe9b8; --warn-ink: #5c3c00; }
+  body { background: none; } main { padding: 0; max-width: none; } .banner { position: static; }
+  section, #explorer { border: 0; padding: 0; } figure, tr, .answer, section > svg, section > img { break-inside: avoid; }
+  h2, h3 { break-after: avoid; } .scroll { overflow: visible; }
+  .answer details::details-content { content-visibility: visible; } .answer summary { display: none; }
+  #tip { display: none !important; } * { print-color-adjust: exact; }
+}
 """
 
 SCRIPT = """
@@ -149,7 +160,7 @@ def render_page(
         *map(_render_figure, first),
         _render_points(comparison) if comparison.points else "",
         *map(_render_figure, other_sections),
-        _render_excluded(comparison.excluded) if comparison.excluded else "",
+        _render_excluded(comparison.excluded, in_explorer=bool(explorer)) if comparison.excluded else "",
         f"<section><h2>How it was made</h2><dl>{''.join(_render_fact(k, v) for k, v in provenance.items())}</dl></section>",
         "</main>",
         *(f"<script>{script}</script>" for script in scripts),
@@ -158,16 +169,19 @@ def render_page(
     return "\n".join(part for part in parts if part)
 
 
-def render_image(png: bytes, title: str) -> str:
+def render_image(webp: bytes, title: str) -> str:
     """A figure as a picture inside the page."""
-    return f'<img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img alt="{escape(title)}" src="data:image/webp;base64,{base64.b64encode(webp).decode()}">'
 
 
 def _render_answer(notes: Sequence[str]) -> str:
     if not notes:
         return ""
-    other_notes = "".join(f"<p>{escape(note)}</p>" for note in notes[1:])
-    return f'<div class="answer"><p><strong>{escape(notes[0])}</strong></p>{other_notes}</div>'
+    others = [f"<p>{escape(note)}</p>" for note in notes[1:]]
+    folded = others[MAX_NOTES:] if len(others) > MAX_NOTES + 1 else []
+    more = f"<details><summary>{len(folded)} more notes</summary>{''.join(folded)}</details>" if folded else ""
+    shown = "".join(others[: len(others) - len(folded)])
+    return f'<div class="answer"><p><strong>{escape(notes[0])}</strong></p>{shown}{more}</div>'
 
 
 def _render_figure(section: Section) -> str:
@@ -225,15 +239,16 @@ def _choose_listed(comparison: Comparison) -> list[Point]:
     return [point for point in comparison.points if point.on_front or id(point) in best]
 
 
-def _render_excluded(excluded: Sequence[ExcludedRun]) -> str:
+def _render_excluded(excluded: Sequence[ExcludedRun], *, in_explorer: bool = False) -> str:
     rows = "".join(
         f"<tr>{''.join(map(_render_cell, (run.name, run.id if run.id != run.name else '', run.kind, run.reason)))}</tr>"
         for run in excluded[:MAX_EXCLUDED]
     )
     more = f" {len(excluded) - MAX_EXCLUDED} more are in report.json." if len(excluded) > MAX_EXCLUDED else ""
+    kind = ' class="without-scripts"' if in_explorer and len(excluded) > MAX_EXCLUDED_BESIDE else ""
     head = _render_header_row([("run", False), ("id", False), ("state", False), ("why", False)])
     return (
-        "<section><h2>What is left out</h2><p class='caption'>Not in the figures and never the best."
+        f"<section{kind}><h2>What is left out</h2><p class='caption'>Not in the figures and never the best."
         f"{more}</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>'
     )

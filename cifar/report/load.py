@@ -57,6 +57,7 @@ class Run:
     summary: dict[str, Any]
     labels: dict[str, Any]
     environment: dict[str, Any]
+    tags: tuple[str, ...] = ()
 
     @property
     def banner(self) -> str:
@@ -198,6 +199,7 @@ def load_run(path: Path) -> Run:
             summary=run_dir.read_json("summary"),
             labels=run_dir.read_json("labels"),
             environment=run_dir.read_json("environment"),
+            tags=tuple(map(str, run.get("tags") or ())),
         )
     except UnknownSchemaError as error:
         raise UserError(f"the run {path.name} is left out: {error}") from None

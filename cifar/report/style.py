@@ -180,14 +180,14 @@ def encode_png(figure: Figure, dpi: int = DPI) -> bytes:
     return buffer.getvalue()
 
 
-def shrink_png(png: bytes, factor: float = 0.55) -> bytes:
-    """A PNG in less detail and 64 colours, for a page where the same figure as SVG would be large."""
+def shrink_picture(png: bytes, factor: float = 0.55) -> bytes:
+    """A PNG as WebP in less detail, for a page where the same figure as SVG would be large."""
     from PIL import Image
 
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     picture = picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.quantize(64).save(buffer, "png", optimize=True)
+    picture.save(buffer, "webp", quality=60)
     return buffer.getvalue()
 
 

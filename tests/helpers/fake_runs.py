@@ -74,9 +74,11 @@ def write(
     layers: int | None = None,
     predictions: bool = False,
     done: int | None = None,
+    tags: tuple[str, ...] = (),
+    measured: dict[str, float] | None = None,
     **config: Any,
 ) -> RunDir:
-    """One run folder; `done` epochs of it are written (all, where it is finished)."""
+    """One run folder; `done` epochs of it are written (all, where it is finished). `measured`: more numbers of its summary."""
     macs, params, depth = NETWORKS.get(model, (1e7, 100_000, 4))
     accuracy = ACCURACY.get(model, 0.5) + np.random.default_rng([seed, 7]).normal(0, 0.006) if accuracy is None else accuracy
     values = {
@@ -92,6 +94,7 @@ def write(
     cost = {"macs": macs, "params": params, "verified": verified, "note": "" if verified else "thop 9.1 M, torch 9.9 M MACs"}
     run = {"name": name or f"{model}-{seed}", "sweep": sweep, "cell": cell, "swept": list(swept), "dataset": dataset,
            "official": official, "cost": cost, "command": f"python -m cifar train --from {run_id}"}  # fmt: skip
+    run |= {"tags": [*tags, dataset, model]} if tags else {}
     record = RunDir.create(runs, run_id, run, {**values, **config})
     layers = depth if layers is None else layers
     record.write_json("labels", {"layers": [f"layer{i}.conv" for i in range(layers)]})
@@ -116,7 +119,15 @@ def write(
         tested = {"test/acc": test, "test/loss": 1.0, "test/views": views} if test is not None else {}
         tested |= {"test/acc_one_view": one_view} if one_view is not None else {}
         record.write_json(
-            "summary", {"val/acc": accuracy, "epochs": epochs, "seconds": 12.5 * epochs + seed, "macs": macs, **tested}
+            "summary",
+            {
+                "val/acc": accuracy,
+                "epochs": epochs,
+                "seconds": 12.5 * epochs + seed,
+                "macs": macs,
+                **tested,
+                **(measured or {}),
+            },
         )
     record.set_status(state, reason=reason, epoch=done, epochs=epochs)
     if predictions:

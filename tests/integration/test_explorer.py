@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import itertools
 import json
 import math
 import threading
@@ -14,14 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cifar.report import write_report
 from cifar.report.stats import pareto_front
+from cifar.tracking.predictions import CLASSES
 from helpers.browser import READY, OpenPage, open_browser, page_url
 from helpers.fake_runs import NETWORKS, write
 
 pytestmark = pytest.mark.slow
 HOSTILE = '</script><img src=x onerror="window.pwned=1">=HYPERLINK("http://x")&\u202e{{7*7}}'
+PICTURES = {"accuracy": "multiply-adds", "curves": "validation accuracy", "parallel": "MACs"}  # with a text of each
 SHOTS = 'const canvas = document.querySelector(".scatter canvas.marks"); return canvas.toDataURL().length'
 
 
@@ -129,7 +133,8 @@ def test_hover_focus_and_tap(opened: OpenPage, browser: Any, report: Any) -> Non
     )
     opened.page.mouse.move(place[0] - 3, place[1] + 2)
     tip = opened.page.inner_text("#explorer-tip")
-    assert best.label in tip and f"{100 * best.mean:.2f}" in tip
+    assert best.label in tip and f"{100 * best.mean:.2f}" in tip and f"(n = {best.num_seeds})" in tip
+    assert f"seed {best.runs[0].config['seed']}" in tip and "12.5 min a run" in tip and "on the front" in tip
     opened.page.mouse.move(5, 5)
     assert opened.page.is_hidden("#explorer-tip")
     opened.page.focus(".scatter .plot")
@@ -144,7 +149,7 @@ def test_hover_focus_and_tap(opened: OpenPage, browser: Any, report: Any) -> Non
     )
     phone.page.touchscreen.tap(*place)
     phone.settle()
-    assert best.label in phone.page.inner_text(".detail")
+    assert best.label in phone.page.inner_text(".detail") and best.label in phone.page.inner_text("#explorer-tip")
     phone.close()
 
 
@@ -188,7 +193,7 @@ def test_filters_are_linked(opened: OpenPage, report: Any) -> None:
     opened.settle()
     families = {p.model for p in points if p.label in shown_labels(opened)}
     assert families == {"resnet20", "resnet56"}
-    opened.page.click(".controls > button:has-text('reset')")
+    opened.page.click(".controls button:has-text('reset')")
     opened.settle()
     assert len(shown_labels(opened)) == len(points)
     opened.page.click(".filters summary")
@@ -221,8 +226,8 @@ def test_a_chosen_point(opened: OpenPage, report: Any) -> None:
     for run in point.runs:
         assert run.id in text
     assert f"train --from {point.runs[0].id}" in text and f"{100 * point.runs[1].accuracy('val'):.2f}" in text
-    assert opened.page.locator(".detail .chart polyline").count() == 1
-    assert opened.page.locator(".detail .chart polygon").count() == 1  # the band of the seeds
+    assert opened.page.locator(".detail .chart path.line").count() == 1
+    assert opened.page.locator(".detail .chart path.band").count() == 1  # the band of the seeds
     assert opened.page.locator(".detail .heat canvas").count() == 2
     confusion = opened.run(
         "const read = (row) => [...row.querySelectorAll('td')].map((cell) => cell.textContent);"
@@ -233,6 +238,20 @@ def test_a_chosen_point(opened: OpenPage, report: Any) -> None:
     np.add.at(counts, (arrays["label"].astype(int), arrays["predicted"].astype(int)), 1)
     shares = 100 * counts / counts.sum(1, keepdims=True)
     assert np.allclose(np.array(confusion, float), shares, atol=0.51)
+    rows = [row.split() for row in opened.page.locator(".classes .bars li").all_inner_texts()]
+    assert [(float(row[1]), int(row[-1])) for row in rows] == [
+        (pytest.approx(shares[c, c], abs=0.051), counts[c].sum()) for c in range(10)
+    ]
+    worst = int(np.flatnonzero(arrays["index"] == arrays["worst_index"][0])[0])
+    said = opened.page.locator(".mistakes li").first.inner_text()
+    assert said.startswith(CLASSES[arrays["label"][worst]]) and f"taken for {CLASSES[arrays['predicted'][worst]]}" in said
+    assert f"{100 * arrays['confidence'][worst]:.0f}\xa0%" in said
+    pixels = opened.run(
+        "const context = document.querySelector('.mistakes canvas').getContext('2d');"
+        "return [...context.getImageData(0, 0, 32, 32).data]"
+    )
+    picture = np.array(pixels).reshape(32, 32, 4)[:, :, :3].transpose(2, 0, 1)
+    assert np.abs(picture - arrays["worst_images"][0].astype(int)).mean() < 12  # the picture of this mistake, as WebP
     opened.page.select_option("#explorer-curve", "train/loss")
     opened.settle()
     opened.page.click(".curves summary")
@@ -263,6 +282,66 @@ def test_curves_and_heat_maps_are_the_records(opened: OpenPage, report: Any) -> 
         for c, epoch in enumerate(heat["epochs"]):
             value = heat["low"] + (cells[r, c] - 1) / 254 * (heat["high"] - heat["low"])
             assert value == pytest.approx(math.log10(rows[epoch][f"gradient_norm/{layer}"]), abs=0.01)
+
+
+def test_tags_and_measured_costs(browser: Any, tmp_path: Path, opened: OpenPage) -> None:
+    """Both are on the page where runs have them, and not otherwise."""
+    assert opened.page.is_hidden(".tags") and opened.page.locator("#explorer-x option[value=joules]").count() == 0
+    tags = {"resnet20": ("baseline", "paper"), "vgg11": ("baseline",), "mobilenet_v2": ()}
+    for n, (model, names) in enumerate(tags.items()):
+        joules = {"joules": 1200.0 * (n + 1), "latency_seconds": 3e-4 * (n + 1)} if n < 2 else {}
+        write(tmp_path, f"run{n}", model=model, epochs=2, layers=1, tags=("all", *names), measured=joules)
+    write(tmp_path, "bad", model="vgg11", lr=9.0, tags=("all", "paper"), state="diverged", reason="nan")
+    page = OpenPage(browser, page_url(write_report([], runs=tmp_path).page))
+    assert page.page.locator(".tags button").all_inner_texts() == ["baseline", "paper"]  # what all have tells nothing
+    for clicks, shown in (
+        (["baseline"], {"resnet20", "vgg11"}),
+        (["paper"], {"resnet20", "vgg11"}),
+        (["baseline"], {"resnet20"}),
+    ):
+        for tag in clicks:
+            page.page.click(f".tags button:has-text('{tag}')")
+        page.settle()
+        assert shown_labels(page) == shown
+    assert page.run("return view.apart.length") == 1 and "filtered: tag" in page.page.inner_text(".shown")
+    other = OpenPage(browser, page.page.url)
+    assert shown_labels(other) == {"resnet20"} and "baseline, paper" in other.page.inner_text(".rows")
+    other.close()
+    page.page.click(".tags button:has-text('paper')")
+    page.page.select_option("#explorer-x", "joules")
+    page.settle()
+    assert page.run("return [view.shown.length, Array.from(view.measured.x).slice(0, 3)]")[0] == 2
+    assert "energy" in page.page.inner_text(".rows thead") and "2.4 kJ" in page.page.inner_text(".rows")
+    page.page.select_option("#explorer-x", "latency_seconds")
+    page.settle()
+    assert "600 µs" in page.page.inner_text(".budget output") + page.page.inner_text(".rows")
+    page.close()
+
+
+def test_the_effect_of_a_setting_is_scipys(opened: OpenPage, browser: Any, report: Any, tmp_path: Path) -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    opened.page.select_option("#explorer-x", "setting:lr")
+    opened.settle()
+    means = {lr: {p.model: p.mean for p in report.comparison.points if p.values["lr"] == lr} for lr in (0.01, 0.1, 0.5)}
+    rows = opened.run("return explorer.measureEffect('lr').rows")
+    assert [row["value"] for row in rows] == [*means] and [row["count"] for row in rows] == [8, 8, 8]
+    for before, row in itertools.pairwise(rows):
+        new, old = means[row["value"]], means[before["value"]]
+        found = scipy_stats.ttest_rel([*new.values()], [old[model] for model in new])
+        interval = found.confidence_interval()
+        step = row["step"]
+        assert row["mean"] == pytest.approx(np.mean([*new.values()]), abs=1e-6) and step["n"] == 8
+        assert step["difference"] - step["half"] == pytest.approx(interval.low, abs=1e-6)
+        assert step["p"] == pytest.approx(found.pvalue, rel=1e-2)  # of accuracies that travel with six digits
+        assert f"{100 * step['difference']:+.2f} points".replace("-", "−") in opened.page.inner_text(".effect")
+    noise = np.random.default_rng(3)
+    for size in (5, 30):
+        x, y = noise.integers(0, 12, size).tolist(), noise.normal(size=size).round(1).tolist()
+        rho, p = scipy_stats.spearmanr(x, y)
+        found = opened.run("return explorer.stats.spearman(...argument)", [x, y])
+        assert (found["rho"], found["p"]) == (pytest.approx(rho, abs=1e-12), pytest.approx(p, rel=1e-8))
+        centre, error = math.atanh(rho), 1.959964 * math.sqrt((1 + rho**2 / 2) / (size - 3))
+        assert [found["low"], found["high"]] == pytest.approx([math.tanh(centre - error), math.tanh(centre + error)])
 
 
 def test_pinned_points_are_compared(opened: OpenPage, report: Any) -> None:
@@ -302,14 +381,19 @@ def test_the_pages_student_is_scipys(opened: OpenPage, df: float) -> None:
 
 
 def test_a_view_can_be_sent(opened: OpenPage, browser: Any, report: Any) -> None:
-    opened.page.fill("#explorer-text", "resnet")
-    opened.page.select_option("#explorer-x", "params")
-    opened.settle()
-    opened.run("view.select(view.front[0]); view.togglePin(view.front[0]); view.togglePin(view.front.at(-1))")
+    """Everything that can be chosen lives in the address: another page that opens it is in the same state."""
+    chosen: dict[str, Any] = {"text": "lr", "x": "params", "y": "test", "log": False, "colour": "lr", "tags": ["none"]}
+    chosen |= {"families": ["resnet", "vgg"], "ranges": {"lr": [0.05, None]}, "choices": {"model": ["resnet20", "vgg11"]}}
+    chosen |= {"budget": 1e7, "zoom": [1e5, 2e7, 0.4, 0.9], "sort": "params", "descending": False, "differing": False}
+    chosen |= {"list": "apart", "curve": "val/loss"}
+    opened.run("view.state.set(argument)", chosen)
+    opened.run("view.select(view.shown[0]); view.togglePin(view.shown[0]); view.togglePin(view.shown.at(-1))")
     state = opened.run("return view.state.values")
+    assert {key: value for key, value in state.items() if key in chosen} == chosen
+    assert {*state} == {*chosen, "selected", "pins"} and state["selected"] and len(state["pins"]) == 2
     other = OpenPage(browser, opened.page.url)
     assert other.run("return view.state.values") == state
-    assert shown_labels(other) == shown_labels(opened) and other.page.locator(".compare").count() == 1
+    assert shown_labels(other) == shown_labels(opened) != set() and other.page.locator(".compare").count() == 1
     other.close()
     for broken in (
         "#%7B",
@@ -339,7 +423,7 @@ def test_table(opened: OpenPage, report: Any) -> None:
     assert "the loss is nan at step 301" in text and "out of memory" in text
     opened.page.click(".rows button:has-text('vgg11-0')")
     opened.settle()
-    assert "diverged" in opened.page.inner_text(".detail") and opened.page.locator(".detail .chart polyline").count() == 1
+    assert "diverged" in opened.page.inner_text(".detail") and opened.page.locator(".detail .chart path.line").count() == 1
     opened.page.click("[data-list=points]")
     opened.page.fill("#explorer-text", "lr=0.1")
     opened.settle()
@@ -355,17 +439,25 @@ def test_downloads(opened: OpenPage, tmp_path: Path) -> None:
     opened.page.fill("#explorer-text", "resnet")
     opened.settle()
     files = {}
-    for kind in ("csv", "svg", "png"):
+    opened.run("view.select(view.front[0])")
+    for name, button in {
+        "csv": "[data-save=csv]",
+        **{f"{figure}.{kind}": f"[data-figure={figure}][data-save={kind}]" for figure in PICTURES for kind in ("svg", "png")},
+    }.items():
         with opened.page.expect_download() as download:
-            opened.page.click(f"[data-save={kind}]")
-        files[kind] = tmp_path / f"file.{kind}"
-        download.value.save_as(files[kind])
-    rows = list(csv.DictReader(files["csv"].open()))
+            opened.page.click(button)
+        files[name] = tmp_path / name
+        download.value.save_as(files[name])
+    rows = list(csv.DictReader(files["csv"].read_text().splitlines()))
     assert {row["network"] for row in rows} == {"resnet20", "resnet56", "preact_resnet18"}
     assert len(rows) == opened.run("return view.shown.length") and {row["dataset"] for row in rows} == {"CIFAR-10"}
-    drawing = xml.etree.ElementTree.parse(files["svg"]).getroot()
-    assert drawing.tag.endswith("svg") and len(list(drawing.iter())) > 20
-    assert files["png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for figure, text in PICTURES.items():
+        drawing = xml.etree.ElementTree.parse(files[f"{figure}.svg"]).getroot()
+        texts = ["".join(element.itertext()) for element in drawing.iter() if element.tag.endswith("text")]
+        assert drawing.tag.endswith("svg") and any(text in found for found in texts)
+        with Image.open(files[f"{figure}.png"]) as picture:
+            assert picture.size == (2 * int(drawing.attrib["width"]), 2 * int(drawing.attrib["height"]))
+            assert picture.convert("L").getextrema()[0] < 100  # there is ink
 
 
 def test_parallel_coordinates(opened: OpenPage, report: Any) -> None:
@@ -387,13 +479,111 @@ def test_parallel_coordinates(opened: OpenPage, report: Any) -> None:
     assert len(shown_labels(opened)) == len(report.comparison.points)
 
 
+class Reader:
+    """Somebody new to the page. What they do is counted: a click, a typed text, a choice, a key, a drag."""
+
+    def __init__(self, opened: OpenPage) -> None:
+        self.opened, self.page, self.actions = opened, opened.page, 0
+
+    def click(self, selector: str) -> None:
+        self.page.click(selector)
+        self._count()
+
+    def type(self, label: str, text: str) -> None:
+        """Type into the field of that label, and leave it by Tab, as one does on the way to the next one."""
+        field = self.page.get_by_label(label, exact=True)
+        field.click()
+        self.page.keyboard.type(text)
+        self.page.keyboard.press("Tab")
+        self._count()
+
+    def choose(self, label: str, option: str) -> None:
+        self.page.get_by_role("combobox", name=label, exact=True).select_option(label=option)
+        self._count()
+
+    def _count(self) -> None:
+        self.actions += 1
+        self.opened.settle()
+
+    def reads(self, selector: str) -> str:
+        return str(self.page.inner_text(selector))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A grid of networks, weight decay and seeds, in which weight decay helps ResNet-20 by two points, and one run diverged."""
+    runs = tmp_path_factory.mktemp("questions")
+    models = ("worksheet1", "shufflenet_v2_x0.5", "resnet20", "vgg11", "preact_resnet18")
+    for n, k, lr, seed in itertools.product(range(5), range(3), (0.05, 0.1), range(3)):
+        gain = 0.01 * k if models[n] == "resnet20" else 0.0
+        noise = 0.002 * math.sin(9 * seed + 3 * k + n + 40 * lr)
+        write(
+            runs,
+            f"q{n}{k}{round(100 * lr):02}{seed}",
+            model=models[n],
+            weight_decay=(0.0, 1e-4, 5e-4)[k],
+            lr=lr,
+            seed=seed,
+            epochs=3,
+            layers=1,
+            accuracy=0.5 + 0.06 * n + gain + 0.1 * (lr - 0.05) + noise,
+            swept=("model", "weight_decay", "lr", "seed"),
+        )
+    write(runs, "gone", model="vgg11", lr=9.0, seed=0, state="diverged", reason="the loss is nan at step 301")
+    return write_report([], runs=runs)
+
+
+def test_five_questions_take_at_most_three_actions_each(browser: Any, questions: Any) -> None:
+    points = questions.comparison.points
+
+    def open_page() -> Reader:
+        page = OpenPage(browser, page_url(questions.page), permissions=["clipboard-read", "clipboard-write"])
+        return Reader(page)
+
+    reader = open_page()
+    reader.type("best within", "20M")  # best network under 20 MMACs
+    best = max((p for p in points if p.macs <= 20e6), key=lambda p: p.mean)
+    answer = reader.reads(".budget output")
+    assert best.label in answer and f"{100 * best.mean:.2f}" in answer and reader.actions == 1
+
+    reader = open_page()
+    reader.type("find", "ResNet-20")  # does weight decay matter for ResNet-20
+    reader.choose("across", "weight_decay")
+    answer = reader.reads(".effect")
+    assert reader.opened.run("return view.shown.every((i) => view.table.points.model[i].endsWith('resnet20'))")
+    assert "5e-4" in answer or "0.0005" in answer
+    assert "+1.0" in answer and "paired t-test, p" in answer and "2 pairs" in answer and reader.actions == 2
+
+    reader = open_page()
+    reader.click("text=not compared")  # which run diverged and why
+    answer = reader.reads(".rows")
+    assert "gone" in answer and "diverged" in answer and "the loss is nan at step 301" in answer and reader.actions == 1
+
+    reader = open_page()
+    reader.type("compare", "resnet20")  # is A better than B
+    reader.type("compare with", "vgg11")
+    answer = reader.reads(".compare")
+    a, b = (max((p for p in points if p.model == model), key=lambda p: p.mean) for model in ("resnet20", "vgg11"))
+    assert a.label in answer and b.label in answer and reader.actions == 2
+    assert f"{100 * (b.mean - a.mean):+.2f} points (95 % interval" in answer and "paired t-test" in answer
+
+    reader.click("text=copy link to this view")  # send me what you see
+    link = reader.page.evaluate("navigator.clipboard.readText()")
+    other = OpenPage(browser, link)
+    assert other.page.inner_text(".compare") == answer and reader.actions == 3
+    assert "Send this file with it" in reader.reads(".sent")
+    other.close()
+    for context in browser.contexts:
+        context.close()
+
+
 def test_by_keyboard_alone(opened: OpenPage, report: Any) -> None:
     """Choose, pin two, compare, filter, sort and read a row: with Tab, arrows, Enter and letters only."""
     press = opened.page.keyboard.press
 
     def tab_to(test: str) -> None:
         for _ in range(80):
-            if opened.run(f"const e = document.activeElement; return Boolean({test})"):
+            if opened.page.evaluate(f"() => {{ const e = document.activeElement; return Boolean({test}); }}"):
                 return
             press("Tab")
         raise AssertionError(test)
@@ -433,11 +623,28 @@ def test_no_violation_and_no_overflow(browser: Any, report: Any, scheme: str, wi
     found = axe.Axe().run(page.page)
     assert [(v["id"], [node["target"] for node in v["nodes"]]) for v in found.response["violations"]] == []
     assert page.run("return document.documentElement.scrollWidth") <= width
+    if width == 1400:  # the other list, a run that is not compared, and the effect of a setting
+        page.run("view.state.set({list: 'apart', x: 'setting:lr', text: ''}); view.selectRun(view.apart[0])")
+        found = axe.Axe().run(page.page)
+        assert [(v["id"], [node["target"] for node in v["nodes"]]) for v in found.response["violations"]] == []
     page.close()
 
 
 def test_print_and_without_scripts(browser: Any, report: Any, tmp_path: Path) -> None:
-    page = OpenPage(browser, page_url(report.page))
+    page = OpenPage(browser, page_url(report.page), width=794, color_scheme="dark")  # A4 at 96 dots an inch
+    page.run("view.select(view.front.at(-1)); view.togglePin(view.front[0]); view.togglePin(view.front.at(-1))")
+    page.page.emulate_media(media="print")
+    page.settle()
+    assert page.page.locator(".rows tbody tr").count() == len(report.comparison.points)  # not those in sight only
+    for gone in (".fields", ".compare-bar input >> nth=0", "[data-save=csv]", "#explorer-budget"):
+        assert page.page.is_hidden(gone)
+    cut = page.run(
+        "const wide = (e) => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > innerWidth;"
+        "return [...document.querySelectorAll('.scroll, .rows, section, .plot')].filter((e) => e.offsetWidth && wide(e))"
+        ".map((e) => e.className)"
+    )
+    assert cut == []
+    assert page.run("return getComputedStyle(document.body).color") == "rgb(31, 42, 55)"  # ink on paper, also of dark pages
     page.page.pdf(path=tmp_path / "page.pdf", format="A4")
     assert (tmp_path / "page.pdf").stat().st_size > 20_000
     page.close()
@@ -487,10 +694,11 @@ def test_what_leaves_the_page_says_that_the_data_is_a_stand_in(browser: Any, tmp
     for seed in range(2):
         write(tmp_path, f"standin{seed}", model="resnet20", seed=seed, dataset="stand-in")
     page = OpenPage(browser, page_url(write_report([], runs=tmp_path).page))
-    for kind in ("svg", "csv"):
+    page.run("view.select(0)")
+    for button in ("[data-save=csv]", *(f"[data-figure={figure}][data-save=svg]" for figure in PICTURES)):
         with page.page.expect_download() as download:
-            page.page.click(f"[data-save={kind}]")
-        file = tmp_path / f"file.{kind}"
+            page.page.click(button)
+        file = tmp_path / "file"
         download.value.save_as(file)
         assert "STAND-IN DATA, not CIFAR-10" in file.read_text()
     plain = page.run("view.table.banner = ''; return explorer.parts.scatter.toSvg()")
@@ -506,15 +714,22 @@ def test_many_runs(browser: Any, tmp_path: Path) -> None:
             model=list(NETWORKS)[n % 8],
             seed=0,
             lr=0.001 * (n + 1),
-            epochs=3,
+            epochs=40,
             layers=1,
             swept=("model", "lr"),
+            predictions=n == 0,
         )
-    page = OpenPage(browser, page_url(write_report([], runs=tmp_path).page))
+    file = write_report([], runs=tmp_path).page
+    assert file.stat().st_size < 700_000  # with the figures, which are pictures where they would be large
+    page = OpenPage(browser, page_url(file))
     assert page.page.locator(".rows tbody tr").count() < 60
     page.run("document.querySelector('.rows').scrollTop = 1e6")
     assert page.page.locator(".rows tbody tr[aria-rowindex='401']").count() == 1
     assert page.run("return document.documentElement.scrollHeight") < 12 * 900
+    page.run("const known = await explorer.load.details([]); view.select(view.shown.find((i) => !known[view.idOf(i)]))")
+    text = page.page.inner_text(".detail")
+    assert "--keep RUN" in text and "--serve" in text and "At 32 epochs of each run" in text
+    assert page.page.locator(".detail .chart path.line").count() == 1 and page.page.locator(".detail .heat").count() == 0
     page.close()
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import gzip
+import io
 import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,10 @@ MAX_HEAT_LAYERS = 120
 # metric -> steps of one unit. Accuracies of 5,000 images are exact; finer steps would be noise that does not compress.
 CURVE_METRICS = {"val/acc": 5e3, "train/acc": 2e3, "train/loss": 1e3, "val/loss": 1e3}
 HEAT_METRICS = {"gradient_norm": "gradient norm", "update_ratio": "update norm / weight norm"}
+MAX_TAGS = 40
+MAX_MISTAKES = 6  # pictures of a run
+# Costs that only some runs have in their summary: key -> (what it is, its unit). Where no run has one, it is no axis.
+MEASURED_COSTS = {"joules": ("energy of a run", "J"), "latency_seconds": ("latency of one image", "s")}
 MISSING = 0xFFFF  # a 16-bit number that stands for no value
 _FAMILY = re.compile(r"[A-Za-z]+?(?:_[A-Za-z]{2,})*(?:_v\d+|(?=\d|_|-|$))")
 
@@ -66,17 +72,19 @@ def build_document(
     points = [point for point in comparison.points if point.num_views == 1]
     listed = {run.id: (run, index) for index, point in enumerate(points) for run in point.runs}
     others = [run for run in runs if run.id not in listed]
+    costs = [key for key in MEASURED_COSTS if any(_round(run.summary.get(key), 9) for run, _ in listed.values())]
     ordered = [run for run, _ in listed.values()] + others
     detailed = _choose_detailed(points, others, set(kept_ids))
     chances = dict(zip(map(id, points), probabilities, strict=False))
     num_curve_points = MAX_CURVE_POINTS if len(ordered) <= MANY_RUNS else MAX_CURVE_POINTS_OF_MANY
-    table = {
+    table: dict[str, Any] = {
         "version": 1,
         "title": comparison.title,
         "banner": comparison.banner,
         "split": comparison.split,
         "x": comparison.cost_unit,
         "budget": comparison.budget and comparison.budget * comparison.cost_factor,
+        "costs": [{"key": key, "label": MEASURED_COSTS[key][0], "unit": MEASURED_COSTS[key][1]} for key in costs],
         "keys": [_describe_key(key, points) for key in comparison.distinguishing_keys],
         "points": {
             "label": [point.label for point in points],
@@ -91,6 +99,12 @@ def build_document(
         "runs": _list_runs(ordered, {run_id: index for run_id, (_, index) in listed.items()}, comparison.excluded, runs_folder),
         "curves": {"metrics": list(CURVE_METRICS), "scales": list(CURVE_METRICS.values()), "points": num_curve_points},
     }
+    table["tags"] = tags = list_tags(ordered)
+    if tags:
+        numbers = {tag: number for number, tag in enumerate(tags)}
+        table["runs"]["tags"] = [sorted({numbers[tag] for tag in map(_clean, run.tags) if tag in numbers}) for run in ordered]
+    for key in costs:
+        table["runs"][key] = [_round(run.summary.get(key), 9) for run in ordered]
     first_seeds = {point.runs[0].id for point in points}
     details = {
         run.id: describe_details(run, with_pictures=run.id not in listed or run.id in first_seeds)
@@ -104,6 +118,12 @@ def name_family(model: str) -> str:
     """The part of a network's name before its size: resnet20 -> resnet, shufflenet_v2_x0.5 -> shufflenet_v2."""
     match = _FAMILY.match(model)
     return match.group() if match else model
+
+
+def list_tags(runs: Sequence[Run]) -> list[str]:
+    """The tags that some of the runs have and others have not, without those that name the run's network or dataset."""
+    counts = Counter(tag for run in runs for tag in {*map(_clean, run.tags)} - {run.model, run.dataset, ""})
+    return sorted(tag for tag, count in counts.most_common(MAX_TAGS) if count < len(runs))
 
 
 def _choose_detailed(points: Sequence[Point], others: Sequence[Run], kept: set[str]) -> set[str]:
@@ -207,10 +227,11 @@ def _quantise(value: Any, scale: float) -> int:
 def describe_details(run: Run, *, with_pictures: bool = True) -> dict[str, Any]:
     """Full curves of one run, and its heat maps and confusion matrix, as far as its folder has them.
 
-    The curves are whole numbers of steps, as CURVE_METRICS says; None stands for no value.
+    The curves are whole numbers of steps, as CURVE_METRICS says, each as the difference to the known one before it; None
+    stands for no value.
     """
     curves = {
-        metric: [_count_steps(row.get(metric), scale) for row in run.rows]
+        metric: _take_differences(_count_steps(row.get(metric), scale) for row in run.rows)
         for metric, scale in CURVE_METRICS.items()
         if metric in run.metric_keys
     }
@@ -229,11 +250,40 @@ def describe_details(run: Run, *, with_pictures: bool = True) -> dict[str, Any]:
             "counts": counts.tolist(),
             "split": str(predictions.get("split", "val")),
         }
+        found["mistakes"] = _describe_mistakes(predictions)
     return found
+
+
+def _describe_mistakes(predictions: Mapping[str, Any]) -> dict[str, Any]:
+    """The worst mistakes: their true and their predicted class, the confidence, and their pictures side by side as WebP."""
+    from PIL import Image
+
+    places = {int(index): place for place, index in enumerate(predictions["index"])}
+    worst = [(k, places[int(i)]) for k, i in enumerate(predictions["worst_index"]) if int(i) in places][:MAX_MISTAKES]
+    if not worst:
+        return {}
+    pixels = np.concatenate([predictions["worst_images"][k].transpose(1, 2, 0) for k, _ in worst], axis=1)  # (32, 32 n, 3)
+    content = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(content, "webp", quality=70, method=6)
+    return {
+        "true": [int(predictions["label"][place]) for _, place in worst],
+        "predicted": [int(predictions["predicted"][place]) for _, place in worst],
+        "confidence": [round(float(predictions["confidence"][place]), 4) for _, place in worst],
+        "pixels": base64.b64encode(content.getvalue()).decode(),
+    }
 
 
 def _count_steps(value: Any, scale: float) -> int | None:
     return round(value * scale) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _take_differences(values: Iterable[int | None]) -> list[int | None]:
+    found: list[int | None] = []
+    before = 0
+    for value in values:
+        found.append(None if value is None else value - before)
+        before = before if value is None else value
+    return found
 
 
 def _describe_heat(run: Run, metric: str, label: str) -> dict[str, Any] | None:

@@ -11,10 +11,8 @@ from typing import Any
 from cifar.report.explorer.document import Document
 
 FOLDER = Path(__file__).parent
-HINT = (
-    "Move over the points, or use the arrow keys; click or press Enter for a point's curves, P to pin it. "
-    "Double-click or press 0 to see all again."
-)
+HINT = "Move over the points or use the arrow keys; click or Enter opens a point, P pins it, double-click or 0 shows all."
+KEY = "Step line: the front. Hollow: one seed. Bars: 95 % intervals. Two dots: both seeds."
 
 
 @cache
@@ -36,19 +34,27 @@ def render_explorer(document: Document, *, importance: Mapping[str, Any] | None 
 <div class="scatter"><div class="plot" tabindex="0" role="application" aria-roledescription="chart"
  aria-label="Accuracy against cost. Left and right go through the points, up and down along the front, Enter opens, P pins."
  ><canvas class="marks"></canvas><canvas class="overlay"></canvas></div>
-<p class="hint drag">{escape(HINT)} Dragging <label><input type="radio" name="drag" value="zoom" checked> zooms</label>
- <label><input type="radio" name="drag" value="filter"> filters</label>. A step line joins the front; hollow: one seed; bars:
- 95 % intervals; two dots: both seeds. <button type="button" class="small" data-save="svg">SVG</button>
- <button type="button" class="small" data-save="png">PNG</button>
- <button type="button" class="small" data-save="link">copy link</button></p></div>
+<div class="bar drag"><span class="field" role="group" aria-label="what dragging does"><span>drag to</span>
+<label><input type="radio" name="drag" value="zoom" checked> zoom</label>
+<label><input type="radio" name="drag" value="filter"> filter</label></span>
+<button type="button" class="small" data-save="svg" data-figure="accuracy">SVG</button>
+<button type="button" class="small" data-save="png" data-figure="accuracy">PNG</button>
+<button type="button" class="small" data-save="link">copy link to this view</button>
+<span class="hint sent" role="status"></span></div>
+<p class="hint">{escape(KEY)} <span class="drag">{escape(HINT)}</span></p></div>
+<div class="effect" hidden></div>
 <div id="explorer-spoken" class="unseen" role="status" aria-live="polite"></div>
+<div class="bar compare-bar"></div>
 <div class="detail"></div>
 <div class="table"><div class="bar"><h3>All points</h3><button type="button" data-list="points">points</button>{apart}
 <label><input type="checkbox" class="differing" checked> only what differs</label><span class="count"></span>
 <button type="button" class="small" data-save="csv">CSV of what is shown</button></div>
 <div class="rows" tabindex="0" role="region" aria-label="table"></div></div>
-<div class="parallel"><div class="bar"><h3>Parallel coordinates</h3><span class="hint">drag along an axis to filter; a
- click on it ends the filter. – : the network has no such setting</span></div>
+<div class="parallel"><div class="bar"><h3>Parallel coordinates</h3>
+<button type="button" class="small" data-save="svg" data-figure="parallel" aria-label="parallel coordinates as SVG">SVG</button>
+<button type="button" class="small" data-save="png" data-figure="parallel" aria-label="parallel coordinates as PNG">PNG</button>
+<span class="hint drag">Drag along an axis to filter; a click on it ends the filter. –: the network has no such setting.</span>
+</div>
 <div class="scroll" tabindex="0" role="region" aria-label="parallel coordinates"><div class="plot">
 <canvas aria-hidden="true"></canvas><svg aria-hidden="true"></svg></div></div></div>
 {_render_importance(importance)}

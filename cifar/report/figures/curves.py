@@ -98,7 +98,8 @@ class LearningCurves:
             axes.set_title(title)
             set_epoch_axis(axes)
             if axes is right:
-                label_line_ends(axes, ends)
+                step = math.ceil(len(ends) / MAX_NAMED) or 1  # of many, some are named, the best one among them
+                label_line_ends(axes, sorted(ends, key=lambda end: -end[1])[::step])
 
 
 def _draw_quantiles(axes: Any, lines: Sequence[Line]) -> None:

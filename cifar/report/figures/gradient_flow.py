@@ -119,6 +119,17 @@ def _shorten_labels(model: str, lines: list[tuple[str, list[float]]]) -> list[tu
     ]
 
 
+def _colour_labels(lines: Sequence[tuple[str, list[float]]]) -> dict[str, str]:
+    labels = sorted({label for label, _ in lines}, key=_sort_by_numbers)
+    return dict(zip(labels, ramp_colours(len(labels)), strict=True))
+
+
+def _sort_by_numbers(label: str) -> list[tuple[float, str]]:
+    """A key that puts lr=0.02 before lr=0.1, and text in its order."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", label)
+    return [(float(part), "") if index % 2 else (-math.inf, part) for index, part in enumerate(parts)]
+
+
 def _draw_quantiles(axes: Axes, panel: Panel) -> None:
     """The middle line of many, and where half and nine tenths of them are."""
     where = range(1, panel.layers + 1)
@@ -175,12 +186,16 @@ class GradientFlowByNetwork:
         grid = figure.subplots(math.ceil(len(data) / columns), columns, sharey=True, squeeze=False)
         for axes in grid.flat[len(data) :]:
             axes.set_axis_off()
+        shared = _colour_labels([line for panel in data if len(panel.lines) > 1 for line in panel.lines])
         for axes, panel in zip(grid.flat, data, strict=False):
             if len(panel.lines) > MAX_LINES:
                 _draw_quantiles(axes, panel)
             lines = panel.lines if len(panel.lines) <= MAX_LINES else []
-            for (label, norms), colour in zip(lines, ramp_colours(len(lines)), strict=True):
-                (line,) = axes.plot(range(1, panel.layers + 1), norms, "o-", color=colour, ms=2.5, lw=1.2, label=label)
+            # The same settings have the same colour in all panels, if these are about the same few settings.
+            colours = shared if len(shared) <= MAX_NAMED and len(lines) > 1 else _colour_labels(lines)
+            for label, norms in sorted(lines, key=lambda line: _sort_by_numbers(line[0])):
+                where = range(1, panel.layers + 1)
+                (line,) = axes.plot(where, norms, "o-", color=colours[label], ms=2.5, lw=1.2, label=label)
                 line.set_gid(f"tip:{label}")
             if 1 < len(panel.lines) <= MAX_NAMED:
                 axes.legend(fontsize=6.5, handlelength=1.2, labelspacing=0.2, borderaxespad=0.2)

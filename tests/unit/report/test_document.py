@@ -17,6 +17,7 @@ from cifar.errors import UserError
 from cifar.report import write_report
 from cifar.report.explorer import document
 from cifar.report.explorer.page import FOLDER, read_script
+from cifar.report.load import load_run
 from cifar.report.text_plot import TextPoint, draw_text_plot
 from helpers.fake_runs import NETWORKS, write
 
@@ -95,6 +96,22 @@ def test_details_are_those_of_few_runs_and_of_kept_ones(tmp_path: Path) -> None:
     assert "run03" in details and len(details) == 31
     with pytest.raises(UserError, match="--keep nothing: no run"):
         write_report([], runs=tmp_path, kept=["nothing"])
+
+
+def test_tags_that_all_runs_have_or_that_say_the_network_are_left_out(tmp_path: Path) -> None:
+    for n, tags in enumerate((("all", "a"), ("all", "b", "a"), ("all", "not a \u202e name"))):
+        write(tmp_path, f"run{n}", model=list(NETWORKS)[n], epochs=1, layers=1, tags=tags)
+    runs = [load_run(tmp_path / f"run{n}") for n in range(3)]
+    assert document.list_tags(runs) == ["a", "b", "not a \\u202e name"]
+    assert document.list_tags([]) == document.list_tags(runs[:1]) == []
+
+
+def test_what_few_runs_have_measured_travels(tmp_path: Path) -> None:
+    for n in range(3):
+        write(tmp_path, f"run{n}", model=list(NETWORKS)[n], epochs=1, layers=1, measured={"joules": 7.5} if n == 1 else None)
+    table = json.loads(unpack(write_report([], runs=tmp_path).page.read_text(), "table"))
+    assert [cost["key"] for cost in table["costs"]] == ["joules"] and "latency_seconds" not in table["runs"]
+    assert dict(zip(table["runs"]["id"], table["runs"]["joules"], strict=True)) == {"run0": None, "run1": 7.5, "run2": None}
 
 
 def test_flops_are_twice_the_macs(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 // The page's data: unpacked, in columns, with what is computed from it for a choice of axes.
 
+import { UNITS } from "./format.js";
+
 async function unpack(id) {
   const element = document.getElementById(id);
   if (!element) return null;
@@ -19,10 +21,17 @@ export async function loadTable() {
   table.apart = [];
   runs.point.forEach((point, run) => (point < 0 ? table.apart : table.runsOf[point]).push(run));
   table.families = [...new Set(points.family)];
+  const tagsOf = (run) => (runs.tags ? runs.tags[run].map((tag) => table.tags[tag]) : []);
+  table.tagsOf = table.runsOf.map((of) => new Set(of.flatMap(tagsOf)));
   table.texts = points.label.map((label, i) =>
-    [label, ...table.runsOf[i].flatMap((run) => [runs.id[run], runs.name[run]])].join(" ").toLowerCase());
+    normalise([label, ...table.runsOf[i].flatMap((run) => [runs.id[run], runs.name[run], ...tagsOf(run)])].join(" ")));
+  table.apartTexts = new Map(table.apart.map((run) => [run, normalise([runs.id[run], runs.name[run], runs.state[run], runs.why[run], ...tagsOf(run)].join(" "))]));
+  defineAxes(table);
   return table;
 }
+
+// Text as it is searched: "ResNet-20" finds resnet20.
+export const normalise = (text) => text.toLowerCase().replace(/([a-z])[-_](?=\d)/g, "$1");
 
 let curves, details;
 
@@ -93,16 +102,30 @@ const meanOfRuns = (column) => (table, i) => {
   return values.length ? mean(values) : NaN;
 };
 
+// name: for narrow places. isSetting: no cost, so that there is no front along it.
 export const X_AXES = {
-  macs: { label: "multiply-adds of one image", unit: "MACs", read: (table, i) => table.points.macs[i] },
-  flops: { label: "FLOPs of one image (2 × MACs)", unit: "FLOPs", read: (table, i) => 2 * table.points.macs[i] },
-  params: { label: "parameters", unit: "", read: (table, i) => table.points.params[i] },
-  seconds: { label: "training time of a run", unit: "s", read: meanOfRuns((table, run) => table.runs.seconds[run]) },
+  macs: { label: "multiply-adds of one image", name: "MACs", read: (table, i) => table.points.macs[i] },
+  flops: { label: "FLOPs of one image (2 × MACs)", name: "FLOPs", read: (table, i) => 2 * table.points.macs[i] },
+  params: { label: "parameters", name: "parameters", read: (table, i) => table.points.params[i] },
+  seconds: { label: "training time of a run", name: "seconds", read: meanOfRuns((table, run) => table.runs.seconds[run]) },
   train_flops: {
-    label: "FLOPs of the training (6 × MACs × images)", unit: "FLOPs",
+    label: "FLOPs of the training (6 × MACs × images)", name: "training FLOPs",
     read: (table, i) => meanOfRuns((t, run) => t.runs.images[run])(table, i) * 6 * table.points.macs[i],
   },
 };
+
+// Measured costs that some run has, and the numbers among the settings, are axes too.
+function defineAxes(table) {
+  for (const { key, label, unit } of table.costs ?? []) {
+    UNITS[key] = unit;
+    X_AXES[key] = { label, name: label, read: meanOfRuns((t, run) => t.runs[key][run]) };
+  }
+  for (const { name, number, log } of table.keys) {
+    if (!number) continue;
+    UNITS[`setting:${name}`] = null;
+    X_AXES[`setting:${name}`] = { label: name, name, isSetting: true, isLog: log, read: (t, i) => t.points.values[name][i] ?? NaN };
+  }
+}
 
 export const Y_AXES = {
   val: { label: "validation accuracy, last epoch" },
@@ -113,19 +136,22 @@ export const Y_AXES = {
 export const listY = (table) => Object.keys(Y_AXES).filter((y) =>
   table.runs[y].some((value) => value !== null) &&
   (y !== "test_views" || table.runs.views.some((views) => views > 1)));
-export const listX = (table) => Object.keys(X_AXES).filter((x) =>
-  table.count && Array.from({ length: table.count }, (_, i) => X_AXES[x].read(table, i)).some((value) => value > 0));
+export const listX = (table) => Object.keys(X_AXES).filter((x) => {
+  const values = known(Array.from({ length: table.count }, (_, i) => X_AXES[x].read(table, i)));
+  return X_AXES[x].isSetting ? new Set(values).size > 1 : values.some((value) => value > 0);
+});
 
 // For each point: x, and of its seeds' accuracies y (mean), n, values, half (of the 95 % interval; NaN below three seeds).
 export function measure(table, x, y, tQuantile) {
   const count = table.count, out = {
     x: new Float64Array(count), y: new Float64Array(count), half: new Float64Array(count).fill(NaN),
-    std: new Float64Array(count).fill(NaN), values: new Array(count), seeds: new Array(count),
+    cost: new Float64Array(count), std: new Float64Array(count).fill(NaN), values: new Array(count), seeds: new Array(count),
   };
   for (let i = 0; i < count; i++) {
     const runs = table.runsOf[i].filter((run) => table.runs[y][run] !== null);
     const values = runs.map((run) => table.runs[y][run]), n = values.length;
     out.x[i] = X_AXES[x].read(table, i);
+    out.cost[i] = X_AXES[x].isSetting ? table.points.macs[i] : out.x[i];
     out.values[i] = values;
     out.seeds[i] = runs.map((run) => table.runs.seed[run]);
     out.y[i] = n ? mean(values) : NaN;
@@ -135,14 +161,14 @@ export function measure(table, x, y, tQuantile) {
   return out;
 }
 
-// The points that no other one beats, cheapest first: numbers of points.
-export function findFront(measured, isShown) {
+// The points that no other one beats, cheapest first: numbers of points. Along a setting, the cost is that in MACs.
+export function findFront({ cost, y }, isShown) {
   const order = [];
-  for (let i = 0; i < measured.x.length; i++)
-    if (isShown[i] && measured.x[i] > 0 && Number.isFinite(measured.y[i])) order.push(i);
-  order.sort((a, b) => measured.x[a] - measured.x[b] || measured.y[b] - measured.y[a]);
+  for (let i = 0; i < cost.length; i++)
+    if (isShown[i] && cost[i] > 0 && Number.isFinite(y[i])) order.push(i);
+  order.sort((a, b) => cost[a] - cost[b] || y[b] - y[a]);
   const front = [];
   let best = -Infinity;
-  for (const i of order) if (measured.y[i] > best) { best = measured.y[i]; front.push(i); }
+  for (const i of order) if (y[i] > best) { best = y[i]; front.push(i); }
   return front;
 }

@@ -1,14 +1,16 @@
 // The explorer of the report page. One state, one set of shown points; each part draws itself from these.
 
-import { findFront, listX, listY, loadCurves, loadDetails, loadTable, measure, watchServer } from "./data.js";
+import { X_AXES, findFront, listX, listY, loadCurves, loadDetails, loadTable, measure, normalise, watchServer } from "./data.js";
+import { Compare } from "./compare.js";
 import { Controls } from "./controls.js";
 import { Detail, describeTests, viridis } from "./detail.js";
-import { csvCell, download, make } from "./dom.js";
+import { csvCell, download, make, rasterise } from "./dom.js";
+import { Effect, measureEffect } from "./effect.js";
 import { Parallel } from "./parallel.js";
 import { COLOURS, LIGHT_COLOURS } from "./pen.js";
 import { Scatter, describePoint } from "./scatter.js";
 import { DEFAULTS, State } from "./state.js";
-import { paired, tQuantile, tTail, welch } from "./stats.js";
+import { meanDifference, paired, spearman, tQuantile, tTail, welch } from "./stats.js";
 import { Table } from "./table.js";
 
 const VIEW_KEYS = ["selected", "pins", "sort", "descending", "differing", "list", "curve", "zoom", "log", "colour"]; // these filter nothing
@@ -43,8 +45,8 @@ class View {
   }
 
   updateShown() {
-    const { table, measured } = this, { points } = table, { text, families, ranges, choices, x, y, log } = this.state.values;
-    const words = text.toLowerCase().split(/\s+/).filter(Boolean), allowed = families && new Set(families);
+    const { table, measured } = this, { points } = table, { text, families, tags, ranges, choices, x, y, log } = this.state.values;
+    const words = normalise(text).split(/\s+/).filter(Boolean), allowed = families && new Set(families), wanted = tags.filter((tag) => table.tags.includes(tag));
     const tests = [];
     for (const [key, [low, high]] of Object.entries(ranges)) {
       const values = key === `x:${x}` ? measured.x : key === `y:${y}` ? measured.y : points.values[key];
@@ -55,12 +57,13 @@ class View {
       if (values) tests.push((i) => values[i] !== null && set.has(String(values[i])));
     }
     if (allowed) tests.push((i) => allowed.has(points.family[i]));
+    if (wanted.length) tests.push((i) => wanted.some((tag) => table.tagsOf[i].has(tag)));
     if (words.length) tests.push((i) => words.every((word) => table.texts[i].includes(word)));
     this.isShown = new Uint8Array(table.count);
     this.shown = [];
     for (let i = 0; i < table.count; i++)
       if (Number.isFinite(measured.y[i]) && (log ? measured.x[i] > 0 : Number.isFinite(measured.x[i])) && tests.every((test) => test(i))) { this.isShown[i] = 1; this.shown.push(i); }
-    this.apart = table.apart.filter((run) => words.every((word) => `${table.runs.id[run]} ${table.runs.name[run]} ${table.runs.state[run]} ${table.runs.why[run]}`.toLowerCase().includes(word)));
+    this.apart = table.apart.filter((run) => words.every((word) => table.apartTexts.get(run).includes(word)) && (!wanted.length || wanted.some((tag) => table.runs.tags[run].includes(table.tags.indexOf(tag)))));
     this.front = findFront(measured, this.isShown);
     this.isFront = new Uint8Array(table.count);
     this.front.forEach((i) => { this.isFront[i] = 1; });
@@ -72,11 +75,13 @@ class View {
     const { selected, pins } = this.state.values;
     this.selected = this.byRun.get(selected) ?? -1;
     this.selectedRun = this.selected < 0 ? this.runNumber.get(selected) ?? -1 : -1;
-    this.pinned = pins.map((id) => this.byRun.get(id)).filter((i) => i !== undefined);
+    this.pinned = [...new Set(pins.map((id) => this.byRun.get(id)).filter((i) => i !== undefined))];
+    const alone = this.pinned.length === 1 && this.selected >= 0 && this.selected !== this.pinned[0];
+    this.compared = alone ? [...this.pinned, this.selected] : this.pinned.length > 1 ? this.pinned : [];
   }
 
   updateColours() {
-    const { table } = this, { colour } = this.state.values, palette = this.dark.matches ? LIGHT_COLOURS : COLOURS;
+    const { table } = this, { colour } = this.state.values, palette = this.dark.matches && !matchMedia("print").matches ? LIGHT_COLOURS : COLOURS;
     const key = table.keys.find(({ name }) => name === colour && name !== "model");
     const families = new Map(table.families.map((name, n) => [name, n]));
     this.shapes = table.points.family.map((name) => (families.get(name) < 7 ? families.get(name) : 7));
@@ -108,6 +113,15 @@ class View {
     return this.varying.get(name);
   }
 
+  // The setting that the plot is about: that of the axis, or else that of the colours.
+  settingInView() {
+    const { x, colour } = this.state.values, name = x.startsWith("setting:") ? x.slice(8) : colour;
+    return this.table.keys.some((key) => key.name === name && name !== "model") ? name : null;
+  }
+
+  // The probability of a point to be on the front was computed for MACs and the report's split.
+  get hasChances() { const { x, y } = this.state.values; return ["macs", "flops"].includes(x) && y === this.table.split; }
+
   get isChanged() { return JSON.stringify(this.state.values) !== JSON.stringify(this.state.defaults); }
 
   // -- what the reader does --
@@ -125,6 +139,13 @@ class View {
     return [[...head, "dataset"], ...rows.map((row) => [...row, name])];
   }
 
+  // What of the view is filtered, in words.
+  describeFilters() {
+    const { text, families, tags, ranges, choices } = this.state.values;
+    const names = [text && `“${text}”`, families && "family", tags.some((tag) => this.table.tags.includes(tag)) && "tag", ...Object.keys(ranges).map((key) => ({ x: X_AXES[key.slice(2)]?.name, y: "accuracy" })[key[1] === ":" ? key[0] : ""] ?? key), ...Object.keys(choices)];
+    return names.filter(Boolean).join(", ");
+  }
+
   reset() { this.state.set({ ...this.state.defaults }); }
 }
 
@@ -139,13 +160,15 @@ async function start() {
   const parallel = new Parallel(view, root.querySelector(".parallel"));
   const table = new Table(view, root.querySelector(".table"));
   const detail = new Detail(view, root.querySelector(".detail"));
+  const effect = new Effect(view, root.querySelector(".effect"));
+  const compare = new Compare(view, root.querySelector(".compare-bar"));
   const importance = root.querySelector(".importance");
-  const parts = { controls, scatter, parallel, table, detail };
+  const parts = { controls, scatter, parallel, table, detail, effect, compare };
   const has = (changed, ...keys) => keys.some((key) => changed.has(key));
 
   function update(changed) {
     if (has(changed, "x", "y")) view.updateMeasures();
-    if (has(changed, "x", "y", "log", "text", "families", "ranges", "choices")) view.updateShown();
+    if (has(changed, "x", "y", "log", "text", "families", "tags", "ranges", "choices")) view.updateShown();
     if (has(changed, "selected", "pins")) view.updateChosen();
     if (has(changed, "colour")) view.updateColours();
     const isFilter = [...changed].some((key) => !VIEW_KEYS.includes(key));
@@ -153,6 +176,8 @@ async function start() {
     if (isFilter || has(changed, "colour", "selected", "pins")) parallel.draw();
     if (isFilter || has(changed, "sort", "descending", "differing", "list", "selected", "pins")) table.draw();
     if (has(changed, "selected", "pins", "curve", "x", "y")) detail.draw();
+    if (isFilter || has(changed, "colour", "log")) effect.draw();
+    if (has(changed, "pins", "selected")) compare.draw();
     controls.draw(changed);
     if (importance) importance.querySelector(".of").textContent = view.isFiltered ? "of all runs, whatever is filtered" : "of all runs";
     root.querySelectorAll("[data-list]").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.list === view.state.values.list)));
@@ -160,20 +185,27 @@ async function start() {
   }
 
   view.state.onChange(update);
-  view.dark.addEventListener("change", () => { view.updateColours(); update(new Set(["colour"])); });
+  for (const medium of [view.dark, matchMedia("print")]) medium.addEventListener("change", () => { view.updateColours(); update(new Set(["colour", "sort"])); });
   root.addEventListener("click", async (event) => {
     const { list, save } = event.target.dataset;
     if (list) view.state.set({ list, sort: list === "apart" ? "state" : "front", descending: list !== "apart" });
     if (save === "csv") download("runs.csv", new Blob([view.nameDataset(table.facts()).map((row) => row.map(csvCell).join(",")).join("\n") + "\n"], { type: "text/csv" }));
-    if (save === "svg") download("accuracy.svg", new Blob([scatter.toSvg()], { type: "image/svg+xml" }));
-    if (save === "png") download("accuracy.png", await scatter.toPng());
-    if (save === "link") { view.state.set({}); await navigator.clipboard?.writeText(location.href.split("#")[0] + (view.state.hash ?? location.hash)).catch(() => {}); event.target.textContent = "copied"; setTimeout(() => { event.target.textContent = "copy link"; }, 1500); }
+    if (save === "svg" || save === "png") {
+      const [name, draw] = { parallel: ["parallel", () => parallel.toSvg()], curves: ["curves", () => detail.toSvg()] }[event.target.dataset.figure] ?? ["accuracy", () => scatter.toSvg()];
+      const svg = draw();
+      download(`${name}.${save}`, save === "svg" ? new Blob([svg], { type: "image/svg+xml" }) : await rasterise(svg));
+    }
+    if (save === "link") {
+      view.state.set({});
+      await navigator.clipboard?.writeText(location.href.split("#")[0] + (view.state.hash ?? location.hash)).catch(() => {});
+      root.querySelector(".sent").textContent = location.protocol === "file:" ? "copied. Send this file with it: opened with what follows the #, it shows the same." : "copied";
+    }
   });
   root.querySelector(".differing").addEventListener("change", (event) => view.state.set({ differing: event.target.checked }));
   root.querySelectorAll("input[name=drag]").forEach((input) => input.addEventListener("change", () => { view.dragFilters = input.value === "filter"; }));
   update(new Set(Object.keys(DEFAULTS)));
   watchServer(() => { view.state.writeAddress(); location.reload(); }); // the address keeps what is chosen, the browser keeps the place
-  globalThis.explorer = { view, parts, load: { curves: loadCurves, details: loadDetails }, stats: { welch, paired, tQuantile, tTail }, describeTests, describePoint }; // for tests, and for the curious
+  globalThis.explorer = { view, parts, load: { curves: loadCurves, details: loadDetails }, stats: { welch, paired, tQuantile, tTail, spearman, meanDifference }, measureEffect: (key) => measureEffect(view, key), describeTests, describePoint }; // for tests, and for the curious
   document.documentElement.dataset.explorer = "ready";
 }
 

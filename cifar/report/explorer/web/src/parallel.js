@@ -3,7 +3,8 @@
 import { scaleLinear, scaleLog, scalePoint } from "d3-scale";
 import { brushY } from "d3-brush";
 import { select } from "d3-selection";
-import { CanvasPen, readTheme } from "./pen.js";
+import { X_AXES } from "./data.js";
+import { CanvasPen, SvgPen, paintBanner, readTheme } from "./pen.js";
 import { formatPercent, formatValue, formatX } from "./format.js";
 
 const MARGIN = { left: 70, right: 90, top: 44, bottom: 34 };
@@ -27,10 +28,10 @@ export class Parallel {
       const words = [...new Set(values.filter((value) => value !== null).map(String))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
       return { id: name, name, words, scale: scalePoint().domain(words).range(room).padding(0.3), read: (i) => (values[i] === null ? null : String(values[i])), format: String };
     });
-    const costs = Array.from(measured.x), accuracies = Array.from(measured.y);
+    const costs = Array.from(measured.x), accuracies = Array.from(measured.y), { isSetting, name: costName } = X_AXES[x];
     return [
       ...keys,
-      { id: `x:${x}`, name: { macs: "MACs", flops: "FLOPs", params: "parameters", seconds: "seconds", train_flops: "training FLOPs" }[x], number: true, scale: numberScale(costs, true, room), read: (i) => costs[i], format: (v) => formatX(x, v) },
+      ...(isSetting ? [] : [{ id: `x:${x}`, name: costName, number: true, scale: numberScale(costs, true, room), read: (i) => costs[i], format: (v) => formatX(x, v) }]),
       { id: `y:${y}`, name: `${y === "val" ? "validation" : "test"} acc`, number: true, scale: numberScale(accuracies, false, room), read: (i) => accuracies[i], format: (v) => formatPercent(v, 1) },
     ];
   }
@@ -40,12 +41,34 @@ export class Parallel {
     if (!width) return;
     const axes = this.current = this.axes(height);
     const at = scalePoint().domain(axes.map(({ id }) => id)).range([MARGIN.left, width - MARGIN.right]);
-    this.paint(width, height, axes, at);
+    this.paint(new CanvasPen(this.canvas, width, height), height, axes, at);
     this.drawAxes(width, height, axes, at);
   }
 
-  paint(width, height, axes, at) {
-    const { view } = this, { table } = view, theme = readTheme(), pen = new CanvasPen(this.canvas, width, height);
+  toSvg() {
+    const width = Math.max(960, 110 * this.current.length), height = 360, axes = this.axes(height), theme = readTheme(), pen = new SvgPen(width, height);
+    const at = scalePoint().domain(axes.map(({ id }) => id)).range([MARGIN.left, width - MARGIN.right]);
+    pen.rect(0, 0, width, height, { fill: theme.paper });
+    this.paint(pen, height, axes, at);
+    for (const axis of axes) {
+      const x = at(axis.id);
+      pen.path((c) => { c.moveTo(x, MARGIN.top); c.lineTo(x, height - MARGIN.bottom); }, { stroke: theme.muted });
+      pen.text(x, 30, axis.name, { fill: theme.ink, size: 11, anchor: "middle", weight: "bold" });
+      for (const { y, text } of this.ticks(axis, height)) pen.text(x + 6, y, text, { fill: theme.ink, size: 11, baseline: "middle" });
+    }
+    paintBanner(pen, this.view.table.banner);
+    return String(pen);
+  }
+
+  ticks(axis, height) {
+    const found = axis.words ? (axis.words.length > 14 ? axis.words.filter((_, n) => n % Math.ceil(axis.words.length / 14) === 0) : axis.words) : spreadTicks(axis.scale);
+    const rows = found.map((value) => ({ y: axis.scale(value), text: axis.format(value) }));
+    if (this.view.table.points.values[axis.id]?.some((value) => value === null)) rows.push({ y: height - MARGIN.bottom + 14, text: "–" });
+    return rows;
+  }
+
+  paint(pen, height, axes, at) {
+    const { view } = this, { table } = view, theme = readTheme();
     const foot = height - MARGIN.bottom + 14, xs = axes.map(({ id }) => at(id));
     const heights = axes.map(({ scale, read }) => {
       const line = new Float32Array(table.count);
@@ -67,7 +90,7 @@ export class Parallel {
     for (const i of view.shown) { const colour = view.colourOf(i); groups.has(colour) ? groups.get(colour).push(i) : groups.set(colour, [i]); }
     const alpha = Math.max(0.06, Math.min(0.65, 60 / Math.sqrt(view.shown.length + 1) / 10));
     for (const [colour, members] of groups) strokeAll(members, colour, alpha, 1);
-    strokeAll(view.front, theme.ink, 0.85, 1.6);
+    strokeAll(view.front, theme.ink, view.front.length > 10 ? 0.6 : 0.85, view.front.length > 10 ? 1.1 : 1.6);
     for (const i of new Set([...view.pinned, view.selected])) if (i >= 0) strokeAll([i], theme.accent, 1, 2.6);
   }
 
@@ -88,9 +111,7 @@ export class Parallel {
     const letters = Math.max(6, Math.floor(gap / 6.6));
     groups.select("text.name").attr("y", (_, n) => (gap < 70 && n % 2 ? 12 : 26)).text(({ name }) => (name.length > letters ? `${name.slice(0, letters - 1)}…` : name));
     groups.select("g.ticks").each(function ticks(axis) {
-      const found = axis.words ? (axis.words.length > 14 ? axis.words.filter((_, n) => n % Math.ceil(axis.words.length / 14) === 0) : axis.words) : spreadTicks(axis.scale);
-      const rows = found.map((value) => ({ y: axis.scale(value), text: axis.format(value) }));
-      if (self.view.table.points.values[axis.id]?.some((value) => value === null)) rows.push({ y: height - MARGIN.bottom + 14, text: "–" });
+      const rows = self.ticks(axis, height);
       select(this).selectAll("text").data(rows).join("text").attr("x", 6).attr("dy", "0.32em").attr("y", ({ y }) => y)
         .text(({ text }) => (text.length > letters ? `${text.slice(0, letters - 1)}…` : text));
     });
@@ -120,6 +141,7 @@ export class Parallel {
 
 // Ticks that do not overlap: a logarithmic scale offers many.
 function spreadTicks(scale) {
+  if (scale.only !== undefined) return [scale.only];
   const kept = [];
   for (const tick of scale.ticks(4)) if (!kept.length || Math.abs(scale(tick) - scale(kept.at(-1))) >= 16) kept.push(tick);
   return kept;
@@ -129,6 +151,7 @@ function numberScale(values, log, range) {
   let low = Infinity, high = -Infinity;
   for (const value of values) if (Number.isFinite(value) && (!log || value > 0)) { low = Math.min(low, value); high = Math.max(high, value); }
   if (low > high) [low, high] = [1, 2];
+  const only = low === high ? low : undefined;
   if (low === high) [low, high] = log ? [low / 1.5, high * 1.5] : [low - 0.5, high + 0.5];
-  return (log ? scaleLog() : scaleLinear()).domain([low, high]).range(range);
+  return Object.assign((log ? scaleLog() : scaleLinear()).domain([low, high]).range(range), { only });
 }

@@ -68,10 +68,10 @@ export class SvgPen {
     this.parts.push(`<rect x="${round(x)}" y="${round(y)}" width="${round(width)}" height="${round(height)}" fill="${fill}" fill-opacity="${alpha}"/>`);
   }
 
-  path(d, { fill, stroke, width = 1, alpha = 1, dash = [] }) {
+  path(d, { fill, stroke, width = 1, alpha = 1, dash = [], name = "" }) {
     const path = new SvgPath();
     d(path);
-    if (path.d) this.parts.push(`<path d="${path.d}" fill="${fill || "none"}" stroke="${stroke || "none"}" stroke-width="${width}" opacity="${alpha}"${dash.length ? ` stroke-dasharray="${dash.join(" ")}"` : ""}/>`);
+    if (path.d) this.parts.push(`<path d="${path.d}" fill="${fill || "none"}" stroke="${stroke || "none"}" stroke-width="${width}" opacity="${alpha}"${name ? ` class="${name}"` : ""}${dash.length ? ` stroke-dasharray="${dash.join(" ")}"` : ""}/>`);
   }
 
   text(x, y, text, { fill, size = 12, anchor = "start", baseline = "alphabetic", rotate = 0, weight = "" }) {
@@ -128,3 +128,10 @@ export function readTheme() {
 // Okabe and Ito's palette for colour-blind readers; its yellow is darker here, to be seen on white.
 export const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#9a8700", "#808890"];
 export const LIGHT_COLOURS = ["#4aa3df", "#f0b63c", "#2fc598", "#e39cc5", "#7cc8f2", "#f08a4b", "#d3c23a", "#a8b0b8"]; // on dark paper
+
+// A picture that leaves the page says itself if its data is not CIFAR-10.
+export function paintBanner(pen, banner, left = 62) {
+  if (!banner) return;
+  pen.rect(left, 1, 8.4 * banner.length + 16, 22, { fill: "#ffe9b8" });
+  pen.text(left + 8, 16, banner, { fill: "#5c3c00", size: 13, weight: "bold" });
+}

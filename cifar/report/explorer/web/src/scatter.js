@@ -2,12 +2,13 @@
 
 import { scaleLinear, scaleLog } from "d3-scale";
 import { quadtree } from "d3-quadtree";
-import { CanvasPen, SHAPES, SvgPen, readTheme } from "./pen.js";
+import { CanvasPen, SHAPES, SvgPen, paintBanner, readTheme } from "./pen.js";
 import { X_AXES, Y_AXES } from "./data.js";
-import { formatAccuracy, formatPercent, formatValue, formatX } from "./format.js";
+import { formatAccuracy, formatPercent, formatSeconds, formatValue, formatX } from "./format.js";
 
-const MARGIN = { left: 62, right: 18, top: 14, bottom: 46 };
-const MANY = 1500; // more points than this are small squares, so that a pile shows as a dark place
+const MARGIN = { left: 62, right: 22, top: 18, bottom: 46 };
+const MANY = 1500; // more points than this are counted in cells, so that a pile shows as a strong place
+const CELL = 4; // pixels
 const REACH = 22; // pixels from the pointer to the point that it means
 
 export class Scatter {
@@ -21,13 +22,13 @@ export class Scatter {
     this.hovered = -1;
     const box = root.querySelector(".plot");
     box.addEventListener("pointermove", (event) => this.move(event));
-    box.addEventListener("pointerleave", () => { if (!this.drag) this.hover(-1); });
+    box.addEventListener("pointerleave", (event) => { if (!this.drag && event.pointerType !== "touch") this.hover(-1); });
     box.addEventListener("pointerdown", (event) => this.press(event));
     box.addEventListener("pointerup", (event) => this.release(event));
     box.addEventListener("pointercancel", () => { this.drag = null; this.drawOverlay(); });
     box.addEventListener("dblclick", () => view.state.set({ zoom: null }));
     box.addEventListener("keydown", (event) => this.key(event));
-    box.addEventListener("focus", () => { if (this.hovered < 0) this.step(0); });
+    box.addEventListener("focus", () => { if (this.hovered < 0 && box.matches(":focus-visible")) this.step(0); });
     box.addEventListener("blur", () => this.hover(-1));
     this.plot = box;
     new ResizeObserver(() => this.draw()).observe(box);
@@ -63,6 +64,7 @@ export class Scatter {
     this.current = this.scales(size);
     this.paint(pen, size, this.current);
     this.index();
+    if (this.hovered >= 0 && !this.view.isShown[this.hovered]) this.hover(-1);
     this.drawOverlay();
   }
 
@@ -83,28 +85,20 @@ export class Scatter {
     paintAxes(pen, { width, height }, { x, y }, axis, state.values.y, state.values.log, theme);
     const inner = [MARGIN.left, MARGIN.top, width - MARGIN.left - MARGIN.right, height - MARGIN.top - MARGIN.bottom];
     pen.clip(...inner, () => {
-      const isFront = new Uint8Array(measured.x.length);
-      view.front.forEach((i) => { isFront[i] = 1; });
-      const many = shown.length > MANY;
-      const groups = new Map(); // colour and shape -> points
-      for (const i of shown) {
-        if (isFront[i] || !Number.isFinite(measured.y[i])) continue;
-        const key = `${view.colourOf(i)} ${view.shapeOf(i)} ${measured.values[i].length < 2 ? 1 : 0}`;
-        if (!groups.has(key)) groups.set(key, []);
-        groups.get(key).push(i);
-      }
-      for (const [key, members] of groups) {
-        const [colour, shape, hollow] = key.split(" ");
-        if (many) for (const i of members) pen.rect(x(measured.x[i]) - 1.5, y(measured.y[i]) - 1.5, 3, 3, { fill: colour, alpha: 0.3 });
-        else {
-          const style = hollow === "1" ? { stroke: colour, width: 1.3 } : { fill: colour };
-          for (const i of members) // one by one: where marks lie on one another, the place is darker
-            pen.path((c) => SHAPES[shape](c, x(measured.x[i]), y(measured.y[i]), 3.6), { ...style, alpha: 0.42 });
-        }
+      const behind = shown.filter((i) => !view.isFront[i] && Number.isFinite(measured.y[i]));
+      if (behind.length > MANY) paintDensity(pen, view, { x, y }, behind);
+      else for (const i of behind) { // one by one: where marks lie on one another, the place is darker
+        const colour = view.colourOf(i), style = measured.values[i].length < 2 ? { stroke: colour, width: 1.3 } : { fill: colour };
+        pen.path((c) => SHAPES[view.shapeOf(i)](c, x(measured.x[i]), y(measured.y[i]), 3.6), { ...style, alpha: behind.length > 300 ? 0.38 : 0.5 });
       }
       paintFront(pen, view, { x, y }, theme);
-      for (const i of new Set([...view.pinned, view.selected])) if (i >= 0 && Number.isFinite(measured.y[i])) paintMark(pen, view, { x, y }, i, 6.5, theme);
-      if (budget) {
+      nameFront(pen, view, { x, y }, theme);
+      for (const i of new Set([...view.pinned, view.selected])) {
+        if (i < 0 || !Number.isFinite(measured.y[i])) continue;
+        paintMark(pen, view, { x, y }, i, 6, theme);
+        pen.path((c) => { c.moveTo(x(measured.x[i]) + 11, y(measured.y[i])); c.arc(x(measured.x[i]), y(measured.y[i]), 11, 0, 2 * Math.PI); }, { stroke: theme.accent, width: 2.2 });
+      }
+      if (budget && !X_AXES[axis].isSetting) {
         const at = x(budget);
         pen.path((c) => { c.moveTo(at, 0); c.lineTo(at, height); }, { stroke: theme.accent, width: 1.5, dash: [5, 4] });
       }
@@ -217,28 +211,35 @@ export class Scatter {
     state.set({ zoom: [...around(x, at[0]), ...around(y, at[1])] });
   }
 
-  // A picture that leaves the page says itself if its data is not CIFAR-10.
-  paintExport(pen, size) {
-    const { banner } = this.view.table;
-    pen.rect(0, 0, size.width, size.height, { fill: readTheme().paper });
-    this.paint(pen, size, this.scales(size));
-    if (!banner) return;
-    pen.rect(MARGIN.left, 2, 9 * banner.length + 16, 22, { fill: "#ffe9b8" });
-    pen.text(MARGIN.left + 8, 17, banner, { fill: "#5c3c00", size: 13, weight: "bold" });
-  }
-
   toSvg() {
     const size = { width: 960, height: 560 }, pen = new SvgPen(size.width, size.height);
-    this.paintExport(pen, size);
+    pen.rect(0, 0, size.width, size.height, { fill: readTheme().paper });
+    this.paint(pen, size, this.scales(size));
+    paintBanner(pen, this.view.table.banner);
     return String(pen);
   }
+}
 
-  toPng() {
-    const size = { width: 960, height: 560 }, canvas = document.createElement("canvas"), pen = new CanvasPen(canvas, size.width, size.height, 2);
-    this.paintExport(pen, size);
-    return new Promise((resolve) => { canvas.toBlob(resolve, "image/png"); });
+// Points counted in small cells: the colour is the mean of those in it, and its strength grows with their number.
+function paintDensity(pen, view, { x, y }, members) {
+  const { measured } = view, cells = new Map(), paints = new Map();
+  const paintOf = (colour) => { if (!paints.has(colour)) paints.set(colour, readColour(colour)); return paints.get(colour); };
+  let most = 1;
+  for (const i of members) {
+    const column = Math.floor(x(measured.x[i]) / CELL), row = Math.floor(y(measured.y[i]) / CELL), key = column * 65536 + row;
+    let cell = cells.get(key);
+    if (!cell) cells.set(key, (cell = { column, row, count: 0, paint: [0, 0, 0] }));
+    cell.count += 1;
+    paintOf(view.colourOf(i)).forEach((value, c) => { cell.paint[c] += value; });
+    most = Math.max(most, cell.count);
+  }
+  for (const { column, row, count, paint } of cells.values()) {
+    const fill = `rgb(${paint.map((value) => Math.round(value / count)).join(",")})`;
+    pen.rect(column * CELL, row * CELL, CELL, CELL, { fill, alpha: 0.3 + (0.6 * Math.log(count)) / Math.log(most + 1) });
   }
 }
+
+const readColour = (text) => (text[0] === "#" ? [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16)) : text.match(/[\d.]+/g).slice(0, 3).map(Number));
 
 export function paintAxes(pen, { width, height }, { x, y }, xAxis, yAxis, isLog, theme) {
   const bottom = height - MARGIN.bottom;
@@ -265,11 +266,32 @@ export function paintAxes(pen, { width, height }, { x, y }, xAxis, yAxis, isLog,
 
 function paintFront(pen, view, { x, y }, theme) {
   const { front, measured } = view;
-  pen.path((c) => front.forEach((i, n) => {
+  if (!X_AXES[view.state.values.x].isSetting) pen.path((c) => front.forEach((i, n) => {
     if (!n) c.moveTo(x(measured.x[i]), y(measured.y[i]));
     else { c.lineTo(x(measured.x[i]), y(measured.y[front[n - 1]])); c.lineTo(x(measured.x[i]), y(measured.y[i])); }
   }), { stroke: theme.ink, width: 1.6, alpha: 0.75 });
   front.forEach((i) => paintMark(pen, view, { x, y }, i, 5, theme));
+}
+
+// The names of the front's points, where there is room: above the line and to the left of the point nothing lies.
+function nameFront(pen, view, { x, y }, theme) {
+  const { front, measured, table: { points } } = view, [left, right] = x.range(), [bottom, top] = y.range(), taken = [];
+  if (X_AXES[view.state.values.x].isSetting) return;
+  const isFew = front.length <= 8, count = new Map();
+  for (const i of front) count.set(points.model[i], (count.get(points.model[i]) ?? 0) + 1);
+  const named = isFew ? front : front.filter((i, n) => points.model[front[n + 1]] !== points.model[i]); // the best one of each network
+  for (const i of [...named].reverse()) {
+    const text = isFew && count.get(points.model[i]) > 1 ? points.label[i] : points.model[i], short = text.length > 34 ? `${text.slice(0, 33)}…` : text;
+    const px = x(measured.x[i]), py = y(measured.y[i]), width = 6.2 * short.length;
+    if (px < left || px > right || py < top || py > bottom) continue;
+    const anchor = px - 9 - width > left ? "end" : "start", start = anchor === "end" ? px - 9 - width : px + 9;
+    const at = anchor === "end" ? Math.max(py - 6, top + 8) : Math.max(py - 9, top + 8), box = [start, at - 11, start + width, at + 3];
+    if (box[2] > right + 14 || taken.some((other) => box[0] < other[2] && box[2] > other[0] && box[1] < other[3] && box[3] > other[1])) continue;
+    if (anchor === "start" && front.some((j) => measured.y[j] > measured.y[i] && x(measured.x[j]) < box[2])) continue;
+    if (anchor === "start" && front.some((j) => j !== i && x(measured.x[j]) < box[2] && x(measured.x[j]) > box[0] && y(measured.y[j]) > box[1] - 6 && y(measured.y[j]) < box[3] + 6)) continue;
+    taken.push(box);
+    pen.text(anchor === "end" ? px - 9 : px + 9, at, short, { fill: theme.ink, size: 11, anchor });
+  }
 }
 
 // A mark at full strength: with the interval of three and more seeds, or with a dot for each of two.
@@ -286,21 +308,22 @@ function paintMark(pen, view, { x, y }, i, radius, theme) {
   pen.path((c) => SHAPES[view.shapeOf(i)](c, px, py, radius), { fill: isHollow ? theme.paper : colour, stroke: isHollow ? colour : theme.paper, width: isHollow ? 2 : 1.2 });
 }
 
+// What hover, focus and tap say of a point: network, settings, accuracy, seeds, cost, seconds, front.
 export function describePoint(view, i) {
-  const { table, measured, state } = view, { points, runs } = table;
-  const lines = [points.label[i], `${{ val: "validation", test: "test", test_views: "test" }[state.values.y]} ${formatAccuracy(measured, i)}`,
-    `${formatX("macs", points.macs[i])}, ${formatX("params", points.params[i])} parameters`];
-  if (!["macs", "params"].includes(state.values.x)) lines.push(formatX(state.values.x, measured.x[i]));
-  const seconds = table.runsOf[i].map((run) => runs.seconds[run]).filter((value) => value !== null);
-  if (seconds.length && state.values.x !== "seconds") lines.push(`${formatX("seconds", seconds.reduce((a, b) => a + b, 0) / seconds.length)} a run`);
-  const shownInLabel = points.label[i];
-  for (const { name } of table.keys) {
-    const value = points.values[name][i];
-    if (name !== "model" && value !== null && !shownInLabel.includes(`${name}=`)) lines.push(`${name} ${formatValue(value)}`);
-  }
-  const chance = points.chance[i];
-  if (view.front.includes(i)) lines.push(`on the front${chance !== null && !view.isFiltered ? `, with probability ${formatPercent(chance, 0)} %` : ""}`);
-  else if (chance > 0.005 && !view.isFiltered) lines.push(`on the front with probability ${formatPercent(chance, 0)} %`);
-  if (points.lost[i]) lines.push(`${points.lost[i]} more of its seeds did not finish`);
-  return lines.slice(0, 12).join("\n");
+  const { table, measured, state } = view, { points, runs } = table, { x, y } = state.values;
+  const seeds = measured.seeds[i].filter((seed) => seed !== null), inLabel = points.label[i];
+  const known = table.runsOf[i].map((run) => runs.seconds[run]).filter((value) => value !== null);
+  const settings = table.keys.filter(({ name }) => name !== "model" && points.values[name][i] !== null && !inLabel.includes(`${name}=`)).map(({ name }) => `${name}=${formatValue(points.values[name][i])}`);
+  const chance = view.hasChances && !view.isFiltered ? points.chance[i] : null;
+  const costs = [formatX("macs", points.macs[i]), `${formatX("params", points.params[i])} parameters`];
+  if (!["macs", "params", "seconds"].includes(x) && !X_AXES[x].isSetting) costs.push(`${X_AXES[x].name} ${formatX(x, measured.x[i])}`);
+  return [
+    inLabel, settings.slice(0, 10).join(", "),
+    `${{ val: "validation", test: "test", test_views: "test, all views" }[y]} ${formatAccuracy(measured, i)}`,
+    seeds.length ? `${seeds.length > 1 ? "seeds" : "seed"} ${seeds.length > 6 ? `${seeds.slice(0, 6).join(", ")} and ${seeds.length - 6} more` : seeds.join(", ")}${points.lost[i] ? `; ${points.lost[i]} more did not finish` : ""}` : "",
+    costs.join(", "),
+    known.length ? `${formatSeconds(known.reduce((a, b) => a + b, 0) / known.length)} a run` : "",
+    view.isFront[i] ? `on the front${chance !== null ? `, with probability ${formatPercent(chance, 0)} %` : ""}` : chance > 0.005 ? `on the front with probability ${formatPercent(chance, 0)} %` : "",
+    table.tagsOf[i].size ? `tags: ${[...table.tagsOf[i]].slice(0, 6).join(", ")}` : "",
+  ].filter(Boolean).join("\n");
 }

@@ -1,7 +1,7 @@
 // What the reader has chosen. It lives in the address, so that a view can be sent.
 
 export const DEFAULTS = {
-  x: "macs", y: "val", log: true, colour: "family", text: "", families: null, ranges: {}, choices: {}, budget: null,
+  x: "macs", y: "val", log: true, colour: "family", text: "", families: null, tags: [], ranges: {}, choices: {}, budget: null,
   selected: null, pins: [], zoom: null, sort: "front", descending: true, differing: true, list: "points", curve: "val/acc",
 };
 
@@ -56,6 +56,7 @@ export class State {
 function isOfKind(value, example, key) {
   const isPlain = (v) => v !== null && typeof v === "object" && !Array.isArray(v);
   if (key === "families") return value === null || (Array.isArray(value) && value.every((v) => typeof v === "string"));
+  if (key === "tags") return Array.isArray(value) && value.every((v) => typeof v === "string");
   if (key === "pins") return Array.isArray(value) && value.every((v) => typeof v === "string") && value.length <= 12;
   if (key === "selected") return value === null || typeof value === "string";
   if (key === "budget") return value === null || Number.isFinite(value);

@@ -66,9 +66,34 @@ export function paired(seedsA, a, seedsB, b) {
     const j = seedsB.indexOf(seed);
     if (seed !== null && j >= 0) differences.push(a[i] - b[j]);
   });
-  const n = differences.length;
-  if (!n) return { difference: NaN, half: NaN, p: NaN, n };
-  const difference = mean(differences), spread = n > 1 ? Math.sqrt(variance(differences) / n) : NaN;
+  return meanDifference(differences);
+}
+
+// Spearman's rank correlation, its 95 % interval (Fisher's z with Bonett and Wright's error, 2000) and its p value (Student's t).
+export function spearman(x, y) {
+  const a = ranks(x), b = ranks(y), n = a.length, va = n > 1 ? variance(a) : 0, vb = n > 1 ? variance(b) : 0;
+  if (!(va > 0 && vb > 0)) return { rho: NaN, low: NaN, high: NaN, p: NaN, n };
+  const ma = mean(a), mb = mean(b);
+  const rho = Math.max(-1, Math.min(1, a.reduce((sum, value, i) => sum + (value - ma) * (b[i] - mb), 0) / (n - 1) / Math.sqrt(va * vb)));
+  if (n < 5) return { rho, low: NaN, high: NaN, p: NaN, n };
+  const error = (1.959964 * Math.sqrt(1 + (rho * rho) / 2)) / Math.sqrt(n - 3), z = Math.atanh(Math.max(-1 + 1e-12, Math.min(1 - 1e-12, rho)));
+  return { rho, low: Math.tanh(z - error), high: Math.tanh(z + error), p: Math.abs(rho) === 1 ? 0 : tTail(rho * Math.sqrt((n - 2) / (1 - rho * rho)), n - 2), n };
+}
+
+// Rank 1 for the smallest; equal values share the mean of their ranks.
+function ranks(values) {
+  const order = values.map((_, i) => i).sort((i, j) => values[i] - values[j]), found = new Array(values.length);
+  for (let start = 0, end; start < order.length; start = end) {
+    for (end = start; end < order.length && values[order[end]] === values[order[start]]; end++);
+    for (let k = start; k < end; k++) found[order[k]] = (start + end + 1) / 2;
+  }
+  return found;
+}
+
+// The mean of differences, and its 95 % interval: of pairs.
+export function meanDifference(differences) {
+  const n = differences.length, difference = n ? mean(differences) : NaN;
+  const spread = n > 1 ? Math.sqrt(variance(differences) / n) : NaN;
   if (!(spread >= ROUNDING)) return { difference, half: NaN, p: NaN, n };
   return { difference, half: tQuantile(0.95, n - 1) * spread, p: tTail(difference / spread, n - 1), n };
 }

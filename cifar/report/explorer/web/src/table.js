@@ -1,9 +1,11 @@
 // The table behind the charts: all points that are shown, or the runs that are not compared. Only the rows in sight exist.
 
+import { X_AXES } from "./data.js";
 import { make } from "./dom.js";
 import { formatPercent, formatSeconds, formatValue, formatX } from "./format.js";
 
 const ROW = 30; // pixels
+const PRINTED = 60; // rows on paper
 const SPARE = 8; // rows above and below those in sight
 
 export class Table {
@@ -32,20 +34,22 @@ export class Table {
     const order = new Map(view.front.map((i, n) => [i, n]));
     return [
       { name: "network", text: (i) => points.model[i] },
-      ...keys.map(({ name, number }) => ({
-        name, text: (i) => formatValue(points.values[name][i]), ...(number ? { number: (i) => points.values[name][i] ?? NaN } : {}),
-      })),
-      { name: "MMACs", number: (i) => points.macs[i], text: (i) => formatValue(Number((points.macs[i] / 1e6).toPrecision(4))) },
-      { name: "params", number: (i) => points.params[i], text: (i) => formatX("params", points.params[i]) },
       { name: `${{ val: "val", test: "test", test_views: "test, all views" }[state.values.y]} acc %`, number: (i) => measured.y[i], text: (i) => formatPercent(measured.y[i]) },
       {
         name: "± 95 %", number: (i) => measured.half[i],
         text: (i) => (measured.values[i].length === 2 ? measured.values[i].map((v) => formatPercent(v)).join(", ") : formatPercent(measured.half[i])),
       },
       { name: "n", number: (i) => measured.values[i].length, text: (i) => (points.lost[i] ? `${measured.values[i].length} of ${measured.values[i].length + points.lost[i]}` : String(measured.values[i].length)) },
+      { name: "MMACs", number: (i) => points.macs[i], text: (i) => formatValue(Number((points.macs[i] / 1e6).toPrecision(4))) },
+      { name: "front", number: (i) => (order.has(i) ? 1e6 - order.get(i) : (view.hasChances && points.chance[i]) || 0), text: (i) => (order.has(i) ? "yes" : "") },
+      ...(view.hasChances && points.chance.some((c) => c !== null) ? [{ name: "P(front) %", number: (i) => points.chance[i] ?? NaN, text: (i) => (points.chance[i] === null ? "–" : formatPercent(points.chance[i], 0)), title: "probability to be on the front of MACs, given the scatter of the seeds; of all runs, whatever is filtered" }] : []),
+      ...keys.map(({ name, number }) => ({
+        name, text: (i) => formatValue(points.values[name][i]), ...(number ? { number: (i) => points.values[name][i] ?? NaN } : {}),
+      })),
+      { name: "params", number: (i) => points.params[i], text: (i) => formatX("params", points.params[i]) },
       { name: "time a run", number: seconds, text: (i) => formatSeconds(seconds(i)) },
-      { name: "front", number: (i) => (order.has(i) ? 1e6 - order.get(i) : points.chance[i] ?? 0), text: (i) => (order.has(i) ? "yes" : ""), },
-      ...(points.chance.some((c) => c !== null) ? [{ name: "P(front) %", number: (i) => points.chance[i] ?? NaN, text: (i) => (points.chance[i] === null ? "–" : formatPercent(points.chance[i], 0)), title: "probability to be on the front, given the scatter of the seeds; of all runs, whatever is filtered" }] : []),
+      ...(table.costs ?? []).map(({ key, label }) => ({ name: label, number: (i) => X_AXES[key].read(table, i), text: (i) => formatX(key, X_AXES[key].read(table, i)) })),
+      ...(table.tags.length ? [{ name: "tags", text: (i) => [...table.tagsOf[i]].join(", "), wide: true }] : []),
     ];
   }
 
@@ -77,8 +81,8 @@ export class Table {
   fill() {
     if (!this.rows) return;
     const { view } = this, { state, table } = view, isApart = state.values.list === "apart";
-    const first = Math.max(0, Math.floor(this.box.scrollTop / ROW) - SPARE);
-    const last = Math.min(this.rows.length, first + Math.ceil((this.box.clientHeight || 400) / ROW) + 2 * SPARE);
+    const isPaper = matchMedia("print").matches, first = isPaper ? 0 : Math.max(0, Math.floor(this.box.scrollTop / ROW) - SPARE);
+    const last = isPaper ? Math.min(this.rows.length, PRINTED) : Math.min(this.rows.length, first + Math.ceil((this.box.clientHeight || 400) / ROW) + 2 * SPARE);
     const spacer = (count) => (count > 0 ? [make("tr", { "aria-hidden": "true", style: `height:${count * ROW}px` })] : []);
     const body = [];
     for (let at = first; at < last; at++) {
@@ -94,7 +98,8 @@ export class Table {
       body.push(make("tr", { class: [isFront && "front", chosen && "chosen"].filter(Boolean).join(" ") || null, "aria-rowindex": at + 2, "data-row": row }, cells));
     }
     const focused = document.activeElement?.dataset?.row;
-    this.element.tBodies[0].replaceChildren(...spacer(first), ...body, ...spacer(this.rows.length - last));
+    if (isPaper && last < this.rows.length) body.push(make("tr", {}, make("td", { colspan: 99 }, `and ${this.rows.length - last} more, which report.csv has`)));
+    this.element.tBodies[0].replaceChildren(...spacer(first), ...body, ...(isPaper ? [] : spacer(this.rows.length - last)));
     if (focused !== undefined && !document.activeElement?.dataset?.row) this.element.querySelector(`button[data-row="${focused}"]`)?.focus();
   }
 
