@@ -58,14 +58,10 @@ data: $(READY)
 	@$(PY) -m cifar data $(ARGS)
 
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_WORKERS) $(ARGS)
-
-# Those that only compute share the cores. Those that kill processes or wait for servers run one after the other.
-COMPUTING := tests/unit $(addprefix tests/integration/test_,docs.py hostile_input.py shipped_yaml.py zoo.py)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(READY)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow --timeout 900 -n 2 $(COMPUTING) $(ARGS); first=$$?; \
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow --timeout 900 $(COMPUTING:%=--ignore %) $(ARGS) && exit $$first
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow --timeout 900 -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -56,7 +56,8 @@ def wandb_files(record: RunDir) -> list[Path]:
 
 
 class Inspected:
-    """What one .wandb file holds: `run`, `rows` (the history without W&B's own keys), `summary`, `files`, `exit_code`."""
+    """What one .wandb file holds: `run`, `rows` (the history without W&B's own keys, pictures, charts and histograms),
+    `histogram_epochs`, `summary`, `files`, `exit_code`."""
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
@@ -70,7 +71,11 @@ class Inspected:
         self.config = {key: value for key, value in self.run["config"]["update"].items() if key != "_wandb"}
         self.steps = [item["step"]["num"] for item in by_type("history")]
         self.history = [{k: v for k, v in item["item"].items() if k[0] != "_"} for item in by_type("history")]
-        self.rows = [{k: v for k, v in item.items() if not k.startswith(("pictures/", "charts/"))} for item in self.history]
+        apart = ("pictures/", "charts/", "gradients/", "updates/")
+        self.rows = [{k: v for k, v in item.items() if not k.startswith(apart)} for item in self.history]
+        self.histogram_epochs = [
+            item["epoch"] for item in self.history if any(k.startswith(("gradients/", "updates/")) for k in item)
+        ]
         self.summary: dict[str, Any] = {}
         for update in by_type("summary"):
             self.summary.update(update["update"])

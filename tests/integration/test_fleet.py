@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from cifar.config.yaml_loader import parse_yaml
+from cifar.tracking.histograms import read_histograms
 from cifar.tracking.run_dir import RunDir
 from helpers.fleet import GONE_SECONDS, SWEEP, Fleet, list_epochs
 from helpers.leet import inspect_only
@@ -52,7 +53,9 @@ def is_whole(record: RunDir, last: int = EPOCHS, before: list[dict[str, Any]] | 
         assert len(before) > 2 and rows[: len(before) - 1] == before[:-1], "trained again from the beginning"
     seen = inspect_only(record)
     assert seen.rows == rows and seen.steps == list_epochs(record) and seen.exit_code == 0
-    assert seen.config == record.read_json("config") and seen.run["run_id"] == record.id
+    assert seen.histogram_epochs == [line["epoch"] for line in read_histograms(record)] != []
+    costs = {key: record.read_json("run")["cost"][key] for key in ("macs", "params")}
+    assert seen.config == {**record.read_json("config"), **costs, "cifar_schema": 2} and seen.run["run_id"] == record.id
 
 
 @pytest.fixture

@@ -100,8 +100,9 @@ def build_environment(run_dir: RunDir, environment: Mapping[str, Any], machine: 
     record.started_at.FromMicroseconds(round(float(environment.get("started") or 0.0) * 1e6))
     for field, key in (("host", "host"), ("username", "user"), ("root", "cwd"), ("executable", "executable")):
         setattr(record, field, str(environment.get(key) or ""))
-    record.program = str(environment.get("program") or "-m cifar")
-    record.args.extend(map(str, environment.get("args") or ["train", "--from", run_dir.id]))
+    has_command = "program" in environment  # a trial of a worker has none: the command that repeats it stands there
+    record.program = str(environment["program"]) if has_command else "-m cifar"
+    record.args.extend(map(str, environment.get("args", []) if has_command else ["train", "--from", run_dir.id]))
     record.git.commit = str((environment.get("git") or {}).get("commit") or "")
     record.git.remote_url = str(machine.get("git_remote") or "")
     record.cpu_count = int(machine.get("cpu_count") or 0)
