@@ -1,6 +1,7 @@
 """How long `report` takes over a thousand runs: from their folders, and from a W&B server with an empty and with a full cache.
 
     python benchmarks/report_scale.py [--runs 1000] [--epochs 100] [--layers 4] [--repeats 3] [--json FILE]
+    python benchmarks/report_scale.py --runs 100 --layers 22 --histograms 22 [--history-only]    # deep networks on W&B
 
 Each figure is the wall time of a whole `python -m cifar report`, start and imports included. The runs are those of the tests
 (8 networks x 5 learning rates x seeds, 4 metrics a layer); the server is the tests' own, and its time is in the figures.
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,11 +37,35 @@ from helpers.protocol import Server
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def fill(server: Server, runs: Path, count: int, epochs: int, layers: int) -> None:
+@dataclass(frozen=True)
+class Size:
+    """How many runs of which length. `histograms`: epochs of each run that have them, in its history on the server."""
+
+    runs: int
+    epochs: int
+    layers: int
+    histograms: int
+    history_only: bool
+
+
+def fill(server: Server, runs: Path, size: Size) -> None:
     """Run folders, and the same runs on the server."""
-    for n in range(count):
+    for n in range(size.runs):
         model, seed = list(NETWORKS)[n % 8], n // 40
-        put(server, write(runs, f"r{n:04d}", model=model, seed=seed, lr=0.1 + n // 8 % 5, layers=layers, epochs=epochs))
+        options = {"lr": 0.1 + n // 8 % 5, "layers": size.layers, "epochs": size.epochs}
+        record = write(runs, f"r{n:04d}", model=model, seed=seed, **options)
+        put(server, record, with_metrics=not size.history_only)
+        lines = server.runs[record.id].history_lines
+        lines[: size.histograms] = [add_histograms(line, size.layers) for line in lines[: size.histograms]]
+
+
+def add_histograms(line: str, layers: int) -> str:
+    """A row of the history with histograms, as the mirror sends them."""
+    edges = [float(f"{0.5 / 2**i:.4g}") for i in range(16)]
+    bins = [*(-edge for edge in edges), 0.0, *reversed(edges)]
+    histogram = {"_type": "histogram", "values": [37 * i % 1009 for i in range(32)], "bins": bins}
+    names = [f"{kind}/layer{i}.conv" for kind in ("gradients", "updates") for i in range(layers)]
+    return json.dumps({**json.loads(line), **dict.fromkeys(names, histogram)})
 
 
 def timed(place: str, home: Path, server: Server) -> dict[str, float]:
@@ -69,12 +95,12 @@ def summed_up(measured: list[dict[str, float]]) -> dict[str, object]:
     }
 
 
-def measure(count: int, epochs: int, layers: int, repeats: int) -> dict[str, object]:
+def measure(size: Size, repeats: int) -> dict[str, object]:
     """Everything in a folder of its own -> what was measured."""
     with tempfile.TemporaryDirectory() as folder, Server() as server:
         home, runs = Path(folder), Path(folder) / "runs"
-        fill(server, runs, count, epochs, layers)
-        size = sum(file.stat().st_size for file in runs.glob("*/metrics.jsonl"))
+        fill(server, runs, size)
+        num_bytes = sum(file.stat().st_size for file in runs.glob("*/metrics.jsonl"))
         local = [timed(str(runs), home, server) for _ in range(repeats)]
         cold, warm = [], []
         for _ in range(repeats):
@@ -83,7 +109,9 @@ def measure(count: int, epochs: int, layers: int, repeats: int) -> dict[str, obj
             warm.append(timed("me/cifar", home, server))
         server.assert_understood()
     return {
-        "what": f"`report` of {count} runs x {epochs} epochs x {layers} layers ({size / 1e6:.0f} MB of metrics)",
+        "what": f"`report` of {size.runs} runs x {size.epochs} epochs x {size.layers} layers ({num_bytes / 1e6:.0f} MB of metrics)",
+        "histograms": f"{size.histograms} epochs of each run",
+        "read_from": "history" if size.history_only else "metrics.jsonl",
         "device": device_name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),  # others on the same cores make it slower
@@ -100,10 +128,15 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--layers", type=int, default=4, help="of each network, with 4 metrics each [4, as worksheet 1 has]")
+    parser.add_argument(
+        "--histograms", type=int, default=0, help="epochs with histograms in the history on W&B [0]; a run has 22"
+    )
+    parser.add_argument("--history-only", action="store_true", help="W&B has no metrics.jsonl, as of earlier versions")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it there too")
     options = parser.parse_args()
-    text = json.dumps(measure(options.runs, options.epochs, options.layers, options.repeats), indent=1)
+    size = Size(options.runs, options.epochs, options.layers, options.histograms, options.history_only)
+    text = json.dumps(measure(size, options.repeats), indent=1)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")

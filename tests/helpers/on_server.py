@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Iterable
 
@@ -18,8 +20,18 @@ def send(records: Iterable[RunDir]) -> None:
         assert Mirror(record, "online", lambda line: pytest.fail(line)).finish()
 
 
-def put(server: Server, record: RunDir, sweep: str = "", project: str = "cifar", *, old_form: bool = False) -> None:
+def put(
+    server: Server,
+    record: RunDir,
+    sweep: str = "",
+    project: str = "cifar",
+    *,
+    old_form: bool = False,
+    with_metrics: bool = True,
+) -> None:
     """The same, without a client: for a great many runs. `test_put_is_what_a_client_sends` compares the two.
+
+    `with_metrics`: earlier versions did not send metrics.jsonl.
 
     `old_form`: as versions sent a run that wrote the record as text into the configuration and the summary.
     """
@@ -35,7 +47,10 @@ def put(server: Server, record: RunDir, sweep: str = "", project: str = "cifar",
     status = {name: value for name, value in read("status").items() if name != "pid"}
     has_ended, summary = status["state"] != "running", read("summary")
     if not old_form:
-        end = {"status": status, "summary": summary} if has_ended else {}
+        end: dict[str, object] = {"status": status, "summary": summary} if has_ended else {}
+        if has_ended and rows and with_metrics:
+            content = run.files["metrics.jsonl"] = (record.path / "metrics.jsonl").read_bytes()
+            end["metrics"] = {"md5": base64.b64encode(hashlib.md5(content).digest()).decode(), "bytes": len(content)}
         run.files["cifar.json"] = json.dumps({"schema": 2, **about, **end}).encode()
     if not has_ended:
         run.base_state = "running"

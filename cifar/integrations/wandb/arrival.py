@@ -19,7 +19,14 @@ from typing import Any
 
 from cifar.integrations.wandb import artifact_arrival
 from cifar.integrations.wandb.convert import build_row, parse_number
-from cifar.integrations.wandb.document import DOCUMENT_FILE, build_document, compute_md5, read_clean
+from cifar.integrations.wandb.document import (
+    DOCUMENT_FILE,
+    METRICS_FILE,
+    build_document,
+    compute_md5,
+    describe_metrics,
+    read_clean,
+)
 from cifar.integrations.wandb.workspace import build_summary
 from cifar.states import WANDB_FINISHED_STATES
 from cifar.tracking import console_log
@@ -34,13 +41,14 @@ PICTURES_FOLDER = "media/images/pictures/"  # where wandb puts the pictures amon
 _PICTURE_NAME = re.compile(re.escape(PICTURES_FOLDER) + r"[\w-][\w.-]*")  # in the folder, whatever a server says
 _FIELDS = f"""name state historyLineCount historyTail summaryMetrics logLineCount eventsLineCount {artifact_arrival.RUN_FIELDS}
   document: files(names: ["{DOCUMENT_FILE}"], first: 1) {{ edges {{ node {{ name sizeBytes md5 }} }} }}"""
+_METRICS = f'metrics: files(names: ["{METRICS_FILE}"], first: 1) {{ edges {{ node {{ name sizeBytes md5 }} }} }}'
 _PICTURES = f'pictures: files(pattern: "{PICTURES_FOLDER}%", first: 100) {{ edges {{ node {{ name sizeBytes }} }} }}'
 GET_RUN = f"""query ArrivedRun($name: String!, $project: String!, $entity: String!) {{
   project(name: $project, entityName: $entity) {{ run(name: $name) {{ {_FIELDS} }} }}
 }}"""
 GET_RUNS = f"""query ArrivedRuns($project: String!, $entity: String!, $filters: JSONString, $first: Int) {{
   project(name: $project, entityName: $entity) {{
-    runs(filters: $filters, first: $first) {{ edges {{ node {{ {_FIELDS} {_PICTURES} }} }} }}
+    runs(filters: $filters, first: $first) {{ edges {{ node {{ {_FIELDS} {_PICTURES} {_METRICS} }} }} }}
   }}
 }}"""
 GET_PICTURES = f"""query ArrivedPictures($name: String!, $project: String!, $entity: String!) {{
@@ -64,6 +72,7 @@ class ArrivedRun:
     artifacts: tuple[artifact_arrival.ArrivedArtifact, ...] = ()  # that it made and uses
     media: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the last row and the summary: key -> W&B's description
     document_md5: str | None = None  # of cifar.json; None if it is not there, "" if W&B does not say
+    metrics_md5: str | None = ""  # of metrics.jsonl, likewise; "" also if it was not asked
 
     def find_lost_pictures(self, pictures: Collection[str]) -> dict[str, str]:
         """Pictures that a row or the summary names, and whose files are not among these: key -> name of the file.
@@ -96,7 +105,6 @@ def _parse_node(node: Mapping[str, Any]) -> ArrivedRun:
     last = json.loads(tail[-1]) if tail else {}
     summary = json.loads(node.get("summaryMetrics") or "{}")
     media = {key: value for key, value in {**last, **summary}.items() if isinstance(value, dict) and "path" in value}
-    documents = [edge["node"] for edge in (node.get("document") or {}).get("edges", ())]
     num_rows, num_log_lines, num_event_lines = (int(node.get(f"{kind}LineCount") or 0) for kind in ("history", "log", "events"))
     return ArrivedRun(
         str(node["state"]),
@@ -108,8 +116,15 @@ def _parse_node(node: Mapping[str, Any]) -> ArrivedRun:
         _parse_pictures(node) if "pictures" in node else None,
         artifact_arrival.parse_artifacts(node),
         media,
-        next((str(file.get("md5") or "") for file in documents if int(file.get("sizeBytes") or 0)), None),
+        _parse_md5(node["document"]) if node.get("document") else None,
+        _parse_md5(node["metrics"]) if node.get("metrics") else "",
     )
+
+
+def _parse_md5(found: Mapping[str, Any]) -> str | None:
+    """The digest of the file that was found; None if there is none, or an empty one, for which W&B waits."""
+    files = [edge["node"] for edge in found.get("edges", ())]
+    return next((str(file.get("md5") or "") for file in files if int(file.get("sizeBytes") or 0)), None)
 
 
 def fetch_pictures(execute_graphql: Execute, entity: str, project: str, run_id: str) -> frozenset[str]:
@@ -247,7 +262,18 @@ def describe_wrong_end(arrived: ArrivedRun, run_dir: RunDir) -> str:
     wrong = [key for key, value in here.items() if key not in there or not are_equal(there[key], value)]
     if wrong:
         return f"W&B's summary has other values of {', '.join(wrong[:4])}"
-    return "" if is_old_form(arrived) else describe_missing_document(arrived, compute_md5(build_document(run_dir)))
+    if is_old_form(arrived) or arrived.document_md5 == compute_md5(build_document(run_dir, with_metrics=False)):
+        return ""  # an earlier version sent it
+    difference = describe_missing_document(arrived, compute_md5(build_document(run_dir)))
+    return difference or _describe_missing_metrics(arrived, run_dir)
+
+
+def _describe_missing_metrics(arrived: ArrivedRun, run_dir: RunDir) -> str:
+    """Whether W&B lacks the file of the rows, in words; "" if not."""
+    md5 = describe_metrics(run_dir).get("md5")
+    if md5 is None or arrived.metrics_md5 in (md5, ""):
+        return ""
+    return f"W&B does not have {METRICS_FILE}" + " as it is here" * (arrived.metrics_md5 is not None)
 
 
 def describe_difference(

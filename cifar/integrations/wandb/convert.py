@@ -41,13 +41,13 @@ def build_run_files(
         document = {**_parse_object(config.get("cifar")), **_parse_object(summary.get("cifar") or None)}
         is_current = True
     else:  # the file and the summary are sent at different moments, and a resumed run still has its earlier end in one of them
-        is_current = summary.get("state") == _get_object(document, "status").get("state")
+        is_current = summary.get("state") == get_object(document, "status").get("state")
     if not all(isinstance(document.get(name), dict) for name in ("run", "config")):
         raise ValueError(f"it was not logged by this suite: it has no {DOCUMENT_FILE}")
-    content = {name: _get_object(document, name) for name in PARTS}
+    content = {name: get_object(document, name) for name in PARTS}
     is_open = state in ("running", "preempting")
-    if is_current and not is_open and (status := _get_object(document, "status")):
-        return {**content, "status": status, "summary": _get_object(document, "summary")}
+    if is_current and not is_open and (status := get_object(document, "status")):
+        return {**content, "status": status, "summary": get_object(document, "summary")}
     if summary.get("state") == "incomplete" and not is_open:  # it has ended where it ran, and W&B has not got all of it
         return {**content, "status": {"state": "interrupted", "reason": str(summary.get("reason") or "incomplete on W&B")}}
     our_state = FROM_WANDB.get(state, "killed")
@@ -73,7 +73,8 @@ def _rebuild_document(
     return parts
 
 
-def _get_object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+def get_object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of `cifar.json`; {} if it is no object."""
     value = document.get(name)
     return value if isinstance(value, dict) else {}
 
@@ -107,17 +108,28 @@ def build_row(line: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def write_run_dir(folder: Path, content: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the folder, or replace the whole folder. It is a cache, so nothing is flushed to the disk (fsync)."""
+def read_last_epoch(lines: bytes) -> int:
+    """The epoch of the last line of metrics.jsonl; 0 if it has no lines."""
+    last_line = lines.rstrip(b"\n").rpartition(b"\n")[2]
+    return int(json.loads(last_line).get("epoch", 0)) if last_line else 0
+
+
+def write_run_dir(folder: Path, content: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]] | bytes) -> None:
+    """Write the folder, or replace the whole folder. It is a cache, so nothing is flushed to the disk (fsync).
+
+    rows: as `build_rows` makes them, or the content of metrics.jsonl.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(rows, bytes):
+        rows = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
     if "epoch" not in content["status"]:
         epochs = content["config"].get("epochs", 0)
-        content = {**content, "status": {**content["status"], "epoch": rows[-1]["epoch"] if rows else 0, "epochs": epochs}}
+        content = {**content, "status": {**content["status"], "epoch": read_last_epoch(rows), "epochs": epochs}}
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         for name, value in content.items():
             (temporary / f"{name}.json").write_text(json.dumps(value))
-        (temporary / "metrics.jsonl").write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+        (temporary / "metrics.jsonl").write_bytes(rows)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

@@ -1,13 +1,14 @@
-"""Keeps `cifar.json` among a run's files on W&B as the record is."""
+"""Keeps `cifar.json` among a run's files on W&B as the record is, and metrics.jsonl beside it once the run has ended."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cifar.integrations.wandb.arrival import ArrivedRun
-from cifar.integrations.wandb.document import DOCUMENT_FILE, END_PARTS, PARTS, build_document, compute_md5
+from cifar.integrations.wandb.document import DOCUMENT_FILE, END_PARTS, METRICS_FILE, PARTS, build_document, compute_md5
 from cifar.integrations.wandb.feed import Feed
 from cifar.integrations.wandb.settings import Mode
 from cifar.states import ENDED_STATES
@@ -41,6 +42,8 @@ class DocumentFeed(Feed):
         content = build_document(self.run_dir)
         if (md5 := compute_md5(content)) == self.md5:
             return
+        if json.loads(content).get("metrics"):
+            self.run.save(str(self.run_dir.path / METRICS_FILE), base_path=str(self.run_dir.path), policy="now", glob=False)
         file = Path(self.run.dir) / DOCUMENT_FILE  # where it is written wandb need not copy it
         write_atomic(file, content)
         self.run.save(str(file), base_path=self.run.dir, policy="now", glob=False)

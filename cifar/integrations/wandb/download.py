@@ -4,7 +4,9 @@
     download.folders      # run folders in the cache, for the report
 
 A run stays in the cache until W&B says that it has changed. Of a run that has grown, only the new steps are read. W&B is asked
-for one list of runs without configurations and metrics, and then for the runs that the cache lacks.
+for one list of runs without configurations and metrics, and then for the runs that the cache lacks. The rows of a run that has
+ended are a file there. The history, which takes longer, is asked for where that file is missing, or is not the one that
+`cifar.json` names.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from cifar.errors import UserError
 from cifar.integrations.wandb import convert
 from cifar.integrations.wandb.api import download_file, execute_graphql
 from cifar.integrations.wandb.arrival import scan_history
-from cifar.integrations.wandb.document import DOCUMENT_FILE, read_document
+from cifar.integrations.wandb.document import DOCUMENT_FILE, MAX_METRICS_BYTES, METRICS_FILE, compute_md5, read_document
 from cifar.integrations.wandb.mirror import PREDICTIONS_FILE
 from cifar.integrations.wandb.mirror_process import stop_core
 from cifar.integrations.wandb.notes import read_or_set_aside
@@ -37,6 +39,7 @@ from cifar.integrations.wandb.paths import WandbPath
 from cifar.integrations.wandb.settings import find_credentials
 from cifar.states import ENDED_STATES
 from cifar.system.disk import cache_folder
+from cifar.system.files import read_bytes
 from cifar.system.names import check_id
 from cifar.system.redact import redact
 from cifar.tracking.run_dir import read_json
@@ -51,7 +54,9 @@ _GET_DETAILS = f"""query RunDetails($project: String!, $entity: String!, $filter
     runs(filters: $filters, first: $first) {{
       edges {{ node {{
         name state summaryMetrics historyKeys
-        files(names: ["{DOCUMENT_FILE}"], first: 1) {{ edges {{ node {{ id name url(upload: false) directUrl sizeBytes }} }} }}
+        files(names: ["{DOCUMENT_FILE}", "{METRICS_FILE}"], first: 2) {{
+          edges {{ node {{ id name url(upload: false) directUrl sizeBytes }} }}
+        }}
       }} }}
     }}
   }}
@@ -192,13 +197,14 @@ def _download_stale_runs(
 
 @dataclass(frozen=True)
 class _Details:
-    """What W&B says of one run beyond its list of runs. `document`: the file cifar.json; None if the run has none."""
+    """What W&B says of one run beyond its list of runs. `document` and `metrics`: its files; None if the run has none."""
 
     state: str
     last_step: int
     config: dict[str, Any]  # only of a run without the file
     summary: dict[str, Any]
     document: dict[str, Any] | None
+    metrics: dict[str, Any] | None
 
 
 def _fetch_details(api: Any, path: WandbPath, run_ids: Sequence[str]) -> dict[str, _Details]:
@@ -208,11 +214,13 @@ def _fetch_details(api: Any, path: WandbPath, run_ids: Sequence[str]) -> dict[st
     found = execute_graphql(api, _GET_DETAILS, **place, filters=filters, first=len(run_ids)).get("project") or {}
     details = {}
     for run in (edge["node"] for edge in (found.get("runs") or {}).get("edges", ())):
-        files = [edge["node"] for edge in (run.get("files") or {}).get("edges", ())]
-        document = next((file for file in files if file.get("name") == DOCUMENT_FILE and file.get("sizeBytes")), None)
+        nodes = [edge["node"] for edge in (run.get("files") or {}).get("edges", ())]
+        files = {file.get("name"): file for file in nodes if file.get("sizeBytes")}
         last_step = int((run.get("historyKeys") or {}).get("lastStep", -1))
         summary = json.loads(run.get("summaryMetrics") or "{}")
-        details[str(run["name"])] = _Details(str(run["state"]), last_step, {}, summary, document)
+        details[str(run["name"])] = _Details(
+            str(run["state"]), last_step, {}, summary, files.get(DOCUMENT_FILE), files.get(METRICS_FILE)
+        )
     if old := [run_id for run_id, one in details.items() if one.document is None]:
         for run in api.runs(f"{path.entity}/{path.project}", {"name": {"$in": old}}, per_page=RUNS_PER_FULL_PAGE, lazy=False):
             details[run.id] = dataclasses.replace(details[run.id], config=dict(run.config))
@@ -225,6 +233,10 @@ def _download_run(api: Any, run: Any, folder: Path, details: _Details) -> None:
     about = {"name": run.name, "group": run.group, "tags": run.tags}
     content = convert.build_run_files(run.id, details.config, details.summary, details.state, document, about)
     stamp, last = _change_stamp(run), details.last_step
+    written = {**content, "pulled": {"stamp": stamp, "last": last}}
+    if lines := _download_rows(api, content, details, document or {}, folder.parent):
+        convert.write_run_dir(folder, written, lines)
+        return
     notes = read_or_set_aside(folder / NOTES_FILE)
     old_rows: list[dict[str, Any]] = []
     if notes and notes["stamp"][0] == stamp[0] and notes["stamp"][1] <= stamp[1] and notes["last"] <= last:  # it has grown
@@ -233,7 +245,25 @@ def _download_run(api: Any, run: Any, folder: Path, details: _Details) -> None:
     rows = convert.build_rows([*old_rows, *scan_history(run, first, last)]) if last >= first else old_rows
     if not old_rows and run.history_line_count and not rows:
         raise ValueError(f"W&B counts {run.history_line_count} rows and hands out none")
-    convert.write_run_dir(folder, {**content, "pulled": {"stamp": stamp, "last": last}}, rows)
+    convert.write_run_dir(folder, written, rows)
+
+
+def _download_rows(
+    api: Any, content: Mapping[str, Mapping[str, Any]], details: _Details, document: Mapping[str, Any], parent: Path
+) -> bytes:
+    """The file of the rows of a run that has ended; b"" if it is not the one that `document` names, or W&B has other rows."""
+    file, named = details.metrics, convert.get_object(document, "metrics")
+    has_ended = content["status"] == document.get("status")
+    if not file or not named or not has_ended or int(file["sizeBytes"]) != named.get("bytes"):
+        return b""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".metrics.", dir=parent) as folder:
+            download_file(api, file, Path(folder))
+            lines = read_bytes(Path(folder) / METRICS_FILE, MAX_METRICS_BYTES)
+    except Exception:  # wandb raises many kinds of errors; the history may still be had
+        return b""
+    is_right = compute_md5(lines) == named.get("md5") and len(lines) == named.get("bytes")
+    return lines if is_right and convert.read_last_epoch(lines) == details.last_step else b""
 
 
 def _download_document(api: Any, file: Mapping[str, Any], parent: Path) -> dict[str, Any] | None:

@@ -170,7 +170,7 @@ def _find_differences(
         try:
             arrived = arrival.fetch_runs(client.execute_graphql, entity, project, [run_dir.id for run_dir in there])
             if not looks_at_pictures:
-                arrived = {run_id: replace(run, pictures=None) for run_id, run in arrived.items()}
+                arrived = {run_id: replace(run, pictures=None, metrics_md5="") for run_id, run in arrived.items()}
             for run_dir in there:
                 read_history = functools.partial(arrival.read_history, client.api, entity, project, run_dir.id)
                 if difference := arrival.describe_difference(arrived.get(run_dir.id), run_dir, read_history):

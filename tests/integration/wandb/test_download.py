@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import os
@@ -26,9 +28,11 @@ from cifar.report import style, write_report
 from cifar.report.aggregate import compare_runs
 from cifar.report.load import Run, collect_runs, load_run
 from cifar.tracking.run_dir import RunDir
-from helpers.fake_runs import NETWORKS, quickstart, sweep_folder, write
+from helpers.fake_runs import NETWORKS, quickstart, rows, sweep_folder, write
+from helpers.leet import write_checkpoint
 from helpers.on_server import put, send
 from helpers.paths import ROOT
+from helpers.processes import wait_until
 from helpers.protocol import Fault, Server
 
 TEXT = "name: which\ndescription: Which network?\nmethod: grid\nparameters:\n  model: {values: [a, b]}\n"
@@ -94,7 +98,7 @@ def test_put_is_what_a_client_sends(tmp_path: Path, server: Server) -> None:
     sent = server.runs.pop(record.id)
     put(server, record)
     placed = server.runs[record.id]
-    assert sent.files["cifar.json"] == placed.files["cifar.json"]
+    assert sent.files.items() >= placed.files.items()
     assert sent.config == placed.config and sent.rows == placed.rows and sent.state == placed.state
     numbers = {k: v for k, v in sent.summary.items() if k[0] != "_" and not isinstance(v, dict)}
     assert numbers == placed.summary
@@ -163,7 +167,7 @@ def test_finished_runs_are_asked_for_once(tmp_path: Path, server: Server) -> Non
     runs = tmp_path / "runs"
     records = [write(runs, f"r{n}", seed=n, layers=2) for n in range(5)]
     for record in records:
-        put(server, record)
+        put(server, record, with_metrics=False)
     seen: list[tuple[int, int]] = []
     first = collect_runs(["me/cifar"], runs, lambda done, total: seen.append((done, total))).runs
     assert seen[0] == (0, 5) and seen[-1] == (5, 5)
@@ -173,7 +177,7 @@ def test_finished_runs_are_asked_for_once(tmp_path: Path, server: Server) -> Non
     assert not asked_of_runs(server) and len(server.asked("Runs")) == 1
     assert "config" not in server.asked("Runs")[0].body["query"]
     write(runs, "r5", seed=5, layers=2)
-    put(server, RunDir(runs / "r5"))
+    put(server, RunDir(runs / "r5"), with_metrics=False)
     server.requests.clear()
     assert len(collect_runs(["me/cifar"], runs).runs) == 6 and asked_of_runs(server)["HistoryPage"] == 1
 
@@ -185,13 +189,73 @@ def test_a_run_that_goes_on_is_read_from_its_last_step(tmp_path: Path, server: S
     assert run.state == "running" and len(run.rows) == 4 and run.epoch == 4 and run.epochs == 9
     whole = write(tmp_path / "whole", "live", epochs=9, layers=2)
     created = server.runs.pop("live").created
-    put(server, whole)
+    put(server, whole, with_metrics=False)
     server.runs["live"].created = created
     server.requests.clear()
     (run,) = collect_runs(["me/cifar"], tmp_path).runs
     assert run.state == "finished" and list(run.rows)[4:] == list(load_run(whole.path).rows)[4:] and len(run.rows) == 9
     (request,) = server.asked("HistoryPage")
     assert request.body["variables"]["minStep"] == 5
+
+
+WAYS = ("file", "none", "cut-short", "empty", "changed", "earlier-end", "rows-after")
+
+
+def test_the_file_of_the_rows_and_the_history_show_the_same(tmp_path: Path, server: Server) -> None:
+    """The history is asked for where the file is not the one that cifar.json names, or W&B has other rows."""
+    here = {}
+    for way in WAYS:
+        record = write(tmp_path / "runs", way, layers=3, epochs=4, wd=1.0, name="both")
+        with (record.path / "metrics.jsonl").open("a") as file:
+            file.write('{"epoch":5,"step":1755,"train/loss":NaN,"train/acc":Infinity,"val/acc":1}\n')
+        here[way] = load_run(record.path)
+        put(server, record, with_metrics=way != "none")
+        files = server.runs[way].files
+        content = files.get("metrics.jsonl", b"")
+        first_rows = b"".join(content.splitlines(keepends=True)[:3])
+        other = {
+            "cut-short": content[:-30],
+            "empty": b"",
+            "changed": content.replace(b"0.", b"1.", 1),
+            "earlier-end": first_rows,
+            "rows-after": first_rows,
+        }
+        files |= {"metrics.jsonl": other[way]} if way in other else {}
+        if way == "rows-after":  # the run went on, and what says so was lost
+            named = {"md5": base64.b64encode(hashlib.md5(first_rows).digest()).decode(), "bytes": len(first_rows)}
+            files["cifar.json"] = json.dumps({**json.loads(files["cifar.json"]), "metrics": named}).encode()
+    back = {run.id: run for run in collect_runs(["me/cifar"], tmp_path).runs}
+    assert back.keys() == set(WAYS)
+    for way, run in back.items():
+        assert repr(replace(run, path=Path(), rows=())) == repr(replace(here[way], path=Path(), rows=()))
+        assert list(map(repr, map(sorted_row, run.rows))) == list(map(repr, map(sorted_row, here[way].rows))), way
+    assert {request.body["variables"]["run"] for request in server.asked("HistoryPage")} == set(WAYS) - {"file"}
+    folder = back["file"].path.parent
+    assert {path.name for path in folder.iterdir()} == {*WAYS, "pull.lock"}, "nothing is left behind"
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_after_its_end_is_not_read_from_its_file(tmp_path: Path, server: Server) -> None:
+    record = write(tmp_path / "runs", "again", layers=2, epochs=6, state="failed", done=3)
+    send([record])
+    assert len(collect_runs(["me/cifar"], tmp_path).runs[0].rows) == 3 and not server.asked("HistoryPage")
+    record.set_status("running", epoch=3, epochs=6)
+    for row in rows("resnet20", 6, 0, 0.7, 2)[3:5]:
+        record.append_row(row)
+    write_checkpoint(record)
+    mirror = Mirror(record, "online")
+    mirror.sync()
+    wait_until(lambda: len(server.runs["again"].rows) == 5, 20)
+    assert "metrics.jsonl" in server.runs["again"].files  # of the earlier end
+    server.requests.clear()
+    (run,) = collect_runs(["me/cifar"], tmp_path).runs
+    assert list(run.rows) == list(record.read_rows()) and len(server.asked("HistoryPage")) == 1
+    record.set_status("stopped", reason="asked to end", epoch=5, epochs=6)
+    assert mirror.finish()
+    shutil.rmtree(run.path)
+    server.requests.clear()
+    (run,) = collect_runs(["me/cifar"], tmp_path).runs
+    assert run.state == "stopped" and list(run.rows) == list(record.read_rows()) and not server.asked("HistoryPage")
 
 
 def test_a_bad_run_is_named_and_the_others_are_reported(tmp_path: Path, server: Server) -> None:
@@ -275,6 +339,7 @@ def test_a_cut_offline_file_gives_its_whole_rows(tmp_path: Path) -> None:
 def test_a_server_in_trouble_costs_its_run_only(tmp_path: Path, server: Server) -> None:
     for n in range(3):
         put(server, write(tmp_path / "runs", f"r{n}", seed=n, layers=2))
+        server.runs[f"r{n}"].files.pop("metrics.jsonl")
     server.fault = Fault("status", 500, where="HistoryPage", times=2)
     found = collect_runs(["me/cifar"], tmp_path)
     assert len(found.runs) + len(found.damaged) == 3 and len(found.runs) >= 1
@@ -282,14 +347,15 @@ def test_a_server_in_trouble_costs_its_run_only(tmp_path: Path, server: Server) 
     assert len(collect_runs(["me/cifar"], tmp_path).runs) == 3
 
 
-def test_a_server_that_hangs_is_given_up(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["HistoryPage", pytest.param("storage", marks=pytest.mark.slow)])
+def test_a_server_that_hangs_is_given_up(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     from cifar.integrations.wandb import download
 
     monkeypatch.setattr(download, "STALL_SECONDS", 1.0)
     monkeypatch.setattr(download, "RUNS_PER_FULL_PAGE", 2)
     for n in range(5):
-        put(server, write(tmp_path / "runs", f"r{n}", seed=n, layers=2))
-    server.fault = Fault("hang", where="HistoryPage")
+        put(server, write(tmp_path / "runs", f"r{n}", seed=n, layers=2), with_metrics=False)
+    server.fault = Fault("hang", where=where)
     began = time.monotonic()
     assert {run.id for run in collect_runs(["me/cifar"], tmp_path).damaged} == {f"r{n}" for n in range(5)}
     assert time.monotonic() - began < 20

@@ -117,7 +117,7 @@ def test_an_early_end(tmp_path: Path, state: str, code: int) -> None:
     seen = inspect_only(record)
     assert seen.steps == [1, 2] and seen.rows[0] == row(1) and seen.rows[1] == {**row(2), "train/loss": "NaN"}
     assert seen.exit_code == code and seen.summary["state"] == state
-    assert seen.summary["pictures/curves"]["_type"] == "image-file" and len(seen.files) == 3
+    assert seen.summary["pictures/curves"]["_type"] == "image-file" and len(seen.files) == 4
 
 
 def test_a_failed_run_that_is_resumed_is_written_whole(tmp_path: Path) -> None:

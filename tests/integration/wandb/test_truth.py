@@ -45,6 +45,7 @@ def assert_complete(run: Run, record: RunDir) -> None:
     assert is_as_recorded(run, record)
     assert (run.state, run.summary["state"], run.summary["val/acc"]) == ("finished", "finished", 0.6)
     assert len([name for name in run.files if "pictures/" in name]) == len(list(record.path.glob("pictures/*.png")))
+    assert run.files["metrics.jsonl"] == (record.path / "metrics.jsonl").read_bytes()
 
 
 SLOW_LOSSES = [pytest.param(name, marks=pytest.mark.slow) for name in ("what came after a backup", "all rows")]
@@ -245,6 +246,7 @@ DAMAGES = {
     "lacks the files of pictures/curves": lambda run: run.files.pop(next(name for name in run.files if "curves" in name)),
     "does not have cifar.json": lambda run: run.files.clear(),
     "does not have cifar.json as it is here": lambda run: run.files.update({"cifar.json": b"{}"}),
+    "does not have metrics.jsonl as it is here": lambda run: run.files.update({"metrics.jsonl": b"{"}),
     "summary has other values of val/acc": lambda run: run.summary.update({"val/acc": 0.1}),
     "does not have the run": lambda run: setattr(run, "project", "elsewhere"),
 }

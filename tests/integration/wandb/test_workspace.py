@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,10 @@ def test_every_field_of_the_folder_is_on_the_server(wandb_server: Server, runs: 
     document = json.loads(run.files["cifar.json"])
     del status["pid"]
     parts = {name: read(folder, name) for name in ("run", "config", "labels", "environment", "summary")}
-    assert document == {"schema": 2, **parts, "status": status}
+    content = run.files["metrics.jsonl"]
+    digest = base64.b64encode(hashlib.md5(content).digest()).decode()
+    assert content == (folder / "metrics.jsonl").read_bytes()
+    assert document == {"schema": 2, **parts, "status": status, "metrics": {"md5": digest, "bytes": len(content)}}
     assert [list(document[name]) for name in parts] == [list(parts[name]) for name in parts], "in the same order"
 
     pictures = {path.stem: path.read_bytes() for path in (folder / "pictures").glob("*.png")}

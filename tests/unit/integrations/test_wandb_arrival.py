@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cifar.integrations.wandb.arrival import (
     ArrivedRun,
     are_equal_rows,
@@ -17,8 +19,9 @@ from cifar.integrations.wandb.arrival import (
     describe_difference,
     describe_missing_rows,
 )
-from cifar.integrations.wandb.document import build_document
+from cifar.integrations.wandb.document import build_document, describe_metrics
 from cifar.integrations.wandb.workspace import build_summary
+from cifar.tracking.run_dir import RunDir
 from helpers.leet import end_record, make_record, row
 
 
@@ -80,6 +83,38 @@ def test_what_is_missing_in_words(tmp_path: Path) -> None:
     assert said("failed", md5="") == "", "a server that gives no digests"
     assert said("failed", md5="other") == "W&B does not have cifar.json as it is here"
     assert said("failed", md5=None) == "W&B does not have cifar.json"
+    old = base64.b64encode(hashlib.md5(build_document(record, with_metrics=False)).digest()).decode()
+    assert old != digest_of(record) and said("failed", md5=old) == "", "an earlier version sent it, without the rows"
+
+
+def digest_of(record: RunDir) -> str:
+    return base64.b64encode(hashlib.md5(build_document(record)).digest()).decode()
+
+
+def test_the_file_of_the_rows_is_looked_for_too(tmp_path: Path) -> None:
+    record = make_record(tmp_path, "words002", epochs=1)
+    record.append_row(row(1))
+    end_record(record)
+    arrived = ArrivedRun("finished", 1, row(1), build_summary(record), document_md5=digest_of(record))
+    right = base64.b64encode(hashlib.md5((record.path / "metrics.jsonl").read_bytes()).digest()).decode()
+    for md5, said in ((right, ""), ("", ""), (None, "W&B does not have metrics.jsonl"), ("x", "as it is here")):
+        difference = describe_difference(replace(arrived, metrics_md5=md5), record, lambda: [])
+        assert said in difference and bool(said) == bool(difference)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"epoch":2', "[]", '{"epoch":2,"note":"x"}', '{"epoch":2,"a":null}', '{"epoch":2,"x/correct-horse-battery":1}']
+)
+def test_rows_that_are_not_plain_numbers_are_no_file(tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "correct-horse-battery")
+    record = make_record(tmp_path, "plain001", epochs=2)
+    record.append_row({**row(1), "train/loss": math.nan})
+    end_record(record)
+    content = (record.path / "metrics.jsonl").read_bytes()
+    assert describe_metrics(record)["bytes"] == len(content)
+    with (record.path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n" * (line != '{"epoch":2'))
+    assert describe_metrics(record) == {} and b'"metrics"' not in build_document(record)
 
 
 def test_a_run_that_an_earlier_version_sent_is_whole(tmp_path: Path) -> None:
