@@ -108,8 +108,9 @@ def measure(size: Size, repeats: int) -> dict[str, object]:
             cold.append(timed("me/cifar", home, server))
             warm.append(timed("me/cifar", home, server))
         server.assert_understood()
+    what = f"{size.runs} runs x {size.epochs} epochs x {size.layers} layers ({num_bytes / 1e6:.0f} MB of metrics)"
     return {
-        "what": f"`report` of {size.runs} runs x {size.epochs} epochs x {size.layers} layers ({num_bytes / 1e6:.0f} MB of metrics)",
+        "what": f"`report` of {what}",
         "histograms": f"{size.histograms} epochs of each run",
         "read_from": "history" if size.history_only else "metrics.jsonl",
         "device": device_name(torch.device("cpu")),

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cifar.tracking.run_dir import RunDir
 from helpers.paths import ROOT
 from helpers.protocol import Server
 from helpers.system_fields import assert_shown_as_recorded
 
-HEAD = "# Question: which?\nname: tiny\nmethod: grid\nmetric: {name: val/acc, goal: maximize}\n"
+HEAD = "# Question: which?\nname: tiny\ndescription: Which network, at <which> rate?\n"
+HEAD += "method: grid\nmetric: {name: val/acc, goal: maximize}\n"
 TINY = """  dataset: {value: stand-in}
   val_size: {value: 200}
   train_size: {value: 256}
@@ -42,5 +45,7 @@ def assert_as_trained(server: Server, runs: Path, run_id: str, epochs: int) -> N
     assert run.config == {**record.read_json("config"), **shown}
     assert run.summary.items() >= {**record.read_json("summary"), "state": record.state}.items()
     assert run.sweep and run.group == run.sweep == record.read_json("run")["sweep"]
+    question = yaml.safe_load(server.sweeps[run.sweep].text).get("description")
+    assert run.notes == (question or record.read_json("run")["command"])
     assert run.display_name == record.read_json("run")["name"][:128] and any("pictures" in name for name in run.files)
     assert_shown_as_recorded(run, record.path)

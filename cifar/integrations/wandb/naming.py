@@ -11,6 +11,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from cifar.errors import UserError
+from cifar.system.names import escape_controls
 from cifar.tracking.records import MAX_NAME
 from cifar.tracking.run_dir import RunDir
 
@@ -40,7 +41,8 @@ def settle_name(run_dir: RunDir, client: GraphqlClient, entity: str, project: st
         if not text:
             return
         sweep = spec.parse_sweep(parse_yaml(text, "the sweep on W&B"), text, "the sweep on W&B")
-        settled = {**about, **({"description": sweep.description[:MAX_NAME]} if sweep.description else {})}
+        question = escape_controls(sweep.description[:MAX_NAME], keeps_lines=True)
+        settled = {**about, **({"description": question} if question else {})}
         swept = [key for key in sweep.swept_keys if key in about["swept"]]
         if is_named_after_all:
             settled |= {"swept": swept, "name": format_run_name(config, swept)}

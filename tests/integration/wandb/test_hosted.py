@@ -350,6 +350,7 @@ def test_the_plain_tools_run_every_sweep(path: Path, wandb_server: Server, runs:
     content = yaml.safe_load(path.read_text())
     small = {"epochs": 1, "max_steps": 2, "dataset": "stand-in", "val_size": 200, "train_size": 512, "max_macs": 0.0}
     content["parameters"].update({key: {"value": value} for key, value in small.items()})
+    content.setdefault("description", "What this sweep asks")
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     code, output = wait_for_exit(
         start_command(wandb_server, "-m", "wandb", "sweep", "--project", "plain", str(tmp_path / "small.yaml"), **tools)

@@ -290,7 +290,8 @@ def test_wandb_sync_and_then_push(runs: Path, server: Server, capsys: pytest.Cap
 
 
 def test_a_run_of_the_plain_agent_is_named_after_what_differs(tmp_path: Path, server: Server) -> None:
-    text = "method: grid\nmetric: {name: val/acc, goal: maximize}\nparameters:\n  lr: {values: [1.0e-5, 2.0]}\n"
+    text = "description: Which rate?\nmethod: grid\nmetric: {name: val/acc, goal: maximize}\n"
+    text += "parameters:\n  lr: {values: [1.0e-5, 2.0]}\n"
     text += "  epochs: {value: 1}\n  nesterov: {values: [true]}\n"
     sweep = server.world.add_sweep("me", "cifar", text)
     for number, (given, expected) in enumerate(
@@ -304,6 +305,7 @@ def test_a_run_of_the_plain_agent_is_named_after_what_differs(tmp_path: Path, se
         assert Mirror(record, "online").finish()
         assert server.runs[record.id].display_name == record.read_json("run")["name"] == expected
         assert record.read_json("run")["swept"] == (["lr"] if number == 0 else ["lr", "nesterov"])
+        assert server.runs[record.id].notes == "Which rate?"
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b'"x"', b"[" * 100_000])
