@@ -15,6 +15,7 @@ from cifar.integrations.wandb.mirror import Mirror
 from helpers import leet
 from helpers.leet import end_record, make_record
 from helpers.protocol import Run, Server
+from helpers.system_fields import assert_shown_as_recorded
 from helpers.workspace import automatic_panels, custom_charts, hidden_keys, history_keys, summary_keys
 
 PAIRS = (
@@ -22,6 +23,12 @@ PAIRS = (
     "probe_every=1", "tta=flip", "test=final",
 )  # fmt: skip
 MAX_PANELS, MAX_SUMMARY = 25, 30
+COMPARED = {
+    "run.json", "config.json", "labels.json", "environment.json", "machine.json", "status.json", "summary.json",
+    "metrics.jsonl", "histograms.jsonl", "system_metrics.jsonl", "output.log", "requirements.txt", "predictions.npz",
+    "weights.pt",
+}  # fmt: skip
+NOT_SENT = {"mirror.log"}  # what the mirror says of its own work
 SHOWN = {
     "train/loss", "train/acc", "train/lr", "train/gradient_norm", "train/update_ratio", "train/zero_gradients",
     "val/loss", "val/acc", "system/seconds", "system/images_per_second", "system/memory_gib",
@@ -170,3 +177,13 @@ def test_every_field_of_the_folder_is_on_the_server(wandb_server: Server, runs: 
     sent = {key.partition("/")[2]: value["path"] for key, value in run.history[-1].items() if key.startswith("pictures/")}
     assert {name: run.files[path] for name, path in sent.items()} == pictures and pictures
     assert run.files["predictions.npz"] == (folder / "predictions.npz").read_bytes()
+    assert_shown_as_recorded(run, folder)  # output.log, system_metrics.jsonl, environment.json, machine.json, requirements.txt
+
+    (model,), (dataset,) = (wandb_server.artifacts.made_by(run.id, "model"), wandb_server.artifacts.used_by(run.id))
+    assert wandb_server.artifacts.read(model, "weights.pt") == (folder / "weights.pt").read_bytes()
+    fingerprint = read(folder, "environment")["data_fingerprint"]
+    assert dataset.metadata["data_fingerprint"] == model.metadata["data_fingerprint"] == fingerprint
+
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    mine = {name for name in there if not name.startswith(("pictures/", "wandb/"))}
+    assert mine - COMPARED <= NOT_SENT, "a file that this test does not know: say here what W&B has of it"
