@@ -46,9 +46,9 @@ def list_kinds(run_dir: RunDir) -> tuple[str, ...]:
     if run_dir.state != "finished" or not (run_dir.path / WEIGHTS_FILE).exists() or not is_enabled(run_dir):
         return ()
     has_data = bool(run_dir.read_json("environment").get("data_fingerprint"))
-    has_predictions = (run_dir.path / PREDICTIONS_FILE).exists()
-    kinds = {DATASET: has_data, MODEL: is_model_wanted(run_dir), PREDICTIONS: has_predictions}
-    return tuple(kind for kind, is_wanted in kinds.items() if is_wanted)
+    has_predictions, is_wanted = (run_dir.path / PREDICTIONS_FILE).exists(), is_model_wanted(run_dir)
+    kinds = {DATASET: has_data, MODEL: is_wanted, PREDICTIONS: has_predictions and is_wanted}
+    return tuple(kind for kind, is_there in kinds.items() if is_there)
 
 
 def list_missing(arrived: Iterable[ArrivedArtifact], run_dir: RunDir) -> list[str]:

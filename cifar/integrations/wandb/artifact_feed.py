@@ -115,7 +115,7 @@ class ArtifactFeed(Feed):
             _told_sweeps.add(sweep)
             self.on_message(
                 f"sweep {sweep} has more than {artifact_choice.MAX_RUNS} runs or 2 GiB of weights: "
-                "from here on, W&B gets the models of the best ten and of the front"
+                "from here on, W&B gets the models and predictions of the best ten and of the front"
             )
 
     # -- sending --

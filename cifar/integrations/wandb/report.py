@@ -22,6 +22,7 @@ PICTURE_NAMES = (
     "gradient_flow",
     "gradient_norms",
     "weight_updates",
+    "histograms",
     "confusion",
     "mistakes",
 )  # the names that the mirror gives them

@@ -272,11 +272,14 @@ def test_above_the_limit_the_best_and_the_front_are_sent(
     made, runs = [], tmp_path / "runs"
     cells = [("resnet56", 0.9), ("resnet20", 0.7), ("resnet20", 0.8), ("worksheet1", 0.6), ("worksheet1", 0.5), ("vgg11", 0.85)]
     for cell, (model, accuracy) in enumerate(cells):
-        made.append(write(runs, f"s-{cell}", model=model, accuracy=accuracy, sweep="s", cell=cell, layers=1))
+        made.append(
+            write(runs, f"s-{cell}", model=model, accuracy=accuracy, sweep="s", cell=cell, layers=1, predictions=cell in (0, 4))
+        )
         (made[-1].path / "weights.pt").write_bytes(bytes(8))
     push_all(made)
     # by hand: the best two are 0 (0.9) and 5 (0.85); nobody with fewer MACs beats 2 (0.8) and 3 (0.6)
     assert sorted(each.run for each in server.artifacts.committed("model")) == ["s-0", "s-2", "s-3", "s-5"]
+    assert [each.run for each in server.artifacts.committed("predictions")] == ["s-0"]
     monkeypatch.setattr(artifact_choice, "MAX_RUNS", 200)
     monkeypatch.setattr(artifact_choice, "MAX_BYTES", 47)  # of 48
     assert artifact_choice.is_above_limit(made[0]) and not artifact_choice.is_model_wanted(made[4])
