@@ -49,7 +49,7 @@ class OpenPage:
 
     def settle(self) -> None:
         """Wait until what was changed is drawn, and the address is written."""
-        self.page.wait_for_timeout(250)
+        self.page.evaluate("new Promise((r) => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(r)), 130))")
 
     def run(self, script: str, argument: Any = None) -> Any:
         """Run JavaScript in the page; `view` is the explorer's."""

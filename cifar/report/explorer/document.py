@@ -73,6 +73,7 @@ def build_document(
     listed = {run.id: (run, index) for index, point in enumerate(points) for run in point.runs}
     others = [run for run in runs if run.id not in listed]
     costs = [key for key in MEASURED_COSTS if any(_round(run.summary.get(key), 9) for run, _ in listed.values())]
+    also = find_other_differences(points, comparison.distinguishing_keys)
     ordered = [run for run, _ in listed.values()] + others
     detailed = _choose_detailed(points, others, set(kept_ids))
     chances = dict(zip(map(id, points), probabilities, strict=False))
@@ -86,6 +87,7 @@ def build_document(
         "budget": comparison.budget and comparison.budget * comparison.cost_factor,
         "costs": [{"key": key, "label": MEASURED_COSTS[key][0], "unit": MEASURED_COSTS[key][1]} for key in costs],
         "keys": [_describe_key(key, points) for key in comparison.distinguishing_keys],
+        "also": also,
         "points": {
             "label": [point.label for point in points],
             "model": [point.model for point in points],
@@ -94,7 +96,10 @@ def build_document(
             "params": [point.params for point in points],
             "lost": [point.num_lost for point in points],
             "chance": [_round(chances.get(id(point)), 3) for point in points],
-            "values": {key: [_plain(point.values.get(key)) for point in points] for key in comparison.distinguishing_keys},
+            "values": {
+                **{key: [_plain(point.values.get(key)) for point in points] for key in comparison.distinguishing_keys},
+                **{key: [_plain(point.runs[0].config.get(key)) for point in points] for key in also},
+            },
         },
         "runs": _list_runs(ordered, {run_id: index for run_id, (_, index) in listed.items()}, comparison.excluded, runs_folder),
         "curves": {"metrics": list(CURVE_METRICS), "scales": list(CURVE_METRICS.values()), "points": num_curve_points},
@@ -118,6 +123,17 @@ def name_family(model: str) -> str:
     """The part of a network's name before its size: resnet20 -> resnet, shufflenet_v2_x0.5 -> shufflenet_v2."""
     match = _FAMILY.match(model)
     return match.group() if match else model
+
+
+def find_other_differences(points: Sequence[Point], keys: Sequence[str]) -> list[str]:
+    """The settings in which points differ, too, beside those that tell them apart."""
+    configs = [point.runs[0].config for point in points]
+    names = dict.fromkeys(name for config in configs for name in config)
+    return [
+        name
+        for name in names
+        if name not in (*keys, "seed", "experiment") and len({json.dumps(c.get(name), default=str) for c in configs}) > 1
+    ]
 
 
 def list_tags(runs: Sequence[Run]) -> list[str]:

@@ -132,6 +132,8 @@ def test_the_built_program_is_that_of_its_sources() -> None:
         digest.update(path.read_bytes())
     assert f"sources {digest.hexdigest()} */" in read_script()[:200]
     assert "</script" not in read_script() and "eval(" not in read_script()
+    head = read_script()[:20_000]
+    assert "Permission to use, copy, modify" in head and "Redistribution and use in source" in head  # the licences travel
     for name in re.findall(r'"(d3-[a-z]+)":', (web / "package.json").read_text()):
         assert f"{name} " in (FOLDER / "LICENSES.txt").read_text()
 

@@ -85,8 +85,11 @@ export async function loadDetails(ids) {
 export function watchServer(onChange) {
   const served = document.documentElement.dataset.served;
   if (!served) return;
+  let last = 0; // of what the reader did: the page does not change in the middle of it
+  for (const kind of ["pointermove", "pointerdown", "keydown", "input", "wheel"]) addEventListener(kind, () => { last = Date.now(); }, { passive: true });
   const ask = async () => {
-    const answer = await fetch("/stamp").catch(() => null);
+    const isTyping = document.activeElement?.matches("input:not([type=range], [type=checkbox], [type=radio])");
+    const answer = Date.now() - last < (isTyping ? 8000 : 2500) ? null : await fetch("/stamp").catch(() => null);
     if (answer?.ok && (await answer.json()) !== served) onChange();
     else setTimeout(ask, 3000);
   };

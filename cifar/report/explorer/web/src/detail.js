@@ -76,7 +76,7 @@ export class Detail {
   // The settings in which pinned points differ, and the first one's accuracy against each other one's.
   comparePinned(pins) {
     const { view } = this, { table, measured } = view, { points } = table;
-    const differing = table.keys.filter(({ name }) => new Set(pins.map((i) => String(points.values[name][i]))).size > 1);
+    const differing = [...table.keys.map(({ name }) => name), ...table.also].filter((name) => new Set(pins.map((i) => String(points.values[name][i]))).size > 1);
     const row = (name, text) => make("tr", {}, make("th", { scope: "row" }, name), pins.map((i) => make("td", { class: "number" }, text(i))));
     const [base, ...others] = pins;
     const tests = others.map((i) => {
@@ -87,7 +87,7 @@ export class Detail {
     return make("div", { class: "compare" }, make("h3", {}, `${pins.length} points compared`),
       make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "pinned points side by side" }, make("table", {},
         make("thead", {}, make("tr", {}, make("td"), pins.map((i) => make("th", { scope: "col" }, points.label[i], " ", view.pinned.includes(i) ? make("button", { type: "button", class: "small", "data-unpin": i, "aria-label": `unpin ${points.label[i]}` }, "×") : null)))),
-        make("tbody", {}, differing.map(({ name }) => row(name, (i) => formatValue(points.values[name][i]))),
+        make("tbody", {}, differing.map((name) => row(name, (i) => formatValue(points.values[name][i]))),
           row("MACs", (i) => formatX("macs", points.macs[i])), row("parameters", (i) => formatX("params", points.params[i])), row("accuracy", (i) => formatAccuracy(measured, i))))), tests);
   }
 

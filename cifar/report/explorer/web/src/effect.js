@@ -28,7 +28,7 @@ export function measureEffect(view, key) {
   const values = [...new Set(members.map((i) => column[i]))].sort((a, b) => (isNumber ? a - b : String(a).localeCompare(String(b), "en", { numeric: true })));
   if (values.length < 2) return null;
   if (values.length > MAX_VALUES) return isNumber ? { correlation: spearman(members.map((i) => column[i]), members.map((i) => measured.y[i])) } : null;
-  const others = table.keys.map(({ name }) => name).filter((name) => name !== key);
+  const others = [...table.keys.map(({ name }) => name), ...table.also].filter((name) => name !== key);
   const groups = new Map(); // the other settings -> value -> accuracy
   for (const i of members) {
     const name = JSON.stringify(others.map((other) => table.points.values[other][i]));

@@ -88,9 +88,9 @@ export class Parallel {
     if (table.count <= 3000) strokeAll(hidden, theme.line, 0.5, 1);
     const groups = new Map();
     for (const i of view.shown) { const colour = view.colourOf(i); groups.has(colour) ? groups.get(colour).push(i) : groups.set(colour, [i]); }
-    const alpha = Math.max(0.06, Math.min(0.65, 60 / Math.sqrt(view.shown.length + 1) / 10));
+    const alpha = Math.max(0.025, Math.min(0.65, 90 / view.shown.length));
     for (const [colour, members] of groups) strokeAll(members, colour, alpha, 1);
-    strokeAll(view.front, theme.ink, view.front.length > 10 ? 0.6 : 0.85, view.front.length > 10 ? 1.1 : 1.6);
+    strokeAll(view.front, theme.ink, view.front.length > 10 ? 0.5 : 0.85, view.front.length > 10 ? 1.1 : 1.6);
     for (const i of new Set([...view.pinned, view.selected])) if (i >= 0) strokeAll([i], theme.accent, 1, 2.6);
   }
 

@@ -93,6 +93,7 @@ export class Scatter {
       }
       paintFront(pen, view, { x, y }, theme);
       nameFront(pen, view, { x, y }, theme);
+      if (!shown.length) pen.text(width / 2, height / 2, "no point fits the filters", { fill: theme.muted, size: 14, anchor: "middle" });
       for (const i of new Set([...view.pinned, view.selected])) {
         if (i < 0 || !Number.isFinite(measured.y[i])) continue;
         paintMark(pen, view, { x, y }, i, 6, theme);
@@ -235,7 +236,7 @@ function paintDensity(pen, view, { x, y }, members) {
   }
   for (const { column, row, count, paint } of cells.values()) {
     const fill = `rgb(${paint.map((value) => Math.round(value / count)).join(",")})`;
-    pen.rect(column * CELL, row * CELL, CELL, CELL, { fill, alpha: 0.3 + (0.6 * Math.log(count)) / Math.log(most + 1) });
+    pen.rect(column * CELL, row * CELL, CELL, CELL, { fill, alpha: 0.4 + (0.55 * Math.log(count)) / Math.log(most + 1) });
   }
 }
 
