@@ -20,6 +20,7 @@ from helpers.agent_processes import create_sweep, list_epochs_of_cell, start_age
 from helpers.processes import find_alive, list_descendants, list_workers, wait_for_exit, wait_until
 
 
+@pytest.mark.slow
 def test_trials_end_as_they_should_and_two_agents_share_them(runs: Path) -> None:
     backend = create_sweep(
         runs, "parameters: {model: {values: [conv4, conv8]}, lr: {values: [0.05, 1.0e+30]}, max_macs: {value: 5.0e5}}"
@@ -144,6 +145,7 @@ def test_agent_processes_hand_no_password_on(monkeypatch: Any, tmp_path: Path) -
     assert json.dumps(worker.process.returncode) in ("3", "-9", "-15")
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_started_early_is_the_first_one_and_has_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

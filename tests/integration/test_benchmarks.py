@@ -220,6 +220,7 @@ def test_airbench_is_driven_from_its_own_file(tmp_path: Path, monkeypatch: pytes
         airbench.checkout("96")
 
 
+@pytest.mark.slow
 def test_airbench_reads_our_images(tmp_path: Path) -> None:
     airbench.write_images(tmp_path / "cifar10", "stand-in")
     arrays = data.load_dataset("stand-in", None)

@@ -500,6 +500,7 @@ def plugins(here: Path) -> Path:
     return here
 
 
+@pytest.mark.slow
 def test_examples_of_every_part_train(plugins: Path) -> None:
     """One training with the network, optimizer, schedule and probe of extending.md, and a report with its figure."""
     parts = ["model=tiny", "optimizer=signum", "schedule=polynomial", "power=1.5", "probes=weight_norm", "probe_every=1"]

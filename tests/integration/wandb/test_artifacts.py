@@ -93,6 +93,7 @@ def test_sent_once_with_lineage_and_best(records: list[RunDir], server: Server, 
     assert not asked & {"CreateArtifact", "UseArtifact", "AddAliases", "UpsertBucket", "artifact_files"}, asked
 
 
+@pytest.mark.slow
 def test_the_right_counts_of_the_tables(records: list[RunDir], server: Server) -> None:
     import numpy as np
 

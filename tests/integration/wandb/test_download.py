@@ -92,6 +92,7 @@ def sorted_row(row: dict[str, float]) -> dict[str, float]:
     return dict(sorted(row.items()))
 
 
+@pytest.mark.slow
 def test_put_is_what_a_client_sends(tmp_path: Path, server: Server) -> None:
     record = write(tmp_path / "runs", "abcd1234-000", layers=3, sweep="abcd1234")
     send([record])
@@ -120,6 +121,7 @@ def test_a_run_read_back_shows_what_it_got_wrong(mode: str, tmp_path: Path, serv
     assert not asked_of_runs(server) and {"confusion.png", "mistakes.png"} <= {path.name for path in result.paths}
 
 
+@pytest.mark.slow
 def test_predictions_that_are_too_large_stay_here(tmp_path: Path, server: Server) -> None:
     record = write(tmp_path / "runs", "one", layers=2)
     (record.path / "predictions.npz").write_bytes(bytes(1_000_001))

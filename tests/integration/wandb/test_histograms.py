@@ -86,6 +86,7 @@ def test_they_are_in_the_rows_of_their_epochs(server: Server, tmp_path: Path) ->
     assert all(2 in defined[key]["6"] for key in wanted(1)[1])
 
 
+@pytest.mark.slow
 def test_offline_then_sync_and_live_give_the_same(server: Server, tmp_path: Path) -> None:
     for run_id, mode in (("hist0002", "online"), ("hist0003", "offline")):
         record = make_record(tmp_path, run_id, epochs=3)
@@ -100,6 +101,7 @@ def test_offline_then_sync_and_live_give_the_same(server: Server, tmp_path: Path
     assert found(histories[0]) == found(histories[1]) == wanted(1, 2, 3)
 
 
+@pytest.mark.slow
 def test_those_of_epochs_that_are_trained_again_are_the_new_ones(server: Server, tmp_path: Path) -> None:
     record = make_record(tmp_path, "hist0004", epochs=3)
     mirror = Mirror(record, "online")
@@ -118,6 +120,7 @@ def test_those_of_epochs_that_are_trained_again_are_the_new_ones(server: Server,
     assert found(server.runs["hist0004"].history) == {**wanted(1, 3), 2: again}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [b"[]\n", b'{"epoch":2,"gradients":{"a":5}}\n', b'{"epoch":2,\x00\n'], ids=repr)
 def test_a_damaged_file_costs_the_histograms_only(server: Server, tmp_path: Path, damage: bytes) -> None:
     record = make_record(tmp_path, "hist0005", epochs=2)
@@ -132,6 +135,7 @@ def test_a_damaged_file_costs_the_histograms_only(server: Server, tmp_path: Path
     assert len(messages) == (damage != b"[]\n") and all("histograms.jsonl is damaged" in message for message in messages)
 
 
+@pytest.mark.slow
 def test_a_number_of_the_same_name_stays(server: Server, tmp_path: Path) -> None:
     """A plug-in's probe may measure `gradients`."""
     record = make_record(tmp_path, "hist0006", epochs=1)

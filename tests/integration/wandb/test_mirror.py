@@ -167,6 +167,7 @@ def test_half_a_line_waits(tmp_path: Path) -> None:
     mirror.suspend()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_then_run_again(tmp_path: Path) -> None:
     record = make_record(tmp_path, "kill0001")
     for epoch in (1, 2, 3):
@@ -194,6 +195,7 @@ time.sleep(60)
     assert seen.rows == list(record.read_rows()) and seen.exit_code == 0 and len(list(record.path.glob("wandb/*run-*"))) == 1
 
 
+@pytest.mark.slow
 def test_two_records_side_by_side_and_a_core_that_dies(tmp_path: Path) -> None:
     records = [make_record(tmp_path, f"side000{n}", epochs=2) for n in (1, 2)]
     mirrors = [Mirror(record, "offline") for record in records]
@@ -309,6 +311,7 @@ def test_a_run_is_in_its_file_before_its_core_may_be_killed(tmp_path: Path, stat
     assert seen.rows == [row(1)] and seen.exit_code == (0 if state == "finished" else 1)
 
 
+@pytest.mark.slow
 def test_a_core_that_dies_before_it_has_written_is_no_success(tmp_path: Path) -> None:
     record = make_record(tmp_path, "dead0001", epochs=1)
     record.append_row(row(1))
@@ -323,6 +326,7 @@ def test_a_core_that_dies_before_it_has_written_is_no_success(tmp_path: Path) ->
     stop_core()
 
 
+@pytest.mark.slow
 def test_environment_of_another_run_is_not_taken(tmp_path: Path) -> None:
     record = make_record(tmp_path, "env00001", epochs=1)
     record.append_row(row(1))
@@ -379,6 +383,7 @@ def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert mode_from_environment() == "online" and find_credentials() == "WANDB_API_KEY"
 
 
+@pytest.mark.slow
 def test_the_mode_agrees_with_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """wandb's own look-up, in a process of its own, finds a key where ours does."""
     (tmp_path / "home").mkdir()

@@ -206,6 +206,7 @@ def test_the_real_client_writes_and_reads(wandb_server: Server, tmp_path: Path) 
     assert wandb_server.asked("parquet")
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_pauses_and_stops_a_sweep(wandb_server: Server, tmp_path: Path) -> None:
     def wandb(*arguments: str) -> str:
         command = [sys.executable, "-m", "wandb", "sweep", *arguments]
@@ -224,6 +225,7 @@ def test_the_command_line_makes_pauses_and_stops_a_sweep(wandb_server: Server, t
     assert "max_macs" in wandb("--project", "p", "grid.yaml") and len(wandb_server.sweeps) == 1
 
 
+@pytest.mark.slow
 def test_artifacts_of_the_real_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: Server) -> None:
     """Made, found again by alias, deduplicated, used, and read back byte for byte."""
     from cifar.integrations.wandb.mirror_process import stop_core

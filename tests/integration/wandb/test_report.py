@@ -72,6 +72,7 @@ def test_the_report_and_the_workspace_read_back(
     assert workspace.runset_settings.filters == f"Metric(\"Sweep\") == '{sweep_id}'" and workspace.settings.x_axis == "epoch"
 
 
+@pytest.mark.slow
 def test_publishing_again_renews_both(tmp_path: Path, server: Server, sweep_id: str) -> None:
     command = ["report", f"me/cifar/{sweep_id}", "--out", str(tmp_path / "out"), "--publish"]
     assert main(command) == main(command) == 0

@@ -119,6 +119,7 @@ def test_an_interrupted_run_goes_on_in_the_same_companion(tmp_path: Path) -> Non
     assert inspect_only(record).rows == [row(epoch) for epoch in range(1, 5)]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_while_its_mirror_is_being_closed_is_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +247,7 @@ def test_a_queue_of_runs_is_waited_for_as_long_as_it_gets_shorter(tmp_path: Path
         )
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_makes_it_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = WandbServer(refusing=True)
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -315,6 +317,7 @@ def test_many_ends_at_once_are_drawn_by_several_processes(tmp_path: Path, monkey
     assert len(said) == 1 and records[3].id in said[0] and "no pictures" in said[0]
 
 
+@pytest.mark.slow
 def test_where_no_more_processes_can_be_started_it_draws_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sidecar, "num_cores", lambda: 8)
     begin, started = subprocess.Popen, []
@@ -360,6 +363,7 @@ def test_ctrl_c_does_not_end_it(tmp_path: Path) -> None:
     assert follower.shut_down()
 
 
+@pytest.mark.slow
 def test_garbage_is_survived(tmp_path: Path) -> None:
     follower = SidecarHandle("offline", log=tmp_path / "follow.log")
     broken = make_record(tmp_path, "broken01")

@@ -116,6 +116,7 @@ def test_live_pushed_and_synced_later_are_the_same(server: Server, tmp_path: Pat
         third.assert_understood()
 
 
+@pytest.mark.slow
 def test_a_second_push_adds_nothing_and_a_resumed_run_adds_its_lines(server: Server, tmp_path: Path) -> None:
     record = begin(tmp_path, "resumes1")
     record.append_row(row(1))
@@ -138,6 +139,7 @@ def test_a_second_push_adds_nothing_and_a_resumed_run_adds_its_lines(server: Ser
     assert_shown_as_recorded(run, record.path)
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_found_and_sent(server: Server, tmp_path: Path) -> None:
     record = begin(tmp_path, "missing1")
     add_lines(record, *(f"line {number}" for number in range(2500)))
@@ -170,6 +172,7 @@ def test_rows_that_are_taken_back_leave_the_lines_as_they_are(server: Server, tm
     assert_shown_as_recorded(run, record.path)
 
 
+@pytest.mark.slow
 def test_an_old_record_has_no_lines_and_what_it_knows_of_its_environment(server: Server, tmp_path: Path) -> None:
     record = make_record(tmp_path, "old00001", epochs=1)
     old = {name: ENVIRONMENT[name] for name in ("versions", "device", "device_type", "cores", "platform", "git", "started")}

@@ -78,6 +78,7 @@ def test_rows_that_the_server_loses_are_sent_again(tmp_path: Path, server: Serve
     assert_complete(server.runs[record.id], record)
 
 
+@pytest.mark.slow
 def test_a_run_stays_open_until_the_server_has_its_rows(tmp_path: Path, server: Server) -> None:
     record = make_record(tmp_path, "waits001", epochs=3)
     mirror = Mirror(record, "online")
@@ -92,6 +93,7 @@ def test_a_run_stays_open_until_the_server_has_its_rows(tmp_path: Path, server: 
     assert_complete(run, record)
 
 
+@pytest.mark.slow
 def test_a_core_that_is_killed_before_the_end(tmp_path: Path, server: Server) -> None:
     record = make_record(tmp_path, "killed01", epochs=3)
     mirror = Mirror(record, "online")
@@ -113,6 +115,7 @@ def test_a_core_that_is_killed_before_the_end(tmp_path: Path, server: Server) ->
     assert_complete(run, record)
 
 
+@pytest.mark.slow
 def test_sending_again_is_no_progress(tmp_path: Path, server: Server) -> None:
     """Else whoever waits for progress would wait for ever behind a server that loses all."""
     record, said = make_record(tmp_path, "noprog01", epochs=2), list[str]()
@@ -129,6 +132,7 @@ def test_sending_again_is_no_progress(tmp_path: Path, server: Server) -> None:
     assert_complete(server.runs[record.id], record)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["wandb-core is killed", "the server loses them"])
 def test_pictures_whose_files_have_not_arrived_are_sent_again(tmp_path: Path, server: Server, end: str) -> None:
     """The row that names them is there."""
@@ -202,6 +206,7 @@ def test_rows_that_were_made_again(tmp_path: Path, server: Server, rewinds: bool
     return None
 
 
+@pytest.mark.slow
 def test_rows_that_nobody_can_take_back_keep_a_run_incomplete(tmp_path: Path, server: Server) -> None:
     server.world.rewinds = False
     record = make_record(tmp_path, "extra001", epochs=9)
@@ -289,6 +294,7 @@ def test_wandb_sync_and_then_push(runs: Path, server: Server, capsys: pytest.Cap
     assert_complete(server.runs[record.id], record)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_plain_agent_is_named_after_what_differs(tmp_path: Path, server: Server) -> None:
     text = "description: Which rate?\nmethod: grid\nmetric: {name: val/acc, goal: maximize}\n"
     text += "parameters:\n  lr: {values: [1.0e-5, 2.0]}\n"

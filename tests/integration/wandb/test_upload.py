@@ -66,6 +66,7 @@ def test_a_sweep_arrives_once_with_all_its_runs(
     ]
 
 
+@pytest.mark.slow
 def test_what_comes_later_joins_the_sweep(runs: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     records = write_finished_sweep(runs, 4)
     open_run = write(runs, f"{ID}-004", lr=0.2, seed=0, sweep=ID, cell=4, layers=2, state="running")
@@ -149,6 +150,7 @@ main(["push", {ID!r}])
     all_is_there(server, records)
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_is_one_sentence(runs: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     records = write_finished_sweep(runs, 3)
     server.fault = Fault("status", 400, where="UpsertSweep")

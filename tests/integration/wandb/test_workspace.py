@@ -96,6 +96,7 @@ def test_few_panels_and_columns(wandb_server: Server, runs: Path, network: tuple
         assert not [value for value in cells.values() if isinstance(value, str) and value[:1] in ("{", "[")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [3, 9], ids=["the whole run", "an early end"])
 def test_the_chart_is_w_and_b_s_own(tmp_path: Path, server: Server, epochs: int) -> None:
     """What the server gets is what `wandb.Run.log` makes of such a chart, also where there is no row for it to be in."""

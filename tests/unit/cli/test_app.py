@@ -192,6 +192,7 @@ def test_a_file_in_the_place_of_the_runs_folder(command: str, capsys: pytest.Cap
     assert (here / "taken").read_text() == "a file" and len(list(here.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_no_space_for_the_run_folder(here: Path, runs: Path) -> None:
     """A file-size limit stands for a full disk: the run's first file cannot be written."""
     script = f"""

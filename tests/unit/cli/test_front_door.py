@@ -128,6 +128,7 @@ def test_train_says_where_its_run_is(wandb_server: Server, capsys: pytest.Captur
     assert "push" not in shown
 
 
+@pytest.mark.slow
 def test_train_says_how_to_send_an_offline_run(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
     assert main(["train", *TINY, "--wandb", "offline"]) == 0
     run_id = next(path.name for path in runs.iterdir())
@@ -136,6 +137,7 @@ def test_train_says_how_to_send_an_offline_run(capsys: pytest.CaptureFixture[str
     assert found and list(Path(found[1]).glob(f"run-{run_id}.wandb")), shown
 
 
+@pytest.mark.slow
 def test_train_without_wandb_does_not_speak_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--wandb", "disabled"]) == 0
     assert "W&B" not in capsys.readouterr().out

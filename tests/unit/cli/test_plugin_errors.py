@@ -109,6 +109,7 @@ def test_what_cannot_be_trained_is_one_sentence_from_every_command(
     assert not runs.exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_network_that_cannot_be_trained_is_not_made(
     tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

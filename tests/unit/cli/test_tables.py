@@ -82,6 +82,7 @@ def reported(runs: Path) -> Path:
     return runs
 
 
+@pytest.mark.slow
 def test_report_fits_and_says_what_all_have_in_common(screen: Screen, reported: Path) -> None:
     text = screen.run("report")
     lines = find_table(text, "network ")

@@ -358,6 +358,7 @@ def test_without_autocast_a_row_computes_what_it_did() -> None:
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["momentum", "statistics", "hook", "backward hook"])
 def test_what_somebody_changes_later_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuse.TritonConv2d, "precision", DTYPES[0])

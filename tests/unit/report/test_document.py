@@ -78,6 +78,7 @@ def test_family(model: str, family: str) -> None:
     assert document.name_family(model) == family
 
 
+@pytest.mark.slow
 def test_details_are_those_of_few_runs_and_of_kept_ones(tmp_path: Path) -> None:
     for n in range(90):
         write(

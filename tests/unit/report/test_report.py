@@ -401,6 +401,7 @@ def test_a_sweep_in_progress_and_one_without_a_finished_run(tmp_path: Path) -> N
     assert "1 of 4 trials finished, 1 running." in write_report([], runs=tmp_path).notes
 
 
+@pytest.mark.slow
 def test_a_run_has_pictures_and_a_page_of_its_own(tmp_path: Path) -> None:
     record = write(tmp_path, "one", predictions=True, layers=20, epochs=10)
     drawn = draw_pictures(record.path)

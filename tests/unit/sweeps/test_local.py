@@ -61,6 +61,7 @@ def _together(backend: LocalBackend, log: Path, workers: int, dying: int = 0, se
     return [(int(line.split()[0]), int(line.split()[1])) for line in log.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_eight_processes_run_each_of_24_cells_once(runs: Path, tmp_path: Path) -> None:
     backend = create_local_sweep(runs)
     executions = _together(backend, tmp_path / "log", workers=8)
@@ -69,6 +70,7 @@ def test_eight_processes_run_each_of_24_cells_once(runs: Path, tmp_path: Path) -
     assert [cell["value"] for cell in backend.list_cells()] == [cell["values"]["lr"] / 10 for cell in backend.list_cells()]
 
 
+@pytest.mark.slow
 def test_cells_of_killed_processes_are_run_again_by_exactly_one(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +193,7 @@ def test_a_reached_target_ends_the_sweep(runs: Path) -> None:
     assert backend.finish_trial(claim_trial(backend), "finished", 0.7) == "finished" and backend.claim_trial("me") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["random", "bayes"])
 def test_the_same_seed_makes_the_same_suggestions(runs: Path, method: str) -> None:
     text = BAYES.replace("bayes", method)

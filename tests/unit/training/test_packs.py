@@ -158,6 +158,7 @@ def test_parameters_freeze_on_time_in_a_trainer_that_is_used_again(runs: Path, c
     assert [hash_run(record) for record in together(runs, both)] == expected, "side by side"
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_again_when_parameters_are_frozen(runs: Path) -> None:
     """torch 2.11 has to be told; 2.15 sees it by itself."""
     from torch._dynamo.utils import counters
