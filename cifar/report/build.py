@@ -213,7 +213,8 @@ def _draw_figures(
         caption = getattr(figure_class, "caption", "")
         inline = style.inline_svg(vector, drawn.header_inches, figure_class.title)
         if len(inline) > MAX_INLINE_BYTES:
-            inline = pages.render_image(style.shrink_picture(png), figure_class.title)
+            top = 0.0 if subject.banner else drawn.header_inches  # the page has the title; a banner stays
+            inline = pages.render_image(style.shrink_picture(png, top_inches=top), figure_class.title)
         sections.append(pages.Section(figure_class.title, caption, inline, entry.name in SHOWN_BY_EXPLORER))
     return sections, paths
 

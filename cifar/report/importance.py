@@ -16,7 +16,7 @@ from cifar.report.stats import rank_correlation
 
 MIN_MENTIONED = 20  # a page with fewer points says nothing of importance
 MIN_POINTS = 50  # below it a forest has too little to learn from
-MAX_POINTS = 150  # of more, so many are drawn for each forest, since its time grows with them
+MAX_POINTS = 300  # of more, so many are drawn for each forest, since its time grows with them
 NUM_RESAMPLES = 6
 NUM_TREES = 16
 MAX_CORRELATION = 0.8  # of two settings, above which what each of them does cannot be told apart

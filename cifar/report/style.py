@@ -180,11 +180,12 @@ def encode_png(figure: Figure, dpi: int = DPI) -> bytes:
     return buffer.getvalue()
 
 
-def shrink_picture(png: bytes, factor: float = 0.55) -> bytes:
-    """A PNG as WebP in less detail, for a page where the same figure as SVG would be large."""
+def shrink_picture(png: bytes, factor: float = 0.55, *, top_inches: float = 0.0) -> bytes:
+    """A PNG as WebP in less detail, for a page where the same figure as SVG would be large. `top_inches` are cut off."""
     from PIL import Image
 
     picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture = picture.crop((0, round(top_inches * DPI), picture.width, picture.height))
     picture = picture.resize((round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "webp", quality=60)

@@ -132,8 +132,8 @@ function defineAxes(table) {
 
 export const Y_AXES = {
   val: { label: "validation accuracy, last epoch" },
-  test: { label: "test accuracy, last epoch, one view" },
-  test_views: { label: "test accuracy, last epoch, all views (MACs of one view)" },
+  test: { label: "test accuracy, one view" },
+  test_views: { label: "test accuracy, all views (MACs of one view)" },
 };
 
 export const listY = (table) => Object.keys(Y_AXES).filter((y) =>

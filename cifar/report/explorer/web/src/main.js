@@ -29,6 +29,7 @@ class View {
     table.runsOf.forEach((runs, i) => runs.forEach((run) => this.byRun.set(table.runs.id[run], i)));
     this.runNumber = new Map(table.runs.id.map((id, run) => [id, run]));
     this.dragFilters = false;
+    this.isPaper = false;
     this.quantiles = new Map();
     this.dark = matchMedia("(prefers-color-scheme: dark)");
     this.updateAll();
@@ -81,7 +82,7 @@ class View {
   }
 
   updateColours() {
-    const { table } = this, { colour } = this.state.values, palette = this.dark.matches && !matchMedia("print").matches ? LIGHT_COLOURS : COLOURS;
+    const { table } = this, { colour } = this.state.values, palette = this.dark.matches && !this.isPaper ? LIGHT_COLOURS : COLOURS;
     const key = table.keys.find(({ name }) => name === colour && name !== "model");
     const families = new Map(table.families.map((name, n) => [name, n]));
     this.shapes = table.points.family.map((name) => (families.get(name) < 7 ? families.get(name) : 7));
@@ -185,7 +186,11 @@ async function start() {
   }
 
   view.state.onChange(update);
-  for (const medium of [view.dark, matchMedia("print")]) medium.addEventListener("change", () => { view.updateColours(); update(new Set(["colour", "sort"])); });
+  // The pages of a print are counted before the styles of paper are those of the page: the rows are there by then.
+  const paper = matchMedia("print"), printRows = (isPaper) => { view.isPaper = isPaper; table.draw(); };
+  addEventListener("beforeprint", () => printRows(true));
+  addEventListener("afterprint", () => printRows(false));
+  for (const medium of [view.dark, paper]) medium.addEventListener("change", () => { view.isPaper = paper.matches; view.updateColours(); update(new Set(["colour", "sort"])); });
   root.addEventListener("click", async (event) => {
     const { list, save } = event.target.dataset;
     if (list) view.state.set({ list, sort: list === "apart" ? "state" : "front", descending: list !== "apart" });

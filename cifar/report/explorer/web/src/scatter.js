@@ -40,7 +40,8 @@ export class Scatter {
   scales({ width, height }) {
     const { measured, shown, state } = this.view, { zoom, log } = state.values;
     let x0 = Infinity, x1 = -Infinity, y0 = Infinity, y1 = -Infinity;
-    for (const i of shown) {
+    const members = shown.length ? shown : Array.from(measured.x.keys());
+    for (const i of members) {
       const x = measured.x[i], y = measured.y[i];
       if (!(log ? x > 0 : Number.isFinite(x)) || !Number.isFinite(y)) continue;
       x0 = Math.min(x0, x); x1 = Math.max(x1, x); y0 = Math.min(y0, y); y1 = Math.max(y1, y);
@@ -48,6 +49,11 @@ export class Scatter {
     if (x0 > x1) [x0, x1, y0, y1] = [1, 10, 0, 1];
     if (zoom) [x0, x1, y0, y1] = zoom;
     else {
+      const reach = Math.max(0.25 * (y1 - y0), 0.03), [bottom, top] = [y0 - reach, y1 + reach]; // intervals and seeds may widen it so far
+      for (const i of this.view.front) {
+        const half = measured.half[i], ends = half > 0 ? [measured.y[i] - half, measured.y[i] + half] : measured.values[i];
+        y0 = Math.max(bottom, Math.min(y0, ...ends)); y1 = Math.min(top, Math.max(y1, ...ends));
+      }
       const pad = Math.max((y1 - y0) * 0.07, 0.004);
       [y0, y1] = [Math.max(0, y0 - pad), Math.min(1, y1 + pad)];
       [x0, x1] = log ? [x0 / 1.15, x1 * 1.15] : [Math.max(0, x0 - 0.05 * (x1 - x0)), x1 + 0.05 * (x1 - x0) || 1];
@@ -251,6 +257,7 @@ export function paintAxes(pen, { width, height }, { x, y }, xAxis, yAxis, isLog,
     const steps = decades < 1.3 ? [1, 2, 3, 5, 7] : decades < 3 ? [1, 2, 5] : [1];
     ticks = ticks.filter((tick) => steps.some((step) => Math.abs(tick / 10 ** Math.floor(Math.log10(tick * 1.0000001)) - step) < 1e-6));
     while (ticks.length > room) ticks = ticks.filter((_, i) => i % 2 === 0);
+    if (ticks.length < 2) ticks = scaleLinear().domain([low, high]).ticks(Math.min(room, 5));
   }
   for (const tick of ticks) {
     pen.path((c) => { c.moveTo(x(tick), MARGIN.top); c.lineTo(x(tick), bottom); }, { stroke: theme.line });
@@ -278,11 +285,11 @@ function paintFront(pen, view, { x, y }, theme) {
 function nameFront(pen, view, { x, y }, theme) {
   const { front, measured, table: { points } } = view, [left, right] = x.range(), [bottom, top] = y.range(), taken = [];
   if (X_AXES[view.state.values.x].isSetting) return;
-  const isFew = front.length <= 8, count = new Map();
+  const isFew = front.length <= 8, isAlone = points.model.every((model) => model === points.model[0]), count = new Map();
   for (const i of front) count.set(points.model[i], (count.get(points.model[i]) ?? 0) + 1);
   const named = isFew ? front : front.filter((i, n) => points.model[front[n + 1]] !== points.model[i]); // the best one of each network
   for (const i of [...named].reverse()) {
-    const text = isFew && count.get(points.model[i]) > 1 ? points.label[i] : points.model[i], short = text.length > 34 ? `${text.slice(0, 33)}…` : text;
+    const text = isFew && (count.get(points.model[i]) > 1 || isAlone) ? points.label[i] : points.model[i], short = text.length > 34 ? `${text.slice(0, 33)}…` : text;
     const px = x(measured.x[i]), py = y(measured.y[i]), width = 6.2 * short.length;
     if (px < left || px > right || py < top || py > bottom) continue;
     const anchor = px - 9 - width > left ? "end" : "start", start = anchor === "end" ? px - 9 - width : px + 9;

@@ -81,7 +81,7 @@ export class Table {
   fill() {
     if (!this.rows) return;
     const { view } = this, { state, table } = view, isApart = state.values.list === "apart";
-    const isPaper = matchMedia("print").matches, first = isPaper ? 0 : Math.max(0, Math.floor(this.box.scrollTop / ROW) - SPARE);
+    const { isPaper } = view, first = isPaper ? 0 : Math.max(0, Math.floor(this.box.scrollTop / ROW) - SPARE);
     const last = isPaper ? Math.min(this.rows.length, PRINTED) : Math.min(this.rows.length, first + Math.ceil((this.box.clientHeight || 400) / ROW) + 2 * SPARE);
     const spacer = (count) => (count > 0 ? [make("tr", { "aria-hidden": "true", style: `height:${count * ROW}px` })] : []);
     const body = [];
