@@ -197,6 +197,10 @@ def test_zoom_and_brush(opened: OpenPage, report: Any) -> None:
     opened.page.dblclick(".scatter .plot", position={"x": 400, "y": 60})
     opened.settle()
     assert opened.run("return view.state.values.zoom") is None
+    drag(opened, ".scatter .plot", (0.3, 0.2), (0.7, 0.6))
+    opened.page.click("text=show all")  # for a finger, which has no double-click
+    opened.settle()
+    assert opened.run("return view.state.values.zoom") is None and opened.page.is_hidden("text=show all")
     opened.page.check("input[name=drag][value=filter]")
     drag(opened, ".scatter .plot", (0.3, 0.05), (0.7, 0.9))
     low, high = opened.run("return view.state.values.ranges['x:macs']")
@@ -232,6 +236,14 @@ def test_filters_are_linked(opened: OpenPage, report: Any) -> None:
     box.uncheck()
     opened.settle()
     assert shown_labels(opened) == {p.label for p in points if p.values["lr"] >= 0.05 and p.model != "vgg11"}
+    for legend, text in (("accuracy %", "60"), ("MACs", "20M")):
+        field = opened.page.locator(f".keys fieldset:has(legend:text-is('{legend}')) input").nth(0)
+        field.fill(text)
+        field.dispatch_event("change")
+    opened.settle()
+    large = {p.label for p in points if p.macs >= 20e6 and p.mean >= 0.6}
+    kept = {p.label for p in points if p.label in large and p.values["lr"] >= 0.05 and p.model != "vgg11"}
+    assert shown_labels(opened) == kept != set()
 
 
 def test_budget(opened: OpenPage, report: Any) -> None:
@@ -473,7 +485,7 @@ def test_table(opened: OpenPage, report: Any) -> None:
     assert len(points) > 0
 
 
-def test_downloads(opened: OpenPage, tmp_path: Path) -> None:
+def test_downloads(opened: OpenPage, report: Any, tmp_path: Path) -> None:
     opened.page.fill("#explorer-text", "resnet")
     opened.settle()
     files = {}
@@ -489,6 +501,13 @@ def test_downloads(opened: OpenPage, tmp_path: Path) -> None:
     rows = list(csv.DictReader(files["csv"].read_text().splitlines()))
     assert {row["network"] for row in rows} == {"resnet20", "resnet56", "preact_resnet18"}
     assert len(rows) == opened.run("return view.shown.length") and {row["dataset"] for row in rows} == {"CIFAR-10"}
+    facts = {row["runs"]: row for row in csv.DictReader((report.page.parent / "report.csv").read_text().splitlines())}
+    for row in rows:  # the same names and units as in report.csv
+        fact = facts[row["runs"]]
+        for name in ("macs", "params", "n", "val/acc", "interval95_half", "seconds"):
+            assert (float(row[name] or -1)) == pytest.approx(float(fact[name] or -1), abs=5e-6, rel=1e-5), name
+        assert row["lr"] == fact["lr"] and len(row["accuracies"].split()) == int(row["n"])
+        assert row["front"] in ("true", "false")
     for figure, text in PICTURES.items():
         drawing = xml.etree.ElementTree.parse(files[f"{figure}.svg"]).getroot()
         texts = ["".join(element.itertext()) for element in drawing.iter() if element.tag.endswith("text")]
@@ -625,6 +644,57 @@ def test_by_keyboard_alone(opened: OpenPage, report: Any) -> None:
     assert opened.page.inner_text(".detail h3 >> nth=0") == label
     outline = opened.run("const s = getComputedStyle(document.activeElement); return [s.outlineStyle, s.outlineWidth]")
     assert outline[0] != "none" and outline[1] != "0px"
+
+
+def test_every_control_by_keyboard(opened: OpenPage, report: Any) -> None:
+    """Tab, arrows, Enter, Space and letters reach and work each control; what each of them does is tested elsewhere."""
+    press, write_text = opened.page.keyboard.press, opened.page.keyboard.type
+    state: dict[str, Any] = {}
+
+    def use(selector: str, *keys: str, text: str = "") -> dict[str, Any]:
+        for _ in range(120):
+            if opened.page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+                break
+            press("Tab")
+        else:
+            raise AssertionError(f"Tab does not reach {selector}")
+        write_text(text)
+        for key in keys:
+            press(key)
+        state.update(opened.run("return {...view.state.values, shown: view.shown.length}"))
+        return state
+
+    assert use("#explorer-x", "ArrowDown")["x"] == "flops"
+    assert use("#explorer-log", "Space")["log"] is False
+    assert use("#explorer-y", "ArrowDown")["y"] == "test"
+    assert use("#explorer-colour", "ArrowDown")["colour"] != "family"
+    assert use("#explorer-colour", "ArrowUp")["colour"] == "family"
+    use("[data-family=vgg]", "Enter")
+    assert state["families"] == ["vgg"]
+    assert use("#explorer-limit", text="400M")["budget"] == 4e8
+    before = state["budget"]
+    assert use("#explorer-budget", "ArrowLeft")["budget"] < before
+    use(".filters summary", "Enter")
+    assert use(".keys input[aria-label='lr, smallest']", "Tab", text="0.05")["ranges"] == {"lr": [0.05, None]}
+    assert use(".scatter .plot", "Home", "+")["zoom"] is not None
+    assert use(".scatter .plot", "0")["zoom"] is None
+    use("input[name=drag]", "ArrowRight")
+    assert opened.run("return view.dragFilters") is True
+    for kind in ("svg", "png"):
+        with opened.page.expect_download():
+            use(f"[data-save={kind}][data-figure=accuracy]", "Enter")
+    use("#explorer-compare0", "Tab", text="resnet20")
+    use("#explorer-compare1", "Tab", text="vgg11")
+    assert len(state["pins"]) == 2 and opened.page.locator(".compare").count() == 1
+    assert use("#explorer-curve", "ArrowDown")["curve"] == "train/acc"
+    assert use("[data-list=apart]", "Enter")["list"] == "apart"
+    assert use("[data-list=points]", "Enter")["list"] == "points"
+    assert use(".differing", "Space")["differing"] is False
+    with opened.page.expect_download():
+        use("[data-save=csv]", "Enter")
+    assert use(".rows input[data-pin]", "Space")["pins"] != []
+    use(".filtering button", "Enter")
+    assert state["shown"] == len(report.comparison.points) and state["x"] == "macs"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -32,7 +32,7 @@ from cifar.integrations.wandb import convert
 from cifar.integrations.wandb.api import download_file, execute_graphql
 from cifar.integrations.wandb.arrival import scan_history
 from cifar.integrations.wandb.document import DOCUMENT_FILE, MAX_METRICS_BYTES, METRICS_FILE, compute_md5, read_document
-from cifar.integrations.wandb.mirror import PREDICTIONS_FILE
+from cifar.integrations.wandb.mirror import PREDICTIONS_FILE, URL_FILE
 from cifar.integrations.wandb.mirror_process import stop_core
 from cifar.integrations.wandb.notes import read_or_set_aside
 from cifar.integrations.wandb.paths import WandbPath
@@ -228,7 +228,13 @@ def _fetch_details(api: Any, path: WandbPath, run_ids: Sequence[str]) -> dict[st
 
 
 def _download_run(api: Any, run: Any, folder: Path, details: _Details) -> None:
-    """Download one run into its folder in the cache, from the last step that the cache has."""
+    """Download one run into its folder in the cache, from the last step that the cache has, and note its address."""
+    _download_files(api, run, folder, details)
+    (folder / "wandb").mkdir(exist_ok=True)
+    (folder / "wandb" / URL_FILE).write_text(str(run.url or ""))
+
+
+def _download_files(api: Any, run: Any, folder: Path, details: _Details) -> None:
     document = _download_document(api, details.document, folder.parent) if details.document else None
     about = {"name": run.name, "group": run.group, "tags": run.tags}
     content = convert.build_run_files(run.id, details.config, details.summary, details.state, document, about)

@@ -37,6 +37,7 @@ def render_explorer(document: Document, *, importance: Mapping[str, Any] | None 
 <div class="bar drag"><span class="field" role="group" aria-label="what dragging does"><span>drag to</span>
 <label><input type="radio" name="drag" value="zoom" checked> zoom</label>
 <label><input type="radio" name="drag" value="filter"> filter</label></span>
+<button type="button" class="small" data-unzoom hidden>show all</button>
 <button type="button" class="small" data-save="svg" data-figure="accuracy">SVG</button>
 <button type="button" class="small" data-save="png" data-figure="accuracy">PNG</button>
 <button type="button" class="small" data-save="link">copy link to this view</button>

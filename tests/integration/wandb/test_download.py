@@ -116,6 +116,8 @@ def test_a_run_read_back_shows_what_it_got_wrong(mode: str, tmp_path: Path, serv
     (place,) = ["me/cifar/one"] if mode == "online" else map(str, record.path.glob("wandb/offline-run-*"))
     (run,) = collect_runs([place], tmp_path).runs
     assert run.path.parent != record.path.parent and (run.path / "predictions.npz").read_bytes() == content
+    if mode == "online":
+        assert (run.path / "wandb" / "url.txt").read_text().endswith("/me/cifar/runs/one")  # the page links to it
     server.requests.clear()
     result = write_report([place], runs=tmp_path, out=tmp_path / "out")
     assert not asked_of_runs(server) and {"confusion.png", "mistakes.png"} <= {path.name for path in result.paths}

@@ -75,13 +75,14 @@ export class Controls {
 
   fillKeys() {
     const { table, state, view } = { ...this.view, view: this.view }, fields = [];
-    const numeric = (id, name, format = String) => {
+    // format and read: between a number and what stands in its field
+    const numeric = (id, name, { type = "number", format = String, read = Number } = {}) => {
       const bounds = state.values.ranges[id] ?? [null, null];
       const bound = (side) => make("input", {
-        type: "number", step: "any", value: bounds[side] === null ? null : format(bounds[side]), placeholder: side ? "max" : "min", "aria-label": `${name}, ${side ? "largest" : "smallest"}`,
+        type, step: "any", value: bounds[side] === null ? null : format(bounds[side]), placeholder: side ? "max" : "min", "aria-label": `${name}, ${side ? "largest" : "smallest"}`,
         onchange: (event) => {
-          const now = [...(state.values.ranges[id] ?? [null, null])];
-          now[side] = event.target.value === "" ? null : Number(event.target.value);
+          const now = [...(state.values.ranges[id] ?? [null, null])], value = read(event.target.value);
+          now[side] = event.target.value.trim() && Number.isFinite(value) ? value : null;
           const { [id]: _, ...others } = state.values.ranges;
           state.set({ ranges: now.every((v) => v === null) ? others : { ...others, [id]: now } });
         },
@@ -102,8 +103,8 @@ export class Controls {
         },
       }), ` ${word}`))));
     }
-    if (!X_AXES[state.values.x].isSetting) fields.push(numeric(`x:${state.values.x}`, X_AXES[state.values.x].name));
-    fields.push(numeric(`y:${state.values.y}`, "accuracy, as a fraction"));
+    if (!X_AXES[state.values.x].isSetting) fields.push(numeric(`x:${state.values.x}`, X_AXES[state.values.x].name, { type: "text", format: (v) => formatAmount(Number(v.toPrecision(4))), read: parseAmount }));
+    fields.push(numeric(`y:${state.values.y}`, "accuracy %", { format: (v) => Number((100 * v).toFixed(3)), read: (text) => Number(text) / 100 }));
     this.keys.replaceChildren(...fields);
   }
 

@@ -182,6 +182,7 @@ async function start() {
     controls.draw(changed);
     if (importance) importance.querySelector(".of").textContent = view.isFiltered ? "of all runs, whatever is filtered" : "of all runs";
     root.querySelectorAll("[data-list]").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.list === view.state.values.list)));
+    root.querySelector("[data-unzoom]").hidden = !view.state.values.zoom;
     root.querySelector(".differing").checked = view.state.values.differing;
   }
 
@@ -193,6 +194,7 @@ async function start() {
   for (const medium of [view.dark, paper]) medium.addEventListener("change", () => { view.isPaper = paper.matches; view.updateColours(); update(new Set(["colour", "sort"])); });
   root.addEventListener("click", async (event) => {
     const { list, save } = event.target.dataset;
+    if (event.target.dataset.unzoom !== undefined) view.state.set({ zoom: null });
     if (list) view.state.set({ list, sort: list === "apart" ? "state" : "front", descending: list !== "apart" });
     if (save === "csv") download("runs.csv", new Blob([view.nameDataset(table.facts()).map((row) => row.map(csvCell).join(",")).join("\n") + "\n"], { type: "text/csv" }));
     if (save === "svg" || save === "png") {

@@ -27,28 +27,28 @@ export class Table {
       { name: "run", text: (run) => runs.name[run] }, { name: "id", text: (run) => runs.id[run] },
       { name: "state", text: (run) => runs.state[run] }, { name: "why", text: (run) => runs.why[run], wide: true },
       { name: "epoch", number: (run) => runs.epoch[run], text: (run) => `${runs.epoch[run]} of ${runs.epochs[run]}` },
-      { name: "val acc %", number: (run) => runs.val[run] ?? NaN, text: (run) => formatPercent(runs.val[run] ?? NaN) },
+      { name: "val acc %", fact: "val/acc", number: (run) => runs.val[run] ?? NaN, text: (run) => formatPercent(runs.val[run] ?? NaN) },
     ];
     const seconds = (i) => { const known = table.runsOf[i].map((run) => runs.seconds[run]).filter((v) => v !== null); return known.length ? known.reduce((a, b) => a + b, 0) / known.length : NaN; };
     const keys = table.keys.filter(({ name }) => name !== "model" && (!state.values.differing || view.varies(name)));
     const order = new Map(view.front.map((i, n) => [i, n]));
     return [
       { name: "network", text: (i) => points.model[i] },
-      { name: `${{ val: "val", test: "test", test_views: "test, all views" }[state.values.y]} acc %`, number: (i) => measured.y[i], text: (i) => formatPercent(measured.y[i]) },
+      { name: `${{ val: "val", test: "test", test_views: "test, all views" }[state.values.y]} acc %`, fact: { test_views: "test/acc, all views" }[state.values.y] ?? `${state.values.y}/acc`, number: (i) => measured.y[i], text: (i) => formatPercent(measured.y[i]) },
       {
-        name: "± 95 %", number: (i) => measured.half[i],
+        name: "± 95 %", fact: "interval95_half", number: (i) => measured.half[i],
         text: (i) => (measured.values[i].length === 2 ? measured.values[i].map((v) => formatPercent(v)).join(", ") : formatPercent(measured.half[i])),
       },
       { name: "n", number: (i) => measured.values[i].length, text: (i) => (points.lost[i] ? `${measured.values[i].length} of ${measured.values[i].length + points.lost[i]}` : String(measured.values[i].length)) },
-      { name: "MMACs", number: (i) => points.macs[i], text: (i) => formatValue(Number((points.macs[i] / 1e6).toPrecision(4))) },
-      { name: "front", number: (i) => (order.has(i) ? 1e6 - order.get(i) : (view.hasChances && points.chance[i]) || 0), text: (i) => (order.has(i) ? "yes" : "") },
-      ...(view.hasChances && points.chance.some((c) => c !== null) ? [{ name: "P(front) %", number: (i) => points.chance[i] ?? NaN, text: (i) => (points.chance[i] === null ? "–" : formatPercent(points.chance[i], 0)), title: "probability to be on the front of MACs, given the scatter of the seeds; of all runs, whatever is filtered" }] : []),
+      { name: "MMACs", fact: "macs", number: (i) => points.macs[i], text: (i) => formatValue(Number((points.macs[i] / 1e6).toPrecision(4))) },
+      { name: "front", value: (i) => String(order.has(i)), number: (i) => (order.has(i) ? 1e6 - order.get(i) : (view.hasChances && points.chance[i]) || 0), text: (i) => (order.has(i) ? "yes" : "") },
+      ...(view.hasChances && points.chance.some((c) => c !== null) ? [{ name: "P(front) %", fact: "front_probability", number: (i) => points.chance[i] ?? NaN, text: (i) => (points.chance[i] === null ? "–" : formatPercent(points.chance[i], 0)), title: "probability to be on the front of MACs, given the scatter of the seeds; of all runs, whatever is filtered" }] : []),
       ...keys.map(({ name, number }) => ({
         name, text: (i) => formatValue(points.values[name][i]), ...(number ? { number: (i) => points.values[name][i] ?? NaN } : {}),
       })),
       { name: "params", number: (i) => points.params[i], text: (i) => formatX("params", points.params[i]) },
-      { name: "time a run", number: seconds, text: (i) => formatSeconds(seconds(i)) },
-      ...(table.costs ?? []).map(({ key, label }) => ({ name: label, number: (i) => X_AXES[key].read(table, i), text: (i) => formatX(key, X_AXES[key].read(table, i)) })),
+      { name: "time a run", fact: "seconds", number: seconds, text: (i) => formatSeconds(seconds(i)) },
+      ...(table.costs ?? []).map(({ key, label }) => ({ name: label, fact: key, number: (i) => X_AXES[key].read(table, i), text: (i) => formatX(key, X_AXES[key].read(table, i)) })),
       ...(table.tags.length ? [{ name: "tags", text: (i) => [...table.tagsOf[i]].join(", "), wide: true }] : []),
     ];
   }
@@ -130,5 +130,12 @@ export class Table {
     this.element.querySelector(`button[data-row="${this.rows[at]}"]`)?.focus();
   }
 
-  facts() { return [this.shownColumns.map(({ name }) => name), ...this.rows.map((row) => this.shownColumns.map(({ number, text }) => (number ? number(row) : text(row))))]; }
+  // Of what is shown: names and units of report.csv, and the runs of each point.
+  facts() {
+    const { view } = this, { table } = view, columns = [...this.shownColumns];
+    if (view.state.values.list !== "apart") columns.push(
+      { name: "accuracies", value: (i) => view.measured.values[i].join(" ") },
+      { name: "runs", value: (i) => table.runsOf[i].map((run) => table.runs.id[run]).join(" ") });
+    return [columns.map(({ name, fact }) => fact ?? name), ...this.rows.map((row) => columns.map(({ value, number, text }) => (value ?? number ?? text)(row)))];
+  }
 }
