@@ -75,8 +75,11 @@ def test_what_comes_back_is_what_was_sent(tmp_path: Path, server: Server, export
     if exported is not None:
         for record in records:
             server.export(record.id, exported or None)
+            server.runs[record.id].files.pop("metrics.jsonl", None)  # so that the history is read
+    server.requests.clear()
     back, here = of(collect_runs(["me/cifar"], tmp_path).runs), of(collect_runs([str(runs)], tmp_path).runs)
     assert set(back) == set(here) == {record.id for record in records}
+    assert bool(server.asked("HistoryPage") or server.asked("parquet")) == (exported is not None)
     for run_id, run in here.items():
         for name, value in vars(run).items():
             if name != "rows":
