@@ -449,9 +449,17 @@ def test_a_view_can_be_sent(opened: OpenPage, browser: Any, report: Any) -> None
         "#%7B",
         "#null",
         "#" + json.dumps({"x": 7, "pins": "no", "zoom": [1, 2], "ranges": {"lr": "x"}, "y": "nothing", "colour": "gone"}),
+        "#" + json.dumps({"x": "constructor", "colour": "toString", "curve": "valueOf", "list": "x", "sort": "constructor"}),
+        "#" + json.dumps({"ranges": {"constructor": [0, 1]}, "choices": {"toString": ["a"]}, "selected": "toString"}),
     ):
         odd = OpenPage(browser, page_url(report.page) + broken)
+        odd.run("view.select(view.front[0])")
+        assert odd.page.locator(".detail .chart path.line").count() == 1
         assert len(shown_labels(odd)) == len(report.comparison.points) and odd.messages == []
+        odd.run(
+            "location.hash = encodeURIComponent(JSON.stringify({x: 'constructor', text: 'resnet'}))"
+        )  # in a page that is open
+        assert odd.run("return [view.state.values.x, view.state.values.text]") == ["macs", "resnet"] and odd.messages == []
         odd.close()
 
 
@@ -662,6 +670,9 @@ def test_every_control_by_keyboard(opened: OpenPage, report: Any) -> None:
         for key in keys:
             press(key)
         state.update(opened.run("return {...view.state.values, shown: view.shown.length}"))
+        if keys[-1:] in (("Enter",), ("Space",)):  # the focus stays where it is
+            still = opened.page.evaluate("(selector) => document.activeElement.matches(selector)", selector)
+            assert still or selector == ".filtering button"  # which is gone then
         return state
 
     assert use("#explorer-x", "ArrowDown")["x"] == "flops"
@@ -686,6 +697,10 @@ def test_every_control_by_keyboard(opened: OpenPage, report: Any) -> None:
     use("#explorer-compare0", "Tab", text="resnet20")
     use("#explorer-compare1", "Tab", text="vgg11")
     assert len(state["pins"]) == 2 and opened.page.locator(".compare").count() == 1
+    use("[data-best]", "Enter")
+    assert state["selected"]
+    use("button[data-pin]", "Enter")
+    assert len(state["pins"]) != 2
     assert use("#explorer-curve", "ArrowDown")["curve"] == "train/acc"
     assert use("[data-list=apart]", "Enter")["list"] == "apart"
     assert use("[data-list=points]", "Enter")["list"] == "points"

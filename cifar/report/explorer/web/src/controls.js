@@ -1,6 +1,6 @@
 // Axes, filters and the budget: everything that the reader can set with a form.
 
-import { make } from "./dom.js";
+import { make, own } from "./dom.js";
 import { X_AXES, Y_AXES, listX, listY } from "./data.js";
 import { formatAccuracy, formatAmount, formatX, parseAmount } from "./format.js";
 
@@ -77,11 +77,11 @@ export class Controls {
     const { table, state, view } = { ...this.view, view: this.view }, fields = [];
     // format and read: between a number and what stands in its field
     const numeric = (id, name, { type = "number", format = String, read = Number } = {}) => {
-      const bounds = state.values.ranges[id] ?? [null, null];
+      const bounds = own(state.values.ranges, id) ?? [null, null];
       const bound = (side) => make("input", {
         type, step: "any", value: bounds[side] === null ? null : format(bounds[side]), placeholder: side ? "max" : "min", "aria-label": `${name}, ${side ? "largest" : "smallest"}`,
         onchange: (event) => {
-          const now = [...(state.values.ranges[id] ?? [null, null])], value = read(event.target.value);
+          const now = [...(own(state.values.ranges, id) ?? [null, null])], value = read(event.target.value);
           now[side] = event.target.value.trim() && Number.isFinite(value) ? value : null;
           const { [id]: _, ...others } = state.values.ranges;
           state.set({ ranges: now.every((v) => v === null) ? others : { ...others, [id]: now } });
@@ -94,9 +94,9 @@ export class Controls {
       if (number) { fields.push(numeric(name, name)); continue; }
       const words = [...new Set(table.points.values[name].filter((v) => v !== null).map(String))].sort((a, b) => a.localeCompare(b, "en", { numeric: true })).slice(0, 40);
       fields.push(make("fieldset", { class: "words" }, make("legend", {}, name), words.map((word) => make("label", {}, make("input", {
-        type: "checkbox", checked: (state.values.choices[name] ?? words).includes(word),
+        type: "checkbox", checked: (own(state.values.choices, name) ?? words).includes(word),
         onchange: (event) => {
-          const chosen = new Set(state.values.choices[name] ?? words);
+          const chosen = new Set(own(state.values.choices, name) ?? words);
           event.target.checked ? chosen.add(word) : chosen.delete(word);
           const { [name]: _, ...others } = state.values.choices;
           state.set({ choices: chosen.size === words.length ? others : { ...others, [name]: words.filter((w) => chosen.has(w)) } });

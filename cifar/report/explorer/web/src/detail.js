@@ -3,7 +3,7 @@
 import { extent } from "d3-array";
 import { scaleLinear } from "d3-scale";
 import { loadCurves, loadDetails } from "./data.js";
-import { make } from "./dom.js";
+import { keepFocus, make } from "./dom.js";
 import { formatAccuracy, formatP, formatPercent, formatPoints, formatSeconds, formatValue, formatX } from "./format.js";
 import { SvgPen, paintBanner, readTheme } from "./pen.js";
 import { paired, welch } from "./stats.js";
@@ -47,7 +47,7 @@ export class Detail {
     parts.push(this.drawCurves(lines, curves, details));
     const shownRun = alone >= 0 ? alone : view.selected >= 0 ? table.runsOf[view.selected].find((run) => details[table.runs.id[run]]) ?? table.runsOf[view.selected][0] : undefined;
     if (shownRun !== undefined) parts.push(...this.drawDetails(shownRun, details[table.runs.id[shownRun]]));
-    this.root.replaceChildren(...parts);
+    keepFocus(this.root, () => this.root.replaceChildren(...parts));
   }
 
   describePoint(i) {
@@ -228,12 +228,13 @@ function curveTable(series, isAccuracy) {
 }
 
 function drawHeat({ label, layers, epochs, low, high, cells }, of) {
-  const bytes = Uint8Array.from(atob(cells), (letter) => letter.charCodeAt(0)), canvas = make("canvas", { width: epochs.length, height: layers.length, role: "img", "aria-label": `${label} by layer and epoch; first and last values are in the table below` });
+  const picked = [...new Set(Array.from({ length: 7 }, (_, k) => Math.round((k * (epochs.length - 1)) / 6)))]; // columns of the table
+  const bytes = Uint8Array.from(atob(cells), (letter) => letter.charCodeAt(0)), canvas = make("canvas", { width: epochs.length, height: layers.length, role: "img", "aria-label": `${label} by layer and epoch; values are in the table below` });
   const context = canvas.getContext("2d"), image = context.createImageData(epochs.length, layers.length);
   bytes.forEach((value, at) => image.data.set(value ? [...viridis((value - 1) / 254), 255] : [128, 128, 128, 60], 4 * at));
   context.putImageData(image, 0, 0);
   const read = (at) => (bytes[at] ? formatValue(10 ** (low + ((bytes[at] - 1) / 254) * (high - low))) : "–");
-  const rows = layers.map((layer, r) => make("tr", {}, make("th", { scope: "row" }, layer), make("td", { class: "number" }, read(r * epochs.length)), make("td", { class: "number" }, read((r + 1) * epochs.length - 1))));
+  const rows = layers.map((layer, r) => make("tr", {}, make("th", { scope: "row" }, layer), picked.map((c) => make("td", { class: "number" }, read(r * epochs.length + c)))));
   const info = make("p", { class: "hint readout" }, `${layers[0]} is at the top, ${layers.at(-1)} at the bottom; epoch ${epochs[0]} to ${epochs.at(-1)}`);
   canvas.addEventListener("pointermove", (event) => {
     const box = canvas.getBoundingClientRect(), c = Math.min(epochs.length - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * epochs.length))), r = Math.min(layers.length - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * layers.length)));
@@ -242,7 +243,7 @@ function drawHeat({ label, layers, epochs, low, high, cells }, of) {
   return make("figure", { class: "heat" }, make("figcaption", {}, `${label}, layer × epoch`, make("span", { class: "of" }, of)), canvas,
     make("p", { class: "scale" }, formatValue(10 ** low), make("span", { class: "ramp" }), formatValue(10 ** high), " (log)"), info,
     make("details", {}, make("summary", {}, "as a table"), make("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": `${label} as a table` }, make("table", {},
-      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "layer"), make("th", { scope: "col" }, `epoch ${epochs[0]}`), make("th", { scope: "col" }, `epoch ${epochs.at(-1)}`))), make("tbody", {}, rows)))));
+      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "layer"), picked.map((c) => make("th", { scope: "col", class: "number" }, `epoch ${epochs[c]}`)))), make("tbody", {}, rows)))));
 }
 
 function drawConfusion({ classes, counts, split }, of) {

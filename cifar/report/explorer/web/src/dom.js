@@ -11,6 +11,16 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+// What a change does away with and makes again keeps the focus of the keyboard.
+export function keepFocus(root, change) {
+  const active = document.activeElement, name = root.contains(active) && active.tagName + Object.entries(active.dataset).map(([key, value]) => `[data-${key}="${CSS.escape(value)}"]`).join("");
+  change();
+  if (name && name.includes("[") && !active.isConnected) root.querySelector(name)?.focus({ preventScroll: true });
+}
+
+// Of what a reader or an address may name: nothing that every object has.
+export const own = (object, key) => (Object.hasOwn(object, key) ? object[key] : undefined);
+
 export function download(name, blob) {
   const link = make("a", { href: URL.createObjectURL(blob), download: name });
   link.click();

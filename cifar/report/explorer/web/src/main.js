@@ -4,7 +4,7 @@ import { X_AXES, findFront, listX, listY, loadCurves, loadDetails, loadTable, me
 import { Compare } from "./compare.js";
 import { Controls } from "./controls.js";
 import { Detail, describeTests, viridis } from "./detail.js";
-import { csvCell, download, make, rasterise } from "./dom.js";
+import { csvCell, download, keepFocus, make, own, rasterise } from "./dom.js";
 import { Effect, measureEffect } from "./effect.js";
 import { Parallel } from "./parallel.js";
 import { COLOURS, LIGHT_COLOURS } from "./pen.js";
@@ -20,11 +20,10 @@ class View {
     this.table = table;
     const xs = listX(table), ys = listY(table);
     const y = ys.includes(table.split) ? table.split : ys[0] ?? "val";
-    this.state = new State({ x: xs.includes(table.x) ? table.x : xs[0] ?? "macs", y, budget: table.budget ?? null });
-    const { values } = this.state;
-    if (!xs.includes(values.x)) values.x = this.state.defaults.x;
-    if (!ys.includes(values.y)) values.y = this.state.defaults.y;
-    if (values.colour !== "family" && values.colour !== "model" && !table.points.values[values.colour]) values.colour = "family";
+    this.state = new State({ x: xs.includes(table.x) ? table.x : xs[0] ?? "macs", y, budget: table.budget ?? null }, (key, value) => ({
+      x: () => xs.includes(value), y: () => ys.includes(value), list: () => ["points", "apart"].includes(value), curve: () => table.curves.metrics.includes(value),
+      colour: () => ["family", "model"].includes(value) || table.keys.some(({ name }) => name === value),
+    })[key]?.() ?? true);
     this.byRun = new Map();
     table.runsOf.forEach((runs, i) => runs.forEach((run) => this.byRun.set(table.runs.id[run], i)));
     this.runNumber = new Map(table.runs.id.map((id, run) => [id, run]));
@@ -50,11 +49,11 @@ class View {
     const words = normalise(text).split(/\s+/).filter(Boolean), allowed = families && new Set(families), wanted = tags.filter((tag) => table.tags.includes(tag));
     const tests = [];
     for (const [key, [low, high]] of Object.entries(ranges)) {
-      const values = key === `x:${x}` ? measured.x : key === `y:${y}` ? measured.y : points.values[key];
+      const values = key === `x:${x}` ? measured.x : key === `y:${y}` ? measured.y : own(points.values, key);
       if (values) tests.push((i) => values[i] !== null && (low === null || values[i] >= low) && (high === null || values[i] <= high));
     }
     for (const [key, list] of Object.entries(choices)) {
-      const values = points.values[key], set = new Set(list.map(String));
+      const values = own(points.values, key), set = new Set(list.map(String));
       if (values) tests.push((i) => values[i] !== null && set.has(String(values[i])));
     }
     if (allowed) tests.push((i) => allowed.has(points.family[i]));
@@ -167,7 +166,9 @@ async function start() {
   const parts = { controls, scatter, parallel, table, detail, effect, compare };
   const has = (changed, ...keys) => keys.some((key) => changed.has(key));
 
-  function update(changed) {
+  const update = (changed) => keepFocus(root, () => redraw(changed));
+
+  function redraw(changed) {
     if (has(changed, "x", "y")) view.updateMeasures();
     if (has(changed, "x", "y", "log", "text", "families", "tags", "ranges", "choices")) view.updateShown();
     if (has(changed, "selected", "pins")) view.updateChosen();

@@ -4,6 +4,7 @@ import { scaleLinear, scaleLog, scalePoint } from "d3-scale";
 import { brushY } from "d3-brush";
 import { select } from "d3-selection";
 import { X_AXES } from "./data.js";
+import { own } from "./dom.js";
 import { CanvasPen, SvgPen, paintBanner, readTheme } from "./pen.js";
 import { formatPercent, formatValue, formatX } from "./format.js";
 
@@ -63,7 +64,7 @@ export class Parallel {
   ticks(axis, height) {
     const found = axis.words ? (axis.words.length > 14 ? axis.words.filter((_, n) => n % Math.ceil(axis.words.length / 14) === 0) : axis.words) : spreadTicks(axis.scale);
     const rows = found.map((value) => ({ y: axis.scale(value), text: axis.format(value) }));
-    if (this.view.table.points.values[axis.id]?.some((value) => value === null)) rows.push({ y: height - MARGIN.bottom + 14, text: "–" });
+    if (own(this.view.table.points.values, axis.id)?.some((value) => value === null)) rows.push({ y: height - MARGIN.bottom + 14, text: "–" });
     return rows;
   }
 
@@ -118,7 +119,7 @@ export class Parallel {
     groups.select("g.brush").each(function brushes(axis) {
       const brush = brushY().extent([[-12, MARGIN.top - 8], [12, height - MARGIN.bottom + 8]]).on("end", (event) => { if (event.sourceEvent) self.filter(axis, event.selection); });
       const group = select(this).call(brush);
-      const range = axis.number && state.values.ranges[axis.id], chosen = axis.words && state.values.choices[axis.id];
+      const range = axis.number && own(state.values.ranges, axis.id), chosen = axis.words && own(state.values.choices, axis.id);
       let extent = null;
       if (range) extent = [range[1] === null ? 0 : axis.scale(range[1]), range[0] === null ? height : axis.scale(range[0])];
       if (chosen?.length) { const ys = chosen.map((word) => axis.scale(word)).filter(Number.isFinite); if (ys.length) extent = [Math.min(...ys) - 8, Math.max(...ys) + 8]; }

@@ -8,8 +8,10 @@ export const DEFAULTS = {
 const isEqual = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
 export class State {
-  constructor(defaults) {
+  // isAllowed(key, value): whether the page has such a thing; an address may name anything.
+  constructor(defaults, isAllowed) {
     this.defaults = { ...DEFAULTS, ...defaults };
+    this.isAllowed = isAllowed;
     this.values = { ...this.defaults };
     this.listeners = [];
     this.changed = new Set();
@@ -23,7 +25,7 @@ export class State {
     try {
       const given = JSON.parse(decodeURIComponent(location.hash.slice(1)) || "{}");
       for (const [key, value] of Object.entries(given))
-        if (Object.hasOwn(DEFAULTS, key) && isOfKind(value, this.defaults[key], key)) this.values[key] = value;
+        if (Object.hasOwn(DEFAULTS, key) && isOfKind(value, this.defaults[key], key) && this.isAllowed(key, value)) this.values[key] = value;
     } catch { /* an address that somebody has cut: the view as it is at first */ }
   }
 
