@@ -2,11 +2,16 @@
 
 export class CanvasPen {
   constructor(canvas, width, height, scale = devicePixelRatio || 1) {
-    canvas.width = Math.round(width * scale);
-    canvas.height = Math.round(height * scale);
-    canvas.style.width = `${width}px`;
-    canvas.style.height = `${height}px`;
+    const pixels = [Math.round(width * scale), Math.round(height * scale)];
     this.context = canvas.getContext("2d");
+    if (canvas.width === pixels[0] && canvas.height === pixels[1]) { // to clear it is cheaper than to make it anew
+      this.context.setTransform(1, 0, 0, 1, 0, 0);
+      this.context.clearRect(0, 0, ...pixels);
+    } else {
+      [canvas.width, canvas.height] = pixels;
+      canvas.style.width = `${width}px`;
+      canvas.style.height = `${height}px`;
+    }
     this.context.scale(scale, scale);
   }
 

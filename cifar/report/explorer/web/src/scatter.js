@@ -173,9 +173,13 @@ export class Scatter {
     this.tip.textContent = text;
     this.tip.hidden = false;
     const box = this.plot.getBoundingClientRect(), { x, y } = this.current, { measured } = this.view;
-    const left = box.left + x(measured.x[i]) + 14, top = box.top + y(measured.y[i]) + 14;
-    this.tip.style.left = `${Math.max(8, Math.min(left, innerWidth - this.tip.offsetWidth - 8))}px`;
-    this.tip.style.top = `${Math.max(8, Math.min(top, innerHeight - this.tip.offsetHeight - 8))}px`;
+    // On the side of the point that has more room: to measure the text would lay out the whole page.
+    const left = box.left + x(measured.x[i]), top = box.top + y(measured.y[i]), { style } = this.tip;
+    const [isRight, isLow] = [left > innerWidth / 2, top > innerHeight / 2];
+    style.left = isRight ? "auto" : `${Math.max(8, left + 14)}px`;
+    style.right = isRight ? `${Math.max(8, document.documentElement.clientWidth - left + 14)}px` : "auto";
+    style.top = isLow ? "auto" : `${Math.max(8, top + 14)}px`;
+    style.bottom = isLow ? `${Math.max(8, innerHeight - top + 14)}px` : "auto";
     if (speak) this.spoken.textContent = text.replaceAll("\n", ", ");
   }
 
