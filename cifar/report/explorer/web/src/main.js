@@ -89,7 +89,8 @@ class View {
       const values = table.points.values[colour], known = values.filter((v) => v !== null && (!key.log || v > 0)).map((v) => (key.log ? Math.log(v) : v));
       const low = Math.min(...known), high = Math.max(...known);
       this.colours = values.map((v) => (v === null ? "#808890" : `rgb(${viridis(0.92 * (((key.log ? Math.log(v) : v) - low) / (high - low || 1))).join(",")})`));
-      this.entries = [low, (low + high) / 2, high].map((v) => ({ name: `${colour} ${Number((key.log ? Math.exp(v) : v).toPrecision(2))}`, colour: `rgb(${viridis(0.92 * ((v - low) / (high - low || 1))).join(",")})`, shape: 0 }));
+      const distinct = [...new Set(known)].sort((a, b) => a - b);
+      this.entries = (distinct.length <= 8 ? distinct : [low, (low + high) / 2, high]).map((v) => ({ name: `${colour} ${Number((key.log ? Math.exp(v) : v).toPrecision(2))}`, colour: `rgb(${viridis(0.92 * ((v - low) / (high - low || 1))).join(",")})`, shape: 0 }));
       return;
     }
     const column = colour === "family" ? table.points.family : (colour === "model" ? table.points.model : table.points.values[colour]).map((v) => (v === null ? "–" : String(v)));
