@@ -12,6 +12,7 @@ own is found without looking at plug-ins.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -92,6 +93,7 @@ class UnknownNameError(UserError):
         self.kind, self.name = kind, name
 
 
+@functools.cache  # asked for every part of every trial
 def is_plugin_file(file: str) -> bool:
     """Whether a file is somebody's own, and not in this package."""
     return not Path(file).is_relative_to(_PACKAGE)

@@ -38,8 +38,8 @@ def print_table(title: str, columns: Sequence[str | Column], rows: Sequence[Sequ
     if title:
         console.print(clean_text(title), style="italic", markup=False)
     console.print(table.header, style="bold", markup=False, soft_wrap=True)
-    for line in table.lines[1:]:
-        console.print(line, markup=False, soft_wrap=True)
+    if len(table.lines) > 1:  # at once: rich takes a tenth of a millisecond for each call
+        console.out("\n".join(table.lines[1:]), highlight=False)
     if table.shared:
         console.print(format_shared(table.shared), markup=False)
     if table.dropped:

@@ -194,10 +194,14 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
     parsed = spec.read_sweep(file)
     fixed = {**parse_pairs(options.overrides), **({"dataset": options.dataset} if options.dataset else {})}
     overrides = dict(fixed)  # without the dataset that is found out now
-    with spinner("checking every trial ..."):
+    with spinner("checking every trial ...") as status:
+
+        def show_progress(done: int, total: int) -> None:
+            status.update(f"checking every trial: {done:,} of {total:,} ...")
+
         try:
             count = agent_options.count or (parsed.run_cap or 20 if is_hosted else None)
-            trials = spec.bind_trials(parsed, fixed, options.seed, count)
+            trials = spec.bind_trials(parsed, fixed, options.seed, count, show_progress)
             fixed["dataset"] = trials[0][1].dataset
             notes = idle_settings.find_idle_settings(parsed, trials, fixed=fixed, count=count, is_hosted=is_hosted)
             notes += check_trials([config for _, config in trials], on_gpu=options.dry_run)
@@ -392,7 +396,7 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
                     "run": cell["run_id"],
                     "values": values_of_cell,
                     "state": cell["state"],
-                    "epoch": _read_epoch(runs / cell["run_id"]),
+                    "epoch": _read_epoch(runs / cell["run_id"]) if cell["attempt"] else None,
                     "metrics": {name: values.get(name) for name in names},
                     "reason": cell["reason"],
                 }

@@ -133,10 +133,11 @@ def _parse_metric(spec: Any, *, each_epoch: bool) -> Metric:
     if name.startswith("test") or "/test/" in name:
         raise UserError(f"metric '{name}': a sweep chooses by validation only; the test set is scored once, later; use val/acc")
     known = [*_EPOCH_METRICS, *(() if each_epoch else _FINAL_METRICS)]
-    labels = [getattr(probe.builder, "labels", None) for probe in registry.probes]
-    watched = {label for each in labels if isinstance(each, Mapping) for label in each}
-    if name not in known and not {name, name.partition("/")[0]} & watched:
-        raise UserError(f"unknown metric '{name}': {did_you_mean(name, [*known, *watched])}")
+    if name not in known:
+        labels = [getattr(probe.builder, "labels", None) for probe in registry.probes]  # imports PyTorch
+        watched = {label for each in labels if isinstance(each, Mapping) for label in each}
+        if not {name, name.partition("/")[0]} & watched:
+            raise UserError(f"unknown metric '{name}': {did_you_mean(name, [*known, *watched])}")
     if goal not in ("minimize", "maximize"):
         raise UserError(f"metric: goal = {goal!r}: write minimize or maximize")
     if name.endswith("/acc") and goal == "minimize":

@@ -6,16 +6,17 @@ W&B's schema of the file takes no keys of ours. What we add is an ordinary confi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar.config.resolve import flatten_values, format_name_value, resolve_config
+from cifar.config.resolve import ExperimentReader, flatten_values, format_name_value, load_experiment, resolve_config
 from cifar.config.schema import Settings
 from cifar.config.yaml_loader import parse_yaml, read_yaml_text
 from cifar.errors import UserError, did_you_mean
@@ -28,6 +29,7 @@ from cifar.system.redact import reject_secrets
 
 MAX_GRID_CELLS = 10_000  # a larger grid is a mistake in the file
 MAX_PARAMETERS = 500
+_PROGRESS_STEP = 200  # trials between two calls of a progress bar
 _STRUCTURE_KEYS = (
     "experiment",
     "model",
@@ -221,9 +223,11 @@ def num_trials(sweep: Sweep, count: int | None) -> int:
     return number
 
 
-def resolve_trial(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> Settings:
+def resolve_trial(
+    values: Mapping[str, Any], fixed: Mapping[str, Any], read_experiment: ExperimentReader | None = None
+) -> Settings:
     """A trial's configuration. `fixed` wins over `values`. A trial never scores the test set."""
-    return resolve_config(values, fixed, {"test": "never"})
+    return resolve_config(values, fixed, {"test": "never"}, read_experiment=read_experiment)
 
 
 def check_sweep(sweep: Sweep, fixed: Mapping[str, Any], sweep_seed: int = 0, count: int | None = None) -> str:
@@ -232,11 +236,16 @@ def check_sweep(sweep: Sweep, fixed: Mapping[str, Any], sweep_seed: int = 0, cou
 
 
 def bind_trials(
-    sweep: Sweep, fixed: Mapping[str, Any], sweep_seed: int = 0, count: int | None = None
+    sweep: Sweep,
+    fixed: Mapping[str, Any],
+    sweep_seed: int = 0,
+    count: int | None = None,
+    show_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[dict[str, Any], Settings]]:
     """Check every value before anything runs -> the values and the configuration of each trial. Raises UserError.
 
-    The trials of a search are not known in advance: one at each boundary of its parameters stands for them.
+    The trials of a search are not known in advance: one at each boundary of its parameters stands for them. show_progress is
+    told now and then how many of how many trials are checked.
     """
     reject_secrets({"the sweep file": sweep.text, **{p.name: [p.values, p.options] for p in sweep.parameters}, **fixed})
     for key in fixed:
@@ -244,17 +253,24 @@ def bind_trials(
             raise UserError(f"'{key}' is swept by the file and set on the command line; remove one of them")
     known = list_known_trials(sweep, sweep_seed, count)
     boundary = [] if sweep.method == "grid" else _bind_boundary_trials(sweep, fixed)
-    trials = [(values, _bind_trial(values, fixed)) for values in known]
+    read_experiment = functools.cache(load_experiment)  # thousands of trials may name the same one
+    trials = []
+    for n, values in enumerate(known):
+        trials.append((values, _bind_trial(values, fixed, read_experiment)))
+        if n % _PROGRESS_STEP == _PROGRESS_STEP - 1:
+            show_progress(n + 1, len(known))
     datasets = {config.dataset for _, config in [*boundary, *trials]}
     if len(datasets) > 1:
         raise UserError(f"one sweep, one dataset: it names {' and '.join(sorted(datasets))}; make two sweeps")
     return trials or boundary
 
 
-def _bind_trial(values: Mapping[str, Any], fixed: Mapping[str, Any]) -> Settings:
+def _bind_trial(
+    values: Mapping[str, Any], fixed: Mapping[str, Any], read_experiment: ExperimentReader | None = None
+) -> Settings:
     if {**values, **fixed}.get("test", "never") != "never":
         raise UserError("'test' is set: a sweep's trials never score the test set; remove it")
-    config = resolve_trial(values, fixed)
+    config = resolve_trial(values, fixed, read_experiment)
     if not config.val_size:
         raise UserError("val_size is 0: a sweep compares by validation accuracy; add val_size: {value: 5000}")
     return config

@@ -57,6 +57,8 @@ def text_width(text: str) -> int:
     """Columns of the terminal that a text takes: 2 for a wide East Asian character, 0 for a combining one."""
     if text.isascii():
         return len(text)
+    if text.isascii():
+        return len(text)
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -75,6 +77,8 @@ def wrap_text(text: str, width: int, *, breaks_words: bool = True) -> list[str]:
 
     A longer word, such as a path, is broken after / - _ or anywhere; without `breaks_words` it is a line that is too long.
     """
+    if text_width(text) <= width and "\n" not in text and not text.startswith(" "):
+        return [text]
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

@@ -17,12 +17,14 @@ from cifar.sweeps import distributions, early_stopping
 from cifar.sweeps.plan import plan_sweep
 from cifar.sweeps.spec import (
     Sweep,
+    bind_trials,
     check_sweep,
     list_grid_cells,
     list_known_trials,
     num_trials,
     parse_sweep,
     read_sweep,
+    resolve_trial,
     sample_trial,
 )
 from helpers.paths import ROOT
@@ -108,6 +110,15 @@ def test_what_is_swept_cannot_be_fixed_as_well() -> None:
     checked(VALID, epochs=1)
     with pytest.raises(UserError, match="'lr' is swept by the file and set on the command line"):
         checked(VALID, lr=0.1)
+
+
+def test_thousands_of_trials_are_checked_with_progress_and_each_is_whole() -> None:
+    text = VALID.replace("model: {value: conv}", "experiment: {value: resnet20}\n  val_size: {value: 5000}")
+    sweep, told = parsed(text.replace("[1e-3, 1e-2]", str(list(range(1, 451))))), list[tuple[int, int]]()
+    bound = bind_trials(sweep, {}, show_progress=lambda *numbers: told.append(numbers))
+    assert told == [(200, 450), (400, 450)]
+    assert [(config.lr, config.model) for _, config in bound] == [(float(lr), "resnet20") for lr in range(1, 451)]
+    assert all(config == resolve_trial(values, {}) for values, config in bound[::150])
 
 
 def test_a_bad_end_of_a_range_is_found_before_anything_runs() -> None:
