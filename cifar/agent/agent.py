@@ -149,7 +149,7 @@ class Agent:
                     self._hand_out_trials()
                 self._send_heartbeats()
                 if time.monotonic() >= state.next_count_time:
-                    state.update_progress(self.backend.list_cells())
+                    state.refresh_progress()
                     state.next_count_time = math.inf
             state.messages.extend([*self.backend.pop_messages(), *self.packer.messages])
             self.packer.messages.clear()

@@ -24,6 +24,7 @@ from cifar.tracking.console_log import write_last_words
 from cifar.tracking.run_dir import RunDir
 
 MAX_FAILURES_IN_A_ROW = 3
+MAX_BEST_SHARE = 0.05  # of an agent's time that it looks for the sweep's best trial
 
 
 class EventQueue:
@@ -70,6 +71,7 @@ class AgentState:
     halt_reason: str = ""  # why the agent starts no more trials
     messages: list[str] = field(default_factory=list)  # to print
     next_count_time: float = 0.0  # when to ask the backend for the numbers of trials; inf: not before something changes
+    next_best_time: float = 0.0  # when to look for the best trial again: in a sweep of thousands of cells every few seconds
     swept_keys: list[str] = field(default_factory=list)  # by which the sweep's trials are told apart
     disk_gate: DiskSpaceGate = field(init=False)
 
@@ -82,8 +84,23 @@ class AgentState:
     def update_progress(self, cells: Sequence[Mapping[str, Any]]) -> None:
         """Show how far the sweep has come. `cells`: all that are known, also those of other agents."""
         self.swept_keys = self.backend.list_swept_keys(cells)
-        best = find_best_trial(self.backend.sweep, cells, self.swept_keys)
         self.board.counts = self.backend.count_states(cells)
+        self._show_best(cells)
+
+    def refresh_progress(self) -> None:
+        """The same, while trials run: with what a database answers without reading every cell."""
+        counts = self.backend.count_states()
+        if sum(counts.values()) != sum(self.board.counts.values()):  # another process has added cells
+            self.update_progress(self.backend.list_cells())
+            return
+        self.board.counts = counts
+        start = time.monotonic()
+        if start >= self.next_best_time:
+            self._show_best(self.backend.list_cells("finished"))
+            self.next_best_time = start + (time.monotonic() - start) / MAX_BEST_SHARE
+
+    def _show_best(self, cells: Sequence[Mapping[str, Any]]) -> None:
+        best = find_best_trial(self.backend.sweep, cells, self.swept_keys)
         self.board.best, self.board.best_run = best.describe(), best.run_id
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from cifar.config.resolve import graph_signature, resolve_config
+from cifar.config.resolve import graph_signature, load_experiment, resolve_config
 from cifar.errors import UserError
 from cifar.states import CLAIMABLE_STATES
 from cifar.sweeps.backend import Backend, Trial, TrialFilter
@@ -39,11 +40,6 @@ def best_pack_size(option: str, values: Mapping[str, Any]) -> int:
     from cifar.training import run  # needs PyTorch, to count MACs
 
     return max(1, min(MAX_PACK_SIZE, int(FULL_GPU_MACS / max(1, run.measure_cost(config).macs * config.batch_size))))
-
-
-def can_pack(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two trials' values can be trained together."""
-    return graph_signature(resolve_config(one)) == graph_signature(resolve_config(other))
 
 
 class Packer:
@@ -90,11 +86,18 @@ class Packer:
             counts = self.backend.count_states()
             num_open = 1 + len(self.set_aside) + sum(counts.get(state, 0) for state in CLAIMABLE_STATES)
             pack_size = min(pack_size, math.ceil(num_open / num_free))
+        read_experiment = functools.cache(load_experiment)  # a filter may be asked about thousands of trials
+
+        def sign(values: Mapping[str, Any]) -> dict[str, Any]:
+            """What trials of one pack have in common."""
+            return graph_signature(resolve_config(values, read_experiment=read_experiment))
+
+        signature = sign(first_values) if len(trials) < pack_size else {}
         while len(trials) < pack_size:
-            other = self._next_trial(pack_size - len(trials), lambda values: can_pack(first_values, training_values(values)))
+            other = self._next_trial(pack_size - len(trials), lambda values: sign(training_values(values)) == signature)
             if not isinstance(other, Trial):
                 break
-            if other.cell in self._single_cells or not can_pack(first_values, training_values(other.values)):
+            if other.cell in self._single_cells or sign(training_values(other.values)) != signature:
                 self.set_aside.append(other)
                 break
             trials.append(other)

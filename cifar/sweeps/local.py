@@ -14,6 +14,7 @@ write their runs to several runs folders: only in its own can it be said that a 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import platform
@@ -45,12 +46,12 @@ from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
 from cifar.sweeps.folder import read_sweep_info, read_sweep_text
 from cifar.sweeps.objectives import finite_or_none
 from cifar.sweeps.spec import Sweep
+from cifar.sweeps.trial_table import StoredTrial, TrialTable, parse_trial
 from cifar.system.files import shorten_repr
 from cifar.system.names import check_id, check_name, escape_controls
 from cifar.system.ownership import RunOwnedError, lease_seconds
 from cifar.system.redact import redact
 from cifar.system.variables import read_variable
-from cifar.tracking.records import is_count
 from cifar.tracking.run_dir import RunDir, generate_id, list_folders, read_json, write_atomic
 
 PLACE_FILE = "place.json"  # in the sweep's folder
@@ -104,8 +105,9 @@ def create_sweep(
         write_atomic(folder / "sweep.yaml", sweep.text.encode())
         database = storage.open_storage(storage_url or storage.default_url(folder))
         study = database.create_new_study(sampler.optuna_directions(sweep), sweep_id)
-        for cell, values in enumerate(known_trials):
-            database.create_new_trial(study, _make_waiting_trial(cell, values))
+        table = TrialTable(database, study)
+        table.insert_waiting([_attributes_of(cell, values) for cell, values in enumerate(known_trials)])
+        table.add_index()
         database.set_study_user_attr(study, "sweep", {"yaml": sweep.text, "info": info})  # for other machines
         write_atomic(folder / "sweep.json", json.dumps(info, indent=1).encode())  # last: with this file the sweep exists
     except BaseException as error:
@@ -146,6 +148,7 @@ class LocalBackend:
             raise UserError(
                 f"{storage.redact_url(self._storage_url)} does not hold sweep {sweep_id}; check CIFAR_STORAGE or --storage"
             ) from None
+        self._table = TrialTable(self._storage, self._study)
         self._last_heartbeats: dict[int, tuple[Any, float]] = {}  # cell -> (its last heartbeat, when we first saw that)
         self._optuna_ids: dict[tuple[int, int], int] = {}  # (cell, attempt) claimed through this object -> Optuna's trial id
 
@@ -176,29 +179,33 @@ class LocalBackend:
         with storage.lock_storage(self._storage, self.id):
             if self.stop_mode:
                 return None
-            trials = self._list_trials()
-            lapsed = [trial for trial in trials if trial.state == OptunaState.RUNNING and self._has_lapsed(trial)]
-            for trial in lapsed:
-                self._give_back(trial, "its agent was lost")
-            if lapsed:
-                trials = self._list_trials()
-            waiting = [trial for trial in trials if trial.state == OptunaState.WAITING]
-            if not waiting and len(trials) < self.info["cells"]:
-                suggested = sampler.suggest_trial(self.sweep, trials, self.info["sweep_seed"])
-                self._storage.create_new_trial(self._study, _make_waiting_trial(len(trials), *suggested))
-                waiting = [trial for trial in self._list_trials() if trial.state == OptunaState.WAITING]
-            if not waiting:
-                return "wait" if any(trial.state == OptunaState.RUNNING for trial in trials) else None
-            waiting = [trial for trial in waiting if trial_filter is None or trial_filter(trial.user_attrs["values"])]
-            if not waiting:
+            running = self._table.list_running()
+            for trial in running:
+                if self._has_lapsed(trial):
+                    self._give_back(trial, "its agent was lost")
+            waiting = self._table.iterate_waiting()
+            first = next(waiting, None) or self._suggest_trial()
+            if first is None:
+                return "wait" if running else None
+            candidates = itertools.chain([first], waiting)
+            chosen = next((trial for trial in candidates if trial_filter is None or trial_filter(trial.values)), None)
+            if chosen is None:
                 return "wait"
-            chosen = min(waiting, key=lambda trial: _read_mutable(trial).get("kills", 0))  # cells that failed come last
-            attempt = _read_mutable(chosen).get("attempt", 0) + 1
-            self._update_trial(chosen, attempt=attempt, worker=worker, beat=f"{attempt}.0", state="running", reason="")
-            self._storage.set_trial_state_values(chosen._trial_id, OptunaState.RUNNING)
-            cell = _cell_of(chosen)
-            self._optuna_ids[cell, attempt] = chosen._trial_id
-            return Trial(cell, chosen.user_attrs["values"], self.run_id(cell), attempt)
+            attempt = chosen.attempt + 1
+            now = {"attempt": attempt, "worker": worker, "beat": f"{attempt}.0", "state": "running", "reason": ""}
+            self._update_trial(chosen, OptunaState.RUNNING, **now)
+            self._optuna_ids[chosen.cell, attempt] = chosen.optuna_id
+            return Trial(chosen.cell, chosen.values, self.run_id(chosen.cell), attempt)
+
+    def _suggest_trial(self) -> StoredTrial | None:
+        """Add the next trial of a search; None where all are there."""
+        if self._table.count_cells() >= self.info["cells"]:
+            return None
+        trials = self._list_trials()  # the sampler gets them all
+        values, params, space = sampler.suggest_trial(self.sweep, trials, self.info["sweep_seed"])
+        suggested = _make_waiting_trial(_attributes_of(len(trials), values), params, space)
+        self._storage.create_new_trial(self._study, suggested)
+        return next(self._table.iterate_waiting(), None)
 
     def heartbeat(self, trial: Trial) -> Literal["go", "stop", "lost"]:
         """Renew the claim on a trial. "stop": the sweep was cancelled; "lost": another agent has the trial."""
@@ -224,8 +231,8 @@ class LocalBackend:
             if stored is None:
                 return True  # the next heartbeat tells the agent
             for epoch, value in history.items():
-                self._storage.set_trial_intermediate_value(stored._trial_id, epoch, value)
-            peers = [metric.as_cost(t.intermediate_values[rung]) for t in self._list_trials() if rung in t.intermediate_values]
+                self._storage.set_trial_intermediate_value(stored.optuna_id, epoch, value)
+            peers = [metric.as_cost(value) for value in self._table.list_values_at(rung)]
         return early_stopping.should_continue(metric.as_cost(history[rung]), metric.as_cost(best), peers)
 
     def finish_trial(
@@ -250,7 +257,7 @@ class LocalBackend:
             if stored is None:
                 return "lost"
             is_given_back, is_failure = state in GIVEN_BACK_STATES, state in FAILURE_STATES
-            num_failures = _read_mutable(stored).get("kills", 0) + is_failure
+            num_failures = stored.num_failures + is_failure
             is_retried = is_failure and num_failures <= MAX_RETRIES and (state == "killed" if retry is None else retry)
             if (is_given_back or is_retried) and not self.stop_mode:
                 return self._give_back(stored, reason, state=state if is_given_back else "interrupted", kills=num_failures)
@@ -272,16 +279,16 @@ class LocalBackend:
         with storage.lock_storage(self._storage, self.id):
             self._stop_claims("cancelled by request" if cancel else "stopped by request", cancel=cancel)
 
-    def list_cells(self) -> list[dict[str, Any]]:
-        """Every cell: cell, run_id, state, reason, values, value, attempt, worker."""
-        return [self._describe_cell(trial) for trial in self._list_trials()]
+    def list_cells(self, state: str = "") -> list[dict[str, Any]]:
+        """Every cell: cell, run_id, state, reason, values, value, attempt, worker. `state`: only those of that state."""
+        return [self._describe_cell(trial) for trial in self._table.list_trials() if state in ("", trial.trial_state)]
 
     def list_cells_without_folder(self) -> list[dict[str, Any]]:
         """The cells that came to their own end here and whose run's folder is gone: removed or moved away.
 
         A run of another runs folder is not among them. Nor is one behind a link whose disk is not there.
         """
-        return [self._describe_cell(trial) for trial in self._list_trials() if self._has_lost_folder(trial)]
+        return [self._describe_cell(trial) for trial in self._table.list_trials() if self._has_lost_folder(trial)]
 
     def list_all_cells(self) -> list[dict[str, Any]]:
         """`list_cells`. Other engines know here what they have to ask for."""
@@ -297,11 +304,12 @@ class LocalBackend:
 
     def count_states(self, cells: Sequence[Mapping[str, Any]] | None = None) -> dict[str, int]:
         """State -> number of cells. Cells that Bayesian search has not suggested yet are waiting. `cells`: as above."""
-        cells = self.list_cells() if cells is None else cells
-        counted = Counter(cell["state"] for cell in cells)
+        counted = Counter(self._table.count_states() if cells is None else [cell["state"] for cell in cells])
+        if cells is None and not set(counted) <= set(TRIAL_STATES):  # a damaged trial: the list says which
+            counted = Counter(cell["state"] for cell in self.list_cells())
         if not self.stop_mode:
             # Negative where another process has extended the sweep.
-            counted["waiting"] += max(0, self.info["cells"] - len(cells))
+            counted["waiting"] += max(0, self.info["cells"] - counted.total())
         return {state: counted[state] for state in TRIAL_STATES if counted[state]}
 
     def retry_cells(self) -> int:
@@ -313,18 +321,18 @@ class LocalBackend:
         with storage.lock_storage(self._storage, self.id):
             cells = [
                 (trial, is_gone)
-                for trial in self._list_trials()
-                if (is_gone := self._has_lost_folder(trial)) or _state_of(trial) in RETRIABLE_STATES
+                for trial in self._table.list_trials()
+                if (is_gone := self._has_lost_folder(trial)) or trial.trial_state in RETRIABLE_STATES
             ]
             for trial, is_gone in cells:
-                run_dir = RunDir(self.runs_dir / self.run_id(_cell_of(trial)))
+                run_dir = RunDir(self.runs_dir / self.run_id(trial.cell))
                 if run_dir.path.exists() and not is_gone:  # it is elsewhere if the runs folder is not shared
                     with contextlib.suppress(RunOwnedError), run_dir.own("reset", wait=False):
-                        if _state_of(trial) == "diverged":
+                        if trial.trial_state == "diverged":
                             run_dir.remove_file("checkpoint.pt")
                             run_dir.truncate_metrics(0)
                         run_dir.set_status("interrupted", reason="to be tried again")
-                self._offer_cell(_cell_of(trial), trial.user_attrs["values"], before=trial)
+            self._offer_again([trial for trial, _ in cells])
             if cells:
                 self._reopen_sweep()
         return len(cells)
@@ -346,8 +354,8 @@ class LocalBackend:
             added = [values for values in spec.list_grid_cells(new) if _configuration_key(values, fixed) not in known_keys]
             if not added:
                 return 0
-            for cell, values in enumerate(added, start=len(known)):
-                self._offer_cell(cell, values)
+            numbered = enumerate(added, start=len(known))
+            self._table.insert_waiting([_attributes_of(cell, values, _make_offer(0)) for cell, values in numbered])
             backup = self.folder / f"sweep-{len(list(self.folder.glob('sweep*.yaml')))}.yaml"
             with contextlib.suppress(FileExistsError):
                 backup.hardlink_to(self.folder / "sweep.yaml")
@@ -380,32 +388,34 @@ class LocalBackend:
 
     # -- under the lock ------------------------------------------------------------------------------------------------
 
-    def _describe_cell(self, trial: FrozenTrial) -> dict[str, Any]:
-        now = _read_mutable(trial)
+    def _describe_cell(self, trial: StoredTrial) -> dict[str, Any]:
         return {
-            "cell": _cell_of(trial),
-            "run_id": self.run_id(_cell_of(trial)),
-            "state": _state_of(trial),
-            "values": trial.user_attrs["values"],
-            **{name: now.get(name, empty) for name, empty in _CELL_DEFAULTS.items()},
+            "cell": trial.cell,
+            "run_id": self.run_id(trial.cell),
+            "state": trial.trial_state,
+            "values": trial.values,
+            **{name: trial.now.get(name, empty) for name, empty in _CELL_DEFAULTS.items()},
         }
 
-    def _has_lost_folder(self, trial: FrozenTrial) -> bool:
+    def _has_lost_folder(self, trial: StoredTrial) -> bool:
         """Whether the cell came to its own end in this runs folder, and the run's folder is gone."""
-        if _state_of(trial) not in CONCLUSIVE_STATES or RunDir(self.runs_dir / self.run_id(_cell_of(trial))).exists():
+        if trial.trial_state not in CONCLUSIVE_STATES or RunDir(self.runs_dir / self.run_id(trial.cell)).exists():
             return False
-        place = _read_mutable(trial).get("place")
+        place = trial.now.get("place")
         if self._has_own_storage:
             return place is None or bool(place)  # None: an earlier version has written it; "": there was no folder
         return bool(place) and place == self._read_place()
 
-    def _offer_cell(self, cell: int, values: Mapping[str, Any], *, before: FrozenTrial | None = None) -> None:
-        """Add a new cell, or offer an ended one again. `before`: its last trial; a search goes on knowing the cell by it."""
-        trial = _make_waiting_trial(cell, values)
-        if before:
-            trial = _make_waiting_trial(cell, values, before.params, before.distributions)
-        trial.set_user_attr("now", {"state": "waiting", "attempt": _read_mutable(before).get("attempt", 0) if before else 0})
-        self._storage.create_new_trial(self._study, trial)
+    def _offer_again(self, ended: Sequence[StoredTrial]) -> None:
+        """Offer ended cells again. A search goes on knowing a cell by the parameters of its last trial."""
+        offers = [_attributes_of(trial.cell, trial.values, _make_offer(trial.attempt)) for trial in ended]
+        if self.sweep.method in ("grid", "random"):
+            self._table.insert_waiting(offers)
+            return
+        for trial, offer in zip(ended, offers, strict=True):
+            before = self._storage.get_trial(trial.optuna_id)
+            waiting = _make_waiting_trial(offer, before.params, before.distributions)
+            self._storage.create_new_trial(self._study, waiting)
 
     def _read_place(self, *, create: bool = False) -> str:
         """The id of this runs folder, as far as this sweep knows it. "" if there is none, or if its file is damaged."""
@@ -429,89 +439,78 @@ class LocalBackend:
         self._storage.set_study_user_attr(self._study, "sweep", {"yaml": text, "info": self.info})
 
     def _list_trials(self) -> list[FrozenTrial]:
-        """One trial for each cell. Of a cell that was offered again, the latest."""
+        """One trial for each cell, as Optuna's samplers take them. Of a cell that was offered again, the latest."""
         trials = sorted(self._storage.get_all_trials(self._study, deepcopy=False), key=lambda trial: trial.number)
-        for trial in trials:
-            _check_trial(trial)
-        return sorted({_cell_of(trial): trial for trial in trials}.values(), key=_cell_of)
+        latest = {parse_trial(t._trial_id, t.number, t.state, t.user_attrs).cell: t for t in trials}
+        return [latest[cell] for cell in sorted(latest)]
 
-    def _update_trial(self, trial: FrozenTrial, **changes: Any) -> None:
-        self._storage.set_trial_user_attr(trial._trial_id, "now", {**_read_mutable(trial), **changes})
+    def _update_trial(self, trial: StoredTrial, optuna_state: OptunaState | None = None, **changes: Any) -> None:
+        self._table.update_trial(trial.optuna_id, {**trial.now, **changes}, optuna_state)
 
-    def _find_claimed(self, trial: Trial) -> FrozenTrial | None:
+    def _find_claimed(self, trial: Trial) -> StoredTrial | None:
         """The stored trial, or None if the claim is not valid any more."""
         optuna_id = self._optuna_ids.get((trial.cell, trial.attempt))
         if optuna_id is None:  # claimed through another LocalBackend
-            optuna_id = next(stored._trial_id for stored in self._list_trials() if _cell_of(stored) == trial.cell)
-        stored = self._storage.get_trial(optuna_id)
-        return stored if stored.state == OptunaState.RUNNING and _read_mutable(stored)["attempt"] == trial.attempt else None
+            stored = next((other for other in self._table.list_running() if other.cell == trial.cell), None)
+        else:
+            stored = self._table.read_trial(optuna_id)
+        is_valid = stored is not None and stored.state == OptunaState.RUNNING and stored.attempt == trial.attempt
+        return stored if is_valid else None
 
-    def _has_lapsed(self, trial: FrozenTrial) -> bool:
-        last_heartbeat, now = _read_mutable(trial).get("beat"), time.monotonic()
-        if self._optuna_ids.get((_cell_of(trial), _read_mutable(trial).get("attempt", 0))) == trial._trial_id:
+    def _has_lapsed(self, trial: StoredTrial) -> bool:
+        last_heartbeat, now = trial.now.get("beat"), time.monotonic()
+        if self._optuna_ids.get((trial.cell, trial.attempt)) == trial.optuna_id:
             return False  # our own claim: however long this process was suspended, no other agent has the trial
-        if self._last_heartbeats.get(_cell_of(trial), (None,))[0] != last_heartbeat:
+        if trial.cell not in self._last_heartbeats or self._last_heartbeats[trial.cell][0] != last_heartbeat:
             # When we first saw it, by our own clock: the clocks of two machines differ.
-            self._last_heartbeats[_cell_of(trial)] = (last_heartbeat, now)
-        return now - self._last_heartbeats[_cell_of(trial)][1] > lease_seconds()
+            self._last_heartbeats[trial.cell] = (last_heartbeat, now)
+        return now - self._last_heartbeats[trial.cell][1] > lease_seconds()
 
-    def _give_back(self, trial: FrozenTrial, reason: str, **changes: Any) -> str:
+    def _give_back(self, trial: StoredTrial, reason: str, **changes: Any) -> str:
         state = changes.pop("state", "interrupted")
-        self._update_trial(trial, state=state, reason=reason, **changes)
-        self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
+        self._update_trial(trial, OptunaState.WAITING, state=state, reason=reason, **changes)
         return str(state)
 
     def _end_trial(
-        self, trial: FrozenTrial, state: str, value: float | None, reason: str, objectives: Sequence[float | None] = ()
+        self, trial: StoredTrial, state: str, value: float | None, reason: str, objectives: Sequence[float | None] = ()
     ) -> None:
         if value is not None and not math.isfinite(value):
             value = None
         values = finite_or_none(objectives) if state == "finished" else None
-        has_folder = RunDir(self.runs_dir / self.run_id(_cell_of(trial))).exists()
-        place = self._read_place(create=True) if has_folder else ""
+        place = self._note_place(trial)
         self._update_trial(trial, state=state, reason=reason, value=value, objectives=values or [], place=place)
         # Optuna has no COMPLETE trial without values; our own `state` says what it is
         optuna_state = _OPTUNA_STATES.get(state, OptunaState.FAIL) if state != "finished" or values else OptunaState.FAIL
-        self._storage.set_trial_state_values(trial._trial_id, optuna_state, values)
+        self._storage.set_trial_state_values(trial.optuna_id, optuna_state, values)
+
+    def _note_place(self, trial: StoredTrial) -> str:
+        """The id of this runs folder if the cell's run is in it, else ""."""
+        has_folder = RunDir(self.runs_dir / self.run_id(trial.cell)).exists()
+        return self._read_place(create=True) if has_folder else ""
 
     def _stop_claims(self, reason: str, *, cancel: bool = False) -> None:
         self._storage.set_study_user_attr(self._study, "stopped", "cancel" if cancel else "stop")
-        for trial in self._list_trials():
-            if trial.state == OptunaState.WAITING:
-                self._end_trial(trial, "stopped", None, reason)
+        how: dict[str, Any] = {"state": "stopped", "reason": reason, "value": None, "objectives": []}
+        waiting = self._table.iterate_waiting()
+        ended = {trial.optuna_id: {**trial.now, **how, "place": self._note_place(trial)} for trial in waiting}
+        self._table.end_waiting(ended, OptunaState.FAIL)
 
 
-def _make_waiting_trial(
-    cell: int, values: Mapping[str, Any], params: Mapping[str, Any] | None = None, space: Mapping[str, Any] | None = None
-) -> FrozenTrial:
+def _attributes_of(cell: int, values: Mapping[str, Any], now: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The user attributes of a new trial. `now`: what has become of its cell already; None for a new cell."""
+    return {"cell": cell, "values": dict(values)} | ({"now": dict(now)} if now is not None else {})
+
+
+def _make_offer(attempt: int) -> dict[str, Any]:
+    """What changes of a trial, at the beginning. `attempt`: of the cell's last claim."""
+    return {"state": "waiting", "attempt": attempt}
+
+
+def _make_waiting_trial(attributes: Mapping[str, Any], params: Mapping[str, Any], space: Mapping[str, Any]) -> FrozenTrial:
+    """A trial of a search."""
     return optuna.trial.create_trial(
-        state=OptunaState.WAITING,
-        params=dict(params or {}),
-        distributions=dict(space or {}),
-        user_attrs={"cell": cell, "values": dict(values)},
+        state=OptunaState.WAITING, params=dict(params), distributions=dict(space), user_attrs=dict(attributes)
     )
-
-
-def _check_trial(trial: FrozenTrial) -> None:
-    """Raise UserError for a trial that no version of this program has written."""
-    about = trial.user_attrs
-    cell, values, now = about.get("cell", trial.number), about.get("values", {}), about.get("now", {})
-    is_whole = is_count(cell) and isinstance(values, dict) and isinstance(now, dict)
-    if not is_whole or not all(is_count(now.get(name) or 0) for name in ("attempt", "kills")):
-        raise UserError(f"trial {trial.number} of the sweep's database is damaged; restore the database from a copy")
-
-
-def _cell_of(trial: FrozenTrial) -> int:
-    return int(trial.user_attrs.get("cell", trial.number))
-
-
-def _state_of(trial: FrozenTrial) -> str:
-    return "running" if trial.state == OptunaState.RUNNING else str(_read_mutable(trial).get("state", "waiting"))
-
-
-def _read_mutable(trial: FrozenTrial) -> dict[str, Any]:
-    """What changes of a trial: attempt, worker, beat, kills, state, reason, value. One attribute, so it changes atomically."""
-    return dict(trial.user_attrs.get("now", {}))
 
 
 def list_sweeps(runs_dir: Path, damaged: list[tuple[str, str]] | None = None) -> list[dict[str, Any]]:

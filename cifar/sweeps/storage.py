@@ -23,7 +23,7 @@ from cifar.system.ownership import NO_FLOCK_ERRNOS
 from cifar.system.redact import redact
 
 CONNECT_SECONDS = 8  # to wait for a server that does not answer
-LOCK_TIMEOUT_SECONDS = 300.0  # for others' claims, each of which takes up to a second in a sweep of thousands of cells
+LOCK_TIMEOUT_SECONDS = 300.0  # for others' claims; that of a search takes seconds in a sweep of thousands of cells
 LOCAL_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay")
 
 
@@ -89,22 +89,30 @@ class GuardedStorage(RDBStorage):
     """Optuna's storage, where a damaged database or a lost server is one sentence. The cause stays in the error's chain."""
 
 
-def _explain_errors(name: str) -> Callable[..., Any]:
+@contextlib.contextmanager
+def explain_errors(storage: RDBStorage, known: type[BaseException] | tuple[()] = ()) -> Iterator[None]:
+    """Turn what a damaged database or a lost server raises into one sentence. `known`: errors that mean something else."""
+    try:
+        yield
+    except known:
+        raise
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, *_DAMAGE) as error:
+        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error  # says more
+        what = " ".join(str(getattr(cause, "orig", cause) or error).split())[:200] or type(error).__name__
+        raise StorageError(
+            f"the storage {redact_url(str(storage.engine.url))} is damaged or does not answer ({redact(what)}); "
+            "restore it, or check its server"
+        ) from error
+
+
+def _guard_method(name: str) -> Callable[..., Any]:
     method = getattr(RDBStorage, name)
 
     @functools.wraps(method)
     def call(self: RDBStorage, *arguments: Any, **options: Any) -> Any:
-        try:
+        # a KeyError of that method says that there is no study of that name
+        with explain_errors(self, KeyError if name == "get_study_id_from_name" else ()):
             return method(self, *arguments, **options)
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, *_DAMAGE) as error:
-            if isinstance(error, KeyError) and name == "get_study_id_from_name":  # there is no study of that name
-                raise
-            cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error  # says more
-            what = " ".join(str(getattr(cause, "orig", cause) or error).split())[:200] or type(error).__name__
-            raise StorageError(
-                f"the storage {redact_url(str(self.engine.url))} is damaged or does not answer ({redact(what)}); "
-                "restore it, or check its server"
-            ) from error
 
     return call
 
@@ -115,7 +123,7 @@ for _name in (
     "get_all_trials", "get_trial", "get_study_id_from_name", "get_study_user_attrs", "set_study_user_attr", "create_new_trial",
     "set_trial_user_attr", "set_trial_state_values", "set_trial_intermediate_value",
 ):  # fmt: skip
-    setattr(GuardedStorage, _name, _explain_errors(_name))
+    setattr(GuardedStorage, _name, _guard_method(_name))
 
 
 class StorageError(UserError):

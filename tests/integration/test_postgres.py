@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -9,8 +10,21 @@ import pytest
 
 from cifar.sweeps.local import LocalBackend, Trial
 from helpers.local_sweeps import GRID, claim_trial, create_local_sweep
+from helpers.sweep_histories import check_rows, create_history_sweep, play_history
 
 pytestmark = pytest.mark.slow
+NUM_HISTORIES = int(os.environ.get("CIFAR_TEST_HISTORIES", "6"))
+
+
+def test_the_same_rows_are_written_as_by_optuna(postgres_url: str) -> None:
+    check_rows(postgres_url)
+
+
+def test_every_answer_is_what_all_trials_say(
+    runs: Path, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(NUM_HISTORIES):
+        play_history(create_history_sweep(runs, postgres_url), 1000 + seed, 30, tmp_path, monkeypatch)
 
 
 def test_leases_retries_and_extensions_as_on_a_file(

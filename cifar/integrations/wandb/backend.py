@@ -228,10 +228,10 @@ class WandbBackend:
             self._cells[trial.run_id].update(state=state, value=value, reason=reason, objectives=list(objectives))
             return state
 
-    def list_cells(self) -> list[dict[str, Any]]:
-        """This agent's own trials."""
+    def list_cells(self, state: str = "") -> list[dict[str, Any]]:
+        """This agent's own trials. `state`: only those of that state."""
         with self.lock:
-            return list(self._cells.values())
+            return [cell for cell in self._cells.values() if state in ("", cell["state"])]
 
     def list_all_cells(self) -> list[dict[str, Any]]:
         """The trials of all agents, as far as W&B has them. Waits for W&B some seconds. What is ours is as it ended here."""

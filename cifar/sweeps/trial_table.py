@@ -1,0 +1,307 @@
+"""The SQL of local sweeps: what a claim, a count and a list need of Optuna's tables, without reading every trial.
+
+Optuna reads a study's trials all at once, with five statements and an object for each row: a second or two for 10,000 trials.
+It writes them one by one, with twelve statements and a commit each. So what happens often, or to all trials at once, is asked
+and written here, in Optuna's own tables and columns. `RDBStorage` does all else. Both read and write the same rows, which
+tests/unit/sweeps/test_trial_table.py compares, so a sweep's database stays one that Optuna can open.
+
+What is used of Optuna's tables:
+
+    trials                 trial_id · number · study_id · state · datetime_start (when it was claimed first) · datetime_complete
+    trial_user_attributes  trial_id · key ("cell", "values", "now") · value_json
+
+A cell that is offered again is a new trial with the same cell. Only ended cells are offered again, so of a cell's trials only
+the latest can be open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models  # private, but what they describe is on disk and changes with a migration only
+from optuna.trial import TrialState as OptunaState
+from sqlalchemy import ColumnElement, and_, func, select
+
+from cifar.errors import UserError
+from cifar.sweeps.storage import explain_errors
+from cifar.tracking.records import is_count
+
+_TRIALS, _ATTRIBUTES = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
+_CELL, _VALUES, _NOW = (_ATTRIBUTES.alias(key) for key in ("cell", "planned", "now"))
+_CHUNK_SIZE = 32  # waiting trials that a claim reads at once
+_MAX_IDS = 500  # in one statement
+
+
+@dataclass(frozen=True)
+class StoredTrial:
+    """A cell of the sweep, as the database has it."""
+
+    optuna_id: int
+    number: int  # 0, 1, ... in the order in which trials were made
+    state: OptunaState
+    cell: int
+    values: dict[str, Any]
+    now: dict[str, Any]  # what changes: attempt, worker, beat, kills, state, reason, value. {} if nobody has had it yet
+
+    @property
+    def trial_state(self) -> str:
+        """One of TRIAL_STATES."""
+        return "running" if self.state == OptunaState.RUNNING else str(self.now.get("state", "waiting"))
+
+    @property
+    def num_failures(self) -> int:
+        return int(self.now.get("kills") or 0)
+
+    @property
+    def attempt(self) -> int:
+        """The number of its last claim; 0 if there was none."""
+        return int(self.now.get("attempt") or 0)
+
+
+def parse_trial(optuna_id: int, number: int, state: OptunaState, attributes: Mapping[str, Any]) -> StoredTrial:
+    """Check what a row says. Raises UserError for a trial that no version of this program has written."""
+    cell, values, now = attributes.get("cell", number), attributes.get("values", {}), attributes.get("now", {})
+    is_whole = is_count(cell) and isinstance(values, dict) and isinstance(now, dict)
+    if not is_whole or not all(is_count(now.get(name) or 0) for name in ("attempt", "kills")):
+        raise UserError(f"trial {number} of the sweep's database is damaged; restore the database from a copy")
+    return StoredTrial(optuna_id, number, state, int(cell), values, now)
+
+
+def _utc_now() -> datetime.datetime:
+    """The time as Optuna's tables have it: UTC, without a time zone."""
+    return datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+
+
+class TrialTable:
+    """The trials of one study. Who changes something, or relies on an answer, holds the sweep's lock."""
+
+    def __init__(self, storage: RDBStorage, study: int) -> None:
+        self._storage, self._study = storage, study
+        self._of_study = _TRIALS.c.study_id == study
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def list_trials(self) -> list[StoredTrial]:
+        """One trial for each cell, by cell. Of a cell that was offered again, the latest."""
+        with self._connect() as connection:
+            trials = self._read_trials(connection, self._of_study, _TRIALS.c.number, _TRIALS.c.trial_id)
+        return sorted({trial.cell: trial for trial in trials}.values(), key=lambda trial: trial.cell)
+
+    def list_running(self) -> list[StoredTrial]:
+        """The trials that an agent has, by cell."""
+        with self._connect() as connection:
+            trials = self._read_trials(connection, self._has_state(OptunaState.RUNNING))
+        return sorted(trials, key=lambda trial: trial.cell)
+
+    def read_trial(self, optuna_id: int) -> StoredTrial:
+        with self._connect() as connection:
+            return self._read_trials(connection, _TRIALS.c.trial_id == optuna_id)[0]
+
+    def iterate_waiting(self) -> Iterator[StoredTrial]:
+        """The trials that can be claimed, in the order in which they are handed out: what failed comes last, else by cell.
+
+        They are read as far as the caller goes. Nothing may be written meanwhile.
+        """
+        yield from heapq.merge(
+            self._iterate_unclaimed(), self._list_given_back(), key=lambda trial: (trial.num_failures, trial.cell)
+        )
+
+    def _iterate_unclaimed(self) -> Iterator[StoredTrial]:
+        """The waiting trials that nobody has claimed yet, by cell. None of them has failed."""
+        ids = select(_TRIALS.c.trial_id).where(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_(None))
+        if self._has_new_offers():
+            ids = ids.select_from(_TRIALS.outerjoin(_CELL, self._has_key(_CELL, "cell")))
+            ids = ids.order_by(self._cell_number(), _TRIALS.c.trial_id)
+        else:  # the order of the index; datetime_start is the same for all
+            ids = ids.order_by(_TRIALS.c.datetime_start, _TRIALS.c.trial_id)
+        for start in range(0, 2**62, _CHUNK_SIZE):
+            with self._connect() as connection:
+                found = connection.execute(ids.limit(_CHUNK_SIZE).offset(start)).scalars().all()
+                trials = self._read_trials(connection, _TRIALS.c.trial_id.in_(found))
+            yield from sorted(trials, key=lambda trial: trial.cell)
+            if len(found) < _CHUNK_SIZE:
+                return
+
+    def _list_given_back(self) -> list[StoredTrial]:
+        """The waiting trials that an agent has had already: few, as they were running at some time."""
+        was_claimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_not(None))
+        with self._connect() as connection:
+            trials = self._read_trials(connection, was_claimed)
+        return sorted(trials, key=lambda trial: (trial.num_failures, trial.cell))
+
+    def count_cells(self) -> int:
+        with self._connect() as connection:
+            num_trials = connection.execute(select(func.count()).select_from(_TRIALS).where(self._of_study)).scalar_one()
+            if num_trials and self._has_new_offers():
+                return int(connection.execute(select(func.count()).select_from(self._latest().subquery())).scalar_one())
+        return int(num_trials)
+
+    def count_states(self) -> dict[str, int]:
+        """Trial state -> number of cells.
+
+        Optuna's own state says it for trials that nobody has claimed, that run, and that are complete. Only of the others
+        `now` has to be read.
+        """
+        t, is_counted = _TRIALS.c, self._of_study
+        if self._has_new_offers():
+            is_counted = and_(is_counted, t.trial_id.in_(self._latest()))
+        was_claimed = t.datetime_start.is_not(None)
+        by_state = select(t.state, was_claimed, func.count()).where(is_counted).group_by(t.state, was_claimed)
+        known = {
+            (OptunaState.WAITING, False): "waiting",
+            (OptunaState.RUNNING, True): "running",
+            (OptunaState.COMPLETE, True): "finished",
+        }
+        is_known = sqlalchemy.or_(*(and_(t.state == state, was_claimed.is_(flag)) for state, flag in known))
+        said = self._json_of(_NOW, "state").as_string()
+        by_word = (
+            select(said, func.count())
+            .select_from(_TRIALS.outerjoin(_NOW, self._has_key(_NOW, "now")))
+            .where(is_counted, sqlalchemy.not_(is_known))
+            .group_by(said)
+        )
+        counted = Counter[str]()
+        with self._connect() as connection:
+            found = [(known.get((state, bool(flag))), number) for state, flag, number in connection.execute(by_state)]
+            counted.update({word: number for word, number in found if word})
+            if not all(word for word, _ in found):
+                for word, number in connection.execute(by_word):
+                    counted[str(word)] += number
+        return dict(counted)
+
+    def list_values_at(self, step: int) -> list[float]:
+        """The intermediate values at a step: one for each cell whose latest trial has come to it."""
+        reached = models.TrialIntermediateValueModel.__table__
+        found = select(reached.c.intermediate_value, reached.c.intermediate_value_type).select_from(
+            reached.join(_TRIALS, _TRIALS.c.trial_id == reached.c.trial_id)
+        )
+        found = found.where(self._of_study, reached.c.step == step).order_by(_TRIALS.c.trial_id)
+        if self._has_new_offers():
+            found = found.where(_TRIALS.c.trial_id.in_(self._latest()))
+        parse = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
+        with self._connect() as connection:
+            return [parse(value, kind) for value, kind in connection.execute(found)]
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def insert_waiting(self, trials: Sequence[Mapping[str, Any]]) -> None:
+        """Add waiting trials with these user attributes, in one transaction: as `create_new_trial` would, one by one."""
+        with self._begin() as connection:
+            study = models.StudyModel.__table__
+            connection.execute(select(study.c.study_id).where(study.c.study_id == self._study).with_for_update())
+            first = connection.execute(select(func.count()).select_from(_TRIALS).where(self._of_study)).scalar_one()
+            rows = [{"number": first + n, "study_id": self._study, "state": OptunaState.WAITING} for n in range(len(trials))]
+            if not rows:
+                return
+            connection.execute(_TRIALS.insert(), rows)
+            made = select(_TRIALS.c.trial_id).where(self._of_study, _TRIALS.c.number >= first).order_by(_TRIALS.c.number)
+            ids = connection.execute(made).scalars().all()
+            attributes = [
+                {"trial_id": optuna_id, "key": key, "value_json": json.dumps(value)}
+                for optuna_id, about in zip(ids, trials, strict=True)
+                for key, value in about.items()
+            ]
+            connection.execute(_ATTRIBUTES.insert(), attributes)
+
+    def update_trial(self, optuna_id: int, now: Mapping[str, Any], state: OptunaState | None = None) -> None:
+        """Write what changes of an open trial, and with it Optuna's state, so that a killed process leaves both or none."""
+        is_now = and_(_ATTRIBUTES.c.trial_id == optuna_id, _ATTRIBUTES.c.key == "now")
+        with self._begin() as connection:
+            changed = connection.execute(_ATTRIBUTES.update().where(is_now).values(value_json=json.dumps(now)))
+            if not changed.rowcount:
+                connection.execute(_ATTRIBUTES.insert().values(trial_id=optuna_id, key="now", value_json=json.dumps(now)))
+            if state is not None:
+                start = {"datetime_start": _utc_now()} if state == OptunaState.RUNNING else {}
+                connection.execute(_TRIALS.update().where(_TRIALS.c.trial_id == optuna_id).values(state=state, **start))
+
+    def end_waiting(self, ended: Mapping[int, Mapping[str, Any]], state: OptunaState) -> None:
+        """End waiting trials in one transaction. `ended`: Optuna's id -> what `now` says from then on."""
+        if not ended:
+            return
+        ids = list(ended)
+        with self._begin() as connection:
+            for start in range(0, len(ids), _MAX_IDS):
+                chunk = ids[start : start + _MAX_IDS]
+                connection.execute(_ATTRIBUTES.delete().where(_ATTRIBUTES.c.key == "now", _ATTRIBUTES.c.trial_id.in_(chunk)))
+                is_ended = _TRIALS.c.trial_id.in_(chunk)
+                connection.execute(_TRIALS.update().where(is_ended).values(state=state, datetime_complete=_utc_now()))
+            rows = [{"trial_id": optuna_id, "key": "now", "value_json": json.dumps(ended[optuna_id])} for optuna_id in ids]
+            connection.execute(_ATTRIBUTES.insert(), rows)
+
+    def add_index(self) -> None:
+        """Let a claim find the open trials without a look at the others. Optuna has an index of the studies only.
+
+        Without it (a sweep of an earlier version, a database that refuses it) all answers are the same.
+        """
+        columns = "study_id, state, datetime_start, trial_id"
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), self._storage.engine.begin() as connection:
+            connection.execute(sqlalchemy.text(f"create index if not exists cifar_trials_by_state on trials ({columns})"))
+
+    # -- statements ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _connect(self) -> Iterator[sqlalchemy.Connection]:
+        with explain_errors(self._storage), self._storage.engine.connect() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _begin(self) -> Iterator[sqlalchemy.Connection]:
+        with explain_errors(self._storage), self._storage.engine.begin() as connection:
+            yield connection
+
+    def _has_state(self, state: OptunaState) -> ColumnElement[bool]:
+        return and_(self._of_study, _TRIALS.c.state == state)
+
+    def _has_key(self, attributes: Any, key: str) -> ColumnElement[bool]:
+        """The condition of a join that gives each trial one of its attributes."""
+        return and_(attributes.c.trial_id == _TRIALS.c.trial_id, attributes.c.key == key)
+
+    def _json_of(self, attributes: Any, key: str) -> Any:
+        column = attributes.c.value_json  # a text to Optuna; SQLite reads it as JSON without a cast
+        if self._storage.engine.dialect.name == "postgresql":
+            return sqlalchemy.cast(column, sqlalchemy.JSON)[key]
+        return sqlalchemy.type_coerce(column, sqlalchemy.JSON)[key]
+
+    def _cell_number(self) -> ColumnElement[int]:
+        """A trial's cell, of a join with `_CELL`. Early versions did not write it where it is the trial's number."""
+        return func.coalesce(sqlalchemy.cast(_CELL.c.value_json, sqlalchemy.Integer), _TRIALS.c.number)
+
+    def _latest(self) -> Any:
+        """The ids of the latest trial of each cell."""
+        joined = _TRIALS.outerjoin(_CELL, self._has_key(_CELL, "cell"))
+        return select(func.max(_TRIALS.c.trial_id)).select_from(joined).where(self._of_study).group_by(self._cell_number())
+
+    def _has_new_offers(self) -> bool:
+        """Whether any cell was offered again.
+
+        Until then every trial's cell is its number. From then on there are more trials than cells, so each new trial's cell is
+        less than its number: the last trial tells.
+        """
+        joined = _TRIALS.outerjoin(_CELL, self._has_key(_CELL, "cell"))
+        last = select(_TRIALS.c.number, _CELL.c.value_json).select_from(joined)
+        last_id = select(func.max(_TRIALS.c.trial_id)).where(self._of_study).scalar_subquery()
+        with self._connect() as connection:
+            found = connection.execute(last.where(_TRIALS.c.trial_id == last_id)).first()
+        return bool(found and found[1] is not None and found[1] != str(found[0]))
+
+    def _read_trials(self, connection: sqlalchemy.Connection, which: ColumnElement[bool], *order: Any) -> list[StoredTrial]:
+        joined = _TRIALS
+        for attributes, key in ((_CELL, "cell"), (_VALUES, "values"), (_NOW, "now")):
+            joined = joined.outerjoin(attributes, self._has_key(attributes, key))
+        columns = (_TRIALS.c.trial_id, _TRIALS.c.number, _TRIALS.c.state, _TRIALS.c.datetime_start)  # the last: to check it
+        found = select(*columns, *(a.c.value_json for a in (_CELL, _VALUES, _NOW))).select_from(joined).where(which)
+        trials = []
+        for optuna_id, number, state, _, *texts in connection.execute(found.order_by(*order)):
+            named = zip(("cell", "values", "now"), texts, strict=True)
+            attributes = {key: json.loads(text) for key, text in named if text is not None}
+            trials.append(parse_trial(optuna_id, number, state, attributes))
+        return trials

@@ -1,0 +1,72 @@
+"""The SQL of local sweeps against Optuna itself: the same rows are written, and the same answers are read."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+
+from cifar.sweeps.local import LocalBackend, Trial
+from helpers.local_sweeps import METRIC, claim_trial, create_local_sweep
+from helpers.sweep_histories import check_answers, check_rows, create_history_sweep, play_history
+
+NUM_HISTORIES = int(os.environ.get("CIFAR_TEST_HISTORIES", "8"))  # of the slow test
+
+
+def test_the_same_rows_are_written_as_by_optuna(tmp_path: Path) -> None:
+    check_rows(f"sqlite:///{tmp_path / 'study.db'}")
+
+
+def test_every_answer_is_what_all_trials_say(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a random history of claims, ends, lapses, retries, extensions and stops."""
+    play_history(create_history_sweep(runs), 0, 24, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_every_answer_is_what_all_trials_say_over_many_histories(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = Counter[str]()
+    for seed in range(1, 1 + NUM_HISTORIES):
+        events += play_history(create_history_sweep(runs), seed, 40, tmp_path, monkeypatch)
+    assert {"claim", "end", "rung", "lapse", "retry", "extend", "stop"} <= set(events)
+
+
+def test_a_search_is_handed_out_and_tried_again(runs: Path) -> None:
+    text = f"method: bayes\n{METRIC}parameters:\n  model: {{value: conv}}\n  lr: {{min: 0.1, max: 0.2}}\n"
+    backend = create_local_sweep(runs, text, count=4)
+    for state in ("failed", "finished", "diverged"):
+        backend.finish_trial(claim_trial(backend), state, 0.5, retry=False)
+        assert backend.count_states()["waiting"] == 4 - len(backend.list_cells())
+    assert backend.retry_cells() == 2
+    assert [claim_trial(backend).cell for _ in range(3)] == [0, 2, 3]
+    check_answers(backend)
+    assert backend.claim_trial("me") == "wait" and backend.count_states() == {"running": 3, "finished": 1}
+
+
+def test_a_filter_is_asked_about_waiting_trials_in_order_until_it_accepts(runs: Path) -> None:
+    backend, asked = create_local_sweep(runs), list[tuple[int, int]]()
+
+    def wants_seed_2(values: object) -> bool:
+        assert isinstance(values, dict)
+        asked.append((values["seed"], values["lr"]))
+        return bool(values["seed"] == 2)
+
+    trial = backend.claim_trial("me", 1, wants_seed_2)
+    assert isinstance(trial, Trial) and trial.cell == 8
+    assert asked == [(seed, lr) for seed in (0, 1) for lr in (1, 2, 3, 4)] + [(2, 1)]
+    assert backend.claim_trial("me", 1, lambda values: False) == "wait"
+
+
+def test_optuna_opens_what_was_made_and_goes_on_with_it(runs: Path) -> None:
+    backend = create_local_sweep(runs)
+    backend.finish_trial(claim_trial(backend), "finished", 0.5)
+    study = optuna.load_study(study_name=backend.id, storage=f"sqlite:///{backend.folder / 'study.db'}")
+    assert len(study.trials) == 24 and study.best_value == 0.5
+    asked = study.ask()  # a trial that waits: the next cell
+    assert (asked.number, asked.user_attrs["cell"]) == (1, 1)
+    assert backend.count_states() == {"waiting": 22, "running": 1, "finished": 1}
+    assert claim_trial(LocalBackend(backend.id, runs)).cell == 2
