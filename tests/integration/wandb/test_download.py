@@ -108,7 +108,8 @@ def test_put_is_what_a_client_sends(tmp_path: Path, server: Server) -> None:
     assert numbers == placed.summary
 
 
-@pytest.mark.parametrize("mode", ["online", pytest.param("offline", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["online", "offline"])
 def test_a_run_read_back_shows_what_it_got_wrong(mode: str, tmp_path: Path, server: Server) -> None:
     record = write(tmp_path / "runs", "one", predictions=True, layers=2)
     content = (record.path / "predictions.npz").read_bytes()

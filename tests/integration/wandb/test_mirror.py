@@ -210,7 +210,7 @@ def test_two_records_side_by_side_and_a_core_that_dies(tmp_path: Path) -> None:
         assert inspect_only(record).rows == [row(1), row(2)]
 
 
-@pytest.mark.parametrize("server_has", [3, 0])
+@pytest.mark.parametrize("server_has", [3, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_server_is_sent_what_it_lacks(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, server_has: int
 ) -> None:

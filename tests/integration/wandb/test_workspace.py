@@ -132,7 +132,8 @@ def test_the_chart_is_w_and_b_s_own(tmp_path: Path, server: Server, epochs: int)
     assert sent == wanted
 
 
-@pytest.mark.parametrize("probes", ["probes=all", pytest.param("probes=none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("probes", ["probes=all", "probes=none"])
 def test_every_field_of_the_folder_is_on_the_server(wandb_server: Server, runs: Path, probes: str) -> None:
     """Nothing of the mirror's code is used here."""
     folder, run = train(wandb_server, runs, "--experiment", "worksheet1", "--tags", "mine", *PAIRS, probes)
