@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,10 +72,10 @@ def find_confounded(columns: Mapping[str, Sequence[Any]]) -> tuple[str, str] | N
 
 def _determines(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether each value of `a` that is there twice goes with one value of `b` only."""
-    seen: dict[str, set[str]] = {}
-    for x, y in zip(a, b, strict=True):
-        seen.setdefault(str(x), set()).add(str(y))
-    repeated = [values for x, values in seen.items() if sum(str(other) == x for other in a) > 1]
+    names, seen = [str(value) for value in a], dict[str, set[str]]()
+    for x, y in zip(names, b, strict=True):
+        seen.setdefault(x, set()).add(str(y))
+    repeated = [seen[x] for x, number in Counter(names).items() if number > 1]
     return bool(repeated) and len(repeated) > len(seen) / 2 and all(len(values) == 1 for values in repeated)
 
 
