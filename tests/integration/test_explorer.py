@@ -463,6 +463,56 @@ def test_a_view_can_be_sent(opened: OpenPage, browser: Any, report: Any) -> None
         odd.close()
 
 
+def test_what_is_not_shown_is_said(opened: OpenPage, browser: Any, tmp_path: Path) -> None:
+    """Points without a place on the axes are counted, and a range goes on when another axis is chosen."""
+    for n, momentum in enumerate((0.0, 0.5, 0.9)):
+        write(
+            tmp_path, f"m{n}", model="resnet20", seed=0, momentum=momentum, batch_size=(128, 512, 1024)[n], swept=("momentum",)
+        )
+    page = OpenPage(browser, page_url(write_report([], runs=tmp_path).page))
+    page.run("view.state.set({ x: 'setting:momentum', log: true, colour: 'batch_size' })")
+    assert page.page.inner_text(".filtering .shown") == "1 point has no place on these axes"
+    assert page.page.inner_text(".table .count") == "2 of 3 points"
+    if "batch_size" in page.run("return view.table.keys.map(({ name }) => name)"):
+        assert page.run("return view.legend().map(({ name }) => name)") == [f"batch_size {n}" for n in (128, 512, 1024)]
+    page.run("view.state.set({ log: false })")
+    assert page.page.inner_text(".filtering .shown") == "" and len(shown_labels(page)) == 3
+    assert page.messages == []
+    page.close()
+    low, high = opened.run("const m = [...view.measured.x].sort((a, b) => a - b); return [m[2], m[8]]")
+    opened.run("view.state.set({ ranges: { 'x:macs': argument } })", [low, high])
+    inside = shown_labels(opened)
+    opened.run("view.state.set({ x: 'params', y: 'test' })")
+    has_test = set(opened.run("return view.table.points.label.filter((_, i) => Number.isFinite(view.measured.y[i]))"))
+    assert shown_labels(opened) == inside & has_test != set()
+
+
+def test_small_troubles(opened: OpenPage, browser: Any, report: Any) -> None:
+    """Equal seeds, a missing accuracy, a straight drag, an address of another hand, the focus in a table that scrolls."""
+    say = (
+        "const [a, b] = argument, { welch, paired } = explorer.stats;"
+        "return explorer.describeTests(welch(a, b), paired([0, 1], a, [0, 1], b))"
+    )
+    assert (
+        opened.run(say, [[0.9, 0.9], [0.8, 0.8]]) == "+10.00 points; the seeds of each do not differ, so there is no interval."
+    )
+    assert opened.run(say, [[], [0.8, 0.8]]) == "one of them has no such accuracy."
+    drag(opened, ".scatter .plot", (0.3, 0.5), (0.7, 0.5))
+    zoom = opened.run("return view.state.values.zoom")
+    assert zoom[3] - zoom[2] > 0.1
+    opened.run("location.hash = encodeURIComponent(JSON.stringify({ text: 'vgg' }))")
+    assert opened.run("view.state.writeAddress(); return decodeURIComponent(location.hash)") == '#{"text":"vgg"}'
+    odd = OpenPage(browser, page_url(report.page) + "#" + json.dumps({"choices": {"z": [{"toString": 1}]}}))
+    assert odd.messages == [] and len(shown_labels(odd)) == len(report.comparison.points)
+    odd.page.focus(".rows [data-pin]")
+    for _ in range(40):
+        odd.page.keyboard.press("Tab")
+        odd.settle()
+        assert odd.run("return document.activeElement !== document.body")
+    assert odd.run("return document.activeElement.closest('.rows') !== null")
+    odd.close()
+
+
 def test_table(opened: OpenPage, report: Any) -> None:
     points = report.comparison.points
     for _ in range(2):
@@ -669,6 +719,7 @@ def test_every_control_by_keyboard(opened: OpenPage, report: Any) -> None:
         write_text(text)
         for key in keys:
             press(key)
+        opened.settle()  # what is shown follows in the next frame
         state.update(opened.run("return {...view.state.values, shown: view.shown.length}"))
         if keys[-1:] in (("Enter",), ("Space",)):  # the focus stays where it is
             still = opened.page.evaluate("(selector) => document.activeElement.matches(selector)", selector)

@@ -234,7 +234,8 @@ def _encode_curves(runs: Sequence[Run], num_points: int) -> bytes:
 def _quantise(value: Any, scale: float) -> int:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return MISSING
-    return int(min(max(round(value * scale), 0), MISSING - 1))
+    steps = round(value * scale)
+    return MISSING if steps >= MISSING else max(steps, 0)  # a loss above 65 has no place in 16 bits, and no other stands for it
 
 
 # -- details -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import { formatAccuracy, formatAmount, formatX, parseAmount } from "./format.js"
 
 const SHAPE_SIGNS = ["●", "■", "▲", "◆", "▼", "⬢", "⬟", "✚"];
 const STEPS = 400; // of the budget's slider
+const MAX_WORDS = 40; // of a setting, that have a box each
 
 export class Controls {
   constructor(view, root) {
@@ -92,8 +93,9 @@ export class Controls {
     for (const { name, number } of table.keys) {
       if (!view.differs(name)) continue;
       if (number) { fields.push(numeric(name, name)); continue; }
-      const words = [...new Set(table.points.values[name].filter((v) => v !== null).map(String))].sort((a, b) => a.localeCompare(b, "en", { numeric: true })).slice(0, 40);
-      fields.push(make("fieldset", { class: "words" }, make("legend", {}, name), words.map((word) => make("label", {}, make("input", {
+      const words = [...new Set(table.points.values[name].filter((v) => v !== null).map(String))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+      const more = words.length > MAX_WORDS ? make("span", { class: "hint" }, `${words.length - MAX_WORDS} more: find them by text`) : null;
+      fields.push(make("fieldset", { class: "words" }, make("legend", {}, name), words.slice(0, MAX_WORDS).map((word) => make("label", {}, make("input", {
         type: "checkbox", checked: (own(state.values.choices, name) ?? words).includes(word),
         onchange: (event) => {
           const chosen = new Set(own(state.values.choices, name) ?? words);
@@ -101,7 +103,7 @@ export class Controls {
           const { [name]: _, ...others } = state.values.choices;
           state.set({ choices: chosen.size === words.length ? others : { ...others, [name]: words.filter((w) => chosen.has(w)) } });
         },
-      }), ` ${word}`))));
+      }), ` ${word}`)), more));
     }
     if (!X_AXES[state.values.x].isSetting) fields.push(numeric(`x:${state.values.x}`, X_AXES[state.values.x].name, { type: "text", format: (v) => formatAmount(Number(v.toPrecision(4))), read: parseAmount }));
     fields.push(numeric(`y:${state.values.y}`, "accuracy %", { format: (v) => Number((100 * v).toFixed(3)), read: (text) => Number(text) / 100 }));
@@ -123,7 +125,8 @@ export class Controls {
     this.tags.hidden = !table.tags.length;
     this.tags.replaceChildren(make("span", { class: "label" }, "tags"), ...table.tags.map((tag) => make("button", { type: "button", class: "chip", "aria-pressed": String(values.tags.includes(tag)), "data-tag": tag }, tag)));
     const filters = view.describeFilters();
-    this.shown.textContent = filters ? `${view.shown.length} of ${table.count} points are shown (filtered: ${filters})` : "";
+    const number = view.numUnplaced, unplaced = number ? `${number} ${number === 1 ? "point has" : "points have"} no place on these axes` : "";
+    this.shown.textContent = [filters && `${view.shown.length} of ${table.count} points are shown (filtered: ${filters})`, unplaced].filter(Boolean).join("; ");
     this.drawBudget();
     this.reset.hidden = !view.isChanged;
   }

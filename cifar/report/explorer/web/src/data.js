@@ -144,6 +144,9 @@ export const listX = (table) => Object.keys(X_AXES).filter((x) => {
   return X_AXES[x].isSetting ? new Set(values).size > 1 : values.some((value) => value > 0);
 });
 
+// The mean accuracy of a point's seeds, of those that have one.
+export const readAccuracy = (table, y, i) => meanOfRuns((t, run) => t.runs[y][run])(table, i);
+
 // For each point: x, and of its seeds' accuracies y (mean), n, values, half (of the 95 % interval; NaN below three seeds).
 export function measure(table, x, y, tQuantile) {
   const count = table.count, out = {

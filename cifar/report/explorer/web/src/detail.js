@@ -3,7 +3,7 @@
 import { extent } from "d3-array";
 import { scaleLinear } from "d3-scale";
 import { loadCurves, loadDetails } from "./data.js";
-import { keepFocus, make } from "./dom.js";
+import { copyText, keepFocus, make } from "./dom.js";
 import { formatAccuracy, formatP, formatPercent, formatPoints, formatSeconds, formatValue, formatX } from "./format.js";
 import { SvgPen, paintBanner, readTheme } from "./pen.js";
 import { paired, welch } from "./stats.js";
@@ -18,8 +18,7 @@ export class Detail {
     root.addEventListener("click", async (event) => {
       const { copy, run, pin, unpin } = event.target.dataset;
       if (copy !== undefined) {
-        await navigator.clipboard?.writeText(copy).catch(() => {});
-        event.target.textContent = "copied";
+        event.target.textContent = (await copyText(copy)) ? "copied" : "cannot copy here";
       }
       if (run !== undefined) view.selectRun(Number(run));
       if (pin !== undefined) view.togglePin(Number(pin));
@@ -136,8 +135,10 @@ export class Detail {
 export function describeTests(apart, together) {
   const points = formatPoints, p = formatP;
   const interval = ({ difference, half }) => `${points(difference - half)} to ${points(difference + half)}`;
+  if (!Number.isFinite(apart.difference)) return "one of them has no such accuracy.";
   const sentences = [`${points(apart.difference)} points`];
   if (Number.isFinite(apart.half)) sentences.push(` (95 % interval ${interval(apart)}, Welch, ${p(apart.p)})`);
+  else if (apart.isFlat) sentences.push("; the seeds of each do not differ, so there is no interval");
   else sentences.push("; an interval needs two seeds and more on both sides");
   if (together.n > 1 && Number.isFinite(together.half)) sentences.push(`; over the ${together.n} seeds that both have ${points(together.difference)} (${interval(together)}, paired t-test, ${p(together.p)})`);
   return `${sentences.join("")}.`;
@@ -205,7 +206,7 @@ function addUp(differences) {
   return differences.map((difference) => (difference === null ? NaN : (sum += difference)));
 }
 
-// Mean, smallest and largest value of the seeds at each epoch that any of them has.
+// Mean, smallest and largest value of the seeds, at each epoch that most of them have.
 function band(runs) {
   const by = new Map();
   for (const run of runs) for (const [epoch, value] of run) by.has(epoch) ? by.get(epoch).push(value) : by.set(epoch, [value]);

@@ -27,6 +27,9 @@ export function download(name, blob) {
   setTimeout(() => URL.revokeObjectURL(link.href), 5000);
 }
 
+// Whether the text is in the clipboard now. A page on plain http has none.
+export const copyText = (text) => (navigator.clipboard?.writeText(text) ?? Promise.reject()).then(() => true, () => false);
+
 // A cell that no spreadsheet takes for a formula, quoted where it has to be.
 export function csvCell(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "";

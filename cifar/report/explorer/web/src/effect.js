@@ -56,7 +56,7 @@ function describeRows({ rows }) {
 }
 
 function describeCorrelation(key, { correlation: { rho, low, high, p, n } }) {
-  if (!Number.isFinite(low)) return make("p", { class: "hint" }, `${n} points are too few.`);
+  if (!Number.isFinite(low)) return make("p", { class: "hint" }, n > 4 ? "All accuracies are equal, so there is no relation to show." : `${n} points are too few.`);
   const number = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
   const verdict = low > 0 ? `more ${key} goes with a higher accuracy` : high < 0 ? `more ${key} goes with a lower accuracy` : "no rising or falling relation is shown";
   return make("p", {}, make("strong", {}, `Rank correlation with accuracy ${number(rho)}`), ` (Spearman, 95 % interval ${number(low)} to ${number(high)}, ${formatP(p)}, ${n} points): ${verdict}. The other settings vary as well.`);

@@ -1,6 +1,6 @@
 // Numbers as text.
 
-const PREFIXES = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+const PREFIXES = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
 
 const trim = (value, digits = 3) => String(Number(value.toPrecision(digits)));
 

@@ -1,11 +1,12 @@
 // The explorer of the report page. One state, one set of shown points; each part draws itself from these.
 
-import { X_AXES, findFront, listX, listY, loadCurves, loadDetails, loadTable, measure, normalise, watchServer } from "./data.js";
+import { X_AXES, Y_AXES, findFront, listX, listY, loadCurves, loadDetails, loadTable, measure, normalise, readAccuracy, watchServer } from "./data.js";
 import { Compare } from "./compare.js";
 import { Controls } from "./controls.js";
 import { Detail, describeTests, viridis } from "./detail.js";
-import { csvCell, download, keepFocus, make, own, rasterise } from "./dom.js";
+import { copyText, csvCell, download, keepFocus, make, own, rasterise } from "./dom.js";
 import { Effect, measureEffect } from "./effect.js";
+import { formatValue } from "./format.js";
 import { Parallel } from "./parallel.js";
 import { COLOURS, LIGHT_COLOURS } from "./pen.js";
 import { Scatter, describePoint } from "./scatter.js";
@@ -13,7 +14,7 @@ import { DEFAULTS, State } from "./state.js";
 import { meanDifference, paired, spearman, tQuantile, tTail, welch } from "./stats.js";
 import { Table } from "./table.js";
 
-const VIEW_KEYS = ["selected", "pins", "sort", "descending", "differing", "list", "curve", "zoom", "log", "colour"]; // these filter nothing
+const VIEW_KEYS = ["selected", "pins", "sort", "descending", "differing", "list", "curve", "zoom", "colour"]; // these filter nothing
 
 class View {
   constructor(table) {
@@ -45,11 +46,11 @@ class View {
   }
 
   updateShown() {
-    const { table, measured } = this, { points } = table, { text, families, tags, ranges, choices, x, y, log } = this.state.values;
+    const { table, measured } = this, { points } = table, { text, families, tags, ranges, choices, log } = this.state.values;
     const words = normalise(text).split(/\s+/).filter(Boolean), allowed = families && new Set(families), wanted = tags.filter((tag) => table.tags.includes(tag));
     const tests = [];
     for (const [key, [low, high]] of Object.entries(ranges)) {
-      const values = key === `x:${x}` ? measured.x : key === `y:${y}` ? measured.y : own(points.values, key);
+      const values = this.valuesOf(key);
       if (values) tests.push((i) => values[i] !== null && (low === null || values[i] >= low) && (high === null || values[i] <= high));
     }
     for (const [key, list] of Object.entries(choices)) {
@@ -61,14 +62,28 @@ class View {
     if (words.length) tests.push((i) => words.every((word) => table.texts[i].includes(word)));
     this.isShown = new Uint8Array(table.count);
     this.shown = [];
-    for (let i = 0; i < table.count; i++)
-      if (Number.isFinite(measured.y[i]) && (log ? measured.x[i] > 0 : Number.isFinite(measured.x[i])) && tests.every((test) => test(i))) { this.isShown[i] = 1; this.shown.push(i); }
+    this.numUnplaced = 0; // points that no filter hides, without a place on these axes
+    for (let i = 0; i < table.count; i++) {
+      if (!tests.every((test) => test(i))) continue;
+      const hasPlace = Number.isFinite(measured.y[i]) && (log ? measured.x[i] > 0 : Number.isFinite(measured.x[i]));
+      if (!hasPlace) { this.numUnplaced++; continue; }
+      this.isShown[i] = 1;
+      this.shown.push(i);
+    }
     this.apart = table.apart.filter((run) => words.every((word) => table.apartTexts.get(run).includes(word)) && (!wanted.length || wanted.some((tag) => table.runs.tags[run].includes(table.tags.indexOf(tag)))));
     this.front = findFront(measured, this.isShown);
     this.isFront = new Uint8Array(table.count);
     this.front.forEach((i) => { this.isFront[i] = 1; });
     this.isFiltered = tests.length > 0;
     this.varying = null;
+  }
+
+  // The values of what a range is of: an axis ("x:macs", "y:val"), whichever is drawn, or a setting.
+  valuesOf(key) {
+    const { table } = this, axis = key.slice(2);
+    if (key.startsWith("x:") && own(X_AXES, axis)) return Array.from({ length: table.count }, (_, i) => X_AXES[axis].read(table, i));
+    if (key.startsWith("y:") && own(Y_AXES, axis)) return Array.from({ length: table.count }, (_, i) => readAccuracy(table, axis, i));
+    return own(table.points.values, key);
   }
 
   updateChosen() {
@@ -89,8 +104,10 @@ class View {
       const values = table.points.values[colour], known = values.filter((v) => v !== null && (!key.log || v > 0)).map((v) => (key.log ? Math.log(v) : v));
       const low = Math.min(...known), high = Math.max(...known);
       this.colours = values.map((v) => (v === null ? "#808890" : `rgb(${viridis(0.92 * (((key.log ? Math.log(v) : v) - low) / (high - low || 1))).join(",")})`));
-      const distinct = [...new Set(known)].sort((a, b) => a - b);
-      this.entries = (distinct.length <= 8 ? distinct : [low, (low + high) / 2, high]).map((v) => ({ name: `${colour} ${Number((key.log ? Math.exp(v) : v).toPrecision(2))}`, colour: `rgb(${viridis(0.92 * ((v - low) / (high - low || 1))).join(",")})`, shape: 0 }));
+      const distinct = [...new Set(values.filter((v) => v !== null && (!key.log || v > 0)))].sort((a, b) => a - b);
+      const stops = distinct.length <= 8 ? distinct : [low, (low + high) / 2, high].map((v) => Number((key.log ? Math.exp(v) : v).toPrecision(2)));
+      const place = (v) => ((key.log ? Math.log(v) : v) - low) / (high - low || 1);
+      this.entries = stops.map((v) => ({ name: `${colour} ${formatValue(v)}`, colour: `rgb(${viridis(0.92 * place(v)).join(",")})`, shape: 0 }));
       return;
     }
     const column = colour === "family" ? table.points.family : (colour === "model" ? table.points.model : table.points.values[colour]).map((v) => (v === null ? "–" : String(v)));
@@ -206,8 +223,9 @@ async function start() {
     }
     if (save === "link") {
       view.state.set({});
-      await navigator.clipboard?.writeText(location.href.split("#")[0] + (view.state.hash ?? location.hash)).catch(() => {});
-      root.querySelector(".sent").textContent = location.protocol === "file:" ? "copied. Send this file with it: opened with what follows the #, it shows the same." : "copied";
+      const isCopied = await copyText(location.href.split("#")[0] + (view.state.hash ?? location.hash));
+      const isFile = location.protocol === "file:";
+      root.querySelector(".sent").textContent = !isCopied ? "This browser does not copy here: the address bar has the link." : isFile ? "copied. Send this file with it: opened with what follows the #, it shows the same." : "copied";
     }
   });
   root.querySelector(".differing").addEventListener("change", (event) => view.state.set({ differing: event.target.checked }));

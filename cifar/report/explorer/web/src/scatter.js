@@ -56,7 +56,7 @@ export class Scatter {
       }
       const pad = Math.max((y1 - y0) * 0.07, 0.004);
       [y0, y1] = [Math.max(0, y0 - pad), Math.min(1, y1 + pad)];
-      [x0, x1] = log ? [x0 / 1.15, x1 * 1.15] : [Math.max(0, x0 - 0.05 * (x1 - x0)), x1 + 0.05 * (x1 - x0) || 1];
+      [x0, x1] = log ? [x0 / 1.15, x1 * 1.15] : [x0 < 0 ? x0 - 0.05 * (x1 - x0) : Math.max(0, x0 - 0.05 * (x1 - x0)), x1 + 0.05 * (x1 - x0) || 1];
     }
     const x = (log ? scaleLog() : scaleLinear()).domain([x0, x1]).range([MARGIN.left, width - MARGIN.right]);
     const y = scaleLinear().domain([y0, y1]).range([height - MARGIN.bottom, MARGIN.top]);
@@ -157,6 +157,8 @@ export class Scatter {
       return;
     }
     const { x, y } = this.current, [a, b] = [drag.from, drag.to];
+    if (Math.abs(a[0] - b[0]) < 5) { a[0] = x.range()[0]; b[0] = x.range()[1]; } // a line along one axis says nothing of the other
+    if (Math.abs(a[1] - b[1]) < 5) { a[1] = y.range()[0]; b[1] = y.range()[1]; }
     const xs = [a[0], b[0]].map((v) => x.invert(Math.min(Math.max(v, x.range()[0]), x.range()[1]))).sort((p, q) => p - q);
     const ys = [a[1], b[1]].map((v) => y.invert(Math.min(Math.max(v, y.range()[1]), y.range()[0]))).sort((p, q) => p - q);
     if (this.view.dragFilters) state.set({ ranges: { ...state.values.ranges, [`x:${state.values.x}`]: xs, [`y:${state.values.y}`]: ys } });

@@ -17,7 +17,12 @@ export class State {
     this.changed = new Set();
     this.frame = 0;
     this.readAddress();
-    addEventListener("hashchange", () => { if (location.hash !== this.hash) { this.readAddress(); this.notify(Object.keys(DEFAULTS)); } });
+    addEventListener("hashchange", () => {
+      if (location.hash === this.hash) return;
+      this.readAddress();
+      this.hash = location.hash;
+      this.notify(Object.keys(DEFAULTS));
+    });
   }
 
   readAddress() {
@@ -64,6 +69,6 @@ function isOfKind(value, example, key) {
   if (key === "budget") return value === null || Number.isFinite(value);
   if (key === "zoom") return value === null || (Array.isArray(value) && value.length === 4 && value.every(Number.isFinite));
   if (key === "ranges") return isPlain(value) && Object.values(value).every((v) => Array.isArray(v) && v.length === 2 && v.every((b) => b === null || Number.isFinite(b)));
-  if (key === "choices") return isPlain(value) && Object.values(value).every((v) => Array.isArray(v));
+  if (key === "choices") return isPlain(value) && Object.values(value).every((v) => Array.isArray(v) && v.every((word) => typeof word === "string"));
   return typeof value === typeof example;
 }

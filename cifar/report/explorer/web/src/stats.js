@@ -54,7 +54,7 @@ export function welch(a, b) {
   const difference = mean(a) - mean(b);
   if (a.length < 2 || b.length < 2) return { difference, half: NaN, p: NaN, df: NaN };
   const va = variance(a) / a.length, vb = variance(b) / b.length, v = va + vb;
-  if (Math.sqrt(v) < ROUNDING) return { difference, half: NaN, p: NaN, df: NaN };
+  if (Math.sqrt(v) < ROUNDING) return { difference, half: NaN, p: NaN, df: NaN, isFlat: true };
   const df = (v * v) / ((va * va) / (a.length - 1) + (vb * vb) / (b.length - 1));
   return { difference, half: tQuantile(0.95, df) * Math.sqrt(v), p: tTail(difference / Math.sqrt(v), df), df };
 }

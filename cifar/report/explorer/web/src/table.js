@@ -1,7 +1,7 @@
 // The table behind the charts: all points that are shown, or the runs that are not compared. Only the rows in sight exist.
 
 import { X_AXES } from "./data.js";
-import { make } from "./dom.js";
+import { keepFocus, make } from "./dom.js";
 import { formatPercent, formatSeconds, formatValue, formatX } from "./format.js";
 
 const ROW = 30; // pixels
@@ -97,10 +97,9 @@ export class Table {
       if (!isApart) cells.unshift(make("td", {}, make("input", { type: "checkbox", "data-pin": row, "aria-label": `pin ${name}`, checked: view.pinned.includes(row) })));
       body.push(make("tr", { class: [isFront && "front", chosen && "chosen"].filter(Boolean).join(" ") || null, "aria-rowindex": at + 2, "data-row": row }, cells));
     }
-    const focused = document.activeElement?.dataset?.row;
     if (isPaper && last < this.rows.length) body.push(make("tr", {}, make("td", { colspan: 99 }, `and ${this.rows.length - last} more, which report.csv has`)));
-    this.element.tBodies[0].replaceChildren(...spacer(first), ...body, ...(isPaper ? [] : spacer(this.rows.length - last)));
-    if (focused !== undefined && !document.activeElement?.dataset?.row) this.element.querySelector(`button[data-row="${focused}"]`)?.focus();
+    const rest = isPaper ? [] : spacer(this.rows.length - last);
+    keepFocus(this.element, () => this.element.tBodies[0].replaceChildren(...spacer(first), ...body, ...rest));
   }
 
   click(event) {
