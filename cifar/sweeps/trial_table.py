@@ -7,7 +7,7 @@ tests/unit/sweeps/test_trial_table.py compares, so a sweep's database stays one 
 
 What is used of Optuna's tables:
 
-    trials                 trial_id · number · study_id · state · datetime_start (when it was claimed first) · datetime_complete
+    trials                 trial_id · number · study_id · state · datetime_start (when it was claimed last) · datetime_complete
     trial_user_attributes  trial_id · key ("cell", "values", "now") · value_json
 
 A cell that is offered again is a new trial with the same cell. Only ended cells are offered again, so of a cell's trials only
@@ -149,33 +149,33 @@ class TrialTable:
         """Trial state -> number of cells.
 
         Optuna's own state says it for trials that nobody has claimed, that run, and that are complete. Only of the others
-        `now` has to be read.
+        `now` has to be read. One statement asks both, so that a trial that changes meanwhile is counted once.
         """
         t, is_counted = _TRIALS.c, self._of_study
         if self._has_new_offers():
             is_counted = and_(is_counted, t.trial_id.in_(self._latest()))
         was_claimed = t.datetime_start.is_not(None)
-        by_state = select(t.state, was_claimed, func.count()).where(is_counted).group_by(t.state, was_claimed)
-        known = {
-            (OptunaState.WAITING, False): "waiting",
-            (OptunaState.RUNNING, True): "running",
-            (OptunaState.COMPLETE, True): "finished",
-        }
-        is_known = sqlalchemy.or_(*(and_(t.state == state, was_claimed.is_(flag)) for state, flag in known))
+        known = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "finished"}
+        is_known = sqlalchemy.or_(
+            and_(t.state == OptunaState.WAITING, sqlalchemy.not_(was_claimed)),
+            and_(t.state.in_([OptunaState.RUNNING, OptunaState.COMPLETE]), was_claimed),
+        )
+        optuna_word, no_word = (
+            sqlalchemy.cast(t.state, sqlalchemy.String),
+            sqlalchemy.cast(sqlalchemy.null(), sqlalchemy.String),
+        )
+        by_state = select(optuna_word, no_word, func.count()).where(is_counted, is_known).group_by(t.state)
         said = self._json_of(_NOW, "state").as_string()
         by_word = (
-            select(said, func.count())
+            select(no_word, said, func.count())
             .select_from(_TRIALS.outerjoin(_NOW, self._has_key(_NOW, "now")))
             .where(is_counted, sqlalchemy.not_(is_known))
             .group_by(said)
         )
         counted = Counter[str]()
         with self._connect() as connection:
-            found = [(known.get((state, bool(flag))), number) for state, flag, number in connection.execute(by_state)]
-            counted.update({word: number for word, number in found if word})
-            if not all(word for word, _ in found):
-                for word, number in connection.execute(by_word):
-                    counted[str(word)] += number
+            for state, word, number in connection.execute(sqlalchemy.union_all(by_state, by_word)):
+                counted[known[state] if state else str(word)] += number
         return dict(counted)
 
     def list_values_at(self, step: int) -> list[float]:
@@ -213,7 +213,7 @@ class TrialTable:
             connection.execute(_ATTRIBUTES.insert(), attributes)
 
     def update_trial(self, optuna_id: int, now: Mapping[str, Any], state: OptunaState | None = None) -> None:
-        """Write what changes of an open trial, and with it Optuna's state, so that a killed process leaves both or none."""
+        """Write what changes of an open trial, and Optuna's state with it if given: a killed process leaves both or none."""
         is_now = and_(_ATTRIBUTES.c.trial_id == optuna_id, _ATTRIBUTES.c.key == "now")
         with self._begin() as connection:
             changed = connection.execute(_ATTRIBUTES.update().where(is_now).values(value_json=json.dumps(now)))

@@ -57,8 +57,6 @@ def text_width(text: str) -> int:
     """Columns of the terminal that a text takes: 2 for a wide East Asian character, 0 for a combining one."""
     if text.isascii():
         return len(text)
-    if text.isascii():
-        return len(text)
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 

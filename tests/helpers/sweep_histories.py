@@ -71,6 +71,7 @@ def play_history(
     """A random history with a check after each event -> how often each kind of event was."""
     draw, running, events = random.Random(seed), list[tuple[LocalBackend, Trial]](), Counter[str]()
     monkeypatch.setattr(trial_table, "_CHUNK_SIZE", draw.choice((1, 2, 32)))
+    monkeypatch.setattr(trial_table, "_MAX_IDS", draw.choice((1, 3, 500)))
     agents = [backend, LocalBackend(backend.id, backend.runs_dir, backend._storage_url)]
     larger = folder / f"larger-{seed}.yaml"
     larger.write_text(LARGER)

@@ -266,10 +266,11 @@ def _download_rows(
         with tempfile.TemporaryDirectory(prefix=".metrics.", dir=parent) as folder:
             download_file(api, file, Path(folder))
             lines = read_bytes(Path(folder) / METRICS_FILE, MAX_METRICS_BYTES)
-    except Exception:  # wandb raises many kinds of errors; the history may still be had
+        is_right = compute_md5(lines) == named.get("md5") and len(lines) == named.get("bytes")
+        is_right = is_right and convert.read_last_epoch(lines) == details.last_step
+    except Exception:  # wandb raises many kinds of errors, and a damaged file some more; the history may still be had
         return b""
-    is_right = compute_md5(lines) == named.get("md5") and len(lines) == named.get("bytes")
-    return lines if is_right and convert.read_last_epoch(lines) == details.last_step else b""
+    return lines if is_right else b""
 
 
 def _download_document(api: Any, file: Mapping[str, Any], parent: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 
 from cifar.sweeps.local import LocalBackend, Trial
 from helpers.local_sweeps import METRIC, claim_trial, create_local_sweep
@@ -59,6 +60,26 @@ def test_a_filter_is_asked_about_waiting_trials_in_order_until_it_accepts(runs: 
     assert isinstance(trial, Trial) and trial.cell == 8
     assert asked == [(seed, lr) for seed in (0, 1) for lr in (1, 2, 3, 4)] + [(2, 1)]
     assert backend.claim_trial("me", 1, lambda values: False) == "wait"
+
+
+def test_a_trial_that_changes_while_states_are_counted_is_counted_once(runs: Path) -> None:
+    """Another agent gives a trial back and fails another one, after each statement of the count."""
+    backend = create_local_sweep(runs)
+    second = LocalBackend(backend.id, backend.runs_dir)
+    trials = [claim_trial(second) for _ in range(6)]
+    total = sum(backend.count_states().values())
+
+    def change(*_: object) -> None:
+        if trials:
+            second.finish_trial(trials.pop(), ("interrupted", "failed")[len(trials) % 2], retry=False)
+
+    engine = backend._storage.engine
+    sqlalchemy.event.listen(engine, "after_cursor_execute", change)
+    try:
+        while trials:
+            assert sum(backend._table.count_states().values()) == total
+    finally:
+        sqlalchemy.event.remove(engine, "after_cursor_execute", change)
 
 
 def test_optuna_opens_what_was_made_and_goes_on_with_it(runs: Path) -> None:
