@@ -25,11 +25,13 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from cifar.sweeps.local import LocalBackend, Trial  # noqa: E402
-from helpers import postgres  # noqa: E402
+from cifar.sweeps.local import LocalBackend, Trial
+from helpers import postgres
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SWEEP = """
 method: grid
