@@ -285,7 +285,7 @@ def _describe_mistakes(predictions: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "true": [int(predictions["label"][place]) for _, place in worst],
         "predicted": [int(predictions["predicted"][place]) for _, place in worst],
-        "confidence": [round(float(predictions["confidence"][place]), 4) for _, place in worst],
+        "confidence": [_round(float(predictions["confidence"][place]), 4) for _, place in worst],
         "pixels": base64.b64encode(content.getvalue()).decode(),
     }
 

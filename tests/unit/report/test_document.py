@@ -99,6 +99,15 @@ def test_details_are_those_of_few_runs_and_of_kept_ones(tmp_path: Path) -> None:
         write_report([], runs=tmp_path, kept=["nothing"])
 
 
+def test_a_network_whose_outputs_are_no_numbers_has_mistakes_without_confidence(tmp_path: Path) -> None:
+    record = write(tmp_path, "run0", predictions=True)
+    with np.load(record.path / "predictions.npz") as arrays:
+        np.savez(record.path / "predictions.npz", **{**arrays, "confidence": np.full_like(arrays["confidence"], np.nan)})
+    details = document.describe_details(load_run(record.path))
+    json.dumps(details, allow_nan=False)  # as the page has it
+    assert details["mistakes"]["confidence"] == [None] * document.MAX_MISTAKES
+
+
 def test_tags_that_all_runs_have_or_that_say_the_network_are_left_out(tmp_path: Path) -> None:
     for n, tags in enumerate((("all", "a"), ("all", "b", "a"), ("all", "not a \u202e name"))):
         write(tmp_path, f"run{n}", model=list(NETWORKS)[n], epochs=1, layers=1, tags=tags)
