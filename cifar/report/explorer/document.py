@@ -232,10 +232,10 @@ def _encode_curves(runs: Sequence[Run], num_points: int) -> bytes:
 
 
 def _quantise(value: Any, scale: float) -> int:
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    steps = _count_steps(value, scale)
+    if steps is None or steps >= MISSING:  # a loss above 65 has no place in 16 bits, and no other stands for it
         return MISSING
-    steps = round(value * scale)
-    return MISSING if steps >= MISSING else max(steps, 0)  # a loss above 65 has no place in 16 bits, and no other stands for it
+    return max(steps, 0)
 
 
 # -- details -----------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def _describe_mistakes(predictions: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _count_steps(value: Any, scale: float) -> int | None:
-    return round(value * scale) if isinstance(value, int | float) and math.isfinite(value) else None
+    return round(value * scale) if isinstance(value, int | float) and math.isfinite(float(value) * scale) else None
 
 
 def _take_differences(values: Iterable[int | None]) -> list[int | None]:

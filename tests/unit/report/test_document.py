@@ -108,6 +108,18 @@ def test_a_network_whose_outputs_are_no_numbers_has_mistakes_without_confidence(
     assert details["mistakes"]["confidence"] == [None] * document.MAX_MISTAKES
 
 
+@pytest.mark.parametrize("loss", [1e306, 200.0])
+def test_a_loss_beyond_all_bounds_has_a_page(tmp_path: Path, loss: float) -> None:
+    record = write(tmp_path, "run0", epochs=3)
+    write(tmp_path, "run1", model="vgg11", epochs=3)
+    rows = [{**row, "val/loss": loss} for row in record.read_rows()]
+    (record.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report([], runs=tmp_path).page.read_text()
+    table = json.loads(unpack(page, "table"))
+    curves = decode_curves(unpack(page, "curves"), 2, table["curves"]["metrics"], table["curves"]["scales"])
+    assert all(np.isnan(curves[table["runs"]["id"].index("run0")]["val/loss"]))
+
+
 def test_tags_that_all_runs_have_or_that_say_the_network_are_left_out(tmp_path: Path) -> None:
     for n, tags in enumerate((("all", "a"), ("all", "b", "a"), ("all", "not a \u202e name"))):
         write(tmp_path, f"run{n}", model=list(NETWORKS)[n], epochs=1, layers=1, tags=tags)
