@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar.errors import UserError
-from cifar.integrations.wandb.mirror_process import reset_dead_core
+from cifar.integrations.wandb.mirror_process import core_lock, num_core_stops, reset_dead_core
 from cifar.integrations.wandb.settings import server_url
 from cifar.system.redact import redact
 
@@ -80,8 +80,10 @@ class GraphqlClient:
     def _connect(self) -> None:
         import wandb
 
-        self.api = wandb.Api(timeout=int(self._timeout_seconds))
-        self._execute = self.api._service_api.execute_graphql
+        with core_lock:
+            self._num_core_stops = num_core_stops()
+            self.api = wandb.Api(timeout=int(self._timeout_seconds))
+            self._execute = self.api._service_api.execute_graphql
 
     def execute_graphql(self, query: str, **variables: Any) -> dict[str, Any]:
         """The `data` of the answer. Raises what wandb raises."""
@@ -89,7 +91,8 @@ class GraphqlClient:
             data: dict[str, Any] = self._execute(query, variables, timeout=self._timeout_seconds)
         except Exception:
             with self._lock:  # one thread finds wandb-core gone; the others ask again later
-                if not (self._restarts_core and reset_dead_core()):
+                is_other_core = self._num_core_stops != num_core_stops()  # another client stopped it, and may have started one
+                if not (self._restarts_core and (is_other_core or reset_dead_core())):
                     raise
                 self._connect()
             data = self._execute(query, variables, timeout=self._timeout_seconds)

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 _num_core_stops = 0
+core_lock = threading.RLock()  # held while wandb-core is started or reset, so that one that just starts is not killed as dead
 
 
 def num_core_stops() -> int:
@@ -27,13 +29,15 @@ def kill_core() -> None:
 def stop_core() -> None:
     """Kill wandb-core, and let the next run start another one. Mirrors open their runs again."""
     global _num_core_stops
-    _num_core_stops += 1
-    kill_core()
-    if "wandb" in sys.modules:
-        import wandb
+    kill_core()  # so that who waits for it, and holds the lock, waits no longer
+    with core_lock:
+        _num_core_stops += 1
+        kill_core()
+        if "wandb" in sys.modules:
+            import wandb
 
-        with contextlib.suppress(Exception, SystemExit):  # it exits with the killed core's code
-            wandb.teardown()
+            with contextlib.suppress(Exception, SystemExit):  # it exits with the killed core's code
+                wandb.teardown()
 
 
 def is_core_death(error: Exception) -> bool:
@@ -43,10 +47,11 @@ def is_core_death(error: Exception) -> bool:
 
 def reset_dead_core() -> bool:
     """If wandb-core was killed from outside, let the next run start another one. True if that was so."""
-    if "wandb" not in sys.modules or list_core_pids():
-        return False
-    stop_core()
-    return True
+    with core_lock:
+        if "wandb" not in sys.modules or list_core_pids():
+            return False
+        stop_core()
+        return True
 
 
 def list_core_pids() -> list[int]:

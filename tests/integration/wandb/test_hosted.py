@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,6 +230,31 @@ def test_no_server_is_a_sentence(wandb_server: Server, runs: Path) -> None:
         WandbBackend("me/p/abc", runs)
     stop_core()
     assert not (runs / "sweeps").exists()
+
+
+@pytest.mark.slow
+def test_a_core_that_starts_is_not_taken_for_a_dead_one(make: Make, wandb_server: Server) -> None:
+    """While two clients start it anew, one of them makes requests all the time; nobody kills the other's new one."""
+    backend = make()
+    asker, answers, is_over = backend.client, [0], threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(Exception):  # the core was stopped under it; the next request must be answered
+                asker.fetch_sweep("me", "cifar", backend.id)
+                answers[0] += 1
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(12):
+        stop_core()
+        assert api.GraphqlClient().fetch_sweep("me", "cifar", backend.id)
+        before = answers[0]
+        wait_until(lambda before=before: answers[0] > before)
+    is_over.set()
+    for thread in threads:
+        thread.join(60)
 
 
 def test_what_is_private_of_wandb_is_as_it_was() -> None:
