@@ -20,6 +20,7 @@ from cifar.tracking.histograms import KINDS, MAX_TOP, MIN_TOP, NUM_BINS
 MAX_LAYERS = 128  # with histograms: so many of a deeper network, evenly apart. They bound what a row on W&B holds
 _NUM_CODES = 1024  # of a value: 1 bit of sign, 8 of exponent, 1 of mantissa
 _SHIFT = 22  # bits of the mantissa that no bin looks at
+_GROUP = 8  # layers that one kernel counts: their bins fit into a GPU's shared memory
 
 
 class HistogramRecorder:
@@ -46,7 +47,8 @@ class HistogramRecorder:
 
     def before_update(self, parameters: Mapping[str, Tensor]) -> None:
         """Keep the weights as they are before the update."""
-        self._before = [parameters[name].detach().clone() for name in self._names] if self._is_counting() else []
+        weights = [parameters[name].detach() for name in self._names] if self._is_counting() else []
+        self._before = list(torch._foreach_mul(weights, 1.0)) if weights else []  # copies all of them by one kernel
 
     def after_update(self, parameters: Mapping[str, Tensor]) -> None:
         """Count the changes of the weights."""
@@ -58,9 +60,9 @@ class HistogramRecorder:
         return bool(self.layers) and (self.is_active or self._always_counts)
 
     def _count(self, kind: int, tensors: Sequence[Tensor]) -> None:
-        codes = torch.cat([_flatten(tensor) for tensor in tensors]).view(torch.int32) >> _SHIFT  # -512 to 511, by the sign
-        pieces = torch.split(codes, [tensor.numel() * (2 if tensor.is_complex() else 1) for tensor in tensors])  # type: ignore[no-untyped-call, unused-ignore]
-        self._counts[kind].add_(torch.stack([_count_codes(piece) for piece in pieces]))
+        for begin in range(0, len(tensors), _GROUP):
+            group = tensors[begin : begin + _GROUP]
+            self._counts[kind, begin : begin + _GROUP].add_(_count_codes(group))
 
     def read_and_reset(self) -> dict[str, Any] | None:
         """The epoch's histograms, as a line of histograms.jsonl has them; None if it is not looked at, or no step was counted.
@@ -101,12 +103,19 @@ def _flatten(tensor: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1).float()
 
 
-def _count_codes(codes: Tensor) -> Tensor:
-    """How often each code occurs, (1024,) whole numbers: first of negative values, by magnitude, then of the others."""
-    half = _NUM_CODES // 2
+def _count_codes(tensors: Sequence[Tensor]) -> Tensor:
+    """How often each code occurs in each tensor, (tensors, 1024) whole numbers: first of negative values, then of the others.
+
+    Few kernels for all tensors together: in the step of a small network each one counts.
+    """
+    flat = [_flatten(tensor) for tensor in tensors]
+    codes = torch.cat(flat).view(torch.int32) >> _SHIFT  # -512 to 511, by the sign
+    pieces = torch.split(codes, [len(values) for values in flat])  # type: ignore[no-untyped-call, unused-ignore]
+    torch._foreach_add_(list(pieces), [_NUM_CODES // 2 + _NUM_CODES * index for index in range(len(tensors))])
+    size = _NUM_CODES * len(tensors)
     if codes.device.type == "cuda":  # bincount would wait for the host; histc does not, and is exact for whole numbers
-        return torch.histc(codes, _NUM_CODES, -half, half)
-    return torch.bincount(codes + half, minlength=_NUM_CODES)
+        return torch.histc(codes, size, 0, size).view(-1, _NUM_CODES)
+    return torch.bincount(codes, minlength=size).view(-1, _NUM_CODES)
 
 
 def summarize_counts(counts: np.ndarray) -> dict[str, Any]:

@@ -107,6 +107,14 @@ def test_no_layers_and_very_many() -> None:
     assert chosen == sorted(chosen, key=layers.index) and choose_layers(layers[:MAX_LAYERS]) == layers[:MAX_LAYERS]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_each_of_many_layers_has_its_own_counts(device: str) -> None:
+    values = [torch.randn(3, 10 + index, device=device) * 2.0 ** (index - 9) for index in range(19)]
+    for name, layer in record(values)["gradients"].items():
+        own = values[int(name.removeprefix("layer"))]
+        assert layer["counts"] == count_with_numpy(own.cpu().numpy().ravel(), layer["top"]), name
+
+
 def test_an_epoch_that_is_not_looked_at_is_not_counted() -> None:
     weights = {"a.weight": nn.Parameter(torch.ones(2, 3))}
     recorder = HistogramRecorder(weights)
