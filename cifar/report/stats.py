@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def t_probability(t: float, df: float) -> float:
     return 1 - t_tail(t, df)
 
 
+@functools.cache  # a report asks for the same few again and again
 def t_quantile(confidence: float, df: float) -> float:
     """The t with P(|T| <= t) = confidence, by bisection."""
     assert 0 < confidence < 1 and df > 0

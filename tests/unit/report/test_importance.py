@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cifar.report.importance import compute_importance, find_confounded
+from cifar.report.importance import compute_importance, find_confounded, split_variance
 
 pytest.importorskip("sklearn")
 
@@ -97,3 +97,46 @@ def test_confounded() -> None:
     assert find_confounded({"model": ["x", "x", "y", "y"], "lr": [1, 1, 2, 2]}) == ("model", "lr")
     assert find_confounded({"model": ["x", "x", "y", "y"], "lr": [1, 2, 1, 2]}) is None
     assert find_confounded({"lr": [0.1, 0.2, 0.3, 0.4], "decay": [1e-3, 1e-4, 1e-3, 1e-4]}) is None
+
+
+def test_shares_of_a_tree_are_those_of_optunas_walk_through_it() -> None:
+    """Numbers, a category of three (three inputs that count together), and an input by which nothing is split."""
+    import numpy as np
+    from optuna.importance._fanova._tree import _FanovaTree
+    from sklearn.tree import DecisionTreeRegressor
+
+    draw = np.random.default_rng(0)
+    kind = draw.integers(0, 3, 120)
+    inputs = np.column_stack([draw.random(120), 5 * draw.random(120) + 2, *(kind == k for k in range(3)), np.ones(120)])
+    low, high = np.append(inputs.min(0)[:-1], 0.0), inputs.max(0)
+    for seed in range(3):
+        target = inputs[:, 0] ** 2 * inputs[:, 1] + (kind == 1) + draw.normal(0, 0.1, 120)
+        tree = DecisionTreeRegressor(random_state=seed).fit(inputs, target).tree_
+        theirs = _FanovaTree(tree, np.stack([low, high], 1))
+        expected = {
+            key: theirs.get_marginal_variance(np.array(places)) / theirs.variance
+            for key, places in {"a": [0], "b": [1], "kind": [2, 3, 4]}.items()
+        }
+        assert split_variance(tree, low, high, ["a", "b", "kind", "kind", "kind", "same"]) == {
+            **{key: pytest.approx(share, rel=1e-9) for key, share in expected.items()},
+            "same": pytest.approx(0, abs=1e-12),
+        }
+
+
+def test_a_setting_of_many_categories_has_a_share() -> None:
+    """Walking through the combinations of 25 inputs of 0 or 1 would take for ever."""
+    rows = [{**row, "model": f"network{i % 25}"} for i, row in enumerate(draw_rows(200))]
+    found = compute_importance(make_comparison(rows, [0.5 + 0.02 * (i % 25) for i in range(200)]))
+    assert found is not None and next(iter(shares_of(found))) == "model"
+
+
+def test_values_that_no_forest_takes_and_accuracies_without_variance() -> None:
+    rows = draw_rows(60)
+    assert compute_importance(make_comparison(rows, [0.5] * 60)) == {"reason": "all points have the same accuracy."}
+    for wrong in (1e300, float("inf"), float("nan"), 10**400):
+        odd = [{**row, "a": wrong if i == 7 else row["a"]} for i, row in enumerate(rows)]
+        found = compute_importance(make_comparison(odd, [row["b"] for row in rows]))
+        assert found == {"reason": "a setting has a value that a forest cannot take."}
+    near = [{**row, "a": 1.0 + (i % 2) * 1.2e-7} for i, row in enumerate(rows)]  # neighbours among the 32-bit numbers
+    found = compute_importance(make_comparison(near, [row["b"] + 0.1 * (i % 2) for i, row in enumerate(rows)]))
+    assert found is not None and sum(shares_of(found).values()) < 1.5
