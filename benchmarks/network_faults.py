@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 6
 WORK = {
     "model": "resnet8", "epochs": EPOCHS, "train_size": 1280, "val_size": 200, "batch_size": 64, "threads": 1,
-    "probes": "clock", "probe_every": 1,
+    "probes": "clock", "probe_every": 1, "device": "cpu",
 }  # fmt: skip
 FAULTS: dict[str, dict[str, Any]] = {  # what a server that is ill from the start does, and one that dies on the way
     "slow": {"kind": "slow", "value": 10.0},  # seconds before every answer
@@ -124,7 +124,8 @@ class Place:
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "CIFAR_"))},
             **server.environment, "HOME": str(folder / "home"), "CIFAR_PLUGINS": str(folder / "plugins"),
-            "CIFAR_RUNS": str(folder / "runs"), "CLOCK_LOG": str(folder / "clock"), "PYTHONPATH": str(ROOT),
+            "CIFAR_RUNS": str(folder / "runs"), "CLOCK_LOG": str(folder / "clock"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "CIFAR_BENCHMARK": str(folder), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
 
