@@ -217,7 +217,7 @@ def _choose_rows(result: ReportResult, show_all: bool) -> list[int]:
 
 def _make_columns(result: ReportResult) -> list[Column]:
     """The report's columns. Where there is little room, what tells the points apart and the accuracies stay."""
-    drop_orders = {"params M": 5, "time a run": 4, "n": 3, "front": 2}
+    drop_orders = {"latency": 6, "energy a run": 6, "params M": 5, "time a run": 4, "n": 3, "front": 2}
     network_width = max(len(row["network"]) for row in result.rows)
     keys = list(result.comparison.points[0].values)  # `model` is the column network
     columns = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -36,6 +36,7 @@ from cifar.cli.options import (
 )
 from cifar.errors import UserError, name_program
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES, OPEN_RUN_STATES
+from cifar.system.amounts import format_joules, format_operations
 from cifar.system.durations import format_duration
 from cifar.system.files import UnreadableFileError, parse_json, read_bytes
 from cifar.system.names import check_id
@@ -453,7 +454,8 @@ def _print_result(record: RunDir, state: str) -> None:
         scores = [f"{k.split('/')[0]} {100 * summary[k]:.2f} %" for k in ("train/acc", "val/acc", "test/acc") if k in summary]
         views = f" ({summary['test/views']} views)" if summary.get("test/views", 1) > 1 else ""
         time = format_duration(summary["seconds"])
-        echo(f"\n{', '.join(scores)}{views} after {summary['epochs']} epochs, {time} of training")
+        cost = "".join(f", {text}" for text in _describe_cost(summary))
+        echo(f"\n{', '.join(scores)}{views} after {summary['epochs']} epochs, {time} of training{cost}")
     else:
         echo(f"\n{state}: {status.get('reason', '')}")
     echo(f"folder    {record.path}")
@@ -464,6 +466,16 @@ def _print_result(record: RunDir, state: str) -> None:
     echo(f"repeat    {record.read_json('run').get('command', '')}")
     if record.read_json("run").get("dataset") == "stand-in":
         warn_of_stand_in()
+
+
+def _describe_cost(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What a training has cost beside its seconds, in words."""
+    if flops := summary.get("train_flops"):
+        yield format_operations(flops)
+    if (joules := summary.get("joules")) is not None:
+        yield format_joules(joules)
+    elif problem := summary.get("joules_missing"):
+        yield f"energy not known: {problem}"
 
 
 def _print_wandb_place(record: RunDir, mode: str, state: str, *, is_complete: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
@@ -17,6 +17,7 @@ from cifar.report import stats
 from cifar.report.formatting import format_percent, format_value, pluralize
 from cifar.report.load import SPLIT_NAMES, ExcludedRun, Run, find_banner, training_caveats
 from cifar.states import ENDED_STATES
+from cifar.system.amounts import format_joules, format_latency
 
 # The report always lists these settings. Of the others it lists those that are not the default, and of the keys of networks,
 # optimizers and schedules those that are on (not 0, False or empty).
@@ -29,6 +30,21 @@ _NEVER_LISTED = (
 
 # With two seeds Student's t is 12.7: an interval of 40 points says less than the two accuracies, which are shown instead.
 MIN_SEEDS_OF_INTERVAL = 3
+
+
+@dataclass(frozen=True)
+class MeasuredCost:
+    """A column of a report: its name in summary.json, its heading, and how a value is written."""
+
+    name: str
+    heading: str
+    format_value: Callable[[float | None], str]
+
+
+_MEASURED_COSTS = (
+    MeasuredCost("joules", "energy a run", format_joules),
+    MeasuredCost("latency_seconds", "latency", format_latency),
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,16 @@ class Point:
         """Mean training time of the runs that recorded one."""
         known = [run.seconds for run in self.runs if run.seconds is not None]
         return statistics.fmean(known) if known else None
+
+    def mean_cost(self, name: str) -> float | None:
+        """The mean of a cost (`Run.cost`) over the runs that have it."""
+        known = [cost for run in self.runs if (cost := run.cost(name)) is not None]
+        return statistics.fmean(known) if known else None
+
+    @property
+    def pack_size(self) -> int:
+        """The most runs that were trained side by side with one of these, itself included."""
+        return max(run.pack_size for run in self.runs)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -161,6 +187,11 @@ class Comparison:
         keys = dict.fromkeys((*_ALWAYS_LISTED, *Settings.model_fields))
         named = (*self.shared_config, *self.distinguishing_keys, *_NEVER_LISTED)
         return [key for key in keys if key not in named and any(key in run.config for run in self.runs)]
+
+    @cached_property
+    def measured_costs(self) -> list[MeasuredCost]:
+        """The costs that only some runs have been measured for, if one of these has been."""
+        return [each for each in _MEASURED_COSTS if any(run.cost(each.name) is not None for run in self.runs)]
 
     @property
     def seeds(self) -> list[int]:

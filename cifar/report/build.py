@@ -52,6 +52,7 @@ FORMULA_STARTS = (
 )
 
 
+COST_COLUMNS = ("train_flops", "joules", "weights_bytes", "latency_seconds")  # of report.csv, beside MACs and seconds
 MAX_INLINE_BYTES = 120_000  # of a figure as SVG on the page; a larger one is a picture there
 SHOWN_BY_EXPLORER = ("accuracy_vs_macs", "accuracy_vs_params", "learning_curves")  # figures
 
@@ -227,6 +228,11 @@ def _progress_notes(collection: RunCollection, comparison: Comparison) -> list[s
     if collection.num_cells and num_finished < collection.num_cells:
         running = f", {num_running} running." if num_running else "."
         notes.append(f"{num_finished} of {pluralize(collection.num_cells, 'trial')} finished{running}")
+    if packed := sum(run.pack_size > 1 and run.cost("joules") is not None for run in comparison.runs):
+        notes.append(
+            f"{pluralize(packed, 'run')} of these trained side by side with others: their joules are shares of what the pack "
+            "used, and their seconds are those of the whole pack."
+        )
     kinds: dict[str, list[str]] = {}
     for run in comparison.excluded:
         kinds.setdefault(run.kind, []).append(run.name if run.name == run.id else f"{run.name} ({run.id})")
@@ -247,6 +253,7 @@ def _format_row(comparison: Comparison, point: Point) -> dict[str, str]:
         "± 95 %": point.interval_text,
         "n": point.num_seeds_text,
         "time a run": format_duration(point.seconds),
+        **{each.heading: each.format_value(point.mean_cost(each.name)) for each in comparison.measured_costs},
         "front": "*" if point.on_front else "",
     }
     return row
@@ -272,6 +279,8 @@ def _list_facts(comparison: Comparison) -> list[dict[str, Any]]:
             "interval95_high": point.interval[1] if point.interval else None,
             "accuracies": list(point.accuracies),
             "seconds": point.seconds,
+            **{name: point.mean_cost(name) for name in COST_COLUMNS},
+            "pack_size": point.pack_size,
             "front": point.on_front,
             "runs": [run.id for run in point.runs],
         }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape as escape_html
 from typing import Any
 
-from cifar.report.aggregate import Comparison, Point, describe_settings
+from cifar.report.aggregate import Comparison, MeasuredCost, Point, describe_settings
 from cifar.report.explorer.page import read_script, read_style
 from cifar.report.formatting import (
     format_macs,
@@ -193,6 +193,7 @@ def _render_figure(section: Section) -> str:
 def _render_points(comparison: Comparison) -> str:
     keys = [key for key in comparison.distinguishing_keys if key != "model"]
     numbers = ["MMACs", "params, M", f"{comparison.split} accuracy, %", "± 95 %", "n", "time a run"]
+    numbers += [each.heading for each in comparison.measured_costs]
     head = _render_header_row(
         [("network", False), *((key, False) for key in keys), *((name, True) for name in numbers), ("", False)]
     )
@@ -210,6 +211,7 @@ def _render_points(comparison: Comparison) -> str:
             _render_cell(point.interval_text, -1 if point.ci_half_width is None else point.ci_half_width),
             _render_cell(point.num_seeds_text, point.num_seeds),
             _render_cell(format_duration(point.seconds), -1 if point.seconds is None else point.seconds),
+            *(_render_measured_cost(point, each) for each in comparison.measured_costs),
             _render_cell("front" if point.on_front else ""),
         ]
         body.append(f'<tr class="{"front" if point.on_front else "dominated"}">{"".join(cells)}</tr>')
@@ -229,6 +231,11 @@ def _render_points(comparison: Comparison) -> str:
         left_out = len(comparison.points) - len(listed)
         note += f" The front and the best {MAX_LISTED}; report.csv and the explorer have the other {left_out}, too."
     return f'<section class="without-scripts"><h2>{escape(title)}</h2>{table}<p class="caption">{note}</p></section>'
+
+
+def _render_measured_cost(point: Point, column: MeasuredCost) -> str:
+    cost = point.mean_cost(column.name)
+    return _render_cell(column.format_value(cost), -1 if cost is None else cost)
 
 
 def _choose_listed(comparison: Comparison) -> list[Point]:

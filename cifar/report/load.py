@@ -77,6 +77,30 @@ class Run:
     def seconds(self) -> float | None:
         return self.summary.get("seconds")
 
+    @property
+    def num_images(self) -> int | None:
+        """Training images that it has seen, in all epochs."""
+        steps, batch = self.rows[-1].get("step") if self.rows else None, self.config.get("batch_size")
+        return int(steps * batch) if isinstance(steps, int) and isinstance(batch, int) else None
+
+    @property
+    def train_flops(self) -> float | None:
+        """FLOPs of its training. Of a run of an earlier version: as if all weights had learned."""
+        counted = self.summary.get("train_flops")
+        return float(counted) if counted is not None else 6 * self.macs * self.num_images if self.num_images else None
+
+    @property
+    def pack_size(self) -> int:
+        """The most runs that were trained side by side with it, itself included: they share its seconds and joules."""
+        step = self.environment.get("step")
+        together = step.get("together") if isinstance(step, dict) else 1
+        return int(self.summary.get("pack_size") or (together if isinstance(together, int) else 1))
+
+    def cost(self, name: str) -> float | None:
+        """A cost by its name in summary.json: seconds, train_flops, joules, weights_bytes, latency_seconds, ..."""
+        value = self.train_flops if name == "train_flops" else self.summary.get(name)
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
     def accuracies_by_views(self, split: str) -> dict[int, float]:
         """Number of views of an image that were averaged -> accuracy of the last epoch. Validation uses one view."""
         if split == "val":

@@ -38,6 +38,7 @@ def runs_table(runs: Iterable[Run]) -> Table:
     """One row for each run. Accuracies are fractions, `macs` are for one image."""
     runs = list(runs)
     swept = dict.fromkeys(key for run in runs for key in run.swept_keys if key != "model")
+    costs = [name for name in ("train_flops", "joules", "latency_seconds") if any(run.cost(name) is not None for run in runs)]
     rows = Table(
         {
             "id": run.id,
@@ -51,6 +52,7 @@ def runs_table(runs: Iterable[Run]) -> Table:
             "val/acc": run.accuracy("val"),
             "test/acc": run.accuracy("test"),
             "seconds": run.seconds,
+            **{name: run.cost(name) for name in costs},
             "dataset": run.banner or run.dataset,
         }
         for run in runs

@@ -36,7 +36,7 @@ def describe_environment(device: torch.device, fingerprint: str) -> dict[str, An
         "data_fingerprint": fingerprint,
         "started": time.time(),
         "pid": os.getpid(),
-        **({"gpu_uuid": gpu_uuid} if (gpu_uuid := _gpu_uuid(device)) else {}),
+        **({"gpu_uuid": uuid} if (uuid := gpu_uuid(device)) else {}),
         **_describe_process(),
     }
 
@@ -72,7 +72,7 @@ def mask_arguments(arguments: Sequence[str]) -> list[str]:
     return masked
 
 
-def _gpu_uuid(device: torch.device) -> str:
+def gpu_uuid(device: torch.device) -> str:
     """By which NVML finds the GPU, also where CUDA_VISIBLE_DEVICES hides others; "" for no NVIDIA GPU."""
     if device.type != "cuda":
         return ""

@@ -3,7 +3,8 @@
     sampler = Sampler(pid, gpu_uuid)
     sampler.take()   # {"system.cpu": 51.2, "system.gpu.0.temp": 43, ...}
 
-psutil and NVML are imported here only, by the process beside the training.
+psutil and NVML are imported here only. The process beside the training imports both. A training on a GPU imports NVML alone,
+to read the energy counter when it begins, when it saves a checkpoint and when it ends (energy.py).
 """
 
 from __future__ import annotations
@@ -145,6 +146,22 @@ class GpuSampler:
         measure(lambda: {"smClock": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)})
         measure(lambda: {"memoryClock": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)})
         return found
+
+    def read_joules(self) -> float | None:
+        """What the card has used since its driver was loaded. None where it does not tell, or is cut into parts (MIG)."""
+        nvml = self._nvml
+        with contextlib.suppress(nvml.NVMLError):  # of a card that cannot be cut
+            if nvml.nvmlDeviceGetMigMode(self._handle)[0]:
+                return None
+        with contextlib.suppress(nvml.NVMLError):
+            return float(nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000  # it counts millijoules
+        return None
+
+    def list_processes(self) -> list[int] | None:
+        """The processes that compute on it, by number. None where the driver does not tell."""
+        with contextlib.suppress(self._nvml.NVMLError):
+            return [int(process.pid) for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)]
+        return None
 
     def describe(self) -> dict[str, Any]:
         """What it is: name, memory in bytes, cores, and the version of CUDA that its driver knows."""

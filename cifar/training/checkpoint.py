@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,23 @@ from cifar.training.trainer import Trainer
 from cifar.training.weights import read_tensors
 
 
-def save_checkpoint(trainer: Trainer, run_dir: RunDir) -> None:
+@dataclass(frozen=True)
+class SpentSoFar:
+    """What a run has cost by a checkpoint, in all its parts: what comes later is added."""
+
+    joules: float | None = 0.0  # None: not known
+    joules_problem: str = ""
+    pack_size: int = 1  # the most trials that were trained side by side, this one included
+
+
+def save_checkpoint(trainer: Trainer, run_dir: RunDir, spent: SpentSoFar = SpentSoFar()) -> None:
     """Replace the checkpoint atomically. It stores the length of the metrics file, which tells what rows belong to it."""
     buffer = io.BytesIO()
-    torch.save({"metrics_bytes": run_dir.metrics_bytes(), **trainer.state_dict()}, buffer)
+    torch.save({"metrics_bytes": run_dir.metrics_bytes(), "spent": asdict(spent), **trainer.state_dict()}, buffer)
     run_dir.write_file("checkpoint.pt", buffer.getvalue())
 
 
-def resume_from_checkpoint(trainer: Trainer, run_dir: RunDir) -> None:
+def resume_from_checkpoint(trainer: Trainer, run_dir: RunDir) -> SpentSoFar:
     """Load the run's checkpoint and delete the metrics rows written after it. Without a checkpoint, start from the beginning.
 
     Raises UserError for a checkpoint that is damaged or of another run, and for a metrics file that lacks rows.
@@ -31,10 +41,11 @@ def resume_from_checkpoint(trainer: Trainer, run_dir: RunDir) -> None:
     path = run_dir.path / "checkpoint.pt"
     if not path.exists():
         run_dir.truncate_metrics(0)
-        return
+        return SpentSoFar()
     try:
         state = read_tensors(path)
         _check_progress(state, trainer)
+        spent = _read_spent(state)
         trainer.load_state_dict(state)
     except MemoryError:
         raise
@@ -51,6 +62,17 @@ def resume_from_checkpoint(trainer: Trainer, run_dir: RunDir) -> None:
     rows = list(run_dir.read_rows())  # raises for a damaged row now, and not after the last epoch
     if [row.get("epoch") for row in rows] != list(range(1, trainer.epoch)) or not all(row.keys() >= _NEEDED for row in rows):
         raise UserError(f"{run_dir.path / 'metrics.jsonl'} lacks rows that its checkpoint knows; restore it, or delete {path}")
+    return spent
+
+
+def _read_spent(state: dict[str, Any]) -> SpentSoFar:
+    """Raises ValueError where it is nothing that a run can have spent. Checkpoints of earlier versions do not say."""
+    if "spent" not in state:
+        return SpentSoFar(None, "a part of the training was by an earlier version")
+    spent = SpentSoFar(**state["spent"])
+    if not (spent.joules is None or is_amount(spent.joules)) or not is_count(spent.pack_size):
+        raise ValueError("spent")
+    return spent
 
 
 _NEEDED = {"system/seconds", "system/images_per_second"}  # in every row, for the summary

@@ -19,8 +19,9 @@ from cifar.config.schema import Settings
 from cifar.tracking.histograms import append_histograms
 from cifar.tracking.run_dir import RunDir
 from cifar.training.callbacks import RunCallback
-from cifar.training.checkpoint import resume_from_checkpoint, save_checkpoint
+from cifar.training.checkpoint import SpentSoFar, resume_from_checkpoint, save_checkpoint
 from cifar.training.console import RunConsole
+from cifar.training.costs import SharedEnergy, share_energy
 from cifar.training.cudagraph import StepRunner, new_timing_event
 from cifar.training.evaluation import compute_loss_and_accuracy
 from cifar.training.trainer import Trainer
@@ -44,6 +45,10 @@ class RunLoop:
         self.config, self.run_dir, self.hooks = config, run_dir, hooks or RunHooks()
         self.state, self.reason, self.summary = "", "", dict[str, Any]()
         self.end_recorded = False  # its folder says how it ended
+        self.has_retired = False  # it trains no more, and others of its pack may go on
+        self.joules: float | None = 0.0  # of the GPU, in all parts of its training; None: not known, and why
+        self.joules_problem, self.pack_size = "", 1
+        self.energy: SharedEnergy | None = None
         self.console: RunConsole | None = None  # its output.log
         self._last_saved = self._started_at = time.monotonic()
 
@@ -56,7 +61,8 @@ class RunLoop:
         """Train with this trainer from now on, from the run's checkpoint if there is one."""
         self.trainer = trainer
         self._stopwatch = Stopwatch(trainer.device)
-        resume_from_checkpoint(trainer, self.run_dir)
+        spent = resume_from_checkpoint(trainer, self.run_dir)
+        self.joules, self.joules_problem, self.pack_size = spent.joules, spent.joules_problem, spent.pack_size
         trainer.context.broadcast_weights(trainer.model, trainer.eval_model)
         if trainer.epoch > self.config.epochs:  # killed after its last epoch, before its end was written
             self._set_end("finished", "")
@@ -143,7 +149,9 @@ class RunLoop:
         self.state, self.reason = state, reason
 
     def _save_checkpoint(self) -> None:
-        save_checkpoint(self.trainer, self.run_dir)
+        if self.energy:
+            self.energy.settle()
+        save_checkpoint(self.trainer, self.run_dir, SpentSoFar(self.joules, self.joules_problem, self.pack_size))
         self._last_saved = time.monotonic()
 
     def _build_row(self, loss: float, accuracy: float) -> dict[str, Any]:
@@ -176,12 +184,27 @@ def train_epochs(step_runner: StepRunner[Trainer], runs: Sequence[RunLoop], reco
     """
 
     def retire_run(run: RunLoop) -> None:
-        run.trainer.has_ended = True
+        if run.energy:
+            run.energy.settle()
+        run.trainer.has_ended = run.has_retired = True
         record_end(run)
 
     for run in runs:
-        if run.state:
+        if run.state:  # it had ended before this process began
             retire_run(run)
+    active = [run for run in runs if not run.state]
+    if not active:
+        return
+    energy = share_energy(active, step_runner.device, active[0].trainer.context)
+    for run in active:
+        run.energy, run.pack_size = energy, max(run.pack_size, len(active))
+    try:
+        _train_active(step_runner, runs, retire_run)
+    finally:
+        energy.close()
+
+
+def _train_active(step_runner: StepRunner[Trainer], runs: Sequence[RunLoop], retire_run: Callable[[RunLoop], None]) -> None:
     while active := [run for run in runs if not run.state]:
         for run in runs:
             run.trainer.step_index.zero_()  # also of those that have ended: a captured step goes on computing them

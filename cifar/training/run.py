@@ -40,6 +40,7 @@ from cifar.system.variables import read_variable
 from cifar.tracking.records import MAX_NAME
 from cifar.tracking.run_dir import RunDir, generate_id
 from cifar.training.console import RunConsole, record_output
+from cifar.training.costs import count_train_flops, find_idle_weights, is_any_weight_idle
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
 from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
 from cifar.training.loop import RunHooks, RunLoop, train_epochs
@@ -407,6 +408,7 @@ def _write_results(run: RunLoop) -> dict[str, Any]:
         summary["best/val/acc"] = max(row["val/acc"] for row in rows)
     cost = run_dir.read_json("run")["cost"]
     summary |= {"macs": cost["macs"], "params": cost["params"], "macs_verified": cost["verified"]}
+    summary |= _measure_training(run, last.get("step", last["epoch"] * trainer.steps_per_epoch), cost["macs"])
     if config.test == "final":
         logits, labels = trainer.evaluate("test", config.tta)
         summary["seconds_to_test"] = run.seconds_since_start  # from the first step in this process to the test result
@@ -420,8 +422,28 @@ def _write_results(run: RunLoop) -> dict[str, Any]:
     buffer = io.BytesIO()
     torch.save(trainer.eval_model.state_dict(), buffer)
     run_dir.write_file("weights.pt", buffer.getvalue())
+    summary["weights_bytes"] = len(buffer.getvalue())
     run_dir.write_json("summary", summary)
     return summary
+
+
+def _measure_training(run: RunLoop, num_steps: int, macs: float) -> dict[str, Any]:
+    """What the training has cost beside its seconds, for the summary. What is not known is not in it."""
+    trainer, config = run.trainer, run.config
+    num_images, idle = num_steps * config.batch_size, list[tuple[float, int]]()
+    if is_any_weight_idle(trainer.model, trainer.optimizer):
+        total = config.epochs * trainer.steps_per_epoch
+        progress = [step / total for step in range(num_steps)]
+        layers = measure_cost(config).layers
+        idle = find_idle_weights(trainer.model, trainer.optimizer, layers, progress, config.batch_size)
+    found: dict[str, Any] = {"train_flops": count_train_flops(macs, num_images, idle)}
+    if run.joules is not None:
+        found["joules"] = run.joules
+    elif run.joules_problem:
+        found["joules_missing"] = run.joules_problem
+    if run.pack_size > 1:
+        found["pack_size"] = run.pack_size
+    return found
 
 
 def _write_predictions(trainer: Trainer, run_dir: RunDir, split: str) -> None:

@@ -43,7 +43,7 @@ DOORS = {  # package -> the files that may import it
     "rich": ["cli/console.py", "training/callbacks.py", "agent/rich_dashboard.py"],
     "requests": ["data/"],
     "psutil": ["system/sampler.py", "system/machine.py"],  # by the sidecar only
-    "pynvml": ["system/sampler.py"],
+    "pynvml": ["system/sampler.py"],  # light bindings: a training on a GPU reads its energy counter by them
     "torchvision": [],  # two seconds of import; the tests compare with it
 }
 NO_TORCH = (

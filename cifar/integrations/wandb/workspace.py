@@ -26,6 +26,7 @@ from cifar.tracking.run_dir import RunDir
 
 X_AXIS = "epoch"
 PICTURES = "pictures/"  # prefix of the pictures' keys
+NOT_COLUMNS = ("joules_missing", "latency_device")  # of summary.json: text that cifar.json has
 SHOWN_PREFIXES = ("train", "val", "test", "best", "system", "pictures", "charts")  # of keys that have a panel
 
 
@@ -72,7 +73,8 @@ def build_config(run_dir: RunDir) -> dict[str, Any]:
 
 def build_summary(run_dir: RunDir) -> dict[str, Any]:
     """The summary on W&B: what runs are sorted by, how the run ended, and why."""
-    summary = {**_read_cost(run_dir), **read_clean(run_dir, "summary")}
+    known = {name: value for name, value in read_clean(run_dir, "summary").items() if name not in NOT_COLUMNS}
+    summary = {**_read_cost(run_dir), **known}
     if isinstance(summary.get("macs"), int | float):
         summary["flops"] = 2 * summary["macs"]
     reason = str(read_clean(run_dir, "status").get("reason") or "")

@@ -39,7 +39,12 @@ HEAT_METRICS = {"gradient_norm": "gradient norm", "update_ratio": "update norm /
 MAX_TAGS = 40
 MAX_MISTAKES = 6  # pictures of a run
 # Costs that only some runs have in their summary: key -> (what it is, its unit). Where no run has one, it is no axis.
-MEASURED_COSTS = {"joules": ("energy of a run", "J"), "latency_seconds": ("latency of one image", "s")}
+MEASURED_COSTS = {
+    "train_flops": ("FLOPs of the training", "FLOPs"),
+    "joules": ("energy of a run", "J"),
+    "latency_seconds": ("latency of one image", "s"),
+    "weights_bytes": ("size of the weights", "B"),
+}
 MISSING = 0xFFFF  # a 16-bit number that stands for no value
 _FAMILY = re.compile(r"[A-Za-z]+?(?:_[A-Za-z]{2,})*(?:_v\d+|(?=\d|_|-|$))")
 
@@ -109,7 +114,7 @@ def build_document(
         numbers = {tag: number for number, tag in enumerate(tags)}
         table["runs"]["tags"] = [sorted({numbers[tag] for tag in map(_clean, run.tags) if tag in numbers}) for run in ordered]
     for key in costs:
-        table["runs"][key] = [_round(run.summary.get(key), 9) for run in ordered]
+        table["runs"][key] = [_round(run.cost(key), 9) for run in ordered]
     first_seeds = {point.runs[0].id for point in points}
     details = {
         run.id: describe_details(run, with_pictures=run.id not in listed or run.id in first_seeds)
@@ -179,18 +184,11 @@ def _list_runs(
         "views": [max(run.accuracies_by_views("test"), default=1) for run in runs],
         "test_views": [accuracy(run, "test", most_views=True) for run in runs],
         "seconds": [_round(run.seconds, 3) for run in runs],
-        "images": [_count_images(run) for run in runs],
+        "images": [run.num_images for run in runs],
         "command": [format_repeat_command(run.path, runs_folder or run.path.parent) for run in runs],
         "folder": [str(run.path) for run in runs],
         "url": [_read_url(run) for run in runs],
     }
-
-
-def _count_images(run: Run) -> int | None:
-    """Training images that a run has seen, in all epochs. Three times the MACs for each are the training FLOPs / 2."""
-    steps = run.rows[-1].get("step") if run.rows else None
-    batch = run.config.get("batch_size")
-    return int(steps * batch) if isinstance(steps, int) and isinstance(batch, int) else None
 
 
 def _read_url(run: Run) -> str:
