@@ -1,4 +1,4 @@
-"""The energy of a GPU is what its counter says, or unknown: never that of somebody else. The card here is a stand-in for NVML."""
+"""The energy of a GPU is what its counter says, or unknown: never that of somebody else. NVML has a stand-in here."""
 
 from __future__ import annotations
 
