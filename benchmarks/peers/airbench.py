@@ -1,7 +1,8 @@
-"""Runs KellerJordan/cifar10-airbench from a checkout that AIRBENCH names; none of its code is here.
+"""Runs cifar10-airbench, or its faster descendant, from a checkout that AIRBENCH or HIVERGE names; none of their code is here.
 
     AIRBENCH=~/cifar10-airbench python -m benchmarks.peers.airbench 94   # airbench94_muon.py; answers each line with a run
     AIRBENCH=~/cifar10-airbench python -m benchmarks.peers.airbench 96   # airbench96_faster.py; the first run compiles
+    HIVERGE=~/cifar10-speedrun python -m benchmarks.peers.airbench hiverge   # cifar10_speedrun.py: 94 % too
 
 Its file is executed up to its main guard; then its models are made as the guard makes them, and its `main` runs once a
 request. Its clock: CUDA events around whitening, training epochs and the final evaluation with 6 views; making batches
@@ -19,20 +20,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FILES = {"94": "airbench94_muon.py", "96": "airbench96_faster.py"}
+FILES = {"94": "airbench94_muon.py", "96": "airbench96_faster.py", "hiverge": "cifar10_speedrun.py"}
+AIRBENCH = ("AIRBENCH", "https://github.com/KellerJordan/cifar10-airbench")
+CHECKOUTS = {"94": AIRBENCH, "96": AIRBENCH, "hiverge": ("HIVERGE", "https://github.com/hiverge/cifar10-speedrun")}
 GUARD = 'if __name__ == "__main__":'
 CLOCKS = ("time_seconds", "total_time_seconds")
 
 
 def checkout(row: str) -> Path:
     """The file to run. Raises FileNotFoundError with what to do."""
-    named = os.environ.get("AIRBENCH", "")
+    variable, address = CHECKOUTS[row]
+    named = os.environ.get(variable, "")
     path = Path(named).expanduser().resolve() / FILES[row]
     if not named or not path.exists():
-        what = f"{path} does not exist" if named else "AIRBENCH is not set"
-        raise FileNotFoundError(
-            f"{what}; clone https://github.com/KellerJordan/cifar10-airbench and name the folder with AIRBENCH"
-        )
+        what = f"{path} does not exist" if named else f"{variable} is not set"
+        raise FileNotFoundError(f"{what}; clone {address} and name the folder with {variable}")
     return path
 
 
@@ -70,7 +72,7 @@ class Runs:
     def __init__(self, row: str, path: Path, *, warm_up: bool = True) -> None:
         self.names, self.number, self.last = load(path), 0, dict[str, Any]()
         self.names["print_training_details"] = self._heard
-        self.run = self._prepare94(warm_up) if row == "94" else self._prepare96()
+        self.run = self._prepare96() if row == "96" else self._prepare94(warm_up)
 
     def _heard(self, variables: dict[str, Any], is_final_entry: bool = False) -> None:
         if is_final_entry:
