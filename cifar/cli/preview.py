@@ -33,9 +33,7 @@ def draw_preview(images: Dataset10, config: Settings, out: Path) -> Path:
     """Write a PNG: a training image a row, first as it is, then as COLUMNS - 1 epochs would show it."""
     import matplotlib.image
 
-    augment = Augment(
-        flip=config.flip, crop=config.crop, crop_padding=config.crop_padding, cutout=config.cutout, seed=config.seed
-    )
+    augment = Augment.from_keys(config)
     generator = torch.Generator().manual_seed(config.seed)
     originals = torch.from_numpy(images.train_images[:ROWS])
     shown = [augment.augment_uint8(originals, torch.arange(ROWS), epoch, generator) for epoch in range(1, COLUMNS)]

@@ -46,6 +46,14 @@ class Settings(BaseModel):
     crop: int = Field(4, ge=0, le=16, description="pixels of padding before a random 32x32 crop; 0: no crop")
     crop_padding: Literal["zero", "reflect"] = Field("zero", description="what the padding holds")
     cutout: int = Field(0, ge=0, le=32, description="side of the square that is blanked, in pixels; 0: none")
+    random_erasing: float = Field(
+        0.0, ge=0.0, le=1.0, description="how often a box of 2 to 33 % of the image is blanked (Zhong et al. 2017); 0: never"
+    )
+    augment_policy: Literal["none", "trivialaugment", "randaugment"] = Field(
+        "none", description="random changes of shape and colour before flip and crop: one of 14 operations, or several"
+    )
+    randaugment_num_ops: int = Field(2, ge=1, le=14, description="operations that randaugment applies, one after the other")
+    randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength of randaugment's operations")
     normalize: Literal["half", "dataset"] = Field(
         "half", description="half: (x - 0.5) / 0.5 as in the worksheets; dataset: the training set's mean and std"
     )

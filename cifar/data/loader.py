@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cifar.data.augment import Augment, Draws, FusedAugment, draw_mixing, normalize
+from cifar.data.policies import OperationGroups, group_by_operation, move_groups
 from cifar.system.devices import num_cores
 
 AUGMENT_CHUNK = 10_000  # images that a GPU augments at once: a compromise between launches and memory. Compiled, it takes all
@@ -47,6 +48,8 @@ class EpochPlan(NamedTuple):
     order: Tensor  # (steps * B,) int64: indices into the data set; (N,) where the images of the epoch are selected from it
     draws: Draws  # for each of them
     mixing: Tensor | None  # (steps, 3): see draw_mixing
+    policy_groups: Sequence[OperationGroups] = ()  # for a GPU, which applies the policy to the whole epoch at once
+    kept_paths: Tensor | None = None  # (steps, blocks, B) bool: see `drop_path_rates`
 
 
 class Loader:
@@ -86,6 +89,11 @@ class Loader:
         self.step_index = torch.zeros(1, dtype=torch.int64, device=self.device)  # the step of the epoch that comes next
         self.current_epoch = 0
         self.mixing_draws: Tensor | None = None  # (steps, 3) of the epoch: what `mix` takes
+        self.drop_path_rates: Sequence[
+            float
+        ] = ()  # of the network's blocks: how often stochastic depth drops an image's branch
+        self._kept_scales = torch.empty(0)  # (blocks, 1): 1 / (1 - rate)
+        self.path_scales: Tensor | None = None  # (steps, blocks, B) of the epoch: 0 where dropped, else 1 / (1 - rate)
         self.fused_augment: FusedAugment | None = None  # how a GPU makes many batches, if that has been compiled
         self.epoch_buffer: tuple[Tensor, Tensor] | None = None  # the whole epoch: (steps, B, ...) and (steps, B)
         self._plans: dict[int, EpochPlan] = {}
@@ -144,9 +152,22 @@ class Loader:
         augment = self.augment or Augment(flip="none", crop=0)
         draws = augment.draw(len(order), generator, self.images.shape[2])
         mixing = draw_mixing(self.num_steps, self.mixing_alpha, generator) if self.mixing_alpha else None
+        kept_paths = self._draw_kept_paths(epoch) if self.drop_path_rates else None
+        groups: list[OperationGroups] = []
         if self.device.type == "cuda":  # a copy from pinned memory does not wait
             order, draws = order.pin_memory(), Draws(*(None if drawn is None else drawn.pin_memory() for drawn in draws))
-        return EpochPlan(order, draws, mixing)
+            kept_paths = None if kept_paths is None else kept_paths.pin_memory()
+            if draws.codes is not None:
+                groups = [
+                    g._replace(positions=g.positions.pin_memory(), codes=g.codes.pin_memory())
+                    for g in group_by_operation(draws.codes)
+                ]
+        return EpochPlan(order, draws, mixing, groups, kept_paths)
+
+    def _draw_kept_paths(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed("drop_path", self.seed, epoch))
+        drawn = torch.rand((self.num_steps, len(self.drop_path_rates), self.batch_size), generator=generator)
+        return drawn >= torch.tensor(self.drop_path_rates)[:, None]
 
     def begin_epoch(self, epoch: int, start_step: int = 0) -> None:
         """From here on batches are those of `epoch`, from `start_step` on. Never waits for the device."""
@@ -160,6 +181,11 @@ class Loader:
             if self.mixing_draws is None:
                 self.mixing_draws = torch.empty_like(plan.mixing, device=self.device)
             copy_to_device(self.mixing_draws, plan.mixing)
+        if plan.kept_paths is not None:
+            if self.path_scales is None:
+                self.path_scales = torch.empty(plan.kept_paths.shape, device=self.device)
+                self._kept_scales = 1 / (1 - torch.tensor(self.drop_path_rates)[:, None].to(self.device))
+            torch.mul(move_to_device(plan.kept_paths, self.device), self._kept_scales, out=self.path_scales)
         if self.device.type == "cuda" and self.augment is not None:
             self._fill_epoch_buffer(start_step)
 
@@ -213,8 +239,11 @@ class Loader:
         """The batch of a step of the current epoch, on the device; augmented if this loader augments."""
         return self._make_batches(slice(step * self.batch_size, (step + 1) * self.batch_size))
 
-    def _make_batches(self, slots: slice) -> tuple[Tensor, Tensor]:
-        """The images in these positions of the epoch's order, and their labels."""
+    def _make_batches(self, slots: slice, changed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The images in these positions of the epoch's order, and their labels.
+
+        changed: (N, 3, H, W) uint8, the images in the epoch's order after its policy, where that has been applied already.
+        """
         if self.augment is None and not self.shuffle:
             images, labels = self.images[slots], self.labels[slots]
         else:
@@ -222,18 +251,41 @@ class Loader:
             indices = self._selected_indices[slots] if self.selects_hard else move_to_device(plan.order[slots], self.device)
             labels = self.labels.index_select(0, indices)
             if self.augment is not None:
-                on_cpu = plan.draws if self.selects_hard else plan.draws.select(slots)
-                draws = Draws(*(None if drawn is None else move_to_device(drawn, self.device) for drawn in on_cpu))
-                draws = draws.select(self._selected_slots[slots]) if self.selects_hard else draws
+                draws = self._select_draws(plan, slots, has_policy=changed is None)
+                source, places = self.images, indices
+                if changed is not None and self.selects_hard:
+                    source, places = changed, self._selected_slots[slots]
+                elif changed is not None:
+                    source, places = changed, torch.arange(slots.start, slots.start + len(indices), device=self.device)
                 if self.fused_augment is not None:
                     epoch, fused = self.current_epoch, self.fused_augment
-                    images = self.augment.apply_fused(self.images, indices, epoch, draws, self.dtype, fused)
+                    draws = self.augment.resolve_flips(indices, epoch, draws)
+                    images = self.augment.apply_fused(source, places, epoch, draws, self.dtype, fused)
                     return images.permute(0, 3, 1, 2), labels
-                images = self.augment.apply(self.images.index_select(0, indices), indices, self.current_epoch, draws)
+                images = self.augment.apply(source.index_select(0, places), indices, self.current_epoch, draws)
             else:
                 images = self.images.index_select(0, indices)
         kind = self.augment.normalize if self.augment else self.normalize
         return normalize(images, kind, dtype=self.dtype, channels_last=self.channels_last), labels
+
+    def _select_draws(self, plan: EpochPlan, slots: slice, *, has_policy: bool) -> Draws:
+        """The draws of the images in these positions, on the device; the policy's codes on the CPU, or not at all."""
+        on_cpu = plan.draws._replace(codes=None)
+        on_cpu = on_cpu if self.selects_hard else on_cpu.select(slots)
+        draws = Draws(*(None if drawn is None else move_to_device(drawn, self.device) for drawn in on_cpu))
+        draws = draws.select(self._selected_slots[slots]) if self.selects_hard else draws
+        if plan.draws.codes is None or not has_policy:
+            return draws
+        return draws._replace(codes=plan.draws.codes[self._selected_slots[slots].cpu() if self.selects_hard else slots])
+
+    def _apply_epoch_policy(self) -> Tensor | None:
+        """The images in the epoch's order, (N, 3, H, W) uint8, after the policy; None where there is no policy."""
+        assert self.augment is not None
+        plan, policy = self.plan_epoch(self.current_epoch), self.augment.policy
+        if policy is None:
+            return None
+        images = self.images.index_select(0, move_to_device(plan.order, self.device))
+        return policy.apply_groups(images, [move_groups(group, self.device) for group in plan.policy_groups])
 
     def _fill_epoch_buffer(self, start_step: int) -> None:
         """Make every batch of the epoch, in large chunks, in the memory of the last epoch."""
@@ -247,9 +299,10 @@ class Loader:
         chunk_steps = max(1, AUGMENT_CHUNK // self.batch_size)
         if self.fused_augment is not None:  # compiled for one size
             start_step, chunk_steps = 0, self.num_steps
+        changed = self._apply_epoch_policy()
         for step in range(start_step, self.num_steps, chunk_steps):
             end = min(step + chunk_steps, self.num_steps)
-            new_images, new_labels = self._make_batches(slice(step * self.batch_size, end * self.batch_size))
+            new_images, new_labels = self._make_batches(slice(step * self.batch_size, end * self.batch_size), changed)
             new_images = new_images.permute(0, 2, 3, 1) if self.channels_last else new_images
             images[step:end].copy_(new_images.reshape(images[step:end].shape))
             labels[step:end].copy_(new_labels.view(labels[step:end].shape))

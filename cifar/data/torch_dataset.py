@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cifar.data.augment import MEAN, STD, Augment, initial_flips
+from cifar.data.augment import MEAN, STD, Augment, draw_boxes, erase, initial_flips
 from cifar.data.loader import derive_seed
 from cifar.errors import UserError
 
@@ -50,6 +50,8 @@ class CIFAR10Custom(Dataset[tuple[Tensor, int]]):
 
     def _augment_image(self, image: Tensor, index: int) -> Tensor:
         augment, (_, height, width) = self.augment, image.shape
+        if policy := augment.policy:
+            image = policy.apply(image[None], policy.draw(1, torch.default_generator))[0]
         if augment.flip == "alternating":
             mirrored = bool((initial_flips(torch.tensor(index), augment.seed) + self.epoch) & 1)
         else:
@@ -67,6 +69,9 @@ class CIFAR10Custom(Dataset[tuple[Tensor, int]]):
             image = image.clone()
             blank = (torch.tensor(MEAN) * 255).round().view(3, 1, 1)
             image[:, max(row, 0) : max(row + augment.cutout, 0), max(column, 0) : max(column + augment.cutout, 0)] = blank
+        if augment.random_erasing:
+            boxes = draw_boxes(1, augment.random_erasing, height, torch.default_generator)
+            image = erase(image.to(torch.uint8)[None], boxes.long())[0]
         return image
 
 

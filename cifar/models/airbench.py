@@ -17,7 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cifar.models.blocks import Width
+from cifar.errors import UserError
+from cifar.models.blocks import DropRate, Width, make_drop_path
 from cifar.registry import models
 
 WHITENED = 5000  # images the patches are taken from
@@ -57,6 +58,7 @@ class Group(nn.Module):
         self.gelu = nn.GELU()
         self.convs = nn.ModuleList(make_conv(inputs if not i else outputs, outputs) for i in range(depth))
         self.norms = nn.ModuleList(make_norm(outputs, momentum) for _ in range(depth))
+        self.drop_path: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         last = len(self.convs) - 1
@@ -64,15 +66,28 @@ class Group(nn.Module):
         for i, (conv, normalize) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = normalize(conv(x) if i else self.pool(conv(x)))
             if i == last and first is not None and last >= 2:
-                x = x + first
+                x = x + first if self.drop_path is None else self.drop_path(x) + first
             x = self.gelu(x)
             first = x if i == 0 else first
         return x
 
 
 class AirBench(nn.Module):
-    def __init__(self, *, widths: Sequence[int], depth: int, momentum: float, scale: float, unit_head: bool) -> None:
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int],
+        depth: int,
+        momentum: float,
+        scale: float,
+        unit_head: bool,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
+        if drop_path and depth < 3:
+            raise UserError(
+                f"drop_path = {drop_path}: airbench has shortcuts from depth 3 on; set depth to 3, or drop_path to 0"
+            )
         self.whiten = nn.Conv2d(3, 24, 2)  # 32 -> 31; 24 = both signs of 3 * 2 * 2 eigenvectors
         self.whiten.weight.requires_grad_(False)
         if not unit_head:
@@ -80,6 +95,9 @@ class AirBench(nn.Module):
         self.gelu = nn.GELU()
         sizes = [24, *widths]
         self.groups = nn.Sequential(*(Group(a, b, depth, momentum) for a, b in itertools.pairwise(sizes)))
+        for i, group in enumerate(self.groups):
+            assert isinstance(group, Group)
+            group.drop_path = make_drop_path(drop_path, i, len(widths))
         self.pool = nn.MaxPool2d(3)
         self.head = nn.Linear(sizes[-1], 10, bias=False)
         if unit_head:
@@ -105,15 +123,17 @@ class AirBench(nn.Module):
         return self.scale(self.head(self.pool(x).flatten(1)))
 
 
-@models.register("airbench94", depth=2)
+@models.register("airbench94", depth=2, drop_path=0.0)
 @models.register("airbench")
-def airbench(*, width: Width = 64, depth: Annotated[int, Field(ge=1, le=8)] = 2) -> nn.Module:
+def airbench(*, width: Width = 64, depth: Annotated[int, Field(ge=1, le=8)] = 2, drop_path: DropRate = 0.0) -> nn.Module:
     """Fast network with whitening: three groups of `depth` convolutions, width, 4 width, 4 width channels."""
     widths = (width, 4 * width, 4 * width)
-    return AirBench(widths=widths, depth=depth, momentum=0.4, scale=1 / widths[-1], unit_head=True)
+    scale = 1 / widths[-1]
+    return AirBench(widths=widths, depth=depth, momentum=0.4, scale=scale, unit_head=True, drop_path=drop_path)
 
 
 @models.register("airbench96")
-def airbench96(*, width: Width = 128) -> nn.Module:
+def airbench96(*, width: Width = 128, drop_path: DropRate = 0.0) -> nn.Module:
     """The 96 % network: three residual groups of 3 convolutions, width, 3 width, 4 width channels."""
-    return AirBench(widths=(width, 3 * width, 4 * width), depth=3, momentum=0.1, scale=1 / 9, unit_head=False)
+    widths = (width, 3 * width, 4 * width)
+    return AirBench(widths=widths, depth=3, momentum=0.1, scale=1 / 9, unit_head=False, drop_path=drop_path)

@@ -1,4 +1,4 @@
-"""What several families share: convolution + BatchNorm, He initialisation, and the types of common keys."""
+"""What several families share: convolution + BatchNorm, squeeze-and-excitation, stochastic depth, He initialisation, types."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Annotated
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cifar.errors import UserError
 
@@ -15,6 +17,8 @@ Width = Annotated[int, Field(ge=1)]
 Depth = Annotated[int, Field(ge=1)]
 Multiplier = Annotated[float, Field(gt=0.0)]
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
+DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of stochastic depth, in the last block
+Squeeze = Annotated[int, Field(ge=0)]  # by which squeeze-and-excitation divides the channels; 0: none
 
 
 def conv_norm(
@@ -32,6 +36,49 @@ def conv_norm(
     if activation is not None:
         parts["activation"] = activation()
     return nn.Sequential(parts)
+
+
+class SqueezeExcitation(nn.Module):
+    """Each channel times a number in (0, 1) that is computed from the means of all channels.
+
+    Hu et al. 2018 (arXiv:1709.01507), fig. 3: two linear layers, ReLU and sigmoid. `reduction` divides the channels between.
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
+        super().__init__()
+        inner = max(1, channels // reduction)
+        self.squeeze, self.excite = nn.Linear(channels, inner), nn.Linear(inner, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.excite(F.relu(self.squeeze(x.mean((2, 3))))).sigmoid()  # (B, C, H, W) -> (B, C)
+        return x * gate.to(x.dtype)[:, :, None, None]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth of a residual branch: in training an image's branch is 0 at `rate`, else divided by 1 - rate.
+
+    Huang et al. 2016 (arXiv:1603.09382), with the scale in training as in torchvision's `StochasticDepth`. `scales` (B,) has
+    the factors of this step's images, drawn ahead with the epoch's plan. Where there are none for so many images, they are
+    drawn now.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.scales: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        scales = self.scales
+        if scales is None or len(scales) != len(x):
+            scales = (torch.rand(len(x), device=x.device) >= self.rate) / (1 - self.rate)
+        return (x * scales.view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
+
+
+def make_drop_path(last: float, block: int, num_blocks: int) -> DropPath | None:
+    """Of block 0 to num_blocks - 1, by the paper's linear rule: the last one drops at the rate `last`. None for 0."""
+    return DropPath(last * (block + 1) / num_blocks) if last else None
 
 
 def he_init_(model: nn.Module) -> None:

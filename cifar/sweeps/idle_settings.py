@@ -39,6 +39,8 @@ _SUSPICIOUS_MEDIAN = 0.5  # of log_normal: `mu` is a logarithm, and one between 
 _KEY_RULES: dict[str, tuple[Callable[[Settings], bool], str]] = {
     "tta": (lambda config: True, "it is for the test set, which no trial of a sweep scores"),
     "crop_padding": (lambda config: config.crop == 0, "crop is 0"),
+    "randaugment_num_ops": (lambda config: config.augment_policy != "randaugment", "augment_policy is not randaugment"),
+    "randaugment_magnitude": (lambda config: config.augment_policy != "randaugment", "augment_policy is not randaugment"),
     "probe_every": (lambda config: not parse_probe_names(config.probes), "no probe is on"),
     "histograms": (lambda config: not parse_probe_names(config.probes), "no probe is on"),
     "nesterov": (lambda config: getattr(config, "momentum", 1.0) == 0.0, "momentum is 0"),

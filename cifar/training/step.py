@@ -163,6 +163,7 @@ class Step:
     bf16: bool = False
     forward: Callable[..., ForwardResult] = forward
     fused_forward: Callable[[ForwardOptions], ForwardResult] | None = None  # selects the next batch and runs `forward` on it
+    select_draws: Callable[[], None] | None = None  # gives the network the random numbers of this step
 
     def __post_init__(self) -> None:
         self.loss_gradient = torch.ones((), device=self.meter.sums.device)  # made once: backward() would make it in each step
@@ -170,6 +171,8 @@ class Step:
     def __call__(self, with_probes: bool, skip_frozen: bool = False) -> None:
         """Take one step. With `skip_frozen`, parameters whose schedule has ended get no gradients."""
         self.optimizer.set_lr_from_plan(self.source.step_index)
+        if self.select_draws:
+            self.select_draws()
         with _disable_gradients(self.optimizer.freezing_params if skip_frozen else ()):
             options = ForwardOptions(self.smoothing, self.bf16, self.source.selects_hard, skip_frozen)
             loss, correct, losses = self.fused_forward(options) if self.fused_forward else self._forward_next_batch(options)

@@ -21,6 +21,7 @@ from cifar.data.augment import augment_fused, mix
 from cifar.data.loader import select_batch, wait_for_prefetch
 from cifar.errors import UserError
 from cifar.kernels.cpu_conv_pool import chunk_conv_pools
+from cifar.models.blocks import DropPath
 from cifar.optim import Optimizer
 from cifar.tracking.histograms import is_looked_at
 from cifar.training import parts
@@ -111,6 +112,8 @@ class Trainer:
             self.bf16,
         )
         self.step_index = self.train_loader.step_index
+        if blocks := [module for module in self.model.modules() if isinstance(module, DropPath)]:
+            self._plan_drop_path(blocks)
         self.is_compiled, self.shares_generator = False, shares_generator
         self._evaluation_functions: dict[str, GraphedCallable] = {}
         self._reset_progress()
@@ -145,14 +148,11 @@ class Trainer:
 
     def _build_loader(self, split: str, *, training: bool = False) -> data.Loader:
         config, (images, labels) = self.config, self.splits[split]
-        augment = data.Augment(
-            config.flip, config.crop, config.crop_padding, config.cutout, normalize=config.normalize, seed=config.seed
-        )
         return data.Loader(
             images,
             labels,
             batch_size=config.batch_size if training else EVAL_BATCH_SIZES.get(self.device.type, DEFAULT_EVAL_BATCH_SIZE),
-            augment=augment if training else None,
+            augment=data.Augment.from_keys(config) if training else None,
             seed=config.seed,
             batch_format=data.BatchFormat(
                 normalize=config.normalize,
@@ -172,6 +172,21 @@ class Trainer:
         assert drawn is not None
         kind = "mixup" if self.config.mixup else "cutmix"
         return mix(images, F.one_hot(labels, 10).float(), kind, drawn.index_select(0, self.step_index)[0])
+
+    def _plan_drop_path(self, blocks: list[DropPath]) -> None:
+        """Let the loader's plan decide which branches stochastic depth drops, so that each trial of a pack has its own."""
+        self.train_loader.drop_path_rates = [block.rate for block in blocks]
+        (own_images,) = self.context.shard_batch(torch.zeros(self.config.batch_size, device=self.device))
+        self.path_scales = torch.zeros((len(blocks), len(own_images)), device=self.device)
+        for block, scales in zip(blocks, self.path_scales, strict=True):
+            block.scales = scales
+        self.step.select_draws = self._select_path_scales
+
+    def _select_path_scales(self) -> None:
+        planned = self.train_loader.path_scales
+        assert planned is not None
+        (own_images,) = self.context.shard_batch(planned.index_select(0, self.step_index)[0].T)  # (B, blocks) of this rank
+        self.path_scales.copy_(own_images.T)
 
     # -- the next trial --
 

@@ -75,6 +75,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep": 0.001}, "batch_size 128 is more than .*: keep 0.001 leaves 45 an epoch"),
     ({"keep": 0.5, "cutmix": 1.0}, "keep ranks images by their losses"),
     ({"keep": 0}, "keep = 0"),
+    ({"augment_policy": "autoaugment"}, "augment_policy = 'autoaugment'.*'none', 'trivialaugment' or 'randaugment'"),
+    ({"randaugment_magnitude": 31}, "randaugment_magnitude = 31: .*30"),
+    ({"randaugment_num_ops": 0}, "randaugment_num_ops = 0"),
+    ({"random_erasing": 1.5}, "random_erasing = 1.5"),
+    ({"model": "resnet20", "drop_path": 1.0}, "drop_path = 1.0"),
+    ({"model": "wrn", "se": -1}, "se = -1"),
+    ({"model": "conv", "drop_path": 0.1}, "model 'conv' does not take 'drop_path'"),
     ({"experiment": "worksheet3"}, "did you mean 'worksheet1'|did you mean 'worksheet2'"),
 ]
 

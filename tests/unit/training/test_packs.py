@@ -18,7 +18,7 @@ from cifar.training import run, trainer_cache
 from cifar.training.cudagraph import StepRunner
 from cifar.training.loop import RunHooks, RunLoop
 from cifar.training.trainer import Trainer
-from helpers.run_configs import FULL, TINY
+from helpers.run_configs import FULL, RECIPES, TINY
 from helpers.weights import hash_run
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: captured steps are NOT checked")
@@ -52,6 +52,7 @@ def alone(runs: Path, values: dict[str, Any]) -> RunDir:
     "base",
     [
         pytest.param({**FULL}, id="conv"),
+        pytest.param({**RECIPES}, id="recipes"),
         pytest.param({key: FULL[key] for key in TINY if key != "width"} | DROPOUT, id="dropout", marks=pytest.mark.slow),
     ],
 )
