@@ -103,7 +103,7 @@ MEANINGS = {
     "decay_norm_and_bias": "weight decay for norms, biases and embeddings too",
     "depth": "number of layers or blocks, as the network's description counts them",
     "dropout": "share of activations that are set to zero in training",
-    "drop_path": "how often stochastic depth leaves out the last block's branch; earlier blocks less, by a linear rule; 0: never",
+    "drop_path": "how often stochastic depth drops the last block's branch; earlier blocks less, by a linear rule; 0: never",
     "se": "squeeze-and-excitation: by how much the channels between its two layers are divided; 0: none",
     "eps": "added to the denominator",
     "final_lr": "where lr ends, as a share of lr",
