@@ -189,7 +189,7 @@ class Worker:
             **trial["place"],
         )
         try:
-            run_dir = run.create_run(settings, Path(trial["runs"]), metadata)
+            run_dir = run.create_run(settings, Path(trial["runs"]), metadata, find_run=_find_run)
         except PartError as error:
             if len(self.trials) == 1:  # those of a pack are tried again, each alone
                 self._send_started(run.record_refused_run(settings, Path(trial["runs"]), metadata, str(error)), trial)
@@ -238,6 +238,13 @@ class Worker:
         answer = self.inbox.get()
         assert answer["run_id"] == run_id, answer
         return bool(answer["go"])
+
+
+def _find_run(name: str, runs_dir: Path) -> RunDir:
+    """A run that a trial names as its teacher. The import is for those alone."""
+    from cifar.integrations.wandb.artifact_download import find_run
+
+    return find_run(name, runs_dir)
 
 
 def _describe_ownership(trial: dict[str, Any], error: OwnershipError) -> dict[str, Any]:

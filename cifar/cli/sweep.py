@@ -183,9 +183,10 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
     Returns what `agent` takes: a local sweep's id, or the URL of one on W&B. Empty after a dry run, which makes nothing.
     """
     from cifar.config.resolve import parse_pairs
+    from cifar.integrations.wandb.artifact_download import find_run
     from cifar.integrations.wandb.settings import mode_from_environment
     from cifar.sweeps import idle_settings, spec
-    from cifar.sweeps.trial_checks import check_trials
+    from cifar.sweeps.trial_checks import check_teachers, check_trials
 
     runs = paths.resolve_runs_dir()
     has_storage = bool(agent_options.storage or read_variable("CIFAR_STORAGE"))
@@ -204,7 +205,9 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
             trials = spec.bind_trials(parsed, fixed, options.seed, count, show_progress)
             fixed["dataset"] = trials[0][1].dataset
             notes = idle_settings.find_idle_settings(parsed, trials, fixed=fixed, count=count, is_hosted=is_hosted)
-            notes += check_trials([config for _, config in trials], on_gpu=options.dry_run)
+            configs = [config for _, config in trials]
+            notes += check_trials(configs, on_gpu=options.dry_run)
+            check_teachers(configs, lambda name: find_run(name, runs))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     if options.dry_run:

@@ -331,12 +331,13 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
 
 def _create_run_dir(settings: Settings, runs: Path, swept: list[str], name: str, tags: list[str]) -> RunDir:
     """The run's folder, which this process owns from now on."""
+    from cifar.integrations.wandb.artifact_download import find_run
     from cifar.training import run
 
     sweep, run_id = (read_variable(f"WANDB_{kind}_ID") if swept else "" for kind in ("SWEEP", "RUN"))
     engine = "wandb" if sweep else ""  # the plain `wandb agent` started this process
     metadata = run.RunMetadata(run_id=run_id, name=name, swept=swept, sweep=sweep, engine=engine, tags=tags)
-    record = run.create_run(settings, runs, metadata)
+    record = run.create_run(settings, runs, metadata, find_run=find_run)
     record.acquire(on_wait=echo)
     return record
 
@@ -472,6 +473,8 @@ def _describe_cost(summary: Mapping[str, Any]) -> Iterator[str]:
     """What a training has cost beside its seconds, in words."""
     if flops := summary.get("train_flops"):
         yield format_operations(flops)
+    if flops := summary.get("teacher_flops"):
+        yield f"{format_operations(flops)} of its teacher"
     if (joules := summary.get("joules")) is not None:
         yield format_joules(joules)
     elif problem := summary.get("joules_missing"):

@@ -72,7 +72,7 @@ def resolve_for_evaluation(values: Mapping[str, Any]) -> Settings:
     The optimizer, the schedule and the probes are the defaults, or none: those of the run may be plug-ins that are gone.
     """
     entry = registry.models[str(values.get("model", Settings.model_fields["model"].default))]
-    unneeded = {"experiment", "optimizer", "schedule", "probes"}
+    unneeded = {"experiment", "optimizer", "schedule", "probes", "teacher"}
     kept = {key: value for key, value in values.items() if key in {*Settings.model_fields, *entry.keys} - unneeded}
     default = {kind: Settings.model_fields[kind].default for kind in ("optimizer", "schedule")}
     schema = _build_schema(entry.name, default["optimizer"], default["schedule"], "none")
@@ -316,7 +316,10 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
 
 # -- runs that are alike -----------------------------------------------------------------------------------------------
 
-_FREE_KEYS = {"experiment", "seed", "epochs", "schedule", "test", "tta", "max_macs", "checkpoint_every", "label_smoothing"}
+_FREE_KEYS = {
+    "experiment", "seed", "epochs", "schedule", "test", "tta", "max_macs", "checkpoint_every", "label_smoothing",
+    "distill_weight", "distill_temperature",
+}  # fmt: skip
 
 
 def graph_signature(config: Settings) -> dict[str, Any]:

@@ -19,6 +19,20 @@ def _bool_to_on_off(value: Any) -> Any:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+def _join_names(value: Any) -> Any:
+    """A list of names -> the names with commas between them, as sweeps and command lines may give them."""
+    if isinstance(value, list | tuple) and all(isinstance(name, str | int) and not isinstance(name, bool) for name in value):
+        return ",".join(str(name).strip() for name in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"a run's name that looks like a number has to be quoted: \"'{value}'\"")
+    return value
+
+
+def parse_teachers(value: str) -> list[str]:
+    """The key `teacher` -> the names of runs that it holds."""
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
 class Settings(BaseModel):
     """The keys that every run has, with their limits. `cifar.config.resolve` adds those of the chosen parts."""
 
@@ -58,6 +72,13 @@ class Settings(BaseModel):
         "half", description="half: (x - 0.5) / 0.5 as in the worksheets; dataset: the training set's mean and std"
     )
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="share of the target spread over all classes")
+    teacher: Annotated[str, BeforeValidator(_join_names)] = Field(
+        "", description="runs that teach this one, separated by commas: ids, names, paths or model artifacts; empty: none"
+    )
+    distill_weight: float = Field(0.5, ge=0.0, le=1.0, description="share of the loss that is the teachers'; the rest: labels")
+    distill_temperature: float = Field(
+        4.0, gt=0.0, le=1000.0, description="what logits of student and teachers are divided by in the teachers' part"
+    )
     mixup: float = Field(0.0, ge=0.0, description="alpha of mixup's Beta distribution; 0: off")
     cutmix: float = Field(0.0, ge=0.0, description="alpha of CutMix's Beta distribution; 0: off")
     ema: float = Field(0.0, ge=0.0, lt=1.0, description="decay a step of the averaged weights that are evaluated; 0: off")
@@ -86,6 +107,8 @@ class Settings(BaseModel):
             raise ValueError(
                 "keep ranks images by their losses, and mixup and cutmix blend two in one; set keep to 1, or them to 0"
             )
+        if len(set(parse_teachers(self.teacher))) < len(parse_teachers(self.teacher)):
+            raise ValueError(f"teacher = '{self.teacher}': a name stands there twice; once is enough")
         if self.train_size > 50000 - self.val_size:
             raise ValueError(f"train_size is {self.train_size}, but only {50000 - self.val_size} images are left to train on")
         if self.batch_size > self.images_per_epoch:

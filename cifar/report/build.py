@@ -52,7 +52,8 @@ FORMULA_STARTS = (
 )
 
 
-COST_COLUMNS = ("train_flops", "joules", "weights_bytes", "latency_seconds")  # of report.csv, beside MACs and seconds
+# Columns of report.csv, beside MACs and seconds.
+COST_COLUMNS = ("train_flops", "joules", "weights_bytes", "latency_seconds", "teacher_flops", "teacher_train_flops")
 MAX_INLINE_BYTES = 120_000  # of a figure as SVG on the page; a larger one is a picture there
 SHOWN_BY_EXPLORER = ("accuracy_vs_macs", "accuracy_vs_params", "learning_curves")  # figures
 
@@ -281,6 +282,7 @@ def _list_facts(comparison: Comparison) -> list[dict[str, Any]]:
             "seconds": point.seconds,
             **{name: point.mean_cost(name) for name in COST_COLUMNS},
             "pack_size": point.pack_size,
+            "teacher": str(point.runs[0].config.get("teacher") or ""),
             "front": point.on_front,
             "runs": [run.id for run in point.runs],
         }

@@ -26,7 +26,8 @@ STAND_IN_BANNER = "STAND-IN DATA, not CIFAR-10"
 UNOFFICIAL_BANNER = "NOT THE OFFICIAL CIFAR-10 FILES"
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 MAX_SCATTERED = 2_000_000  # cells of a table of rows and metrics, from which on not more than 9 of 10 may be empty
-LEGACY_DEFAULTS = {"keep": 1.0}  # settings that runs of earlier versions lack, with the value that those versions used
+# Settings that runs of earlier versions lack, with the value that those versions used.
+LEGACY_DEFAULTS = {"keep": 1.0, "teacher": "", "distill_weight": 0.5, "distill_temperature": 4.0}
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,13 @@ def training_caveats(configs: Iterable[dict[str, Any]]) -> list[str]:
     if kept_fractions - {1.0}:
         hard_only = f"the hardest {100 * max(kept_fractions):.3g} % of the images an epoch"
         caveats.append(hard_only if len(kept_fractions) == 1 else "some epochs of hard images only")
+    if teachers := {str(config.get("teacher") or "") for config in configs} - {""}:
+        is_taught = all(config.get("teacher") for config in configs)
+        caveats.append(
+            ("taught by " + teachers.pop() if len(teachers) == 1 else "taught by other runs")
+            if is_taught
+            else "some taught by other runs"
+        )
     return caveats
 
 

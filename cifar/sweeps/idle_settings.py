@@ -48,6 +48,9 @@ _KEY_RULES: dict[str, tuple[Callable[[Settings], bool], str]] = {
         lambda config: not (getattr(config, "weight_decay", 1.0) or getattr(config, "aux_weight_decay", 0.0)),
         "weight_decay is 0",
     ),
+    "distill_weight": (lambda config: not config.teacher, "there is no teacher"),
+    "distill_temperature": (lambda config: not (config.teacher and config.distill_weight), "there is no teacher with a weight"),
+    "label_smoothing": (lambda config: bool(config.teacher) and config.distill_weight == 1.0, "distill_weight is 1"),
     "milestones": (lambda config: getattr(config, "gamma", 0.0) == 1.0, "gamma is 1"),
     "max_steps": (
         lambda config: 0 < config.images_per_epoch // config.batch_size < config.max_steps,

@@ -1,13 +1,15 @@
-"""Whether the plug-ins of a sweep's trials train: found out before the sweep is made, and not by a trial in the night."""
+"""Whether a sweep's trials can be trained, by their plug-ins and their teachers: found out before the sweep is made, and not by
+a trial in the night."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from cifar.config.schema import Settings
 from cifar.registry import plugin_directories
 from cifar.system.devices import has_gpu
+from cifar.tracking.run_dir import RunDir
 
 MAX_SECONDS = 30.0  # for all trials together; a trial that was not reached is checked when it starts
 
@@ -32,3 +34,16 @@ def check_trials(configs: Iterable[Settings], *, on_gpu: bool = False) -> list[s
         if on_gpu or config.device == "cpu" or not has_gpu():
             notes |= dict.fromkeys(check_plugins(config))
     return list(notes)
+
+
+def check_teachers(configs: Iterable[Settings], find_run: Callable[[str], RunDir]) -> None:
+    """Raise PartError for a trial whose teacher is not there, or may not teach it. A `dataset` of auto is left to the trial."""
+    seen = set[tuple[object, ...]]()
+    for config in configs:
+        kind = config.teacher, config.dataset, config.val_size, config.train_size
+        if not config.teacher or config.dataset == "auto" or kind in seen:
+            continue
+        seen.add(kind)
+        from cifar.training.teachers import find_teachers  # needs PyTorch
+
+        find_teachers(config, find_run)

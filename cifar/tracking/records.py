@@ -100,7 +100,7 @@ FIELDS: dict[str, dict[str, tuple[str, Check]]] = {
         "macs": _AMOUNT,
         "params": _COUNT,
         "macs_verified": _FLAG,
-        **dict.fromkeys(("train_flops", "joules", "latency_seconds"), _AMOUNT),
+        **dict.fromkeys(("train_flops", "teacher_flops", "teacher_train_flops", "joules", "latency_seconds"), _AMOUNT),
         **dict.fromkeys(("weights_bytes", "pack_size"), _COUNT),
         **dict.fromkeys(("joules_missing", "latency_device"), _TEXT),
         "test/views": ("a whole number from 1 to 1000", lambda value: is_count(value) and 1 <= value <= 1000),

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from cifar.system.redact import redact, reject_secrets
 from cifar.system.user_code import describe_error, describe_failure, pass_interrupt
 from cifar.system.variables import read_variable
 from cifar.tracking.records import MAX_NAME
-from cifar.tracking.run_dir import RunDir, generate_id
+from cifar.tracking.run_dir import RunDir, find_run_dir, generate_id
 from cifar.training.console import RunConsole, record_output
 from cifar.training.costs import count_train_flops, find_idle_weights, is_any_weight_idle
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
@@ -46,6 +46,7 @@ from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
 from cifar.training.loop import RunHooks, RunLoop, train_epochs
 from cifar.training.part_checks import check_parts, is_out_of_memory
 from cifar.training.parts import describe_plugins
+from cifar.training.teachers import describe_teachers, find_teachers, read_teachers
 from cifar.training.trainer import Trainer, resolve_device
 from cifar.training.trainer_cache import clear_trainer_cache, get_step_runner, prepare_step_runner
 
@@ -82,10 +83,17 @@ class RunMetadata:
     sweep_keys: Sequence[str] = ()  # all keys that the sweep varies, as known when the run was made
 
 
-def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = None) -> RunDir:
+def create_run(
+    config: Settings,
+    runs_dir: Path,
+    metadata: RunMetadata | None = None,
+    *,
+    find_run: Callable[[str, Path], RunDir] = find_run_dir,
+) -> RunDir:
     """Make the folder of a run, or find it if the run of that id exists. `config.dataset` may not be "auto".
 
-    Raises UserError, before anything is made, for parts that cannot be trained.
+    find_run: a name and the runs folder -> a run, for its teachers. Raises UserError, before anything is made, for parts that
+    cannot be trained and for teachers that cannot teach it.
     """
     assert config.dataset != "auto"
     about = metadata or RunMetadata()
@@ -96,9 +104,10 @@ def create_run(config: Settings, runs_dir: Path, metadata: RunMetadata | None = 
         return existing
     reject_secrets({**config.to_dict(), "the name": about.name, "a tag": list(about.tags)})
     notes = check_plugins(config)
-    return RunDir.create(
-        runs_dir, run_id, _describe_run(config, run_id, about, measure_cost(config).as_dict(), notes), config.to_dict()
-    )
+    teachers = find_teachers(config, lambda name: find_run(name, runs_dir))
+    described = _describe_run(config, run_id, about, measure_cost(config).as_dict(), notes)
+    described |= {"teachers": describe_teachers(teachers)} if teachers else {}
+    return RunDir.create(runs_dir, run_id, described, config.to_dict())
 
 
 def record_refused_run(config: Settings, runs_dir: Path, metadata: RunMetadata, reason: str) -> RunDir:
@@ -124,7 +133,8 @@ def _describe_run(
         "name": format_run_name(config.to_dict(), about.swept, about.name),
         "group": about.sweep,
         "tags": [*map(escape_controls, about.tags), config.dataset, config.model]
-        + ([] if cost["verified"] else ["macs unverified"]),
+        + ([] if cost["verified"] else ["macs unverified"])
+        + (["distilled"] if config.teacher else []),
         "project": about.project or read_variable("WANDB_PROJECT", "cifar"),
         "entity": about.entity or read_variable("WANDB_ENTITY"),
         "sweep": about.sweep,
@@ -245,7 +255,8 @@ def train_runs(
                 run.run_dir.set_status("running", epoch=epoch, epochs=run.config.epochs)
                 run.run_dir.remove_file("traceback.txt")  # of an earlier attempt
             configs = [run.config for run in live]
-            step_runner = get_step_runner(configs, data_dir, context)
+            teachers = read_teachers(live[0].run_dir)
+            step_runner = get_step_runner(configs, data_dir, context, teachers)
             for run, trainer in zip(live, step_runner.trials, strict=True):
                 run.attach_trainer(trainer)
             step_description = prepare_step_runner(step_runner, configs, num_planned_runs)
@@ -437,6 +448,11 @@ def _measure_training(run: RunLoop, num_steps: int, macs: float) -> dict[str, An
         layers = measure_cost(config).layers
         idle = find_idle_weights(trainer.model, trainer.optimizer, layers, progress, config.batch_size)
     found: dict[str, Any] = {"train_flops": count_train_flops(macs, num_images, idle)}
+    if trainer.teachers:
+        found["teacher_flops"] = float(2 * num_images * sum(teacher.macs for teacher in trainer.teachers))
+        known = [teacher.train_flops for teacher in trainer.teachers if teacher.train_flops is not None]
+        if len(known) == len(trainer.teachers):
+            found["teacher_train_flops"] = sum(known)
     if run.joules is not None:
         found["joules"] = run.joules
     elif run.joules_problem:

@@ -98,6 +98,14 @@ ForwardResult = tuple[Tensor, Tensor, Tensor | None]
 """(mean loss, number of correct answers), both 0-d, and the loss of each image (B,) if that was asked for."""
 
 
+class Distillation(NamedTuple):
+    """What a network learns from others (Hinton, Vinyals, Dean 2015, arXiv:1503.02531, sec. 2)."""
+
+    teachers: tuple[nn.Module, ...]  # in evaluation mode, without gradients; they get the student's images
+    weight: Tensor  # 0-d: the share of the loss that is the teachers'
+    temperature: Tensor  # 0-d: what logits are divided by
+
+
 class ForwardOptions(NamedTuple):
     """How the loss is computed. torch.compile makes one program for each combination of the booleans."""
 
@@ -105,6 +113,7 @@ class ForwardOptions(NamedTuple):
     bf16: bool = False  # autocast to bfloat16
     per_sample: bool = False  # return the loss of each image too
     skip_frozen: bool = False  # parameters whose schedule has ended need no gradient
+    distillation: Distillation | None = None
 
 
 def forward(model: nn.Module, images: Tensor, targets: Tensor, labels: Tensor, options: ForwardOptions) -> ForwardResult:
@@ -120,16 +129,37 @@ def forward(model: nn.Module, images: Tensor, targets: Tensor, labels: Tensor, o
     logits = logits.float()
     correct = (logits.detach().argmax(1) == labels).sum()
     smoothing = options.smoothing
+    distillation = options.distillation
     if options.per_sample:
         losses = F.cross_entropy(logits, targets, reduction="none")
         if smoothing is not None:
             losses = torch.lerp(losses, -F.log_softmax(logits, 1).mean(1), smoothing)
+        if distillation is not None:
+            losses = torch.lerp(losses, distillation_losses(logits, images, distillation, options.bf16), distillation.weight)
         return losses.mean(), correct, losses.detach()
     loss = F.cross_entropy(logits, targets)
     if smoothing is not None:
         # -log_softmax.mean() is the cross-entropy with equal probabilities for all classes
         loss = torch.lerp(loss, -F.log_softmax(logits, 1).mean(), smoothing)
+    if distillation is not None:
+        taught = distillation_losses(logits, images, distillation, options.bf16).mean()
+        loss = torch.lerp(loss, taught, distillation.weight)
     return loss, correct, None
+
+
+def distillation_losses(logits: Tensor, images: Tensor, distillation: Distillation, bf16: bool) -> Tensor:
+    """T^2 KL(teachers || student) of each image: logits (B, classes), images (B, 3, H, W) -> (B,).
+
+    Both are softened by the temperature T. Of several teachers the mean of the softened probabilities counts. T^2 keeps the
+    gradients as large as those of the labels, whatever T is.
+    """
+    teachers, _, temperature = distillation
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        taught = [teacher(images) for teacher in teachers]
+    with torch.no_grad():
+        probabilities = torch.stack([F.softmax(each.float() / temperature, 1) for each in taught]).mean(0)
+    student = F.log_softmax(logits / temperature, 1)
+    return temperature * temperature * F.kl_div(student, probabilities, reduction="none").sum(1)
 
 
 @contextmanager
@@ -161,6 +191,7 @@ class Step:
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # mixup or CutMix: images, labels -> images, targets
     smoothing: Tensor | None = None
     bf16: bool = False
+    distillation: Distillation | None = None
     forward: Callable[..., ForwardResult] = forward
     fused_forward: Callable[[ForwardOptions], ForwardResult] | None = None  # selects the next batch and runs `forward` on it
     select_draws: Callable[[], None] | None = None  # gives the network the random numbers of this step
@@ -174,7 +205,7 @@ class Step:
         if self.select_draws:
             self.select_draws()
         with _disable_gradients(self.optimizer.freezing_params if skip_frozen else ()):
-            options = ForwardOptions(self.smoothing, self.bf16, self.source.selects_hard, skip_frozen)
+            options = ForwardOptions(self.smoothing, self.bf16, self.source.selects_hard, skip_frozen, self.distillation)
             loss, correct, losses = self.fused_forward(options) if self.fused_forward else self._forward_next_batch(options)
             loss.backward(self.loss_gradient)
         if losses is not None:

@@ -6,6 +6,7 @@ import functools
 import os
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from cifar.kernels.cpu_conv_pool import chunk_conv_pools
 from cifar.models.blocks import DropPath
 from cifar.optim import Optimizer
 from cifar.tracking.histograms import is_looked_at
+from cifar.tracking.run_dir import find_run_dir, resolve_runs_dir
 from cifar.training import parts
 from cifar.training.compile import compile_once
 from cifar.training.cudagraph import GraphedCallable
@@ -31,7 +33,8 @@ from cifar.training.distributed import SINGLE_PROCESS, DistributedContext
 from cifar.training.ema import ExponentialMovingAverage
 from cifar.training.evaluation import DEFAULT_EVAL_BATCH_SIZE, EVAL_BATCH_SIZES, VIEWS, compute_logits, evaluate
 from cifar.training.part_checks import choose_channels_last
-from cifar.training.step import ForwardOptions, ForwardResult, Step, accumulate_sums, forward
+from cifar.training.step import Distillation, ForwardOptions, ForwardResult, Step, accumulate_sums, forward
+from cifar.training.teachers import Teacher, check_same_data, find_teachers, load_network
 
 
 def resolve_device(name: str) -> torch.device:
@@ -79,8 +82,12 @@ class Trainer:
         *,
         context: DistributedContext = SINGLE_PROCESS,
         shares_generator: bool = False,
+        teachers: Sequence[Teacher] | None = None,
     ) -> None:
-        """`shares_generator`: other trials draw random numbers from torch's generator between our steps."""
+        """`shares_generator`: other trials draw random numbers from torch's generator between our steps.
+
+        teachers: of the run, as its record has them; None: those that the configuration names, in the runs folder.
+        """
         self.config, self.data_dir, self.context = config, data_dir, context
         self.device = resolve_device(config.device)
         apply_process_settings(config)
@@ -89,6 +96,10 @@ class Trainer:
         self.splits, self.fingerprint = load_splits(config.dataset, data_dir, config.val_size, config.train_size, self.device)
         self.channels_last, self.code = choose_channels_last(config, self.device), parts.identify_code(config)
         self.train_loader = self._build_loader("train", training=True)
+        if teachers is None:
+            teachers = find_teachers(config, lambda name: find_run_dir(name, resolve_runs_dir()))
+        self.teachers = tuple(teachers)
+        distillation = self._build_distillation()
         self.model = self._build_model()
         if self.device.type == "cpu":
             chunk_conv_pools(self.model)
@@ -110,6 +121,7 @@ class Trainer:
             self._mix_batch if config.mixup or config.cutmix else None,
             torch.tensor(config.label_smoothing, device=self.device) if config.label_smoothing else None,
             self.bf16,
+            distillation,
         )
         self.step_index = self.train_loader.step_index
         if blocks := [module for module in self.model.modules() if isinstance(module, DropPath)]:
@@ -136,6 +148,18 @@ class Trainer:
         if hasattr(model, "init_from_data"):
             model.init_from_data(data.normalize(self.splits["train"][0][:5000], config.normalize))
         return cast(nn.Module, model)
+
+    def _build_distillation(self) -> Distillation | None:
+        """What the network learns from its teachers; None without one. The teachers' networks are loaded."""
+        if not self.teachers:
+            return None
+        check_same_data(self.teachers, self.fingerprint)
+        config, device = self.config, self.device
+        networks = tuple(load_network(each, config.normalize, device, self.memory_format) for each in self.teachers)
+        weight, temperature = (
+            torch.tensor(value, device=device) for value in (config.distill_weight, config.distill_temperature)
+        )
+        return Distillation(networks, weight, temperature)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -220,6 +244,9 @@ class Trainer:
         self.meter.sums.zero_()
         if self.step.smoothing is not None:
             self.step.smoothing.fill_(config.label_smoothing)
+        if self.step.distillation is not None:
+            self.step.distillation.weight.fill_(config.distill_weight)
+            self.step.distillation.temperature.fill_(config.distill_temperature)
         self._reset_progress()
         return True
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from cifar.config.resolve import graph_signature
 from cifar.config.schema import Settings
+from cifar.tracking.run_dir import find_run_dir, resolve_runs_dir
 from cifar.training.compile import compile_if_worthwhile, compile_trainers
 from cifar.training.cudagraph import StepRunner
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext
+from cifar.training.teachers import Teacher, find_teachers
 from cifar.training.trainer import Trainer
 
 MAX_CACHED_RUNNERS = 2  # step runners of different graphs; their tensors stay on the device
@@ -25,14 +27,25 @@ def can_pack(configs: Sequence[Settings]) -> bool:
 
 
 def get_step_runner(
-    configs: Sequence[Settings], data_dir: Path | None, context: DistributedContext = SINGLE_PROCESS
+    configs: Sequence[Settings],
+    data_dir: Path | None,
+    context: DistributedContext = SINGLE_PROCESS,
+    teachers: Sequence[Teacher] | None = None,
 ) -> StepRunner[Trainer]:
-    """The step runner of these runs, at their start: a cached one if it fits, else a new one."""
+    """The step runner of these runs, at their start: a cached one if it fits, else a new one.
+
+    teachers: of all of them; None: those that the configurations name, in the runs folder.
+    """
+    if teachers is None:
+        teachers = find_teachers(configs[0], lambda name: find_run_dir(name, resolve_runs_dir()))
     if context.world_size > 1:  # talks to other processes in every step, so it can be neither captured nor kept
-        return StepRunner([Trainer(config, data_dir, context=context) for config in configs], capture=False)
+        trainers = [Trainer(config, data_dir, context=context, teachers=teachers) for config in configs]
+        return StepRunner(trainers, capture=False)
     for entry in _cached_runners:
         cached_data_dir, cached = entry
         if cached_data_dir != data_dir or len(cached.trials) != len(configs):
+            continue
+        if any(trainer.teachers != tuple(teachers) for trainer in cached.trials):
             continue
         if all(trainer.restart_with(config) for trainer, config in zip(cached.trials, configs, strict=True)):
             _cached_runners.remove(entry)
@@ -40,7 +53,7 @@ def get_step_runner(
             return cached
     clear_trainer_cache(MAX_CACHED_RUNNERS - 1)
     is_pack = len(configs) > 1
-    trainers = [Trainer(config, data_dir, shares_generator=is_pack) for config in configs]
+    trainers = [Trainer(config, data_dir, shares_generator=is_pack, teachers=teachers) for config in configs]
     step_runner = StepRunner(trainers, capture=configs[0].capture)
     _cached_runners.append((data_dir, step_runner))
     return step_runner

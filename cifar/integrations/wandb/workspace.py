@@ -26,7 +26,7 @@ from cifar.tracking.run_dir import RunDir
 
 X_AXIS = "epoch"
 PICTURES = "pictures/"  # prefix of the pictures' keys
-NOT_COLUMNS = ("joules_missing", "latency_device")  # of summary.json: text that cifar.json has
+NOT_COLUMNS = ("joules_missing", "latency_device", "teacher_train_flops")  # of summary.json: cifar.json has them
 SHOWN_PREFIXES = ("train", "val", "test", "best", "system", "pictures", "charts")  # of keys that have a panel
 
 

@@ -44,6 +44,7 @@ MEASURED_COSTS = {
     "joules": ("energy of a run", "J"),
     "latency_seconds": ("latency of one image", "s"),
     "weights_bytes": ("size of the weights", "B"),
+    "teacher_flops": ("FLOPs of the teachers", "FLOPs"),
 }
 MISSING = 0xFFFF  # a 16-bit number that stands for no value
 _FAMILY = re.compile(r"[A-Za-z]+?(?:_[A-Za-z]{2,})*(?:_v\d+|(?=\d|_|-|$))")

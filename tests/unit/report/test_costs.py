@@ -42,6 +42,7 @@ def test_points_have_the_means_of_those_that_were_measured(tmp_path: Path) -> No
     assert "energy a run" in html and "2 kJ" in html
 
 
+@pytest.mark.slow
 def test_old_records_have_training_flops_and_no_new_columns(tmp_path: Path) -> None:
     write_runs(tmp_path, None, None, None)
     report = write_report([], runs=tmp_path)

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -111,6 +112,7 @@ def test_a_run_on_a_cpu_has_flops_and_bytes_and_no_joules(runs: Path) -> None:
     assert not summary.keys() & {"joules", "joules_missing", "pack_size"}
 
 
+@pytest.mark.slow
 def test_a_pack_says_how_many_it_was(runs: Path) -> None:
     configs = [resolve_config({**TINY, "epochs": 1, "max_steps": 2, "seed": seed}) for seed in (0, 1, 2)]
     loops = [RunLoop(config, run.create_run(config, runs)) for config in configs]
@@ -118,6 +120,7 @@ def test_a_pack_says_how_many_it_was(runs: Path) -> None:
     assert [loop.run_dir.read_json("summary")["pack_size"] for loop in loops] == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_frozen_weights_cost_no_gradient_of_their_own(runs: Path) -> None:
     """airbench: a whitening convolution 3 -> 24, 2x2, 32x32 -> 31x31 that never learns, in a network of width 8."""
     config = resolve_config({"dataset": "stand-in", "model": "airbench", "width": 8, "optimizer": "muon", "epochs": 1,
