@@ -1,6 +1,7 @@
-"""How long `report` takes over a thousand runs: from their folders, and from a W&B server with an empty and with a full cache.
+"""How long `report` takes over a thousand runs: from their folders, and from a W&B server; each for the first time, and again.
 
     python benchmarks/report_scale.py [--runs 1000] [--epochs 100] [--layers 4] [--repeats 3] [--json FILE]
+    python benchmarks/report_scale.py --runs 10000 --local    # from folders only
     python benchmarks/report_scale.py --runs 100 --layers 22 --histograms 22 [--history-only]    # deep networks on W&B
 
 Each figure is the wall time of a whole `python -m cifar report`, start and imports included. The runs are those of the tests
@@ -29,7 +30,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from cifar.report.run_cache import SETTLE_SECONDS
 from cifar.system.environment import device_name
+from cifar.tracking.run_dir import CACHE_FOLDER
 from helpers.fake_runs import NETWORKS, write
 from helpers.on_server import put
 from helpers.protocol import Server
@@ -48,12 +51,14 @@ class Size:
     history_only: bool
 
 
-def fill(server: Server, runs: Path, size: Size) -> None:
+def fill(server: Server, runs: Path, size: Size, *, is_local: bool) -> None:
     """Run folders, and the same runs on the server."""
     for n in range(size.runs):
         model, seed = list(NETWORKS)[n % 8], n // 40
         options = {"lr": 0.1 + n // 8 % 5, "layers": size.layers, "epochs": size.epochs}
         record = write(runs, f"r{n:04d}", model=model, seed=seed, **options)
+        if is_local:
+            continue
         put(server, record, with_metrics=not size.history_only)
         lines = server.runs[record.id].history_lines
         lines[: size.histograms] = [add_histograms(line, size.layers) for line in lines[: size.histograms]]
@@ -81,7 +86,7 @@ def timed(place: str, home: Path, server: Server) -> dict[str, float]:
     )  # fmt: skip
     seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "cpu": cpu, "requests": len(server.requests)}
+    return {"seconds": seconds, "cpu": cpu, "requests": len(server.requests), "peak_mib": after.ru_maxrss / 1024}
 
 
 def summed_up(measured: list[dict[str, float]]) -> dict[str, object]:
@@ -92,18 +97,23 @@ def summed_up(measured: list[dict[str, float]]) -> dict[str, object]:
         "range_seconds": [round(seconds[0], 2), round(seconds[-1], 2)],
         "median_cpu_seconds": round(statistics.median(each["cpu"] for each in measured), 2),
         "requests": int(measured[-1]["requests"]),
+        "peak_mib": round(measured[-1]["peak_mib"]),  # of the largest process so far
     }
 
 
-def measure(size: Size, repeats: int) -> dict[str, object]:
+def measure(size: Size, repeats: int, *, is_local: bool) -> dict[str, object]:
     """Everything in a folder of its own -> what was measured."""
     with tempfile.TemporaryDirectory() as folder, Server() as server:
         home, runs = Path(folder), Path(folder) / "runs"
-        fill(server, runs, size)
+        fill(server, runs, size, is_local=is_local)
+        time.sleep(SETTLE_SECONDS)  # the cache takes no run whose files have just changed
         num_bytes = sum(file.stat().st_size for file in runs.glob("*/metrics.jsonl"))
-        local = [timed(str(runs), home, server) for _ in range(repeats)]
-        cold, warm = [], []
+        local, again, cold, warm = [], [], [], []
         for _ in range(repeats):
+            shutil.rmtree(runs / CACHE_FOLDER, ignore_errors=True)
+            local.append(timed(str(runs), home, server))
+            again.append(timed(str(runs), home, server))
+        for _ in range(0 if is_local else repeats):
             shutil.rmtree(home / "cache", ignore_errors=True)
             cold.append(timed("me/cifar", home, server))
             warm.append(timed("me/cifar", home, server))
@@ -119,8 +129,8 @@ def measure(size: Size, repeats: int) -> dict[str, object]:
         "platform": platform.platform(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("wandb", "matplotlib")},
         "local": summed_up(local),
-        "wandb_cold": summed_up(cold),
-        "wandb_warm": summed_up(warm),
+        "local_again": summed_up(again),
+        **({} if is_local else {"wandb_cold": summed_up(cold), "wandb_warm": summed_up(warm)}),
     }
 
 
@@ -133,11 +143,12 @@ def main() -> None:
         "--histograms", type=int, default=0, help="epochs with histograms in the history on W&B [0]; a run has 22"
     )
     parser.add_argument("--history-only", action="store_true", help="W&B has no metrics.jsonl, as of earlier versions")
+    parser.add_argument("--local", action="store_true", help="nothing of W&B")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it there too")
     options = parser.parse_args()
     size = Size(options.runs, options.epochs, options.layers, options.histograms, options.history_only)
-    text = json.dumps(measure(size, options.repeats), indent=1)
+    text = json.dumps(measure(size, options.repeats, is_local=options.local), indent=1)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")

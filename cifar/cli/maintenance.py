@@ -22,7 +22,7 @@ def gc(
     finished: Annotated[bool, typer.Option("--finished", help="finished runs that old go too")] = False,
     runs_dir: RunsDir = None,
 ) -> int:
-    """Tidy the runs folder: checkpoints of ended runs, torn files, runs that nobody went on with."""
+    """Tidy the runs folder: checkpoints of ended runs, torn files, runs that nobody went on with, the cache of reports."""
     from cifar.tracking.cleanup import find_leftovers, remove_leftover
 
     runs = resolve_runs_dir(runs_dir)

@@ -5,6 +5,7 @@ It is lighter than `resolve_config`: a run of an earlier version may lack keys, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,13 +21,19 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 _TEXT: tuple[str, Callable[[Any], bool]] = ("text", lambda value: isinstance(value, str | bool))  # `compile: false` was allowed
 
 
+@functools.cache
+def _list_checks() -> dict[str, tuple[str, Callable[[Any], bool]]]:
+    """Setting -> what it has to be, in words, and the check."""
+    return {name: _KINDS.get(field.annotation, _TEXT) for name, field in Settings.model_fields.items()}
+
+
 def check_config(values: Mapping[str, Any]) -> None:
     """Raise ValueError for a setting of a wrong kind, and for a text that is too long to be one."""
+    checks = _list_checks()
     for name, value in values.items():
         if isinstance(value, str) and len(value) > MAX_NAME:
             raise ValueError(f"{shorten_repr(name)} in config.json has {len(value):,} characters")
-        field = Settings.model_fields.get(name)
-        if field is not None and value is not None:
-            what, check = _KINDS.get(field.annotation, _TEXT)
+        if value is not None and name in checks:
+            what, check = checks[name]
             if not check(value):
                 raise ValueError(f"{name} in config.json is {shorten_repr(value)}, not {what}")

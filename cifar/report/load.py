@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -16,16 +18,18 @@ from typing import Any
 from cifar.config.recorded import check_config
 from cifar.errors import UserError
 from cifar.report.formatting import pluralize
+from cifar.report.metric_rows import list_names
+from cifar.report.run_cache import MIN_RUNS, SETTLE_SECONDS, CachedRun, RunCache
+from cifar.report.run_files import Cleaner, RunFiles, RunReader, clean_document, stat_files
 from cifar.system.files import read_text
-from cifar.system.names import check_name, escape_controls
-from cifar.system.redact import mask_secrets, redact
+from cifar.system.names import check_name
+from cifar.system.redact import redact
 from cifar.tracking.records import UnknownSchemaError, is_text
 from cifar.tracking.run_dir import RunDir, find_run_dir, list_folders, list_run_dirs, read_json
 
 STAND_IN_BANNER = "STAND-IN DATA, not CIFAR-10"
 UNOFFICIAL_BANNER = "NOT THE OFFICIAL CIFAR-10 FILES"
 SPLIT_NAMES = {"val": "validation", "test": "test"}
-MAX_SCATTERED = 2_000_000  # cells of a table of rows and metrics, from which on not more than 9 of 10 may be empty
 # Settings that runs of earlier versions lack, with the value that those versions used.
 LEGACY_DEFAULTS = {"keep": 1.0, "teacher": "", "distill_weight": 0.5, "distill_temperature": 4.0}
 
@@ -54,7 +58,7 @@ class Run:
     cell: int | None
     created: float
     command: str
-    rows: tuple[dict[str, Any], ...]
+    rows: Sequence[dict[str, Any]]  # of metrics.jsonl; like a tuple
     summary: dict[str, Any]
     labels: dict[str, Any]
     environment: dict[str, Any]
@@ -120,18 +124,25 @@ class Run:
     @cached_property
     def metric_keys(self) -> set[str]:
         """The keys of all rows of metrics.jsonl."""
-        return set[str]().union(*self.rows)
+        return set(list_names(self.rows))
 
     def layers_with(self, metric: str) -> list[str]:
         """The layers that have `metric` in some row, in the network's order."""
-        present = {key.removeprefix(f"{metric}/") for key in self.metric_keys if key.startswith(f"{metric}/")}
-        order = {name: i for i, name in enumerate(self.labels.get("layers") or [])}
-        first_seen = {key.removeprefix(f"{metric}/"): i for i, key in enumerate(self.rows[-1])} if self.rows else {}
-        return sorted(present, key=lambda name: (order.get(name, len(order)), first_seen.get(name, 0)))
+        last = tuple(self.rows[-1]) if self.rows else ()
+        return list(_order_layers(metric, list_names(self.rows), last, tuple(self.labels.get("layers") or ())))
 
     # Old names, for plug-ins.
     accuracies, layers = accuracies_by_views, layers_with
     columns, swept = property(attrgetter("metric_keys")), property(attrgetter("swept_keys"))
+
+
+@functools.lru_cache(maxsize=1024)  # many runs are of one network
+def _order_layers(metric: str, names: tuple[str, ...], last_names: tuple[str, ...], layers: tuple[str, ...]) -> tuple[str, ...]:
+    """`Run.layers_with`. names: of all rows; last_names: of the last row; layers: in the network's order."""
+    present = [name.removeprefix(f"{metric}/") for name in names if name.startswith(f"{metric}/")]
+    order = {name: i for i, name in enumerate(layers)}
+    first_seen = {name.removeprefix(f"{metric}/"): i for i, name in enumerate(last_names)}
+    return tuple(sorted(present, key=lambda name: (order.get(name, len(order)), first_seen.get(name, 0))))
 
 
 def find_banner(dataset: str, official: bool) -> str:
@@ -196,15 +207,75 @@ class RunCollection:
 
 def load_run(path: Path) -> Run:
     """Read one run folder. Raises UserError that says what is damaged."""
-    run_dir = RunDir(path)
-    try:
-        run, config, status = (_clean(run_dir.read_json(name)) for name in ("run", "config", "status"))
-        if not run or not config:
-            raise ValueError(f"{'config' if run else 'run'}.json is missing")
+    return RunLoader().load(path)
+
+
+class RunLoader:
+    """Reads the runs of a report. Those of a folder with many of them come from its cache, as far as that knows them.
+
+    min_cached: the number of runs of a folder from which on its cache is used.
+    """
+
+    def __init__(self, *, min_cached: int = MIN_RUNS, settle_seconds: float = SETTLE_SECONDS) -> None:
+        self._min_cached, self._settle_seconds = min_cached, settle_seconds
+        self._reader, self._cleaner = RunReader(), Cleaner()
+        self._caches: dict[Path, RunCache] = {}
+
+    def load(self, path: Path) -> Run:
+        """Read one run folder. Raises UserError that says what is damaged."""
+        with _name_damage(path):
+            return self._make_run(path, self._reader.read(path))
+
+    def load_all(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Run | UserError]]:
+        """Read run folders, in this order; a damaged one gives an error that says what is damaged."""
+        num_runs = Counter(path.parent for path in paths)
+        found: dict[Path, dict[str, CachedRun]] = {}
+        for path in paths:
+            try:
+                if num_runs[path.parent] < self._min_cached:
+                    yield path, self.load(path)
+                else:
+                    yield path, self._load_cached(path, found.setdefault(path.parent, {}))
+            except UserError as error:
+                yield path, error
+        for folder, runs in found.items():
+            self._open_cache(folder).write(runs, self._cleaner)
+
+    def read_sweep(self, path: Path, num_siblings: int) -> str:
+        """The id of the sweep of a run, "" for none. `num_siblings`: runs in its folder."""
+        if num_siblings >= self._min_cached:
+            sweep = self._open_cache(path.parent).read_sweep(path)
+            if sweep is not None:
+                return sweep
+        try:
+            return str(RunDir(path).read_json("run")["sweep"] or "")
+        except (UserError, KeyError):
+            return path.name.rpartition("-")[0]  # the folder's name is SWEEP-CELL
+
+    def _open_cache(self, folder: Path) -> RunCache:
+        if folder not in self._caches:
+            self._caches[folder] = RunCache(folder, settle_seconds=self._settle_seconds)
+            self._caches[folder].read()
+        return self._caches[folder]
+
+    def _load_cached(self, path: Path, found: dict[str, CachedRun]) -> Run:
+        """Read a run from its folder's cache, or else from its folder. `found`: gets what is to be in the cache."""
+        signature = stat_files(path)
+        if cached := self._open_cache(path.parent).find_run(path, signature):
+            with contextlib.suppress(ValueError, UserError):  # then it was no run's folder that this came from
+                run = self._make_run(path, cached.files)
+                found[path.name] = cached
+                return run
+        with _name_damage(path):
+            fresh = CachedRun(signature, self._reader.read(path))
+            run = self._make_run(path, fresh.files)
+            found[path.name] = fresh
+            return run
+
+    def _make_run(self, path: Path, files: RunFiles) -> Run:
+        run, config, status = (self._cleaner.clean(files.documents[name]) for name in ("run", "config", "status"))
         cost = run.get("cost") or {}
         check_config(config)
-        rows = tuple(run_dir.read_rows())
-        _check_columns(rows)
         dataset = str(run.get("dataset") or config.get("dataset"))
         return Run(
             id=path.name,
@@ -227,12 +298,19 @@ def load_run(path: Path) -> Run:
             cell=run.get("cell"),
             created=float(run.get("created") or 0),
             command=str(run.get("command") or ""),
-            rows=rows,
-            summary=run_dir.read_json("summary"),
-            labels=run_dir.read_json("labels"),
-            environment=run_dir.read_json("environment"),
+            rows=files.rows,
+            summary=files.documents["summary"],
+            labels=files.documents["labels"],
+            environment=files.documents["environment"],
             tags=tuple(map(str, run.get("tags") or ())),
         )
+
+
+@contextlib.contextmanager
+def _name_damage(path: Path) -> Iterator[None]:
+    """Say of which run a file is damaged."""
+    try:
+        yield
     except UnknownSchemaError as error:
         raise UserError(f"the run {path.name} is left out: {error}") from None
     except (OSError, ValueError, UserError) as error:
@@ -240,34 +318,15 @@ def load_run(path: Path) -> Run:
         raise UserError(f"the run {path.name} is damaged and left out ({damage}); delete {path} or restore it") from None
 
 
-def _clean(value: Any) -> Any:
-    """A copy of a record's file as it may be shown: what an earlier version wrote may hold secrets, and names anything."""
-    return _escape(mask_secrets(value, mask_keys=False))
-
-
-def _escape(value: Any) -> Any:
-    if isinstance(value, str):
-        return escape_controls(" ".join(value.splitlines()))
-    if isinstance(value, dict):
-        return {escape_controls(str(key)): _escape(inner) for key, inner in value.items()}
-    return [_escape(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _check_columns(rows: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError for rows that name so many different metrics that a table of them would fill the memory."""
-    num_values = sum(map(len, rows))
-    if len(rows) * num_values <= MAX_SCATTERED:  # at least the size of the table
-        return
-    if len(rows) * len(set[str]().union(*rows)) > max(MAX_SCATTERED, 10 * num_values):
-        raise ValueError("metrics.jsonl has other metrics in nearly every row")
-
-
-def collect_runs(names: Sequence[str], runs: Path, progress: Callable[[int, int], None] | None = None) -> RunCollection:
+def collect_runs(
+    names: Sequence[str], runs: Path, progress: Callable[[int, int], None] | None = None, loader: RunLoader | None = None
+) -> RunCollection:
     """Read the runs of the named sweeps, runs, folders and W&B projects. No name: the newest sweep, or else every run.
 
     A run (an id) that several names include counts once, and its folder on this machine wins over its copy on W&B.
-    `progress` is called with (runs read, runs in all) while runs are read from W&B.
+    `progress` is called with (runs read, runs in all) while runs are read from W&B. `loader`: what reads them.
     """
+    loader = loader or RunLoader()
     newest = "" if names else find_newest_sweep(runs)
     paths: dict[Path, None] = {} if names or newest else dict.fromkeys(_list_run_folders(runs))  # an ordered set
     remote: dict[Path, None] = {}
@@ -276,10 +335,10 @@ def collect_runs(names: Sequence[str], runs: Path, progress: Callable[[int, int]
         check_name(given, "the name of a run or sweep")
         name = find_sweep_id(given, runs) or given
         folder = Path(name)
-        if _is_sweep(name, runs):
+        if _is_sweep(name, runs, loader):
             home = folder.resolve().parent.parent if folder.name != name else runs
             sweeps.append((folder.name, home))
-            paths.update(dict.fromkeys(_list_sweep_folders(folder.name, home)))
+            paths.update(dict.fromkeys(_list_sweep_folders(folder.name, home, loader)))
         elif not (folder / "run.json").exists() and (inside := _list_run_folders(folder)):
             paths.update(dict.fromkeys(inside))
         elif wandb_files := _find_wandb_files(folder):
@@ -299,20 +358,22 @@ def collect_runs(names: Sequence[str], runs: Path, progress: Callable[[int, int]
     if not (paths or remote or sweeps or damaged or download):
         raise UserError(f"no runs in {runs}; `python -m cifar sweep quickstart` makes some, --runs-dir names a place")
     found: dict[str, Run] = {}
-    for path in [*paths, *remote]:
-        if path.name in found:
-            continue
-        try:
-            found[path.name] = load_run(path)
-        except UserError as error:
-            damaged.append(ExcludedRun(path.name, path.name, "damaged", str(error)))
+    remaining = [*paths, *remote]
+    while remaining:  # the second folder of an id counts where the first one is damaged
+        first = {path.name: path for path in reversed(remaining)}
+        for path, run in loader.load_all([path for path in remaining if first[path.name] is path]):
+            if isinstance(run, UserError):
+                damaged.append(ExcludedRun(path.name, path.name, "damaged", str(run)))
+            else:
+                found[path.name] = run
+        remaining = [path for path in remaining if first[path.name] is not path and path.name not in found]
     loaded = tuple(found.values())
     excluded = tuple(run for run in damaged if run.id not in found)
     if len(sweeps) == 1 and len(names) < 2:
         title, question, num_cells = _describe_sweep(*sweeps[0])
         return RunCollection(loaded, excluded, sweeps[0][0], title, question, num_cells)
     if download and len(names) == 1:
-        title, question = _clean(download.title), redact(download.question)
+        title, question = clean_document(download.title), redact(download.question)
         return RunCollection(loaded, excluded, "", title, question, download.num_cells, names[0])
     if len(loaded) == 1 and not excluded:
         title = loaded[0].name
@@ -346,24 +407,17 @@ def _list_run_folders(folder: Path) -> list[Path]:
     return intact + [path for path in others if any(os.path.lexists(path / f"{name}.json") for name in ("run", "config"))]
 
 
-def _is_sweep(name: str, runs: Path) -> bool:
+def _is_sweep(name: str, runs: Path, loader: RunLoader) -> bool:
     path = Path(name)
     if path.name != name:  # a path, perhaps of a sweep's folder
         return path.parent.name == "sweeps" and path.is_dir()
-    return bool(name) and ((runs / "sweeps" / name).is_dir() or any(_list_sweep_folders(name, runs)))
+    return bool(name) and ((runs / "sweeps" / name).is_dir() or any(_list_sweep_folders(name, runs, loader)))
 
 
-def _list_sweep_folders(sweep: str, runs: Path) -> list[Path]:
+def _list_sweep_folders(sweep: str, runs: Path, loader: RunLoader) -> list[Path]:
     """The folders of the runs of this sweep."""
-    folders = []
-    for path in _list_run_folders(runs):
-        try:
-            sweep_of_run = str(RunDir(path).read_json("run")["sweep"] or "")
-        except (UserError, KeyError):
-            sweep_of_run = path.name.rpartition("-")[0]  # the folder's name is SWEEP-CELL
-        if sweep_of_run == sweep:
-            folders.append(path)
-    return sorted(folders)
+    folders = _list_run_folders(runs)
+    return sorted(path for path in folders if loader.read_sweep(path, len(folders)) == sweep)
 
 
 def find_sweep_id(name: str, runs: Path) -> str:
@@ -410,6 +464,6 @@ def _describe_sweep(sweep: str, runs: Path) -> tuple[str, str, int]:
     info = _read_sweep_info(sweep, runs)
     text, name, num_cells = info.get("text", ""), info.get("name"), info.get("cells")
     comment = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())]
-    title = _clean(f"{name} ({sweep})" if name and name != sweep else sweep)
+    title = clean_document(f"{name} ({sweep})" if name and name != sweep else sweep)
     question = redact(str(info.get("description") or "\n".join(comment)).strip())
     return title, question, num_cells if isinstance(num_cells, int) else 0

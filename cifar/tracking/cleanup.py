@@ -12,7 +12,7 @@ from pathlib import Path
 from cifar.errors import DiskFullError, UserError
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES
 from cifar.system.ownership import LEASE_FILE, LeaseObserver, OwnershipLostError, RunLock, lease_seconds
-from cifar.tracking.run_dir import RunDir, list_run_dirs
+from cifar.tracking.run_dir import CACHE_FOLDER, RunDir, list_run_dirs
 
 HOUR = 3600.0
 
@@ -31,7 +31,7 @@ class Leftover:
     path: Path
     reason: str
     size: int  # bytes
-    run: _Run  # that it is, or belongs to
+    run: _Run | None  # that it is, or belongs to; None for what belongs to no run
 
 
 def is_being_written(run_dir: RunDir) -> bool:
@@ -57,7 +57,7 @@ def is_being_written(run_dir: RunDir) -> bool:
 def find_leftovers(
     runs_dir: Path, *, days: float, finished: bool = False, now: float | None = None, damaged: list[str] | None = None
 ) -> list[Leftover]:
-    """Checkpoints of ended runs, temporary files older than an hour, unfinished runs untouched for `days`.
+    """Checkpoints of ended runs, temporary files older than an hour, unfinished runs untouched for `days`, the reports' cache.
 
     With `finished`, whole runs that ended more than `days` ago too. Nothing of a run that a process owns. Where another
     machine may own one, that one's lease is watched for its whole time, once for all such runs. `damaged` gets a sentence for
@@ -72,6 +72,9 @@ def find_leftovers(
         except (UserError, OSError) as error:  # damaged, or it has just gone: its owner decides
             if damaged is not None:
                 damaged.append(str(error))
+    cache = runs_dir / CACHE_FOLDER
+    if cache.is_dir() and not cache.is_symlink():
+        found.append(_measure_leftover(None, cache, "the next report makes it again"))
     return _keep_free(found)
 
 
@@ -99,7 +102,7 @@ def _find_in_run(run_dir: RunDir, observer: LeaseObserver, *, days: float, finis
 def _keep_free(leftovers: list[Leftover]) -> list[Leftover]:
     """Those whose run no other machine has: it has shown no sign of life for the time of a lease."""
     deadline = time.monotonic() + lease_seconds() + 1.0
-    while (held := [each for each in leftovers if each.run.observer.find_owner()]) and time.monotonic() < deadline:
+    while (held := [each for each in leftovers if each.run and each.run.observer.find_owner()]) and time.monotonic() < deadline:
         time.sleep(0.2)
     return [each for each in leftovers if each not in held]
 
@@ -107,6 +110,9 @@ def _keep_free(leftovers: list[Leftover]) -> list[Leftover]:
 def remove_leftover(leftover: Leftover) -> str:
     """Delete it -> "", or why it was kept. It is no error if it is gone already."""
     run = leftover.run
+    if run is None:
+        shutil.rmtree(leftover.path, ignore_errors=True)
+        return ""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(DiskFullError):  # no space even for the lock's file: what is found free is deleted
             try:
@@ -129,6 +135,6 @@ def remove_leftover(leftover: Leftover) -> str:
     return ""
 
 
-def _measure_leftover(run: _Run, path: Path, reason: str) -> Leftover:
+def _measure_leftover(run: _Run | None, path: Path, reason: str) -> Leftover:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return Leftover(path, reason, sum(file.lstat().st_size for file in files), run)

@@ -46,6 +46,7 @@ from cifar.tracking.histograms import FILE as HISTOGRAMS_FILE
 from cifar.tracking.histograms import cut_histograms
 from cifar.tracking.records import SCHEMA, UnknownSchemaError, check_fields, parse_rows
 
+CACHE_FOLDER = ".cache"  # in a runs folder: what can be made again; `gc` removes it
 MAX_METRICS_BYTES = 2**30  # a thousand epochs of a network of a thousand layers have a fifth of it
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can be read only by setting it
@@ -305,17 +306,23 @@ def read_json(path: Path, kind: str = "") -> dict[str, Any]:
         value = parse_json(read_bytes(path))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
-        if kind == "run" and value.get("schema", SCHEMA) != SCHEMA:
-            raise UnknownSchemaError(
-                f"{path} has schema {shorten_repr(value['schema'])}, and this version reads schema {SCHEMA}; "
-                "a newer version wrote it: update cifar"
-            )
+        if kind == "run":
+            check_schema(value, path)
         check_fields(kind, value)
     except MissingFileError:
         return {}
     except (UnreadableFileError, ValueError) as error:
         raise UserError(f"{path} is damaged ({_reason(error)}); restore it, or delete {path.parent}") from None
     return value
+
+
+def check_schema(run: Mapping[str, Any], path: Path) -> None:
+    """Raise UnknownSchemaError if another version has written this run.json."""
+    if run.get("schema", SCHEMA) != SCHEMA:
+        raise UnknownSchemaError(
+            f"{path} has schema {shorten_repr(run['schema'])}, and this version reads schema {SCHEMA}; "
+            "a newer version wrote it: update cifar"
+        )
 
 
 def _reason(error: Exception) -> str:

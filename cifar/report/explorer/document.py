@@ -8,9 +8,9 @@ the table first, and the others when they are needed.
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import io
-import itertools
 import json
 import math
 import re
@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cifar.report.aggregate import Comparison, Point
 from cifar.report.figures.predictions import class_names, read_predictions
 from cifar.report.load import ExcludedRun, Run
+from cifar.report.metric_rows import read_column
 from cifar.report.style import Nothing
 from cifar.system.names import escape_controls
 from cifar.system.redact import redact
@@ -206,9 +208,14 @@ def _read_url(run: Run) -> str:
 
 def sample_rows(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
     """At most `count` rows at equal distances, the first and the last among them."""
-    if len(rows) <= count:
-        return list(rows)
-    return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
+    return [rows[place] for place in _sample_places(len(rows), count)]
+
+
+@functools.lru_cache(maxsize=1024)  # many runs have the same length
+def _sample_places(num_rows: int, count: int) -> list[int]:
+    if num_rows <= count:
+        return list(range(num_rows))
+    return [round(i * (num_rows - 1) / (count - 1)) for i in range(count)]
 
 
 def _encode_curves(runs: Sequence[Run], num_points: int) -> bytes:
@@ -217,24 +224,38 @@ def _encode_curves(runs: Sequence[Run], num_points: int) -> bytes:
     A value is the difference to the one before it in its run, with the sign in the lowest bit. A block has its low bytes first
     and its high bytes, which are mostly zero, after them. All of it so that it compresses well.
     """
-    sampled = [sample_rows(run.rows, num_points) for run in runs]
-    columns = [[[min(int(row.get("epoch", 0)), MISSING - 1) for row in rows] for rows in sampled]]
-    columns += [
-        [[_quantise(row.get(metric), scale) for row in rows] for rows in sampled] for metric, scale in CURVE_METRICS.items()
-    ]
-    blocks = [np.array([len(rows) for rows in sampled], np.int64)]
+    places = [_sample_places(len(run.rows), num_points) for run in runs]
+    epochs = np.concatenate([np.zeros(0), *(_read_values(run.rows, "epoch", at) for run, at in zip(runs, places, strict=True))])
+    blocks = [np.array(list(map(len, places)), np.int64)]
+    columns = [np.minimum(np.nan_to_num(epochs), MISSING - 1).astype(np.int64)]
+    for metric, scale in CURVE_METRICS.items():
+        values = [_read_values(run.rows, metric, at) for run, at in zip(runs, places, strict=True)]
+        columns.append(_quantise(np.concatenate([np.zeros(0), *values]), scale))
+    firsts = np.cumsum(blocks[0])[:-1]
     for column in columns:
-        differences = [after - before for line in column for before, after in itertools.pairwise([0, *line])]
-        wrapped = ((np.array(differences, np.int64) + 2**15) & MISSING) - 2**15  # the shorter way round
+        differences = np.diff(column, prepend=0)
+        is_first = np.concatenate([[0], firsts[firsts < len(column)]]) if len(column) else firsts[:0]
+        differences[is_first] = column[is_first]  # a run begins from 0
+        wrapped = ((differences + 2**15) & MISSING) - 2**15  # the shorter way round
         blocks.append(np.where(wrapped < 0, -2 * wrapped - 1, 2 * wrapped))
     return b"".join(block.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes() for block in blocks)
 
 
-def _quantise(value: Any, scale: float) -> int:
-    steps = _count_steps(value, scale)
-    if steps is None or steps >= MISSING:  # a loss above 65 has no place in 16 bits, and no other stands for it
-        return MISSING
-    return max(steps, 0)
+def _read_values(rows: Sequence[Mapping[str, Any]], name: str, places: Sequence[int]) -> NDArray[np.float64]:
+    """The numbers of that name in some rows; NaN where there is none."""
+    column = read_column(rows, name)
+    if column is not None:
+        return column[places]
+    values = (rows[place].get(name) for place in places)
+    return np.array([float(value) if isinstance(value, int | float) else math.nan for value in values], np.float64)
+
+
+def _quantise(values: NDArray[np.float64], scale: float) -> NDArray[np.int64]:
+    """Whole numbers of steps, at least 0. MISSING for what is no number."""
+    with np.errstate(over="ignore"):
+        steps = np.rint(values * scale)
+    has_place = np.isfinite(steps) & (steps < MISSING)  # a loss above 65 has no place in 16 bits, and no other stands for it
+    return np.where(has_place, np.maximum(np.where(has_place, steps, 0), 0), MISSING).astype(np.int64)
 
 
 # -- details -----------------------------------------------------------------------------------------------------------

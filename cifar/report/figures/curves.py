@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cifar.registry import figures
 from cifar.report.aggregate import Comparison
 from cifar.report.formatting import format_power
 from cifar.report.labels import label_line_ends, set_epoch_axis
 from cifar.report.load import Run
+from cifar.report.metric_rows import read_column
 from cifar.report.palette import BLUE, MUTED, ORANGE, ramp_colours
 from cifar.report.style import Nothing
 
@@ -27,6 +30,10 @@ MAX_NAMED = 14  # if there are more lines, only those of the front are named
 
 def read_series(rows: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> Series:
     """The finite values of `key` by epoch."""
+    values, epochs = read_column(rows, key), read_column(rows, "epoch")
+    if values is not None and epochs is not None:
+        is_known = np.isfinite(values) & np.isfinite(epochs)
+        return epochs[is_known].astype(int).tolist(), (scale * values[is_known]).tolist()
     pairs = [
         (int(row["epoch"]), scale * row[key])
         for row in rows
@@ -104,25 +111,29 @@ class LearningCurves:
 
 def _draw_quantiles(axes: Any, lines: Sequence[Line]) -> None:
     """Where half and nine tenths of many lines are, at each epoch."""
-    by_epoch: dict[int, list[float]] = defaultdict(list)
-    for line in lines:
-        for epoch, value in zip(line.epochs, line.mean, strict=True):
-            by_epoch[epoch].append(value)
-    epochs = sorted(by_epoch)
-    ordered = [sorted(by_epoch[epoch]) for epoch in epochs]
+    all_epochs = np.array([epoch for line in lines for epoch in line.epochs])
+    all_values = np.array([value for line in lines for value in line.mean])
+    order = np.lexsort((all_values, all_epochs))
+    epochs, starts, counts = np.unique(all_epochs[order], return_index=True, return_counts=True)
+    ordered = all_values[order]
     for low, high, alpha in ((0.05, 0.95, 0.18), (0.25, 0.75, 0.3)):
-        edges = [[values[round(share * (len(values) - 1))] for values in ordered] for share in (low, high)]
+        edges = [ordered[starts + np.rint(share * (counts - 1)).astype(int)] for share in (low, high)]
         axes.fill_between(epochs, *edges, color=MUTED, alpha=alpha, lw=0)
 
 
 def _average_seeds(point: Any, key: str, scale: float) -> Line:
+    series = [read_series(run.rows, key, scale) for run in point.runs]
+    if len(series) == 1 and all(before < after for before, after in itertools.pairwise(series[0][0])):
+        epochs, mean = series[0]
+        return Line(point.label, epochs, mean, mean, mean, point.on_front)
     by_epoch: dict[int, list[float]] = defaultdict(list)
-    for run in point.runs:
-        for epoch, value in zip(*read_series(run.rows, key, scale), strict=True):
+    for epochs, values in series:
+        for epoch, value in zip(epochs, values, strict=True):
             by_epoch[epoch].append(value)
     epochs = sorted(by_epoch)
-    values = [by_epoch[epoch] for epoch in epochs]
-    return Line(point.label, epochs, [*map(statistics.fmean, values)], [*map(min, values)], [*map(max, values)], point.on_front)
+    of_seeds = [by_epoch[epoch] for epoch in epochs]
+    means = [math.fsum(values) / len(values) for values in of_seeds]
+    return Line(point.label, epochs, means, [*map(min, of_seeds)], [*map(max, of_seeds)], point.on_front)
 
 
 @figures.register("curves")

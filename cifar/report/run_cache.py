@@ -1,0 +1,247 @@
+"""What was read of the runs of a folder, kept in one file: the next report reads that instead of seven files a run.
+
+    <runs>/.cache/runs.npz   arrays without pickled objects: a JSON text about the runs, and the numbers of all their rows
+
+A run is taken from it only if its files are those that were read: same sizes, times and inodes (`stat_files`). What changed
+less than SETTLE_SECONDS before it was read is not kept, since a file can change twice within one tick of its clock. So a run
+that changes is read again. Everything in the file is checked as in a run's folder. A file that is damaged, of another version,
+or no such file at all, counts as none; so does one that cannot be written. Readers and writers need no lock: a new file takes
+the place of the old one as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cifar.errors import UserError
+from cifar.report.metric_rows import Ids, Layout, MetricRows, Numbers, find_starts, is_exact
+from cifar.report.run_files import DOCUMENTS, FILES, Cleaner, RunFiles, stat_files
+from cifar.system.files import check_text, check_values, read_arrays
+from cifar.tracking.records import MAX_EPOCH, MAX_NAME, check_fields
+from cifar.tracking.run_dir import CACHE_FOLDER, check_schema
+
+FORMAT = 1  # changes with what is in the file
+FILE = "runs.npz"
+MAX_BYTES = 2**30  # of the numbers of all rows; further runs are not kept
+MIN_RUNS = 200  # of a folder; fewer are read from their folders
+SETTLE_SECONDS = 2.0
+MIN_CHANGED_SHARE = 0.02  # of the runs, from which on the file is written anew
+_HOUR = 3600.0
+_WIDTH = 4 * len(FILES)
+
+
+@dataclass(frozen=True)
+class CachedRun:
+    """A run as it was read, and what `stat_files` said before that."""
+
+    signature: list[int]
+    files: RunFiles
+
+
+class RunCache:
+    """The cache of one runs folder. `read` before `write`."""
+
+    def __init__(self, runs_dir: Path, *, settle_seconds: float = SETTLE_SECONDS) -> None:
+        self._runs_dir, self._file = runs_dir, runs_dir / CACHE_FOLDER / FILE
+        self._settle_ns, self._start_ns = int(settle_seconds * 1e9), time.monotonic_ns()
+        self._known: dict[str, CachedRun] = {}
+
+    def read(self) -> None:
+        """Read the file, if there is one that can be used."""
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError):
+            self._known = _parse(read_arrays(self._file, 2 * MAX_BYTES))
+
+    def find_run(self, path: Path, signature: list[int]) -> CachedRun | None:
+        """The run as it was read, if they are still the same and all is right with them."""
+        known = self._known.get(path.name)
+        if known is None or known.signature != signature:
+            return None
+        documents = known.files.documents
+        try:
+            for name in DOCUMENTS:
+                check_values(documents[name])
+                check_fields(name, documents[name])
+            check_schema(documents["run"], path)
+        except (UserError, ValueError, KeyError):
+            return None
+        return known if documents["run"] and documents["config"] else None
+
+    def read_sweep(self, path: Path) -> str | None:
+        """The sweep of a run whose run.json is still the same; None if that is not known."""
+        known = self._known.get(path.name)
+        if known is None or stat_files(path, FILES[:1]) != known.signature[:4]:
+            return None
+        return str(known.files.documents.get("run", {}).get("sweep") or "")
+
+    def write(self, found: Mapping[str, CachedRun], cleaner: Cleaner) -> None:
+        """Keep the runs that have just been read, beside those of before whose folders are still there.
+
+        Nothing happens if few have changed, or where the file cannot be written.
+        """
+        changed = {name: run for name, run in found.items() if self._known.get(name) is not run}
+        if len(changed) <= MIN_CHANGED_SHARE * len(found):
+            return
+        with contextlib.suppress(OSError, OverflowError):  # OverflowError: too many layouts
+            self._file.parent.mkdir(exist_ok=True)
+            self._remove_torn_files()
+            handle, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=f".{FILE}.")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    now = os.fstat(handle).st_mtime_ns  # by the clock of the folder's disk, which may be another machine's
+                    deadline = now - (time.monotonic_ns() - self._start_ns) - self._settle_ns
+                    np.savez(file, **_compose(self._choose_runs(found, deadline, cleaner)))
+                    os.fchmod(handle, os.stat(self._runs_dir).st_mode & 0o666)
+                os.replace(temporary, self._file)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+
+    def _choose_runs(self, found: Mapping[str, CachedRun], deadline: int, cleaner: Cleaner) -> dict[str, CachedRun]:
+        there = set(os.listdir(self._runs_dir))
+        chosen, num_bytes = {}, 0
+        for name, run in {**self._known, **found}.items():
+            rows, signature = run.files.rows, run.signature
+            times = [*signature[1::4], *signature[2::4]]
+            if name not in there or not isinstance(rows, MetricRows) or max(times) > deadline:
+                continue
+            if self._known.get(name) is not run and cleaner.has_secrets(run.files):
+                continue
+            num_bytes += rows.values.nbytes
+            if num_bytes > MAX_BYTES:
+                break
+            chosen[name] = run
+        return chosen
+
+    def _remove_torn_files(self) -> None:
+        """Delete what reports that were killed have left."""
+        for file in self._file.parent.glob(f".{FILE}.*"):
+            with contextlib.suppress(OSError):
+                if time.time() - file.stat().st_mtime > _HOUR:
+                    file.unlink()
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def _compose(runs: Mapping[str, CachedRun]) -> dict[str, Any]:
+    """The arrays of the file."""
+    layouts = _Numbers(lambda layout: (layout.names, layout.is_whole))
+    labels = _Numbers(repr)
+    documents, ids = [], [np.zeros(0, np.uint16)]
+    for run in runs.values():
+        rows, about = _rows_of(run), dict(run.files.documents)
+        shared = about.pop("labels")
+        documents.append({**about, "labels": labels.find(shared)})
+        ids.append(np.array([layouts.find(layout) for layout in rows.layouts], np.uint16)[rows.ids])
+    about_all = {
+        "format": FORMAT,
+        "names": list(runs),
+        "documents": documents,
+        "labels": labels.items,
+        "layouts": [[layout.names, layout.is_whole] for layout in layouts.items],
+    }
+    return {
+        "about": np.frombuffer(json.dumps(about_all, separators=(",", ":")).encode(), np.uint8),
+        "signatures": np.array([run.signature for run in runs.values()], np.int64).reshape(-1, _WIDTH),
+        "num_rows": np.array([len(_rows_of(run)) for run in runs.values()], np.int64),
+        "ids": np.concatenate(ids),
+        "values": np.concatenate([np.zeros(0), *(_rows_of(run).values for run in runs.values())]),
+    }
+
+
+def _parse(arrays: Mapping[str, Any]) -> dict[str, CachedRun]:
+    """The runs of the file. Raises ValueError and others for a file that no version of this program has written."""
+    from pydantic_core import from_json
+
+    about = from_json(arrays["about"].tobytes())
+    if about["format"] != FORMAT:
+        raise ValueError("another version's")
+    layouts = [Layout(tuple(names), tuple(map(bool, is_whole))) for names, is_whole in about["layouts"]]
+    signatures, num_rows, ids, values = (arrays[name] for name in ("signatures", "num_rows", "ids", "values"))
+    num_runs = len(about["names"])
+    shapes = [(num_runs, _WIDTH), (num_runs,), (int(num_rows.sum()),)]
+    if [signatures.shape, num_rows.shape, ids.shape] != shapes or (num_rows < 0).any() or len(about["documents"]) != num_runs:
+        raise ValueError("arrays of another size")
+    if [array.dtype for array in (signatures, num_rows, ids, values)] != [np.int64, np.int64, np.uint16, np.float64]:
+        raise ValueError("arrays of another kind")
+    ids = ids.astype(np.int64)
+    _check_rows(layouts, ids, values)
+    starts, row_ends = find_starts(layouts, ids), np.cumsum(num_rows).tolist()
+    found = {}
+    for number, (name, documents, signature) in enumerate(
+        zip(about["names"], about["documents"], signatures.tolist(), strict=True)
+    ):
+        first, end = row_ends[number] - int(num_rows[number]), row_ends[number]
+        rows = _slice_rows(layouts, ids[first:end], values[starts[first] : starts[end]])
+        documents = {**documents, "labels": about["labels"][documents["labels"]]}
+        if not all(type(document) is dict for document in documents.values()):
+            raise ValueError("documents of another kind")
+        files = RunFiles(documents, rows)
+        found[str(name)] = CachedRun(signature, files)
+    return found
+
+
+def _check_rows(layouts: list[Layout], ids: Ids, values: Numbers) -> None:
+    """Raise ValueError for rows that a run's folder could not have, and for numbers that belong to no row."""
+    for layout in layouts:
+        is_right = len(layout.names) == len(layout.is_whole) == len(set(layout.names))
+        if not is_right or not all(isinstance(name, str) and len(name) <= MAX_NAME for name in layout.names):
+            raise ValueError("names of another kind")
+        for name in layout.names:
+            check_text(name)
+    if len(ids) and ids.max() >= len(layouts):
+        raise ValueError("a layout that is not there")
+    starts = find_starts(layouts, ids)
+    if values.shape != (starts[-1],) or not is_exact(layouts, ids, values):
+        raise ValueError("numbers of another kind")
+    for number, layout in enumerate(layouts):
+        if "epoch" in layout.places:
+            epochs = values[starts[:-1][ids == number] + layout.places["epoch"]]
+            if not np.all((epochs >= 0) & (epochs <= MAX_EPOCH) & (epochs == np.rint(epochs))):
+                raise ValueError("epochs of another kind")
+
+
+def _slice_rows(layouts: list[Layout], ids: Ids, values: Numbers) -> MetricRows:
+    """The rows of one run, of those of all."""
+    if not len(ids):
+        return MetricRows((), ids, values)
+    first = int(ids[0])
+    if (ids == first).all():
+        return MetricRows((layouts[first],), np.zeros(len(ids), np.int64), values)
+    own = {number: place for place, number in enumerate(dict.fromkeys(ids.tolist()))}
+    return MetricRows(tuple(layouts[number] for number in own), np.array([own[number] for number in ids.tolist()]), values)
+
+
+class _Numbers:
+    """Numbers things 0, 1, ... Those of equal content have one number."""
+
+    def __init__(self, describe: Callable[[Any], Any]) -> None:
+        self.items: list[Any] = []
+        self._describe = describe
+        self._by_id, self._by_content = dict[int, int](), dict[Any, int]()
+
+    def find(self, item: Any) -> int:
+        number = self._by_id.get(id(item))
+        if number is None:
+            number = self._by_content.setdefault(self._describe(item), len(self.items))
+            self._by_id[id(item)] = number
+            if number == len(self.items):
+                self.items.append(item)
+        return number
+
+
+def _rows_of(run: CachedRun) -> MetricRows:
+    rows = run.files.rows
+    assert isinstance(rows, MetricRows)
+    return rows
