@@ -23,6 +23,10 @@ class PartError(UserError):
     """A part of a run, such as a plug-in's network, cannot be trained. Other runs can be."""
 
 
+class DeviceError(UserError):
+    """A device that does not exist here, or cannot be used. Runs on other devices can be trained."""
+
+
 class DiskFullError(UserError):
     """No space is left on the disk. The run can go on once there is some."""
 

@@ -30,6 +30,7 @@ from cifar.agent.dashboard import (
     name_trial,
 )
 from cifar.agent.events import AgentState, EventHandler
+from cifar.agent.gpu_health import GpuHealth, list_gpus
 from cifar.agent.options import AgentOptions, PathOptions
 from cifar.agent.packing import Packer
 from cifar.agent.worker_process import Assignment, WorkerProcess
@@ -121,6 +122,8 @@ class Agent:
         self.time_limit = TimeLimit(options.time_limit)
         self.board = Board(f"sweep {backend.id} {self.sweep.name}", self.sweep.metric.name)
         self.state = AgentState(backend, self.packer, self.time_limit, dashboard, self.board)
+        self.state.gpus = GpuHealth(list_gpus(environments, options.gpus))
+        self.packer.can_start = lambda trial: bool(self.state.gpus.slots_for(trial.cell, self._free_slots()))
         self.event_handler = EventHandler(self.state)
         self.next_claim_time = self.next_heartbeat_time = 0.0
 
@@ -199,7 +202,7 @@ class Agent:
     def _hand_out_trials(self) -> None:
         if self.state.disk_gate.is_waiting or time.monotonic() < self.next_claim_time:
             return
-        while self._can_claim() and (num_free := self.num_workers - len(self.state.busy_workers())) > 0:
+        while self._can_claim() and (num_free := len(self._free_slots())) > 0:
             trials = self.packer.claim_group(num_free, self._training_values)
             if not isinstance(trials, list):
                 self.next_claim_time = time.monotonic() + POLL_SECONDS
@@ -220,7 +223,7 @@ class Agent:
         worker = self._free_worker(trials[0].cell)
         worker.last_words.clear()  # those of earlier trials
         counts = self.backend.count_states()
-        ahead = len(trials) + sum(counts.get(state, 0) for state in CLAIMABLE_STATES) // self.num_workers
+        ahead = len(trials) + sum(counts.get(state, 0) for state in CLAIMABLE_STATES) // self._num_usable()
         for trial in trials:
             worker.assignments[trial.run_id] = Assignment(trial, time.monotonic())
             values = self._training_values(trial.values)
@@ -238,16 +241,25 @@ class Agent:
             "early": dataclasses.asdict(early_stopping) if early_stopping else None,
             "data_dir": str(self.data_dir) if self.data_dir else "",
             "ahead": ahead,
+            "gpu": self.state.gpus.name_gpu(worker.slot),
         }
         worker.send_message(
             trials=[{"run_id": t.run_id, "cell": t.cell, "values": self._training_values(t.values), **common} for t in trials]
         )
 
+    def _free_slots(self) -> list[int]:
+        """The slots without a trial, but for those of GPUs that were set aside."""
+        busy = {worker.slot for worker in self.state.busy_workers()}
+        return [slot for slot in self.state.gpus.usable_slots(range(self.num_workers)) if slot not in busy]
+
+    def _num_usable(self) -> int:
+        """Worker slots that get trials."""
+        return max(1, len(self.state.gpus.usable_slots(range(self.num_workers))))
+
     def _free_worker(self, cell: int) -> WorkerProcess:
         """A free worker, started if there is none. Not in a slot where this cell has failed, if there is another slot."""
-        state = self.state
-        busy = {worker.slot for worker in state.busy_workers()}
-        slot = state.failures.best_slot(cell, [slot for slot in range(self.num_workers) if slot not in busy])
+        state, free = self.state, self._free_slots()
+        slot = state.failures.best_slot(cell, state.gpus.slots_for(cell, free) or free)
         worker = next((w for w in state.workers if w.slot == slot and not w.retiring), None)
         if worker is None:
             name = f"{self.name}-{slot}"
@@ -312,6 +324,8 @@ class Agent:
             self.dashboard.print_line(f"best {self.board.best}")
         if (folder := self.backend.runs_dir / self.board.best_run) != self.backend.runs_dir and folder.is_dir():
             self.dashboard.print_line(f"repeat it: {format_repeat_command(folder, self.backend.runs_dir)}")
+        for line in state.gpus.describe():
+            self.dashboard.print_line(line)
         if state.halt_reason:
             self.dashboard.print_line(state.halt_reason)
         is_late = self.packer.num_left > 0 and not self.time_limit.has_time_for_trial()

@@ -12,6 +12,7 @@ from typing import Any
 
 from cifar.agent.dashboard import Board, Dashboard, Row, find_best_trial, format_metric
 from cifar.agent.failures import FailureTracker, exit_code_event
+from cifar.agent.gpu_health import GpuHealth
 from cifar.agent.packing import Packer
 from cifar.agent.worker_process import Assignment, WorkerProcess
 from cifar.sidecar import SidecarHandle
@@ -66,6 +67,7 @@ class AgentState:
     events: EventQueue = field(default_factory=EventQueue)
     workers: list[WorkerProcess] = field(default_factory=list)
     failures: FailureTracker = field(default_factory=lambda: FailureTracker(MAX_FAILURES_IN_A_ROW))
+    gpus: GpuHealth = field(default_factory=GpuHealth)
     signals: list[int] = field(default_factory=list)  # received up to now
     last_stop_level: int = 0  # of the last stop request that was passed on
     halt_reason: str = ""  # why the agent starts no more trials
@@ -196,7 +198,7 @@ class EventHandler:
             event = {"state": "interrupted", "reason": "ended at once by a second signal"}
         elif pack_size > 1:  # which of them is at fault shows when each is trained alone
             reason = pack_failure_reason(event["reason"], pack_size)
-            event = {"state": "interrupted", "reason": reason, "apart": pack_size}
+            event = {"state": "interrupted", "reason": reason, "apart": pack_size, "cause": event["cause"]}
         self.end_assignments(worker, event)
 
     def _end_trial(self, worker: WorkerProcess, assigned: Assignment, event: dict[str, Any]) -> None:
@@ -209,9 +211,11 @@ class EventHandler:
             self.packer.set_aside.append(trial)
             self.dashboard.print_line(f"trial {trial.cell:03d} waits: {event['reason']}")
             return
+        event = state.gpus.judge_event(worker.slot, worker.process.pid, trial.cell, event)
         value, reason, event_state = event.get("value"), event.get("reason", ""), event["state"]
         is_failure = event_state in FAILURE_STATES
-        worker.retiring |= is_failure or event.get("full", False) or event.get("halt", False)  # its process ends itself
+        # its process ends itself
+        worker.retiring |= is_failure or bool(event.get("full") or event.get("halt") or event.get("cause"))
         if is_failure and assigned.should_retry is None:
             assigned.should_retry = state.failures.should_retry(trial.cell, worker.slot, event.get("cause", ""))
         objectives = event.get("objectives", [])
@@ -229,12 +233,17 @@ class EventHandler:
         if trial_state in GIVEN_BACK_STATES:
             self.packer.num_left += 1
             reason = f"{reason}; it will be tried again" if is_failure else reason
+        if (is_failure or event.get("cause")) and (gpu := state.gpus.name_gpu(worker.slot)):
+            reason = f"on {gpu}: {reason}"
         suffix = f" ({reason})" if reason else ""
         self.dashboard.print_line(f"trial {trial.cell:03d} {event_state}: {self._format_value(row.value)}{suffix}")
         if trial_state == "finished":
             state.time_limit.record_trial_seconds(row.seconds)
         state.next_count_time = 0.0  # counted once the worker has its next trial, since it waits for that one
-        state.failures.count_trial(trial_state, is_failure=is_failure and trial_state != "lost")
+        # a trial that failed on one of several GPUs says nothing about the machine before another one has tried it
+        has_another_try = trial_state in GIVEN_BACK_STATES and state.gpus.num_usable > 1
+        is_counted = is_failure and trial_state != "lost" and not has_another_try
+        state.failures.count_trial(trial_state, is_failure=is_counted)
         self._check_machine(worker, trial, event)
 
     def _check_machine(self, worker: WorkerProcess, trial: Trial, event: Mapping[str, Any]) -> None:
@@ -244,11 +253,12 @@ class EventHandler:
             state.messages.append(state.disk_gate.begin_wait() or f"trial {trial.cell:03d} waits for space too")
         else:
             state.disk_gate.reset_requirement()
+        state.messages.extend(state.gpus.pop_messages())
         if event.get("halt"):
             state.halt_reason = f"stopped: {event['reason']}"
         elif not state.halt_reason:
             worker.wait_for_log()  # its end is shown
-            state.halt_reason = state.failures.halt_reason(event, worker.log)
+            state.halt_reason = state.gpus.halt_reason() or state.failures.halt_reason(event, worker.log)
 
     def _format_value(self, value: float | None) -> str:
         return f"{self.board.metric} {format_metric(value, self.board.metric)}"

@@ -51,6 +51,7 @@ class Packer:
         # claimed, but not packable with those that were handed out, or another process trains the run
         self.set_aside: list[Trial] = []
         self.messages: list[str] = []  # to print
+        self.can_start: Callable[[Trial], bool] = lambda trial: True  # on a worker that is free now
         self._observers: dict[str, LeaseObserver] = {}  # run id -> of the process that has the run of a trial set aside
         self._single_cells: set[int] = set()  # cells that failed in a pack: each is trained alone from now on
         self._max_size = MAX_PACK_SIZE  # of a pack, as far as failures have shown
@@ -115,7 +116,7 @@ class Packer:
         """A trial that was set aside, else a newly claimed one. num_wanted: how many will be claimed one after the other."""
         for trial in self.set_aside:
             is_wanted = trial_filter is None or (trial.cell not in self._single_cells and trial_filter(trial.values))
-            if is_wanted and not self._find_owner(trial):
+            if is_wanted and self.can_start(trial) and not self._find_owner(trial):
                 self.set_aside.remove(trial)
                 return trial
         while self.num_left > 0:
@@ -123,6 +124,9 @@ class Packer:
             if not isinstance(claimed, Trial):
                 return claimed
             self.num_left -= 1
+            if not self.can_start(claimed):  # it waits for another GPU
+                self.set_aside.append(claimed)
+                continue
             owner = self._find_owner(claimed)
             if not owner:
                 return claimed

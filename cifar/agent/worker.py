@@ -112,17 +112,19 @@ class Worker:
 
     def _describe_failure(self, trial: dict[str, Any], error: BaseException, pack_size: int) -> dict[str, Any]:
         """The content of the event "ended" of a trial whose training has raised an error."""
-        from cifar.errors import PartError, UserError, is_out_of_threads
+        from cifar.errors import DeviceError, PartError, UserError, is_out_of_threads
         from cifar.states import pack_failure_reason
         from cifar.system.disk import is_caused_by_full_disk
         from cifar.system.ownership import OwnershipError
         from cifar.system.user_code import describe_failure, read_error_text
-        from cifar.training.run import describe_out_of_memory
+        from cifar.training.run import describe_out_of_memory, is_gpu_taken
 
         if is_caused_by_full_disk(error):
             return {"state": "interrupted", "reason": "no space left on the disk", "full": True}
         if isinstance(error, OwnershipError):
             return _describe_ownership(trial, error)
+        if isinstance(error, DeviceError):  # another GPU of the agent may train the trial
+            return {"state": "interrupted", "reason": str(error), "cause": "device", "halt": True}
         is_of_machine = is_out_of_threads(error) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS)
         if is_of_machine or (isinstance(error, UserError) and not isinstance(error, PartError)):
             # Every value was checked before, so it is the machine that is at fault: the agent starts no more trials ("halt").
@@ -131,12 +133,13 @@ class Worker:
         memory = describe_out_of_memory(error, self.settings) if self.settings else ""
         cause = "memory" if memory else "device" if read_error_text(error).startswith("CUDA error") else ""
         reason = memory or (str(error) if isinstance(error, PartError) else describe_failure(error))
+        about = {"cause": cause, "taken": is_gpu_taken(error)}
         if pack_size > 1:  # which of them is at fault shows when each is trained alone
-            return {"state": "interrupted", "reason": pack_failure_reason(reason, pack_size), "apart": pack_size}
+            return {"state": "interrupted", "reason": pack_failure_reason(reason, pack_size), "apart": pack_size, **about}
         return {
             "state": "killed" if memory else "failed",
             "reason": reason,
-            "cause": cause,
+            **about,
             "whole": str(traceback_path) if traceback_path.exists() else "",
         }
 
@@ -178,6 +181,8 @@ class Worker:
         from cifar.training.loop import RunHooks, RunLoop
 
         settings = self.settings = resolve_config(trial["values"])
+        if trial["gpu"]:
+            _require_gpu(settings)
         swept = [key for key in trial["swept"] if key in flatten_values(trial["values"])]
         metadata = run.RunMetadata(
             run_id=trial["run_id"],
@@ -257,6 +262,15 @@ def _describe_ownership(trial: dict[str, Any], error: OwnershipError) -> dict[st
     if isinstance(error, OwnershipLostError) and not is_its_own:
         return {"state": "interrupted", "reason": f"side by side with {error.folder.name}, which was lost"}
     return {"state": "interrupted", "reason": str(error), "held": True}  # held: the trial waits until its run is free
+
+
+def _require_gpu(settings: Settings) -> None:
+    """Raise DeviceError if the GPU that the agent chose cannot be used: the trial must not be trained on the CPU instead."""
+    from cifar.errors import DeviceError
+    from cifar.training.trainer import resolve_device
+
+    if settings.device == "auto" and resolve_device("auto").type == "cpu":
+        raise DeviceError("PyTorch cannot use this GPU; see what nvidia-smi says of it")
 
 
 def _find_damage(run_dir: RunDir) -> str:

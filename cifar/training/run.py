@@ -50,6 +50,7 @@ from cifar.training.teachers import describe_teachers, find_teachers, read_teach
 from cifar.training.trainer import Trainer, resolve_device
 from cifar.training.trainer_cache import clear_trainer_cache, get_step_runner, prepare_step_runner
 
+CONTEXT_GIB = 0.6  # of GPU memory that a process has besides its tensors: libraries and kernels
 MAX_WORST_IMAGES = 25  # misclassified images that predictions.npz stores
 METRIC_LABELS = {
     "train/loss": ("training loss", "nats"),
@@ -369,12 +370,30 @@ def describe_out_of_memory(error: BaseException, config: Settings) -> str:
     advice = f"at batch_size {config.batch_size}; take a smaller one"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-        return f"out of GPU memory ({total:.0f} GiB) {advice}"
+        others = _memory_of_others()
+        taken = f", of which other processes have {others:.0f}" if others >= 1 else ""
+        return f"out of GPU memory ({total:.0f} GiB{taken}) {advice}"
     if is_out_of_memory(error):
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if limit == resource.RLIM_INFINITY else limit
         return f"out of memory ({total / 2**30:.1f} GiB) {advice}"
     return ""
+
+
+def is_gpu_taken(error: BaseException) -> bool:
+    """Whether GPU memory ran out while other processes have more than half of it."""
+    if not isinstance(error, torch.cuda.OutOfMemoryError):
+        return False
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+    return _memory_of_others() > total / 2
+
+
+def _memory_of_others() -> float:
+    """GiB of the current GPU that are neither free nor this process's; 0.0 if the driver does not tell."""
+    with contextlib.suppress(RuntimeError, AssertionError):
+        free, total = torch.cuda.mem_get_info()
+        return max(0.0, (total - free - torch.cuda.memory_reserved()) / 2**30 - CONTEXT_GIB)
+    return 0.0
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from cifar.config import resolve as configuration
 from cifar.config.schema import Settings
 from cifar.data.augment import augment_fused, mix
 from cifar.data.loader import select_batch, wait_for_prefetch
-from cifar.errors import UserError
+from cifar.errors import DeviceError
 from cifar.kernels.cpu_conv_pool import chunk_conv_pools
 from cifar.models.blocks import DropPath
 from cifar.optim import Optimizer
@@ -38,7 +38,7 @@ from cifar.training.teachers import Teacher, check_same_data, find_teachers, loa
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` means CUDA, else Apple's MPS, else the CPU. Raises UserError for a device that does not exist here."""
+    """`auto` means CUDA, else Apple's MPS, else the CPU. Raises DeviceError for a device that cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -47,7 +47,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"device '{name}' cannot be used ({first}); take device=auto, cpu, cuda, cuda:1 or mps") from None
+        raise DeviceError(f"device '{name}' cannot be used ({first}); take device=auto, cpu, cuda, cuda:1 or mps") from None
 
 
 DEFAULT_NUM_THREADS = torch.get_num_threads()  # torch's own choice, read before any trial changes it
