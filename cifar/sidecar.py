@@ -44,7 +44,7 @@ PING_TIMEOUT_SECONDS = 1.0  # at the end, for the server to answer a ping
 SERVER_TIMEOUT_SECONDS = 3.0  # the same for all pings together, including the name service
 PATIENCE_SECONDS = 0.1  # how long a run's mirror waits for its rows to arrive, before the other runs have their turn
 MAX_DEAD_CORES = 5  # how often a run is sent on after wandb-core was killed
-MAX_DRAWING_PROCESSES = 8  # at most, and at most one for two cores
+MAX_DRAWING_PROCESSES = 32  # at most, and at most one for two cores: eight GPUs end about ten small trials a second (LOG.md)
 WAIT_MARGIN_SECONDS = 3.0  # that the parent waits beyond the sidecar's own limits
 
 _drawing_processes: list[subprocess.Popen[bytes]] = []  # children of this process

@@ -40,12 +40,18 @@ class EpochOptions:
     drop_last: bool | None = None  # a last short batch; None: if images are augmented
     mixing: float = 0.0  # alpha of mixup or cutmix; 0: neither
     keep: float = 1.0  # the fraction of the images that an epoch shows
+    shard: tuple[int, int] = (
+        0,
+        1,
+    )  # (index, count): the part of each batch that is made, where processes share batches
 
 
 class EpochPlan(NamedTuple):
     """What an epoch will show, on the CPU: a function of (seed, epoch) alone, the same for every device."""
 
-    order: Tensor  # (steps * B,) int64: indices into the data set; (N,) where the images of the epoch are selected from it
+    # (steps * B,) int64: indices into the data set; (N,) where the images of the epoch are selected from it. Of a shard of each
+    # batch: (steps * B / count,)
+    order: Tensor
     draws: Draws  # for each of them
     mixing: Tensor | None  # (steps, 3): see draw_mixing
     policy_groups: Sequence[OperationGroups] = ()  # for a GPU, which applies the policy to the whole epoch at once
@@ -62,6 +68,7 @@ class Loader:
     With `keep` < 1 an epoch takes, in its order, that fraction of the images: those whose loss was largest when last seen, as
     `record_losses` was told. Images that were never seen count as largest. (Selective backpropagation with stale losses, Jiang
     et al. 2019, arXiv:1910.00762, draws by the percentile of the loss; here the largest are taken.)
+    With a `shard`, order and random numbers are drawn for whole batches, and the images of the shard alone are made.
     To resume within an epoch, begin it at a later step. Training drops a last short batch. For evaluation (no augmentation, no
     shuffling) every image comes once, and the last batch may be short.
     """
@@ -86,6 +93,9 @@ class Loader:
         self.drop_last = drop_last if drop_last is not None else augment is not None
         self.mixing_alpha = epoch_options.mixing
         self.keep, self.selects_hard = epoch_options.keep, epoch_options.keep < 1
+        self.shard_index, self.num_shards = epoch_options.shard
+        assert batch_size % self.num_shards == 0 and (self.num_shards == 1 or not (self.mixing_alpha or self.selects_hard))
+        self.shard_size = batch_size // self.num_shards  # images that a batch of this loader holds
         self.step_index = torch.zeros(1, dtype=torch.int64, device=self.device)  # the step of the epoch that comes next
         self.current_epoch = 0
         self.mixing_draws: Tensor | None = None  # (steps, 3) of the epoch: what `mix` takes
@@ -152,6 +162,9 @@ class Loader:
         augment = self.augment or Augment(flip="none", crop=0)
         draws = augment.draw(len(order), generator, self.images.shape[2])
         mixing = draw_mixing(self.num_steps, self.mixing_alpha, generator) if self.mixing_alpha else None
+        if self.num_shards > 1:
+            slots = torch.arange(len(order)).view(self.num_steps, self.num_shards, -1)[:, self.shard_index].flatten()
+            order, draws = order[slots], draws.select(slots)
         kept_paths = self._draw_kept_paths(epoch) if self.drop_path_rates else None
         groups: list[OperationGroups] = []
         if self.device.type == "cuda":  # a copy from pinned memory does not wait
@@ -237,7 +250,7 @@ class Loader:
 
     def make_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The batch of a step of the current epoch, on the device; augmented if this loader augments."""
-        return self._make_batches(slice(step * self.batch_size, (step + 1) * self.batch_size))
+        return self._make_batches(slice(step * self.shard_size, (step + 1) * self.shard_size))
 
     def _make_batches(self, slots: slice, changed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The images in these positions of the epoch's order, and their labels.
@@ -292,17 +305,17 @@ class Loader:
         if self.epoch_buffer is None:
             _, channels, height, width = self.images.shape
             shape = (height, width, channels) if self.channels_last else (channels, height, width)
-            images = torch.zeros((self.num_steps, self.batch_size, *shape), dtype=self.dtype, device=self.device)
-            labels = torch.zeros((self.num_steps, self.batch_size), dtype=self.labels.dtype, device=self.device)
+            images = torch.zeros((self.num_steps, self.shard_size, *shape), dtype=self.dtype, device=self.device)
+            labels = torch.zeros((self.num_steps, self.shard_size), dtype=self.labels.dtype, device=self.device)
             self.epoch_buffer = images, labels
         images, labels = self.epoch_buffer
-        chunk_steps = max(1, AUGMENT_CHUNK // self.batch_size)
+        chunk_steps = max(1, AUGMENT_CHUNK // self.shard_size)
         if self.fused_augment is not None:  # compiled for one size
             start_step, chunk_steps = 0, self.num_steps
         changed = self._apply_epoch_policy()
         for step in range(start_step, self.num_steps, chunk_steps):
             end = min(step + chunk_steps, self.num_steps)
-            new_images, new_labels = self._make_batches(slice(step * self.batch_size, end * self.batch_size), changed)
+            new_images, new_labels = self._make_batches(slice(step * self.shard_size, end * self.shard_size), changed)
             new_images = new_images.permute(0, 2, 3, 1) if self.channels_last else new_images
             images[step:end].copy_(new_images.reshape(images[step:end].shape))
             labels[step:end].copy_(new_labels.view(labels[step:end].shape))

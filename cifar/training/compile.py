@@ -52,7 +52,7 @@ def compile_if_worthwhile(step_runner: StepRunner[Trainer], configs: Sequence[Se
         return ""
     work = seconds * first.steps_per_epoch * max(config.epochs for config in configs) * max(1, num_planned_runs / len(configs))
     cost = WARM_COMPILE_SECONDS if _marker_path(configs[0], first.device).exists() else COLD_COMPILE_SECONDS
-    pays = COMPILE_SAVING * work > cost
+    pays = first.context.rank_zero_call(lambda: COMPILE_SAVING * work > cost)  # the ranks do the same
     if pays:
         compile_trainers(step_runner)
     return (

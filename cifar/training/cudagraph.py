@@ -47,7 +47,11 @@ class StepRunner(Generic[T]):
     of frozen parameters. A step with probes skips none, so that the probes see every gradient.
     """
 
-    def __init__(self, trials: Sequence[T], *, capture: bool = True) -> None:
+    def __init__(
+        self, trials: Sequence[T], *, capture: bool = True, agree_on_error: Callable[[str], str] = lambda error: error
+    ) -> None:
+        """`agree_on_error`: this process's error in a capture, or "" -> that of any process which trains the same network."""
+        self.agree_on_error = agree_on_error
         self.trials, self.device = list(trials), trials[0].device
         self.wants_graphs = capture and self.device.type == "cuda"
         self.graphs: dict[tuple[bool, bool], torch.cuda.CUDAGraph] = {}  # by (with_probes, skip_frozen)
@@ -134,17 +138,24 @@ class StepRunner(Generic[T]):
             torch.cuda.synchronize(self.device)
             for kind in kinds:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=_capture_error_mode()):
                     self._step_concurrently(*kind)
                 self.graphs[kind] = graph
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.graphs, self.capture_error = {}, str(error).splitlines()[0]
+            self.capture_error = str(error).splitlines()[0]
+        if error_of_any := self.agree_on_error(self.capture_error):
+            self.graphs, self.capture_error = {}, error_of_any
             for trial in self.trials:
                 trial.clear_gradients()
         for trial, state in zip(self.trials, before, strict=True):
             trial.load_state_dict(state)
+
+
+def _capture_error_mode() -> str:
+    """What other threads may do during a capture. NCCL's ask all the time how far its work is, which "global" forbids."""
+    return "thread_local" if torch.distributed.is_available() and torch.distributed.is_initialized() else "global"
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:
@@ -182,7 +193,7 @@ class GraphedCallable:
             try:
                 if self.compiled_function:
                     self.compiled_function()  # compiles
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode=_capture_error_mode()):
                     self.result = function()
             except torch.cuda.OutOfMemoryError:
                 raise

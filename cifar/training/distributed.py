@@ -2,12 +2,13 @@
 
     torchrun --nproc-per-node 4 -m cifar train --experiment resnet20
 
-`batch_size` is the batch of all processes together, so a run means the same on one process and on four. Every rank draws
-order, augmentation and mixing for the whole batch, then takes its shard. Weights start equal and stay equal to the bit,
-because all ranks apply the same mean gradient. Without BatchNorm, N ranks compute what one computes, up to the order of
-additions. BatchNorm normalises each shard by itself, and rank 0's running statistics are evaluated and saved. Random states
-are equal too, so dropout's masks repeat from shard to shard. Rank 0's checkpoint therefore serves every rank, and a run can
-go on with another number of ranks.
+`batch_size` is the batch of all processes together, so a run means the same on one process and on four. `lr` is that of this
+batch and is never scaled. Every rank draws order, augmentation and mixing for the whole batch, and makes its shard. (With
+mixup and CutMix it makes the whole batch, then takes its shard.) Weights start equal and stay equal to the bit, because all
+ranks apply the same mean gradient: one sum over all parameters, part of the captured step on a GPU. Without BatchNorm, N
+ranks compute what one computes, up to the order of additions. BatchNorm normalises each shard by itself, and rank 0's running
+statistics are evaluated and saved. Random states are equal too, so dropout's masks repeat from shard to shard. Rank 0's
+checkpoint therefore serves every rank, and a run can go on with another number of ranks.
 
 Every rank runs the same program. Ranks other than 0 write to a temporary copy of the folder and print nothing. A stop that
 only one rank knows of (a signal, a loss that is not finite) is agreed on after each step. That happens on the CPU, so that
@@ -52,6 +53,11 @@ class DistributedContext:
 
     # -- in every step --
 
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(index, count): which part of every batch this rank trains."""
+        return self.rank, self.world_size
+
     def shard_batch(self, *batch: Tensor) -> tuple[Tensor, ...]:
         """This rank's rows of tensors (B, ...) -> (B / world_size, ...)."""
         return tuple(tensor.chunk(self.world_size)[self.rank] for tensor in batch) if self.world_size > 1 else batch
@@ -79,6 +85,10 @@ class DistributedContext:
         return min(ends, key=lambda rank_end: rank_end[0] != "diverged")
 
     # -- at times --
+
+    def agree_on_error(self, error: str) -> str:
+        """The error of this rank, or "" -> that of the first rank that has one, on all ranks."""
+        return next(filter(None, self.all_gather(error)), "")
 
     def broadcast_weights(self, *models: nn.Module) -> None:
         """Copy rank 0's weights and buffers to every rank."""
@@ -214,10 +224,12 @@ def init_distributed() -> Iterator[DistributedContext]:
 
 @contextlib.contextmanager
 def _peer_errors() -> Iterator[None]:
-    """Turn an error of a collective operation into PeerLostError."""
+    """Turn an error of a collective operation into PeerLostError. In a capture it is an error of the capture."""
     try:
         yield
     except RuntimeError as error:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise
         raise PeerLostError(
             f"another process of this run is gone, its own words say why ({str(error).splitlines()[0]}); "
             "then go on with --resume RUN under torchrun"

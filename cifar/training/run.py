@@ -48,7 +48,7 @@ from cifar.training.part_checks import check_parts, is_out_of_memory
 from cifar.training.parts import describe_plugins
 from cifar.training.teachers import describe_teachers, find_teachers, read_teachers
 from cifar.training.trainer import Trainer, resolve_device
-from cifar.training.trainer_cache import clear_trainer_cache, get_step_runner, prepare_step_runner
+from cifar.training.trainer_cache import clear_trainer_cache, get_step_runner, prepare_step_runner, release_step_runner
 
 CONTEXT_GIB = 0.6  # of GPU memory that a process has besides its tensors: libraries and kernels
 MAX_WORST_IMAGES = 25  # misclassified images that predictions.npz stores
@@ -264,6 +264,7 @@ def train_runs(
             for run in live:
                 _write_description(run, step_description)
             train_epochs(step_runner, live, _record_end)
+            release_step_runner(step_runner)
 
 
 def _acquire_folders(runs: Sequence[RunLoop]) -> None:

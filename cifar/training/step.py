@@ -226,6 +226,7 @@ class Step:
 
     def _forward_next_batch(self, options: ForwardOptions) -> ForwardResult:
         images, labels = self.source.next_batch()
-        inputs, targets = self.mix(images, labels) if self.mix else (images, labels)
-        inputs, targets, labels = self.context.shard_batch(inputs, targets, labels)
+        if self.mix is None:  # of several processes, each has a loader that makes its shard of the batch
+            return self.forward(self.model, images, labels, labels, options)
+        inputs, targets, labels = self.context.shard_batch(*self.mix(images, labels), labels)
         return self.forward(self.model, inputs, targets, labels, options)

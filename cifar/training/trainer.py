@@ -188,6 +188,7 @@ class Trainer:
                 drop_last=training,
                 mixing=(config.mixup or config.cutmix) if training else 0.0,
                 keep=config.keep if training else 1.0,
+                shard=self.context.shard if training and not (config.mixup or config.cutmix) else (0, 1),
             ),
         )
 

@@ -38,9 +38,9 @@ def get_step_runner(
     """
     if teachers is None:
         teachers = find_teachers(configs[0], lambda name: find_run_dir(name, resolve_runs_dir()))
-    if context.world_size > 1:  # talks to other processes in every step, so it can be neither captured nor kept
+    if context.world_size > 1:  # not kept: `release_step_runner`
         trainers = [Trainer(config, data_dir, context=context, teachers=teachers) for config in configs]
-        return StepRunner(trainers, capture=False)
+        return StepRunner(trainers, capture=configs[0].capture, agree_on_error=context.agree_on_error)
     for entry in _cached_runners:
         cached_data_dir, cached = entry
         if cached_data_dir != data_dir or len(cached.trials) != len(configs):
@@ -57,6 +57,12 @@ def get_step_runner(
     step_runner = StepRunner(trainers, capture=configs[0].capture)
     _cached_runners.append((data_dir, step_runner))
     return step_runner
+
+
+def release_step_runner(step_runner: StepRunner[Trainer]) -> None:
+    """Free the captured steps of several processes. NCCL waits for that at the end, as they hold its kernels."""
+    if step_runner.trials[0].context.world_size > 1:
+        step_runner.discard_graphs()
 
 
 def clear_trainer_cache(num_kept: int = 0) -> None:

@@ -162,6 +162,28 @@ def test_torchrun_makes_one_record_and_one_wandb_run(runs: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs here: captured steps of several GPUs are NOT checked")
+@pytest.mark.parametrize("model", ["worksheet1", "resnet20"])  # without and with BatchNorm
+def test_captured_steps_of_two_gpus_are_those_that_are_not_captured(runs: Path, tmp_path: Path, model: str) -> None:
+    values = {**TINY, "model": model, "device": "cuda", "epochs": 3, "precision": "fp32", "deterministic": "true"}
+    found = {}
+    for capture in ("true", "false"):
+        for mixup in ("0.2", "0"):  # the whole batch, and a shard of it alone
+            folder = tmp_path / f"{capture}-{mixup}"
+            pairs = [f"{key}={value}" for key, value in {**values, "capture": capture, "mixup": mixup}.items()]
+            process = torchrun("-m", "cifar", "train", *pairs, "--runs-dir", str(folder), "--wandb", "disabled")
+            (code,), (said,) = ended([process])
+            assert code == 0, said
+            step = only(folder).read_json("environment")["step"]
+            assert step["captured"] is (capture == "true"), step["not_captured_because"]
+            found[capture, mixup] = weights(only(folder))
+    for mixup in ("0.2", "0"):
+        for name, value in found["true", mixup].items():
+            other = found["false", mixup][name].float()
+            assert (value.float() - other).norm() <= 1e-4 * other.norm() + 1e-6, name
+
+
+@pytest.mark.slow
 def test_a_signal_to_torchrun_writes_a_checkpoint_and_the_run_goes_on_bit_for_bit(runs: Path, tmp_path: Path) -> None:
     long = [*PAIRS, "epochs=40", "--wandb", "disabled"]
     process = torchrun("-m", "cifar", "train", *long)

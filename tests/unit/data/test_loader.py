@@ -302,6 +302,34 @@ def test_what_was_kept_is_kept_when_an_epoch_is_taken_up_in_its_middle(device: s
     assert all(torch.equal(one.state_dict()[name], three.state_dict()[name]) for name in ("losses", "slots"))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_shards_of_a_batch_are_the_batch_bit_for_bit(device: str) -> None:
+    images, labels = (tensor.to(device) for tensor in dataset(300))
+    augment = Augment(cutout=4, flip="alternating", crop_padding="reflect")
+
+    def batches(index: int, count: int) -> list[tuple[Tensor, Tensor]]:
+        shard = EpochOptions(shard=(index, count))
+        loader = Loader(images, labels, batch_size=48, augment=augment, seed=3, epoch_options=shard)
+        assert loader.num_steps == 6 and loader.batch_size == 48
+        found = []
+        for epoch in (1, 2):
+            loader.begin_epoch(epoch, 2 * (epoch - 1))  # the second one in its middle
+            for step in range(2 * (epoch - 1), loader.num_steps):
+                loader.step_index.fill_(step)
+                found.append(loader.next_batch())
+        return found
+
+    whole = batches(0, 1)
+    for count in (2, 3, 4):
+        parts = [batches(index, count) for index in range(count)]
+        assert all(len(labels) == 48 // count for part in parts for _, labels in part)
+        for step, (batch, places) in enumerate(whole):
+            assert torch.equal(torch.cat([part[step][0] for part in parts]), batch)
+            assert torch.equal(torch.cat([part[step][1] for part in parts]), places)
+    with pytest.raises(AssertionError):
+        batches(0, 5)
+
+
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the epoch that is made there at once is NOT checked")
 
 
