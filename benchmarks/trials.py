@@ -29,8 +29,8 @@ WAYS = ("packed", "side by side", "one after the other")
 
 
 def sweep_file(place: Path, options: argparse.Namespace, trials: int) -> Path:
-    """The first `trials` of the 64: seeds first, so that what fits a pack comes together."""
-    seeds = SEEDS[: min(trials, 4)]
+    """The first `trials` of the 64: seeds first, so that what fits a pack comes together. More than 64 have more seeds."""
+    seeds = SEEDS[: min(trials, 4)] if trials <= 64 else list(range(trials // 16))
     decays = DECAYS[: max(1, min(trials // 4, 4))]
     rates = RATES[: max(1, trials // 16)]
     values = settings(options, {"model": "worksheet1", "epochs": 25, "batch_size": 128, "optimizer": "adamw"})

@@ -98,7 +98,8 @@ class GpuHealth:
         for gpu, faults in self._faults.items():
             if self.is_set_aside(gpu) and gpu not in self._told:
                 self._told.add(gpu)
-                messages.append(f"GPU {gpu} is set aside, the other GPUs do its trials: {list(faults.values())[-1].reason}")
+                others = ", the other GPUs do its trials" if self.num_usable else ""
+                messages.append(f"GPU {gpu} is set aside{others}: {list(faults.values())[-1].reason}")
             elif gpu in self._told and not self.is_set_aside(gpu):
                 self._told.discard(gpu)
                 messages.append(f"GPU {gpu} is used again: what failed there failed on another GPU too")
