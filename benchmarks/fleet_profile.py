@@ -92,22 +92,23 @@ def write_again(folder: Path, share: float = 0.1) -> float:
 
 @contextlib.contextmanager
 def clocks(found: dict[str, float]) -> Iterator[None]:
-    """Add the seconds of the agent's calls of its backend ("database") and of its waiting for events ("waiting") to `found`."""
+    """Add the seconds of the agent's loop ("loop"), of its calls of the backend ("database") and of its waiting for events
+    ("waiting") to `found`."""
+    from cifar.agent.agent import Agent
     from cifar.agent.events import EventQueue
     from cifar.sweeps.local import LocalBackend
 
-    depth = 0  # a call may call another one
+    depths: dict[str, int] = defaultdict(int)  # a call may call another one of its kind
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
-            nonlocal depth
-            depth += 1
+            depths[name] += 1
             begun = time.perf_counter()
             try:
                 return function(*arguments, **more)
             finally:
-                depth -= 1
-                if depth == 0:
+                depths[name] -= 1
+                if not depths[name]:
                     found[name] = found.get(name, 0.0) + time.perf_counter() - begun
                     found[f"{name} calls"] = found.get(f"{name} calls", 0) + 1
 
@@ -117,6 +118,7 @@ def clocks(found: dict[str, float]) -> Iterator[None]:
         for owner, method, name in (
             *((LocalBackend, method, "database") for method in DATABASE_CALLS),
             (EventQueue, "next_event", "waiting"),
+            (Agent, "_supervise_workers", "loop"),
         ):
             original = getattr(owner, method)
             setattr(owner, method, timed(name, original))

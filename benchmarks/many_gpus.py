@@ -131,7 +131,7 @@ def add_shares(result: Result, who: str, runs: list[dict[str, Any]]) -> None:
             "one core: the sidecar (mirror, system metrics)": cpu.get("sidecar", 0.0) / wall,
             "one core: the agent": cpu.get("agent", 0.0) / wall,
             "the agent's time: calls of the database": agent.get("database", 0.0) / wall,
-            "the agent's time: not waiting for its workers": 1 - agent.get("waiting", 0.0) / agent["wall"],
+            "the agent's loop: not waiting for its workers": 1 - agent["waiting"] / agent["loop"],
             "the disk's time, the same files flushed again": run["disk"] / wall,
         }.items():
             shares.setdefault(what, []).append(100 * value)
