@@ -21,7 +21,8 @@ from cifar.cli.console import (
     warn,
     warn_of_stand_in,
 )
-from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs
+from cifar.cli.latency import describe_device, profile_latency, resolve_profiled
+from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs, RunsDir
 from cifar.cli.train import format_cost, gather_layers
 from cifar.errors import UserError
 from cifar.system.durations import format_duration
@@ -29,8 +30,6 @@ from cifar.system.terminal import Column, Short
 from cifar.system.user_code import describe_error, pass_interrupt
 
 if TYPE_CHECKING:
-    import torch
-
     from cifar.config.schema import Settings
     from cifar.flops import Cost
     from cifar.registry import Entry
@@ -169,39 +168,50 @@ def _describe_cost(cost: Cost | None, note: str) -> dict[str, Any]:
 def profile(
     model: Annotated[
         str,
-        typer.Argument(metavar="[MODEL]", help="a network's name [default: the experiment's]", autocompletion=complete_model),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="a network's name [default: the experiment's]; with --latency also a finished run",
+            autocompletion=complete_model,
+        ),
     ] = "",
     pairs: Pairs = None,
     experiment: Experiment = "",
     time: Annotated[bool, typer.Option("--time", help="where the time of a training step goes, kernel by kernel")] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="how long one image takes, and a batch; of a run, its record gets it")
+    ] = False,
+    batches: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=1, metavar="N", help="images at once for --latency; repeatable [default: 1, 256]"),
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="steps to time")] = 50,
     together: Annotated[int, typer.Option("--together", min=1, metavar="K", help="trials side by side, as in a pack")] = 1,
     data_dir: DataDir = None,
+    runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> int:
     """The layers of a network and what each costs; with --time, what a training step spends its time on.
+
+    With --latency, how long a forward pass takes.
 
     Examples:
 
     `python -m cifar profile resnet width=32`
 
     `python -m cifar profile --time --experiment worksheet1 batch_size=256`
+
+    `python -m cifar profile --latency resnet20 device=cpu threads=1`
     """
+    if latency:
+        if time:
+            raise UserError("--time is about training steps, --latency about forward passes; ask for one of them")
+        return profile_latency(model, pairs or [], experiment, batches or [1, 256], runs_dir=runs_dir, as_json=as_json)
     words = [word for word in (model, *(pairs or [])) if word]
     names = [] if "=" in model else words[:1]  # KEY=VALUE comes first where the experiment names the network
-    config = _resolve_profiled(experiment, [*(f"model={name}" for name in names), *words[len(names) :]])
+    config = resolve_profiled(experiment, [*(f"model={name}" for name in names), *words[len(names) :]])
     if time:
         return _profile_time(config, steps, together, data_dir, as_json=as_json)
     return _profile_layers(config, as_json=as_json)
-
-
-def _resolve_profiled(experiment: str, pairs: Sequence[str]) -> Settings:
-    from cifar.config.resolve import resolve_config
-
-    layers = gather_layers(pairs, experiment=experiment)
-    if not experiment and not any(pair.startswith("model=") for pair in pairs):
-        raise UserError("name a network, as in: python -m cifar profile resnet20; or an experiment: --experiment worksheet1")
-    return resolve_config(*(values for _, values in layers))
 
 
 def _profile_layers(config: Settings, *, as_json: bool) -> int:
@@ -357,14 +367,6 @@ def _print_kernels(times: StepTimes) -> None:
     kind = "kernel" if times.device.type == "cuda" else "operation"
     numbers = [Column(name, is_number=True) for name in ("calls", "ms a step", "share")]
     print_table("", (Column(kind, min_width=20), *numbers), rows)
-
-
-def describe_device(device: torch.device) -> str:
-    """A device in words."""
-    import torch
-
-    threads = torch.get_num_threads()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _format_ms(seconds: float) -> str:

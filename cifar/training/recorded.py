@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
@@ -71,14 +73,17 @@ def add_notes(run_dir: RunDir, notes: Sequence[str]) -> None:
         run_dir.write_json("run", {**about, "notes": [*known, *new]})
 
 
-def evaluation_settings(run_dir: RunDir) -> Settings:
-    """What is needed to score the run: its network and its images, in the memory format that it was trained in."""
-    settings = _resolve_settings(run_dir)
+def evaluation_settings(run_dir: RunDir, changes: Mapping[str, Any] | None = None) -> Settings:
+    """What is needed to score the run: its network and its images, in the memory format that it was trained in.
+
+    changes: other values of some keys.
+    """
+    settings = _resolve_settings(run_dir, changes or {})
     step = run_dir.read_json("environment").get("step", {})
-    used = step.get("channels_last") if isinstance(step, dict) else None
+    used = step.get("channels_last") if isinstance(step, dict) and "channels_last" not in (changes or {}) else None
     return settings.model_copy(update={"channels_last": used}) if isinstance(used, bool) else settings
 
 
-def _resolve_settings(run_dir: RunDir) -> Settings:
+def _resolve_settings(run_dir: RunDir, changes: Mapping[str, Any] = MappingProxyType({})) -> Settings:
     with name_lost_plugin(run_dir.id, run_dir.read_json("run").get("plugins")):
-        return resolve_for_evaluation(run_dir.read_json("config"))
+        return resolve_for_evaluation({**run_dir.read_json("config"), **changes})

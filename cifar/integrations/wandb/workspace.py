@@ -26,7 +26,9 @@ from cifar.tracking.run_dir import RunDir
 
 X_AXIS = "epoch"
 PICTURES = "pictures/"  # prefix of the pictures' keys
-NOT_COLUMNS = ("joules_missing", "latency_device", "teacher_train_flops")  # of summary.json: cifar.json has them
+NOT_COLUMNS = (  # of summary.json: cifar.json has them
+    "joules_missing", "teacher_train_flops", "latency_p5_seconds", "latency_p95_seconds", "latency_n", "latency_device",
+)  # fmt: skip
 SHOWN_PREFIXES = ("train", "val", "test", "best", "system", "pictures", "charts")  # of keys that have a panel
 
 
