@@ -151,7 +151,7 @@ class Agent:
                 if self._can_claim():
                     self._hand_out_trials()
                 self._send_heartbeats()
-                if time.monotonic() >= state.next_count_time:
+                if time.monotonic() >= state.next_count_time and not state.events.has_waiting:
                     state.refresh_progress()
                     state.next_count_time = math.inf
             state.messages.extend([*self.backend.pop_messages(), *self.packer.messages])
@@ -273,14 +273,14 @@ class Agent:
             return
         self.next_heartbeat_time = time.monotonic() + lease_seconds() / 5
         self.packer.send_heartbeats()
-        for worker in self.state.busy_workers():
-            for assigned in list(worker.assignments.values()):
-                answer = self.backend.heartbeat(assigned.trial)
-                if answer == "stop":
-                    worker.send_message(stop="stopped", run_id=assigned.trial.run_id)
-                elif answer == "lost":
-                    self._lose_trial(worker, assigned.trial)
-                    break
+        held = [(worker, assigned.trial) for worker in self.state.busy_workers() for assigned in worker.assignments.values()]
+        for (worker, trial), answer in zip(held, self.backend.heartbeats([trial for _, trial in held]), strict=True):
+            if trial.run_id not in worker.assignments:  # its worker was ended because of another trial
+                continue
+            if answer == "stop":
+                worker.send_message(stop="stopped", run_id=trial.run_id)
+            elif answer == "lost":
+                self._lose_trial(worker, trial)
         self.state.next_count_time = 0.0
 
     def _lose_trial(self, worker: WorkerProcess, trial: Trial) -> None:

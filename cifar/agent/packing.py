@@ -94,6 +94,8 @@ class Packer:
             return graph_signature(resolve_config(values, read_experiment=read_experiment))
 
         signature = sign(first_values) if len(trials) < pack_size else {}
+        if len(trials) < pack_size:
+            self._claim_batch(pack_size - len(trials), lambda values: sign(training_values(values)) == signature)
         while len(trials) < pack_size:
             other = self._next_trial(pack_size - len(trials), lambda values: sign(training_values(values)) == signature)
             if not isinstance(other, Trial):
@@ -103,9 +105,21 @@ class Packer:
                 break
             trials.append(other)
 
+    def _claim_batch(self, num_wanted: int, trial_filter: TrialFilter) -> None:
+        """Claim trials of a pack at once. They are set aside, from where `_next_trial` takes them."""
+        num_here = sum(trial.cell not in self._single_cells and trial_filter(trial.values) for trial in self.set_aside)
+        count = int(min(self.num_left, num_wanted - num_here))
+        claimed = self.backend.claim_more(self.worker, count, trial_filter) if count > 0 else []
+        self.num_left -= len(claimed)
+        for trial in claimed:
+            self.set_aside.append(trial)
+            if owner := self._find_owner(trial):
+                self.messages.append(f"trial {trial.cell:03d} waits: {owner}")
+
     def send_heartbeats(self) -> None:
         """Keep the claims on what was set aside. A trial that another agent has claimed meanwhile is dropped."""
-        self.set_aside = [trial for trial in self.set_aside if self.backend.heartbeat(trial) != "lost"]
+        answers = self.backend.heartbeats(self.set_aside)
+        self.set_aside = [trial for trial, answer in zip(self.set_aside, answers, strict=True) if answer != "lost"]
 
     def record_pack_failure(self, trial: Trial, pack_size: int) -> None:
         """A pack of that size failed: this trial of it is trained alone from now on, and packs are at most half as large."""

@@ -103,8 +103,16 @@ class TrialTable:
         return sorted(trials, key=lambda trial: trial.cell)
 
     def read_trial(self, optuna_id: int) -> StoredTrial:
+        return self.read_trials([optuna_id])[optuna_id]
+
+    def read_trials(self, optuna_ids: Sequence[int]) -> dict[int, StoredTrial]:
+        """The trials by Optuna's ids, which must be there."""
+        found: dict[int, StoredTrial] = {}
         with self._connect() as connection:
-            return self._read_trials(connection, _TRIALS.c.trial_id == optuna_id)[0]
+            for start in range(0, len(optuna_ids), _MAX_IDS):
+                chunk = _TRIALS.c.trial_id.in_(optuna_ids[start : start + _MAX_IDS])
+                found |= {trial.optuna_id: trial for trial in self._read_trials(connection, chunk)}
+        return found
 
     def iterate_waiting(self) -> Iterator[StoredTrial]:
         """The trials that can be claimed, in the order in which they are handed out: what failed comes last, else by cell.
@@ -214,14 +222,21 @@ class TrialTable:
 
     def update_trial(self, optuna_id: int, now: Mapping[str, Any], state: OptunaState | None = None) -> None:
         """Write what changes of an open trial, and Optuna's state with it if given: a killed process leaves both or none."""
-        is_now = and_(_ATTRIBUTES.c.trial_id == optuna_id, _ATTRIBUTES.c.key == "now")
+        self.update_trials({optuna_id: now}, state)
+
+    def update_trials(self, changes: Mapping[int, Mapping[str, Any]], state: OptunaState | None = None) -> None:
+        """`update_trial` of several trials, in one transaction: Optuna's id -> what `now` says from then on."""
+        if not changes:
+            return
+        start = {"datetime_start": _utc_now()} if state == OptunaState.RUNNING else {}
         with self._begin() as connection:
-            changed = connection.execute(_ATTRIBUTES.update().where(is_now).values(value_json=json.dumps(now)))
-            if not changed.rowcount:
-                connection.execute(_ATTRIBUTES.insert().values(trial_id=optuna_id, key="now", value_json=json.dumps(now)))
-            if state is not None:
-                start = {"datetime_start": _utc_now()} if state == OptunaState.RUNNING else {}
-                connection.execute(_TRIALS.update().where(_TRIALS.c.trial_id == optuna_id).values(state=state, **start))
+            for optuna_id, now in changes.items():
+                is_now = and_(_ATTRIBUTES.c.trial_id == optuna_id, _ATTRIBUTES.c.key == "now")
+                changed = connection.execute(_ATTRIBUTES.update().where(is_now).values(value_json=json.dumps(now)))
+                if not changed.rowcount:
+                    connection.execute(_ATTRIBUTES.insert().values(trial_id=optuna_id, key="now", value_json=json.dumps(now)))
+                if state is not None:
+                    connection.execute(_TRIALS.update().where(_TRIALS.c.trial_id == optuna_id).values(state=state, **start))
 
     def end_waiting(self, ended: Mapping[int, Mapping[str, Any]], state: OptunaState) -> None:
         """End waiting trials in one transaction. `ended`: Optuna's id -> what `now` says from then on."""

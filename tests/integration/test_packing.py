@@ -48,6 +48,11 @@ class Offered:
             self.trials.remove(wanted[0])
         return wanted[0] if wanted else "wait" if self.trials else None
 
+    def claim_more(self, worker: str, count: int, trial_filter: Any) -> list[Trial]:
+        wanted = [trial for trial in self.trials if not self.heedless and trial_filter(trial.values)][:count]
+        self.trials = [trial for trial in self.trials if trial not in wanted]
+        return wanted
+
     def count_states(self) -> dict[str, int]:
         return {"waiting": len(self.trials)}
 

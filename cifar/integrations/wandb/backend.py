@@ -202,6 +202,13 @@ class WandbBackend:
         with self.lock:
             return "stop" if self._find_slot(trial).stop_requested else "go"
 
+    def heartbeats(self, trials: Sequence[Trial]) -> list[Literal["go", "stop", "lost"]]:
+        return [self.heartbeat(trial) for trial in trials]
+
+    def claim_more(self, worker: str, count: int, trial_filter: TrialFilter) -> list[Trial]:
+        """None: W&B hands out trials one by one."""
+        return []
+
     def report_metric(self, trial: Trial, history: Mapping[int, float], best: float, epochs: int) -> bool:
         return True
 

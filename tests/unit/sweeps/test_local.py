@@ -105,6 +105,34 @@ def test_a_lease_ends_only_without_beats_and_the_late_one_is_told(runs: Path, mo
     assert [cell["value"] for cell in mine.list_cells()] == [0.2]
 
 
+def test_claims_and_heartbeats_of_many_are_those_of_one_after_the_other(runs: Path) -> None:
+    one, many = create_local_sweep(runs), create_local_sweep(runs)
+    for backend in (one, many):  # cells 0 and 2 were given back, the second one after a failure
+        first = [claim_trial(backend) for _ in range(3)]
+        backend.finish_trial(first[0], "interrupted")
+        backend.finish_trial(first[2], "killed")
+
+    def wanted(values: dict[str, Any]) -> bool:
+        return values["lr"] in (1, 3)
+
+    alone = [one.claim_trial("me", trial_filter=wanted) for _ in range(12)]
+    together = [trial for count in (0, 5, 1, 9) for trial in many.claim_more("me", count, wanted)]
+    assert all(isinstance(trial, Trial) for trial in alone) and len(together) == 12
+    assert [(t.cell, t.values, t.attempt) for t in together] == [(t.cell, t.values, t.attempt) for t in alone]
+    keys = ("cell", "state", "attempt", "worker", "reason", "value")
+    described = [[{key: cell[key] for key in keys} for cell in backend.list_cells()] for backend in (one, many)]
+    assert described[0] == described[1] and many.count_states() == one.count_states()
+    assert many.claim_more("me", 3, wanted) == [] and many.run_id(together[0].cell) == together[0].run_id
+
+    many.finish_trial(together[1], "finished", 0.5)
+    elsewhere = LocalBackend(many.id, runs)  # which has claimed none of them
+    for backend in (many, elsewhere):
+        assert backend.heartbeats([]) == []
+        assert backend.heartbeats(together[:4]) == ["go", "lost", "go", "go"]
+    many.stop_sweep(cancel=True)
+    assert many.heartbeats(together[2:4]) == ["stop", "stop"] and many.claim_more("me", 3, lambda values: True) == []
+
+
 def test_ends_and_retries(runs: Path) -> None:
     backend = create_local_sweep(runs, GRID + "\nrun_cap: 8")
     for state in ("finished", "failed", "diverged", "pruned", "skipped", "stopped"):
