@@ -138,6 +138,7 @@ class Agent:
         with capture_signals(state.signals, PREEMPTION_SIGNALS):  # to the very end: batch systems repeat their signals
             try:
                 with capture_signals(state.signals):
+                    self._start_gpu_workers()
                     self._supervise_workers()
             finally:
                 self._shut_down()
@@ -261,12 +262,24 @@ class Agent:
         state, free = self.state, self._free_slots()
         slot = state.failures.best_slot(cell, state.gpus.slots_for(cell, free) or free)
         worker = next((w for w in state.workers if w.slot == slot and not w.retiring), None)
-        if worker is None:
-            name = f"{self.name}-{slot}"
-            log = self.backend.folder / "logs" / f"{name}.log"
-            worker = WorkerProcess(name, slot, log, state.events.queue, self.environments[slot])
-            state.workers.append(worker)
+        return worker or self._start_worker(slot)
+
+    def _start_worker(self, slot: int) -> WorkerProcess:
+        name = f"{self.name}-{slot}"
+        log = self.backend.folder / "logs" / f"{name}.log"
+        worker = WorkerProcess(name, slot, log, self.state.events.queue, self.environments[slot])
+        self.state.workers.append(worker)
         return worker
+
+    def _start_gpu_workers(self) -> None:
+        """Start the workers of all GPUs now. Each loads PyTorch for seconds, meanwhile this process claims their trials."""
+        if not self.options.gpus or not self._can_claim():
+            return
+        num_ended = sum(number for state, number in self.board.counts.items() if state not in OPEN_TRIAL_STATES)
+        cells = self.backend.info["cells"]  # a sweep on W&B may not know
+        num_open = min(cells - num_ended if isinstance(cells, int) else math.inf, self.packer.num_left)
+        for slot in range(int(min(self.num_workers, num_open))):
+            self._start_worker(slot)
 
     def _send_heartbeats(self) -> None:
         if time.monotonic() < self.next_heartbeat_time:
