@@ -50,7 +50,7 @@ from cifar.training.teachers import describe_teachers, find_teachers, read_teach
 from cifar.training.trainer import Trainer, resolve_device
 from cifar.training.trainer_cache import clear_trainer_cache, get_step_runner, prepare_step_runner, release_step_runner
 
-CONTEXT_GIB = 0.6  # of GPU memory that a process has besides its tensors: libraries and kernels
+CONTEXT_GIB = 0.6  # of GPU memory that a process has besides its tensors, about: libraries and kernels
 MAX_WORST_IMAGES = 25  # misclassified images that predictions.npz stores
 METRIC_LABELS = {
     "train/loss": ("training loss", "nats"),
@@ -372,7 +372,7 @@ def describe_out_of_memory(error: BaseException, config: Settings) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
         others = _memory_of_others()
-        taken = f", of which other processes have {others:.0f}" if others >= 1 else ""
+        taken = f", of which other processes have {others:.0f}" if others >= max(2, total / 20) else ""
         return f"out of GPU memory ({total:.0f} GiB{taken}) {advice}"
     if is_out_of_memory(error):
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
