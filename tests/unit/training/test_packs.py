@@ -123,8 +123,9 @@ def test_one_over_the_budget_is_skipped_and_the_others_train(runs: Path) -> None
 
 
 @GPU
-def test_a_captured_step_is_the_step(runs: Path) -> None:
-    values = {**FULL, "device": "cuda", "precision": "fp32", "deterministic": True}
+@pytest.mark.parametrize("base", [FULL, RECIPES], ids=["conv", "recipes"])
+def test_a_captured_step_is_the_step(runs: Path, base: dict[str, Any]) -> None:
+    values = {**base, "device": "cuda", "precision": "fp32", "deterministic": True}
     eager, captured = alone(runs, {**values, "capture": False}), alone(runs, values)
     assert captured.read_json("environment")["step"]["captured"] and not eager.read_json("environment")["step"]["captured"]
     assert hash_run(eager) == hash_run(captured)
@@ -198,8 +199,9 @@ def test_a_captured_step_that_leaves_something_out_is_the_step(runs: Path, compi
 
 
 @GPU
-def test_a_pack_on_a_gpu_trains_each_trial_as_if_it_were_alone(runs: Path) -> None:
-    base = {**FULL, "device": "cuda", "precision": "fp32", "deterministic": True, "optimizer": "sgd"}
+@pytest.mark.parametrize("recipe", [FULL, RECIPES], ids=["conv", "recipes"])
+def test_a_pack_on_a_gpu_trains_each_trial_as_if_it_were_alone(runs: Path, recipe: dict[str, Any]) -> None:
+    base = {**recipe, "device": "cuda", "precision": "fp32", "deterministic": True, "optimizer": "sgd"}
     values = [{**base, **changes} for changes in VARIED]
     for record, each in zip(together(runs, values), values, strict=True):
         assert (

@@ -1,0 +1,188 @@
+"""Compact records of a folder of runs, and a table of them.
+
+    python experiments/studies/frontier/collect.py RUNS --name ablation [--out DIR]
+    python experiments/studies/frontier/collect.py --table experiments/studies/frontier/ablation_runs.csv
+
+The first writes NAME_runs.csv (a line a run: its recipe, its result, what it cost) and NAME_curves.csv.gz (a line an epoch) of
+all runs in RUNS that have an epoch, then prints the table. Runs that have not finished are in the files, with their state, and
+not in the table. A row is the runs that differ in their seeds only; "gain" is against the same network without the recipe, with
+a 95 % interval from the standard deviation that is pooled over the rows shown. Accuracies are in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+RECIPE = {  # key -> its value where it is off
+    "mixup": "0.0", "cutmix": "0.0", "cutout": "0", "augment_policy": "none", "random_erasing": "0.0", "drop_path": "0.0",
+    "se": "0", "dropout": "0.0", "ema": "0.0", "label_smoothing": "0.0", "keep": "1.0", "teacher": "",
+}  # fmt: skip
+NETWORK = ("model", "width", "depth")
+TRAINING = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "schedule", "flip", "crop", "crop_padding")
+DETAILS = ("randaugment_num_ops", "randaugment_magnitude", "distill_weight", "distill_temperature")
+RESULTS = (
+    "seed", "macs", "params", "verified", "state", "epochs_done", "val_acc", "best_val_acc_seen", "best_epoch", "val_loss",
+    "train_acc", "train_loss", "seconds_training", "seconds_wall", "images_per_second", "joules", "train_flops", "together",
+    "compiled", "gpu", "torch", "commit", "val_size", "test",
+)  # fmt: skip
+CURVES = ("run", "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The epochs of a run. A last line that is not whole is left out."""
+    rows = []
+    for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def describe_run(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A line of NAME_runs.csv."""
+    config, summary, about = (read_json(folder / f"{name}.json") for name in ("config", "summary", "run"))
+    environment, status = read_json(folder / "environment.json"), read_json(folder / "status.json")
+    cost, step, last = about.get("cost", {}), environment.get("step", {}), rows[-1]
+    best = max(rows, key=lambda row: row.get("val/acc", 0.0))
+    started, ended = environment.get("started"), status.get("time")
+    found = {key: config.get(key, RECIPE.get(key, "")) for key in (*NETWORK, *TRAINING, *RECIPE, *DETAILS)}
+    if found["augment_policy"] != "randaugment":
+        found |= {"randaugment_num_ops": "", "randaugment_magnitude": ""}
+    if not found["teacher"]:
+        found |= {"distill_weight": "", "distill_temperature": ""}
+    return found | {
+        "run": folder.name,
+        "seed": config.get("seed"),
+        "macs": cost.get("macs"),
+        "params": cost.get("params"),
+        "verified": cost.get("verified"),
+        "state": status.get("state"),
+        "epochs_done": last["epoch"],
+        "val_acc": as_percent(last.get("val/acc")),
+        "best_val_acc_seen": as_percent(best.get("val/acc")),
+        "best_epoch": best["epoch"],
+        "val_loss": round(last.get("val/loss", 0.0), 4),
+        "train_acc": as_percent(last["train/acc"]),
+        "train_loss": round(last["train/loss"], 4),
+        "seconds_training": round(sum(row["system/seconds"] for row in rows), 1),
+        "seconds_wall": round(ended - started, 1) if started and ended else "",
+        "images_per_second": round(statistics.median(row["system/images_per_second"] for row in rows)),
+        "joules": round(summary["joules"]) if summary.get("joules") else "",
+        "train_flops": summary.get("train_flops", ""),
+        "together": step.get("together"),
+        "compiled": step.get("compiled"),
+        "gpu": environment.get("device"),
+        "torch": environment.get("versions", {}).get("torch"),
+        "commit": environment.get("git", {}).get("commit", "")[:7],
+        "val_size": config.get("val_size"),
+        "test": config.get("test"),
+    }
+
+
+def as_percent(fraction: float | None) -> float | str:
+    return "" if fraction is None else round(100 * fraction, 2)
+
+
+def describe_epoch(run: str, row: dict[str, Any]) -> list[Any]:
+    """A line of NAME_curves.csv."""
+    return [
+        run,
+        row["epoch"],
+        f"{row['train/loss']:.5g}",
+        f"{row['train/acc']:.5f}",
+        f"{row['val/loss']:.5g}" if "val/loss" in row else "",
+        f"{row['val/acc']:.4f}" if "val/acc" in row else "",
+        f"{row['train/lr']:.4g}",
+        f"{row['system/seconds']:.4f}",
+        round(row["system/images_per_second"]),
+    ]
+
+
+def collect(runs_dir: Path, name: str, out: Path) -> Path:
+    """Write both files -> the path of NAME_runs.csv."""
+    lines, curves = [], []
+    for path in sorted(runs_dir.glob("*/run.json")):
+        rows = read_rows(path.parent) if (path.parent / "metrics.jsonl").exists() else []
+        if rows:
+            lines.append(describe_run(path.parent, rows))
+            curves += [describe_epoch(path.parent.name, row) for row in rows]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"{name}_runs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["run", *NETWORK, *TRAINING, *RECIPE, *DETAILS, *RESULTS], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([CURVES, *curves])
+    (out / f"{name}_curves.csv.gz").write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    return out / f"{name}_runs.csv"
+
+
+def describe_recipe(line: dict[str, str]) -> str:
+    """What is on, in words; "plain" for nothing."""
+    words = [line[key] if key == "augment_policy" else f"{key} {line[key]}" for key, off in RECIPE.items() if line[key] != off]
+    level = "/".join(line[key] for key in DETAILS[:2] if line[key])
+    return ", ".join(f"{word} {level}".strip() if word == "randaugment" else word for word in words) or "plain"
+
+
+def print_table(path: Path) -> None:
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["state"] == "finished" and line["val_acc"]]
+    groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for line in lines:
+        key = (*(line[name] for name in (*NETWORK, *TRAINING)), describe_recipe(line))
+        groups[key].append(float(line["val_acc"]))
+        seconds[key].append(float(line["seconds_training"]))
+    repeated = [values for values in groups.values() if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in repeated)
+    pooled = (sum((len(v) - 1) * statistics.variance(v) for v in repeated) / freedom) ** 0.5 if freedom else 0.0
+    print(f"{len(lines)} finished runs; pooled standard deviation {pooled:.2f} ({freedom} degrees of freedom)")
+    print(f"{'network':28} {'epochs':>6}  {'recipe':34} {'mean':>6} {'n':>2}  {'gain':>6} {'95 %':>6}  s a run")
+    for key, values in sorted(groups.items(), key=lambda item: (item[0][:-1], item[0][-1] != "plain")):
+        network = " ".join(part for part in key[:3] if part)
+        plain = groups.get((*key[:-1], "plain"), [])
+        gain = half = ""
+        if plain and key[-1] != "plain" and freedom:
+            gain = f"{statistics.mean(values) - statistics.mean(plain):+.2f}"
+            half = f"{stats.t.ppf(0.975, freedom) * pooled * (1 / len(values) + 1 / len(plain)) ** 0.5:.2f}"
+        print(
+            f"{network:28} {key[6]:>6}  {key[-1]:34} {statistics.mean(values):6.2f} {len(values):2}  {gain:>6} {half:>6}  "
+            f"{statistics.mean(seconds[key]):.0f}"
+        )
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="?", type=Path, help="a folder of runs")
+    parser.add_argument("--name", default="runs", help="what the files' names begin with")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where they go")
+    parser.add_argument("--table", type=Path, metavar="CSV", help="only print the table of such a file")
+    options = parser.parse_args(words)
+    if options.table is None and options.runs is None:
+        parser.error("name a folder of runs, or --table CSV")
+    print_table(options.table or collect(options.runs, options.name, options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
