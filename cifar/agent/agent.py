@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar import data
+from cifar.agent.compile_ahead import CompileAhead
 from cifar.agent.dashboard import (
     Board,
     Dashboard,
@@ -119,6 +120,9 @@ class Agent:
         self.threads = backend.agree_on_threads(max(1, devices.num_cores() // self.num_workers))
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self.packer = Packer(backend, self.name, options.pack, math.inf if options.count is None else options.count)
+        self.compile_ahead = CompileAhead(
+            backend, options.compile_ahead, environments, data_dir=data_dir, training_values=self._training_values
+        )
         self.time_limit = TimeLimit(options.time_limit)
         self.board = Board(f"sweep {backend.id} {self.sweep.name}", self.sweep.metric.name)
         self.state = AgentState(backend, self.packer, self.time_limit, dashboard, self.board)
@@ -151,12 +155,14 @@ class Agent:
             with state.disk_gate.catch_disk_full(state.messages):
                 if self._can_claim():
                     self._hand_out_trials()
+                self.compile_ahead.update(self.packer.num_left if self._can_claim() else 0, self._claimed_values())
                 self._send_heartbeats()
                 if time.monotonic() >= state.next_count_time and not state.events.has_waiting:
                     state.refresh_progress()
                     state.next_count_time = math.inf
-            state.messages.extend([*self.backend.pop_messages(), *self.packer.messages])
+            state.messages.extend([*self.backend.pop_messages(), *self.packer.messages, *self.compile_ahead.messages])
             self.packer.messages.clear()
+            self.compile_ahead.messages.clear()
             self._print_messages()
             self.dashboard.show_board(self.board)
             if event := state.events.next_event(0.25):
@@ -165,6 +171,7 @@ class Agent:
     def _shut_down(self) -> None:
         """End the workers, give back what they had, and let the sidecar finish."""
         state = self.state
+        self.compile_ahead.shut_down()
         for worker in state.workers:
             worker.shut_down()
         unfinished = [assigned.trial for worker in state.busy_workers() for assigned in worker.assignments.values()]
@@ -204,7 +211,8 @@ class Agent:
         if self.state.disk_gate.is_waiting or time.monotonic() < self.next_claim_time:
             return
         while self._can_claim() and (num_free := len(self._free_slots())) > 0:
-            trials = self.packer.claim_group(num_free, self._training_values)
+            preferred = self.compile_ahead.prefer(self._claimed_values())
+            trials = self.packer.claim_group(num_free, self._training_values, preferred)
             if not isinstance(trials, list):
                 self.next_claim_time = time.monotonic() + POLL_SECONDS
                 if trials is None and not self.state.busy_workers():
@@ -219,6 +227,10 @@ class Agent:
     def _training_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A trial's values as its worker trains them."""
         return {"threads": self.threads, **values, **self.backend.info["fixed"], "test": "never"}
+
+    def _claimed_values(self) -> list[dict[str, Any]]:
+        """The values of the trials that workers have."""
+        return [assigned.trial.values for worker in self.state.busy_workers() for assigned in worker.assignments.values()]
 
     def _start_trials(self, trials: Sequence[Trial]) -> None:
         worker = self._free_worker(trials[0].cell)

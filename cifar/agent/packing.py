@@ -15,6 +15,7 @@ from cifar.system.devices import has_gpu
 from cifar.system.ownership import LeaseObserver
 
 MAX_PACK_SIZE = 16
+MAX_EXPLAINED = 64  # waiting trials among which a network's other trials are looked for
 FULL_GPU_MACS = 16e9  # MACs of a forward pass over a batch, from which on one trial fills a GPU by itself (LOG.md)
 
 
@@ -30,16 +31,26 @@ def max_pack_size(option: str) -> int:
     return int(option) if option.isdigit() else MAX_PACK_SIZE if option == "auto" and has_gpu() else 1
 
 
-def best_pack_size(option: str, values: Mapping[str, Any]) -> int:
-    """How many trials like this one to train side by side."""
+def best_pack_size(option: str, values: Mapping[str, Any]) -> tuple[int, str]:
+    """How many trials like this one to train side by side, and why not more than one, where the trial itself is the reason."""
     if option != "auto" or max_pack_size(option) == 1:
-        return max_pack_size(option)
+        return max_pack_size(option), ""
+    return pack_size_on_gpu(values)
+
+
+def pack_size_on_gpu(values: Mapping[str, Any]) -> tuple[int, str]:
+    """How many trials with these values fill a GPU, MAX_PACK_SIZE at most; and the reason where that is one, else ""."""
     config = resolve_config(values)
-    if config.device == "cpu" or config.kwargs_for("model").get("dropout"):
-        return 1
+    if config.device == "cpu":
+        return 1, "on a CPU they would take turns"
+    if config.kwargs_for("model").get("dropout"):
+        return 1, "its dropout draws random numbers on the GPU, where the trials of a pack share one generator"
     from cifar.training import run  # needs PyTorch, to count MACs
 
-    return max(1, min(MAX_PACK_SIZE, int(FULL_GPU_MACS / max(1, run.measure_cost(config).macs * config.batch_size))))
+    macs = max(1, run.measure_cost(config).macs * config.batch_size)
+    size = min(MAX_PACK_SIZE, math.ceil(FULL_GPU_MACS / macs))
+    is_large = f"a step of {macs / 1e9:.0f} GMACs fills a GPU by itself (from {FULL_GPU_MACS / 1e9:.0f} on; --pack 2 packs it)"
+    return size, is_large if size == 1 else ""
 
 
 class Packer:
@@ -54,19 +65,26 @@ class Packer:
         self.can_start: Callable[[Trial], bool] = lambda trial: True  # on a worker that is free now
         self._observers: dict[str, LeaseObserver] = {}  # run id -> of the process that has the run of a trial set aside
         self._single_cells: set[int] = set()  # cells that failed in a pack: each is trained alone from now on
+        self._explained: set[tuple[Any, ...]] = set()  # networks of which it was said why their trials are not packed
         self._max_size = MAX_PACK_SIZE  # of a pack, as far as failures have shown
 
     def has_more(self) -> bool:
         return self.num_left > 0 or bool(self.set_aside)
 
     def claim_group(
-        self, num_free: int, training_values: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+        self,
+        num_free: int,
+        training_values: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        preferred: TrialFilter | None = None,
     ) -> list[Trial] | Literal["wait"] | None:
         """Trials for one of `num_free` workers, or what `Backend.claim_trial` returned instead of a trial.
 
-        training_values: a trial's values -> its values as a worker trains them.
+        training_values: a trial's values -> its values as a worker trains them. preferred: which trial to begin with, if
+        there is one of that kind.
         """
-        first = self._next_trial(num_free)
+        first = self._next_trial(num_free, preferred) if preferred and not self.set_aside else "wait"
+        if not isinstance(first, Trial):
+            first = self._next_trial(num_free)
         if not isinstance(first, Trial):
             return first
         trials = [first]
@@ -82,7 +100,8 @@ class Packer:
     ) -> None:
         first, first_values = trials[0], training_values(trials[0].values)
         is_single = first.cell in self._single_cells
-        pack_size = 1 if is_single else min(best_pack_size(self.option, first_values), self._max_size)
+        best_size, reason = best_pack_size(self.option, first_values)
+        pack_size = 1 if is_single else min(best_size, self._max_size)
         if pack_size > 1:  # divide the open trials evenly among the free workers
             counts = self.backend.count_states()
             num_open = 1 + len(self.set_aside) + sum(counts.get(state, 0) for state in CLAIMABLE_STATES)
@@ -93,6 +112,8 @@ class Packer:
             """What trials of one pack have in common."""
             return graph_signature(resolve_config(values, read_experiment=read_experiment))
 
+        if reason and not is_single:
+            self._explain_single(first_values, reason, lambda values: sign(training_values(values)))
         signature = sign(first_values) if len(trials) < pack_size else {}
         if len(trials) < pack_size:
             self._claim_batch(pack_size - len(trials), lambda values: sign(training_values(values)) == signature)
@@ -115,6 +136,21 @@ class Packer:
             self.set_aside.append(trial)
             if owner := self._find_owner(trial):
                 self.messages.append(f"trial {trial.cell:03d} waits: {owner}")
+
+    def _explain_single(
+        self, values: Mapping[str, Any], reason: str, sign: Callable[[Mapping[str, Any]], dict[str, Any]]
+    ) -> None:
+        """Say once for each network why its trials are not packed, where others of its kind wait."""
+        config = resolve_config(values)
+        network = config.model, config.batch_size, tuple(sorted(config.kwargs_for("model").items()))
+        if network in self._explained:
+            return
+        self._explained.add(network)
+        signature = graph_signature(config)
+        if any(sign(other) == signature for other in self.backend.peek_values(MAX_EXPLAINED) or ()):
+            self.messages.append(
+                f"trials of {config.model} at batch_size {config.batch_size} are trained one after the other: {reason}"
+            )
 
     def send_heartbeats(self) -> None:
         """Keep the claims on what was set aside. A trial that another agent has claimed meanwhile is dropped."""

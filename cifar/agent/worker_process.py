@@ -57,7 +57,7 @@ class WorkerProcess:
         self.exit_event: Mapping[str, Any] | None = None  # how the trials that it had ended when its process did
         file = open(log, "ab", buffering=0)  # noqa: SIM115 (`_write_log` closes it)
         prestarted = _take_prestarted()
-        self.process = prestarted or _start_process({**_worker_environment(), **(environment or {})})
+        self.process = prestarted or _start_process({**worker_environment(), **(environment or {})})
         if prestarted:
             self.send_message(environment=dict(environment or {}))
         self._is_log_behind = threading.Event()
@@ -123,7 +123,7 @@ class WorkerProcess:
             self.process.wait()
 
 
-def _worker_environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """The environment of every worker."""
     environment = {key: value for key, value in os.environ.items() if key != "CIFAR_STORAGE"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
@@ -153,7 +153,7 @@ def prestart_worker() -> Iterator[None]:
     """Start the first worker's process now: it imports PyTorch while the agent reads the sweep and claims trials."""
     if not _prestarted:
         require_open_files(1)
-        environment = _worker_environment()
+        environment = worker_environment()
         _prestarted.append((environment, _start_process(environment)))
     try:
         yield
@@ -164,7 +164,7 @@ def prestart_worker() -> Iterator[None]:
 def _take_prestarted() -> subprocess.Popen[bytes] | None:
     """The process that was started early, if it lives and has the environment that a new one would get."""
     for environment, process in _prestarted:
-        if environment == _worker_environment() and process.poll() is None:
+        if environment == worker_environment() and process.poll() is None:
             _prestarted.clear()
             return process
     _kill_prestarted()

@@ -135,6 +135,14 @@ Pack = Annotated[
     str,
     typer.Option("--pack", metavar="auto|K|off", help="trials of one network side by side in a worker [auto: on GPUs]"),
 ]
+CompileAhead = Annotated[
+    str,
+    typer.Option(
+        "--compile-ahead",
+        metavar="auto|N|off",
+        help="processes on idle cores that compile the next trials' networks [auto: on GPUs, where compile is on]",
+    ),
+]
 TimeLimit = Annotated[
     str, typer.Option("--time-limit", metavar="TIME", help="wall time, as in 50m or 2h: what runs at its end is given back")
 ]

@@ -25,6 +25,7 @@ from cifar.cli.console import (
 )
 from cifar.cli.options import (
     Artifacts,
+    CompileAhead,
     Count,
     DataDir,
     Dataset,
@@ -82,6 +83,7 @@ def sweep(
     gpus: Gpus = "",
     per_gpu: PerGpu = 1,
     pack: Pack = "auto",
+    compile_ahead: CompileAhead = "auto",
     time_limit: TimeLimit = "",
 ) -> int:
     """Create a sweep, run its trials, draw the report. Logged in to W&B, the sweep is made there, unless --storage is given.
@@ -95,7 +97,9 @@ def sweep(
     `python -m cifar sweep worksheet1_tuning --no-agent`, then `python -m cifar agent ID` in any terminal
     """
     options = SweepOptions(dataset, set_ or (), sweep_seed, dry_run, draw=report)
-    agent_options = AgentOptions(count, workers, gpus, per_gpu, pack, _parse_time_limit(time_limit), storage or "", wandb)
+    agent_options = AgentOptions(
+        count, workers, gpus, per_gpu, pack, _parse_time_limit(time_limit), storage or "", compile_ahead, wandb
+    )
     _check_agent_options(agent_options)
     paths = PathOptions(data_dir, runs_dir)
     with contextlib.ExitStack() as exit_stack:
@@ -133,6 +137,7 @@ def agent(
     gpus: Gpus = "",
     per_gpu: PerGpu = 1,
     pack: Pack = "auto",
+    compile_ahead: CompileAhead = "auto",
     time_limit: TimeLimit = "",
 ) -> int:
     """Join a sweep from another terminal; ends when no trial is open.
@@ -145,7 +150,9 @@ def agent(
 
     `python -m cifar agent 3k9x2m1p --gpus all --per-gpu 2 --time-limit 50m`
     """
-    options = AgentOptions(count, workers, gpus, per_gpu, pack, _parse_time_limit(time_limit), storage or "", wandb)
+    options = AgentOptions(
+        count, workers, gpus, per_gpu, pack, _parse_time_limit(time_limit), storage or "", compile_ahead, wandb
+    )
     _check_agent_options(options)
     _refuse_torchrun()
     check_name(sweep_id, "the sweep")
@@ -158,11 +165,13 @@ def _parse_time_limit(text: str) -> float:
 
 def _check_agent_options(options: AgentOptions) -> None:
     """Refuse what is wrong before PyTorch is imported. Raises UserError."""
+    from cifar.agent.compile_ahead import check_compile_ahead_option
     from cifar.agent.packing import check_pack_option
 
     if options.gpus and options.workers:
         raise UserError("--workers and --gpus both say how many workers there are; on GPUs give --gpus and --per-gpu")
     check_pack_option(options.pack)
+    check_compile_ahead_option(options.compile_ahead)
 
 
 def _refuse_torchrun() -> None:

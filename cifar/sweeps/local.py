@@ -216,6 +216,16 @@ class LocalBackend:
             self._optuna_ids[stored.cell, stored.attempt + 1] = stored.optuna_id
         return [Trial(stored.cell, stored.values, self.run_id(stored.cell), stored.attempt + 1) for stored in waiting]
 
+    def peek_values(self, limit: int) -> list[dict[str, Any]] | None:
+        """The values of the trials that would be claimed next, in that order, at most `limit`. Nothing is claimed.
+
+        Without the sweep's lock, so it is no promise: another agent may claim them. A search that has not suggested its next
+        trial yet has none to show. None: no more are handed out.
+        """
+        if self.stop_mode:
+            return None
+        return [trial.values for trial in itertools.islice(self._table.iterate_waiting(), limit)]
+
     def _suggest_trial(self) -> StoredTrial | None:
         """Add the next trial of a search; None where all are there."""
         if self._table.count_cells() >= self.info["cells"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from cifar.errors import UserError
 SMI_SECONDS = 30.0
 MAX_CPU_WORKERS = 4  # by default; one worker for each core takes less CPU time than one trial of many threads (LOG.md)
 _QUERY_GPUS = ["--query-gpu=index,uuid,name", "--format=csv,noheader"]
+_QUERY_MEMORY = ["--query-gpu=index,uuid,memory.free,name", "--format=csv,noheader,nounits"]
 _QUERY_PROCESSES = ["--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader,nounits"]
 
 
@@ -91,6 +92,25 @@ def select_gpus(
 
 def _is_named(gpu: Gpu, name: str) -> bool:
     return name == str(gpu.index) or (name.startswith("GPU-") and gpu.uuid.startswith(name))
+
+
+def read_gpus(environments: Sequence[Mapping[str, str]]) -> list[tuple[str, int] | None]:
+    """Name, as CUDA gives it, and free bytes of the first GPU that a process with each environment sees, without using it.
+
+    None where there is none, or where nvidia-smi does not tell.
+    """
+    try:
+        rows = [line.split(", ", 3) for line in _query_nvidia_smi(_QUERY_MEMORY).splitlines()]
+        gpus = [(Gpu(int(row[0]), row[1], row[3].strip()), int(row[2]) * 2**20) for row in rows if len(row) == 4]
+    except (UserError, ValueError):
+        return [None for _ in environments]
+
+    def find(environment: Mapping[str, str]) -> tuple[str, int] | None:
+        visible = {**os.environ, **environment}.get("CUDA_VISIBLE_DEVICES")
+        first = None if visible is None else visible.split(",")[0].strip()
+        return next(((gpu.name, free) for gpu, free in gpus if first is None or _is_named(gpu, first)), None)
+
+    return [find(environment) for environment in environments]
 
 
 def has_gpu() -> bool:

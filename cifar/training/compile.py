@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cifar import kernels
-from cifar.config.resolve import graph_signature
 from cifar.config.schema import Settings
-from cifar.data import cache_folder
+from cifar.training import compile_cache
 from cifar.training.cudagraph import StepRunner
 
 if TYPE_CHECKING:
@@ -51,7 +47,7 @@ def compile_if_worthwhile(step_runner: StepRunner[Trainer], configs: Sequence[Se
     if not seconds:
         return ""
     work = seconds * first.steps_per_epoch * max(config.epochs for config in configs) * max(1, num_planned_runs / len(configs))
-    cost = WARM_COMPILE_SECONDS if _marker_path(configs[0], first.device).exists() else COLD_COMPILE_SECONDS
+    cost = WARM_COMPILE_SECONDS if compile_cache.is_compiled(find_step_key(configs[0], first.device)) else COLD_COMPILE_SECONDS
     pays = first.context.rank_zero_call(lambda: COMPILE_SAVING * work > cost)  # the ranks do the same
     if pays:
         compile_trainers(step_runner)
@@ -61,28 +57,36 @@ def compile_if_worthwhile(step_runner: StepRunner[Trainer], configs: Sequence[Se
     )
 
 
-def compile_trainers(step_runner: StepRunner[Trainer]) -> None:
-    """Compile the step of every trainer, capture it, and note on disk that its kernels are cached now."""
+def compile_trainers(step_runner: StepRunner[Trainer]) -> str:
+    """Compile the step of every trainer, capture it, and note on disk that its kernels are cached now.
+
+    Where another process of this machine is compiling the same step, this one waits for it and finds the kernels in the cache.
+    Returns a sentence for the user where that took long, else "".
+    """
     first = step_runner.trials[0]
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))  # outlives the process
+    os.environ.setdefault(compile_cache.FOLDER_VARIABLE, str(compile_cache.compiler_folder()))  # outlives the process
     # Inductor's cache on disk knows our operators by name, not by code. The tag makes a changed kernel miss the cache.
     torch.compiler.config.cache_key_tag = kernels.digest_sources()
+    key, start, waited = find_step_key(first.config, first.device), time.monotonic(), 0.0
+    if not compile_cache.is_compiled(key):
+        with compile_cache.hold_compile_lock(key):
+            waited = time.monotonic() - start
+            if not compile_cache.is_compiled(key):
+                _compile_and_capture(step_runner)
+                if step_runner.wants_graphs:  # else the first steps compile
+                    compile_cache.mark_compiled(key)
+                return ""
+    _compile_and_capture(step_runner)  # not under the lock: many processes may read the cache at once
+    return f"compile: waited {waited:.0f} s for another process that compiled this network" if waited > 1 else ""
+
+
+def _compile_and_capture(step_runner: StepRunner[Trainer]) -> None:
     for trainer in step_runner.trials:
         trainer.compile_step()
     step_runner.discard_graphs()
     step_runner.ensure_captured()
-    marker = _marker_path(first.config, first.device)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.write_text(f"{time.time()}\n")
 
 
-def _marker_path(config: Settings, device: torch.device) -> Path:
-    """This file exists if the step has been compiled on a machine of this kind, so that its kernels are in the cache."""
-    key = [
-        graph_signature(config),
-        torch.__version__,
-        kernels.digest_sources(),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    ]
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return cache_folder() / "inductor" / "cifar" / digest
+def find_step_key(config: Settings, device: torch.device) -> str:
+    """`compile_cache.step_key` on this device."""
+    return compile_cache.step_key(config, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")

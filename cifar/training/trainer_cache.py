@@ -84,7 +84,7 @@ def prepare_step_runner(step_runner: StepRunner[Trainer], configs: Sequence[Sett
     step_runner.captures_frozen_step = num_planned_runs > len(configs)
     message = ""
     if configs[0].compile in ("on", "max") and not first.is_compiled:
-        compile_trainers(step_runner)
+        message = compile_trainers(step_runner)
     elif configs[0].compile == "auto" and step_runner.wants_graphs and not step_runner.compile_decided:
         message = compile_if_worthwhile(step_runner, configs, num_planned_runs)
     step_runner.ensure_captured()

@@ -53,6 +53,9 @@ class Offered:
         self.trials = [trial for trial in self.trials if trial not in wanted]
         return wanted
 
+    def peek_values(self, limit: int) -> list[dict[str, Any]]:
+        return [trial.values for trial in self.trials[:limit]]
+
     def count_states(self) -> dict[str, int]:
         return {"waiting": len(self.trials)}
 

@@ -197,6 +197,10 @@ class WandbBackend:
                 return None
             return "wait" if any(not slot.has_exited for slot in self._slots if slot.is_free) else None
 
+    def peek_values(self, limit: int) -> list[dict[str, Any]] | None:
+        """Nothing: W&B hands out a trial when it is asked for one, and says nothing of the next."""
+        return []
+
     def heartbeat(self, trial: Trial) -> Literal["go", "stop", "lost"]:
         """ "stop" if somebody stopped the run on W&B, or if W&B has ended the sweep or this run."""
         with self.lock:
