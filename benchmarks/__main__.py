@@ -52,6 +52,7 @@ ROWS = (
     Row("9", "data_parallel", "cuda", "one run on two GPUs over one", "--n 1"),
     Row("1", "airbench 94", "cuda", "the 94 % network beside airbench94_muon.py", "--n 6"),
     Row("3", "cold_start", "cuda", "from the command to 94 %, empty and warm caches", "--n 1"),
+    Row("11", "architectures", "cuda", "a sweep over architectures, empty caches over warm ones", None),
     Row("curves", "scaling", "any", "the cost of one more epoch, trial, run, ...", "--only epochs width"),
     Row("8", "cpu_epoch", "cpu", "worksheet 1 on the CPU beside the notebooks' way", "--n 2"),
     Row("8", "make_sweep", "cpu", "make sweep"),

@@ -212,6 +212,8 @@ class Agent:
             return
         while self._can_claim() and (num_free := len(self._free_slots())) > 0:
             preferred = self.compile_ahead.prefer(self._claimed_values())
+            if preferred == "wait":
+                return
             trials = self.packer.claim_group(num_free, self._training_values, preferred)
             if not isinstance(trials, list):
                 self.next_claim_time = time.monotonic() + POLL_SECONDS

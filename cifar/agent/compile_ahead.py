@@ -15,10 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cifar.agent.worker_process import worker_environment
 from cifar.errors import UserError
@@ -29,8 +29,7 @@ from cifar.system.memory import available_bytes
 LOOK_AHEAD = 200  # trials
 LOOK_SECONDS = 1.0  # between two looks
 IDLE_LOOK_SECONDS = 10.0  # where no trial in sight needs compiling
-RETRY_SECONDS = 3.0  # until a network is looked at again that another agent's process was compiling
-SHORT_SECONDS = 60.0  # the same, where GPU memory was short
+SHORT_SECONDS = 60.0  # until the next one is begun after GPU memory was short, or the system refused a process
 MAX_SECONDS = 1800.0  # of one process; `compile=max` takes many minutes
 
 MAX_PREPARERS = 16
@@ -95,7 +94,6 @@ class CompileAhead:
         self._keys: dict[str, str] = {}  # a trial's values as text -> the key of its step; "" if it needs no compiling
         self._ready: set[str] = set()  # keys of which a process has said so
         self._given_up: set[str] = set()  # keys that are left to the workers
-        self._retry_times: dict[str, float] = {}  # key -> when it may be tried again
         self._next_look_time = self._resume_time = 0.0
 
     def update(self, num_left: float, claimed: Iterable[Mapping[str, Any]]) -> None:
@@ -107,7 +105,7 @@ class CompileAhead:
             return
         self._collect()
         now = time.monotonic()
-        if now < self._next_look_time or now < self._resume_time:
+        if now < self._next_look_time:
             return
         trials = self.backend.peek_values(int(min(LOOK_AHEAD, num_left))) if num_left > 0 else None
         needed = {self._key(values) for values in claimed}
@@ -118,27 +116,33 @@ class CompileAhead:
         for trial_values in trials:
             if key := self._key(trial_values):
                 keys.setdefault(key, trial_values)
-        self._next_look_time = now + (LOOK_SECONDS if keys or needed != {""} else IDLE_LOOK_SECONDS)
-        taken = {*needed, *self._given_up, *(each.key for each in self.running)}
+        self._next_look_time = now + (LOOK_SECONDS if keys or needed - {""} else IDLE_LOOK_SECONDS)
         for key, values in keys.items():
-            if key not in taken and now >= self._retry_times.get(key, 0.0) and not self._is_ready(key):
-                if len(self.running) >= self._find_max_processes():
-                    break
+            if len(self.running) >= self._find_max_processes() or now < self._resume_time:
+                break
+            if key not in self._given_up and self._rank(key, needed) == 1:
                 self._start(key, values)
 
-    def prefer(self, claimed: Iterable[Mapping[str, Any]]) -> TrialFilter | None:
+    def prefer(self, claimed: Iterable[Mapping[str, Any]]) -> TrialFilter | Literal["wait"] | None:
         """Which of the next trials a free worker had better get: one whose network is compiled, else one that nobody compiles.
 
-        None: the first. So it is always where the sweep's method says which trial comes next.
+        "wait": all are being compiled, so the first that is ready is the best. None: the next trial, as it always is where the
+        sweep's method decides about the order.
         """
         if self._is_off or self.backend.sweep.method not in ("grid", "random"):
             return None
-        busy = {self._key(values) for values in claimed} | {each.key for each in self.running}
-        trials = self.backend.peek_values(LOOK_AHEAD) if busy - {""} else None
-        ranks = [0 if self._is_ready(key) else 2 if key in busy else 1 for key in map(self._key, trials or ())]
-        if not ranks or ranks[0] == min(ranks):
+        claimed_keys = {self._key(values) for values in claimed}
+        if not (claimed_keys - {""} or self.running):
             return None
-        wanted = {_as_text(values) for values, rank in zip(trials or (), ranks, strict=True) if rank == min(ranks)}
+        trials = self.backend.peek_values(LOOK_AHEAD) or []
+        keys = [self._key(values) for values in trials]
+        rank_of = {key: self._rank(key, claimed_keys) for key in set(keys)}
+        best = min(rank_of.values(), default=0)
+        if best == 2 and self.running:
+            return "wait"
+        if not keys or rank_of[keys[0]] == best:
+            return None
+        wanted = {_as_text(values) for values, key in zip(trials, keys, strict=True) if rank_of[key] == best}
         return lambda values: _as_text(values) in wanted
 
     def shut_down(self) -> None:
@@ -174,6 +178,15 @@ class CompileAhead:
         from cifar.training.compile_cache import is_compiled
 
         return not key or key in self._ready or is_compiled(key)
+
+    def _rank(self, key: str, claimed_keys: Collection[str]) -> int:
+        """0: it is compiled, or need not be. 1: nobody compiles it. 2: a worker or another process of this machine does."""
+        from cifar.training.compile_cache import is_being_compiled
+
+        if self._is_ready(key):
+            return 0
+        is_begun = key in claimed_keys or any(each.key == key for each in self.running)
+        return 2 if is_begun or is_being_compiled(key) else 1
 
     def _find_max_processes(self) -> int:
         if self._max_processes is None:
@@ -236,11 +249,9 @@ class CompileAhead:
                 continue
             answer, reason = _read_answer(each.process)
             self._end([each], f"{answer} {reason}".strip())
-            if answer == "busy":
-                self._retry_times[each.key] = time.monotonic() + RETRY_SECONDS
-            elif answer == "short":
+            if answer == "short":
                 self._resume_time = time.monotonic() + SHORT_SECONDS
-            else:
+            elif answer != "busy":  # else another process was a little quicker; if that one dies, this one is begun again
                 (self._ready if answer == "ready" else self._given_up).add(each.key)
 
     def _end(self, ended: Iterable[Preparation], how: str = "ended") -> None:

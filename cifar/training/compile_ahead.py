@@ -23,8 +23,12 @@ Answer = Literal["ready", "busy", "short", "skipped"]
 
 
 def needs_compiling(config: Settings) -> bool:
-    """Whether a worker compiles this run's step whatever it measures. With `auto` it decides when it has timed a step."""
-    return config.compile in ("on", "max")
+    """Whether this run's step is compiled ahead.
+
+    With `compile=auto` the worker decides when it has timed a step. With `max` kernels are chosen by timing them for minutes,
+    which another training on the same GPU would disturb.
+    """
+    return config.compile == "on"
 
 
 def compile_ahead(config: Settings, data_dir: Path | None, num_planned_runs: int, gpu_share: float) -> Answer:
@@ -32,7 +36,7 @@ def compile_ahead(config: Settings, data_dir: Path | None, num_planned_runs: int
 
     num_planned_runs: as for `train_runs`. gpu_share: the fraction of the free GPU memory that this process may use.
     "ready": it is in the cache. "busy": another process is compiling it. "short": there is too little GPU memory to do this
-    beside a training. "skipped": no worker will compile it.
+    beside a training. "skipped": a worker does not compile it, or is better left alone with it.
     """
     if not needs_compiling(config) or (config.max_macs and measure_cost(config).macs > config.max_macs):
         return "skipped"

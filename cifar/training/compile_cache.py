@@ -57,6 +57,12 @@ def mark_compiled(key: str) -> None:
     marker.write_text(f"{time.time()}\n")
 
 
+def is_being_compiled(key: str) -> bool:
+    """Whether a process of this machine holds the step's lock now."""
+    with hold_compile_lock(key, wait_seconds=0.0) as is_held:
+        return not is_held
+
+
 @contextlib.contextmanager
 def hold_compile_lock(key: str, wait_seconds: float = MAX_WAIT_SECONDS) -> Iterator[bool]:
     """While it is held no other process compiles that step. Gives whether we have it, after that time at most.
