@@ -15,6 +15,7 @@ import argparse
 import collections
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,7 @@ def run_sweep(place: Path, options: argparse.Namespace, way: str, state: str) ->
     by_network = collections.Counter[str]()
     for record in records:
         by_network[record.read_json("config")["model"]] += sum(row["system/seconds"] for row in record.read_rows())
+    print(f"  {CAPTIONS[way]}, {state} caches: {wall:.1f} s, training {by_network.total():.1f} s", file=sys.stderr, flush=True)
     return {
         "wall": wall,
         "training": by_network.total(),

@@ -109,6 +109,7 @@ class CompileAhead:
             return
         trials = self.backend.peek_values(int(min(LOOK_AHEAD, num_left))) if num_left > 0 else None
         needed = {self._key(values) for values in claimed}
+        self._given_up |= needed  # the first worker that has such a trial compiles for all
         if trials is None:  # nothing is handed out any more; a worker may still wait for one of them
             self._end([each for each in self.running if each.key not in needed])
             trials = []
@@ -120,7 +121,7 @@ class CompileAhead:
         for key, values in keys.items():
             if len(self.running) >= self._find_max_processes() or now < self._resume_time:
                 break
-            if key not in self._given_up and self._rank(key, needed) == 1:
+            if key not in self._given_up and self._rank(key, ()) == 1:
                 self._start(key, values)
 
     def prefer(self, claimed: Iterable[Mapping[str, Any]]) -> TrialFilter | Literal["wait"] | None:

@@ -79,28 +79,22 @@ def has_lock(inductor: Path, key: str) -> bool:
     return (inductor / "cifar" / f"{key}.lock").exists()
 
 
-def test_two_at_once_compile_once_and_the_run_finds_everything(runs: Path, inductor: Path) -> None:
+def test_two_at_once_compile_once_a_killed_one_is_no_obstacle_and_the_run_finds_everything(runs: Path, inductor: Path) -> None:
     values = {**SMALL, "probes": "all"}
-    first = start_preparer(values)
+    killed = start_preparer(values)
     wait_until(lambda: has_lock(inductor, key_of(values)))
-    second = start_preparer({**values, "seed": 7, "lr": 0.03})  # the same step
-    assert [answer_of(second), answer_of(first)] == ["busy", "ready"]
+    assert answer_of(start_preparer({**values, "seed": 7, "lr": 0.03})) == "busy"  # the same step
+    killed.kill()
+    with killed:
+        pass
+    assert not is_compiled(key_of(values))
+    assert answer_of(start_preparer(values)) == "ready"
     assert answer_of(start_preparer({**values, "seed": 8})) == "ready"
     code = HITS.format(values={**values, "seed": 9, "lr": 0.02, "epochs": 2, "test": "never"}, runs=str(runs))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     hits, misses = map(int, done.stdout.split()[-2:])
     assert hits > 0 and misses == 0
-
-
-def test_a_killed_one_is_no_obstacle(inductor: Path) -> None:
-    killed = start_preparer(SMALL)
-    wait_until(lambda: has_lock(inductor, key_of(SMALL)))
-    killed.kill()
-    with killed:
-        pass
-    assert not is_compiled(key_of(SMALL))
-    assert answer_of(start_preparer(SMALL)) == "ready"
 
 
 def test_what_cannot_be_trained_fails_with_a_reason_and_nothing_is_marked(inductor: Path) -> None:
@@ -131,7 +125,7 @@ def test_an_agent_compiles_each_network_once_and_trains_every_cell(runs: Path) -
     assert all(RunDir(runs / backend.run_id(cell)).read_json("environment")["step"]["compiled"] for cell in range(4))
     lines = (backend.folder / "logs" / "compile-ahead.log").read_text().splitlines()
     begun = [line.split()[1] for line in lines if "begins" in line]
-    assert len(begun) == len(set(begun)) == 1, lines  # the worker itself compiled the first
+    assert len(begun) == 1, lines  # the worker itself compiled the first
     assert any("ready" in line for line in lines), lines
 
 
