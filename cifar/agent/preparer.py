@@ -31,6 +31,7 @@ def main() -> None:
     threading.Thread(target=_end_with_agent, daemon=True).start()
     if task:
         out.write(json.dumps(_answer(task)) + "\n")
+        os._exit(0)  # PyTorch takes seconds to leave, and the memory is wanted
 
 
 def _end_with_agent() -> None:

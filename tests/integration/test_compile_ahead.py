@@ -126,15 +126,7 @@ def test_an_agent_compiles_each_network_once_and_trains_every_cell(runs: Path) -
     lines = (backend.folder / "logs" / "compile-ahead.log").read_text().splitlines()
     begun = [line.split()[1] for line in lines if "begins" in line]
     assert len(begun) == 1, lines  # the worker itself compiled the first
-    assert any("ready" in line for line in lines), lines
-
-
-def test_off_means_off(runs: Path) -> None:
-    backend = create_networks(runs)
-    process = start_agent(backend, "workers=1", "compile_ahead='off'", "count=1")
-    code, output = wait_for_exit(process)
-    assert code == 0 and "compiling ahead" not in output
-    assert not (backend.folder / "logs" / "compile-ahead.log").exists()
+    assert is_compiled(begun[0])  # on a CPU a worker marks nothing, so this is the other process's
 
 
 def test_nothing_is_left_of_an_agent_that_is_killed(runs: Path) -> None:
