@@ -47,7 +47,7 @@ def compile_if_worthwhile(step_runner: StepRunner[Trainer], configs: Sequence[Se
     if not seconds:
         return ""
     work = seconds * first.steps_per_epoch * max(config.epochs for config in configs) * max(1, num_planned_runs / len(configs))
-    cost = WARM_COMPILE_SECONDS if compile_cache.is_compiled(find_step_key(configs[0], first.device)) else COLD_COMPILE_SECONDS
+    cost = WARM_COMPILE_SECONDS if compile_cache.is_compiled(_trainer_key(first)) else COLD_COMPILE_SECONDS
     pays = first.context.rank_zero_call(lambda: COMPILE_SAVING * work > cost)  # the ranks do the same
     if pays:
         compile_trainers(step_runner)
@@ -67,8 +67,9 @@ def compile_trainers(step_runner: StepRunner[Trainer]) -> str:
     os.environ.setdefault(compile_cache.FOLDER_VARIABLE, str(compile_cache.compiler_folder()))  # outlives the process
     # Inductor's cache on disk knows our operators by name, not by code. The tag makes a changed kernel miss the cache.
     torch.compiler.config.cache_key_tag = kernels.digest_sources()
-    key, start, waited = find_step_key(first.config, first.device), time.monotonic(), 0.0
-    if not compile_cache.is_compiled(key):
+    key, start, waited = _trainer_key(first), time.monotonic(), 0.0
+    is_shared = first.context.world_size > 1  # its processes compile together: each waits for the others in every step
+    if not is_shared and not compile_cache.is_compiled(key):
         with compile_cache.hold_compile_lock(key):
             waited = time.monotonic() - start
             if not compile_cache.is_compiled(key):
@@ -77,6 +78,8 @@ def compile_trainers(step_runner: StepRunner[Trainer]) -> str:
                     compile_cache.mark_compiled(key)
                 return ""
     _compile_and_capture(step_runner)  # not under the lock: many processes may read the cache at once
+    if is_shared and step_runner.wants_graphs:
+        compile_cache.mark_compiled(key)
     return f"compile: waited {waited:.0f} s for another process that compiled this network" if waited > 1 else ""
 
 
@@ -87,6 +90,11 @@ def _compile_and_capture(step_runner: StepRunner[Trainer]) -> None:
     step_runner.ensure_captured()
 
 
-def find_step_key(config: Settings, device: torch.device) -> str:
-    """`compile_cache.step_key` on this device."""
-    return compile_cache.step_key(config, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+def find_step_key(config: Settings, device: torch.device, num_processes: int = 1) -> str:
+    """`compile_cache.step_key` on this device. num_processes: that train one network together, each a part of a batch."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return compile_cache.step_key(config, name if num_processes == 1 else f"{num_processes} x {name}")
+
+
+def _trainer_key(trainer: Trainer) -> str:
+    return find_step_key(trainer.config, trainer.device, trainer.context.world_size)
