@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,11 @@ def draw_preview(images: Dataset10, config: Settings, out: Path) -> Path:
     """Write a PNG: a training image a row, first as it is, then as COLUMNS - 1 epochs would show it."""
     import matplotlib.image
 
-    augment = Augment.from_keys(config)
+    augment = dataclasses.replace(Augment.from_keys(config), normalize="half")
     generator = torch.Generator().manual_seed(config.seed)
     originals = torch.from_numpy(images.train_images[:ROWS])
-    shown = [augment.augment_uint8(originals, torch.arange(ROWS), epoch, generator) for epoch in range(1, COLUMNS)]
+    shown = [augment(originals, torch.arange(ROWS), epoch, generator) for epoch in range(1, COLUMNS)]  # in [-1, 1], and beyond
+    shown = [((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for images in shown]
     tiles = torch.stack([originals, *shown], 1).permute(0, 1, 3, 4, 2).numpy()  # (rows, columns, 32, 32, 3)
     side = 32 + GAP
     sheet = np.full((ROWS * side + GAP, COLUMNS * side + GAP, 3), 255, np.uint8)

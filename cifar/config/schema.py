@@ -68,6 +68,12 @@ class Settings(BaseModel):
     )
     randaugment_num_ops: int = Field(2, ge=1, le=14, description="operations that randaugment applies, one after the other")
     randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength of randaugment's operations")
+    contrast: float = Field(
+        0.0, ge=0.0, lt=1.0, description="training images differ from the mean colour by 1 ± up to this share; 0: no jitter"
+    )
+    brightness: float = Field(
+        0.0, ge=0.0, le=1.0, description="training images get brighter or darker by up to this share of the range; 0: no jitter"
+    )
     normalize: Literal["half", "dataset"] = Field(
         "half", description="half: (x - 0.5) / 0.5 as in the worksheets; dataset: the training set's mean and std"
     )

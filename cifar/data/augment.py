@@ -133,11 +133,31 @@ def _pixel_constants(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class PixelConstants(NamedTuple):
-    """Normalised pixels are x * scale - shift; `blank` (3, 1, 1) uint8 is the colour of a cutout."""
+    """Normalised pixels are x * scale - shift; `blank` (3, 1, 1) uint8 is the colour of a cutout, the mean of all pixels."""
 
     scale: Tensor
     shift: Tensor
     blank: Tensor
+
+    @classmethod
+    def of_kind(cls, kind: str, device: torch.device) -> PixelConstants:
+        """The constants of a kind of normalisation."""
+        return cls(*_pixel_constants(kind, device), _pixel_constants("blank", device)[0])
+
+
+def jitter_colours(images: Tensor, draws: Draws, constants: PixelConstants) -> Tensor:
+    """Change contrast and brightness of normalised images (B, ...), each image by its own draws.
+
+    A pixel p in [0, 1] becomes mean + contrast * (p - mean) + brightness, where mean is the mean colour of all training
+    images. It is not clipped. `constants` have shapes that fit the images.
+    """
+    shape = (-1,) + (1,) * (images.dim() - 1)
+    if draws.contrast is not None:
+        mean = constants.blank.float() * constants.scale - constants.shift
+        images = mean + draws.contrast.view(shape) * (images - mean)
+    if draws.brightness is not None:
+        images = images + draws.brightness.view(shape) * (255 * constants.scale)
+    return images
 
 
 class CropOptions(NamedTuple):
@@ -151,7 +171,7 @@ class CropOptions(NamedTuple):
 def augment_fused(
     images: Tensor, indices: Tensor, draws: Draws, options: CropOptions, constants: PixelConstants, dtype: torch.dtype
 ) -> Tensor:
-    """Flip, crop, cutout and normalisation of images[indices] at once -> (B, H, W, C), for a compiler.
+    """Flip, crop, cutout, normalisation and jitter of images[indices] at once -> (B, H, W, C), for a compiler.
 
     Compiled, it is one kernel that reads each byte once. `Augment.apply` and `normalize` do the same step by step, which is
     quicker where nothing is compiled.
@@ -184,7 +204,8 @@ def augment_fused(
         boxes = draws.boxes.long().view(-1, 4, 1, 1, 1)
         hidden = _is_inside(y - boxes[:, 0], boxes[:, 2]) & _is_inside(x - boxes[:, 1], boxes[:, 3])
         pixels = torch.where(hidden, constants.blank.view(-1), pixels)
-    return (pixels.float() * constants.scale.view(-1) - constants.shift.view(-1)).to(dtype)
+    per_channel = PixelConstants(constants.scale.view(-1), constants.shift.view(-1), constants.blank.view(-1))
+    return jitter_colours(pixels.float() * per_channel.scale - per_channel.shift, draws, per_channel).to(dtype)
 
 
 class Draws(NamedTuple):
@@ -195,6 +216,8 @@ class Draws(NamedTuple):
     centres: Tensor | None  # (N, 2) uint8: row and column of the cutout's centre
     boxes: Tensor | None = None  # (N, 4) uint8: top, left, height and width of what is erased
     codes: Tensor | None = None  # (N, operations) int16: see `policies.Policy`
+    contrast: Tensor | None = None  # (N,) float32: what differences to the mean colour are multiplied by
+    brightness: Tensor | None = None  # (N,) float32: what is added, where white less black is 1
 
     def select(self, slots: slice | Tensor) -> Draws:
         """The draws of some of the images."""
@@ -215,6 +238,8 @@ class Augment:
     augment_policy: str = "none"
     randaugment_num_ops: int = 2
     randaugment_magnitude: int = 9
+    contrast: float = 0.0
+    brightness: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -245,16 +270,21 @@ class Augment:
         def draw_below(limit: int, *shape: int) -> Tensor:
             return torch.randint(limit, (count, *shape), generator=generator, device=device, dtype=torch.uint8)
 
+        def draw_within(limit: float) -> Tensor:
+            return limit * (2 * torch.rand(count, generator=generator, device=device) - 1)
+
         return Draws(
             draw_below(2) if self.flip == "random" else None,
             draw_below(2 * self.crop + 1, 2) if self.crop else None,
             draw_below(side, 2) if self.cutout else None,
             draw_boxes(count, self.random_erasing, side, generator) if self.random_erasing else None,
             policy.draw(count, generator) if (policy := self.policy) else None,
+            1 + draw_within(self.contrast) if self.contrast else None,
+            draw_within(self.brightness) if self.brightness else None,
         )
 
     def apply(self, images: Tensor, indices: Tensor, epoch: int | Tensor, draws: Draws) -> Tensor:
-        """uint8 (B, 3, H, W) -> uint8 of the same shape, by the draws of these images.
+        """uint8 (B, 3, H, W) -> uint8 of the same shape, by the draws of these images. `finish` does the rest.
 
         `indices` (B,) are those of the images in the training set. The draws lie on the images' device, but for the codes,
         which had better be on the CPU: they say how many images an operation gets, which the host has to know.
@@ -278,8 +308,7 @@ class Augment:
     ) -> Tensor:
         """`images` (N, C, H, W) at `indices`, augmented and normalised by `fused` -> (B, H, W, C). Without the policy."""
         draws = self.resolve_flips(indices, epoch, draws)
-        scale, shift = _pixel_constants(self.normalize, images.device)
-        constants = PixelConstants(scale, shift, _pixel_constants("blank", images.device)[0])
+        constants = PixelConstants.of_kind(self.normalize, images.device)
         options = CropOptions(self.crop, self.crop_padding, self.cutout)
         return fused(images, indices, draws, options, constants, dtype)
 
@@ -290,8 +319,15 @@ class Augment:
         return draws._replace(mirrored=(initial_flips(indices, self.seed) + epoch) & 1)
 
     def augment_uint8(self, images: Tensor, indices: Tensor, epoch: int, generator: Generator) -> Tensor:
-        """`apply` with fresh draws from `generator`, which is on the images' device."""
+        """`apply` with fresh draws from `generator`, which is on the images' device. Its colours are not jittered."""
         return self.apply(images, indices, epoch, self.draw(len(images), generator, images.shape[2]))
+
+    def finish(self, images: Tensor, draws: Draws, dtype: torch.dtype, channels_last: bool) -> Tensor:
+        """uint8 (B, 3, H, W), as `apply` returns them -> normalised and jittered float."""
+        if draws.contrast is None and draws.brightness is None:
+            return normalize(images, self.normalize, dtype=dtype, channels_last=channels_last)
+        images = normalize(images, self.normalize, channels_last=channels_last)
+        return jitter_colours(images, draws, PixelConstants.of_kind(self.normalize, images.device)).to(dtype)
 
     def __call__(
         self,
@@ -304,8 +340,8 @@ class Augment:
         channels_last: bool = False,
     ) -> Tensor:
         """uint8 (B, 3, H, W) -> augmented and normalised float."""
-        images = self.augment_uint8(images, indices, epoch, generator)
-        return normalize(images, self.normalize, dtype=dtype, channels_last=channels_last)
+        draws = self.draw(len(images), generator, images.shape[2])
+        return self.finish(self.apply(images, indices, epoch, draws), draws, dtype, channels_last)
 
 
 def initial_flips(indices: Tensor, seed: int) -> Tensor:

@@ -276,10 +276,9 @@ class Loader:
                     images = self.augment.apply_fused(source, places, epoch, draws, self.dtype, fused)
                     return images.permute(0, 3, 1, 2), labels
                 images = self.augment.apply(source.index_select(0, places), indices, self.current_epoch, draws)
-            else:
-                images = self.images.index_select(0, indices)
-        kind = self.augment.normalize if self.augment else self.normalize
-        return normalize(images, kind, dtype=self.dtype, channels_last=self.channels_last), labels
+                return self.augment.finish(images, draws, self.dtype, self.channels_last), labels
+            images = self.images.index_select(0, indices)
+        return normalize(images, self.normalize, dtype=self.dtype, channels_last=self.channels_last), labels
 
     def _select_draws(self, plan: EpochPlan, slots: slice, *, has_policy: bool) -> Draws:
         """The draws of the images in these positions, on the device; the policy's codes on the CPU, or not at all."""

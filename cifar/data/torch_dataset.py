@@ -42,11 +42,21 @@ class CIFAR10Custom(Dataset[tuple[Tensor, int]]):
         if self.train:
             image = self._augment_image(image, index)
         scaled = image.float() / 255
+        if self.train:
+            scaled = self._jitter_colours(scaled)
         if augment.normalize == "half":
             scaled = (scaled - 0.5) / 0.5
         else:
             scaled = (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         return scaled, int(self.labels[index])
+
+    def _jitter_colours(self, image: Tensor) -> Tensor:
+        augment, mean = self.augment, (torch.tensor(MEAN) * 255).round().view(3, 1, 1) / 255
+        if augment.contrast:
+            image = mean + (1 + augment.contrast * (2 * torch.rand(()) - 1)) * (image - mean)
+        if augment.brightness:
+            image = image + augment.brightness * (2 * torch.rand(()) - 1)
+        return image
 
     def _augment_image(self, image: Tensor, index: int) -> Tensor:
         augment, (_, height, width) = self.augment, image.shape

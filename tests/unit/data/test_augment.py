@@ -208,15 +208,43 @@ def test_mean_and_std_are_the_training_sets() -> None:
         Augment(flip="alternating", crop=2, crop_padding="reflect", normalize="dataset", seed=3),
         Augment(flip="none", crop=0, cutout=9),
         Augment(cutout=8, crop_padding="reflect"),
+        Augment(cutout=8, contrast=0.3, brightness=0.2),
+        Augment(flip="none", crop=0, brightness=0.5, normalize="dataset"),
     ],
-    ids=["worksheet", "reflect", "cutout", "all"],
+    ids=["worksheet", "reflect", "cutout", "all", "jitter", "brightness"],
 )
 def test_augmenting_at_once_is_the_same_as_step_by_step(augment: Augment) -> None:
     images, chosen = pictures(64), torch.randperm(64, generator=generator(1))[:40]
     draws = augment.draw(40, generator(2))
-    slow = normalize(augment.apply(images[chosen], chosen, 5, draws), augment.normalize)
+    slow = augment.finish(augment.apply(images[chosen], chosen, 5, draws), draws, torch.float32, False)
     quick = augment.apply_fused(images, chosen, 5, draws, torch.float32, augment_fused)
     assert torch.equal(quick.permute(0, 3, 1, 2), slow)
+
+
+@pytest.mark.parametrize("kind", ["half", "dataset"])
+def test_jitter_changes_each_image_by_its_own_numbers(kind: str) -> None:
+    images, augment = pictures(50), Augment(flip="none", crop=0, contrast=0.25, brightness=0.1, normalize=kind)
+    draws = augment.draw(50, generator(3))
+    assert draws.contrast is not None and draws.brightness is not None
+    result = augment.finish(images, draws, torch.float32, True)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    mean = np.round(np.array(MEAN) * 255)[:, None, None] / 255
+    for image, found, factor, added in zip(images, result, draws.contrast.tolist(), draws.brightness.tolist(), strict=True):
+        expected = mean + factor * (image.numpy() / 255 - mean) + added
+        low, high = (0.5, 0.5) if kind == "half" else (np.array(MEAN)[:, None, None], np.array(STD)[:, None, None])
+        assert np.abs(found.numpy() - (expected - low) / high).max() < 1e-5
+
+
+def test_jitter_is_uniform_within_its_limits_and_leaves_the_other_draws() -> None:
+    plain, jittered = Augment(cutout=4), Augment(cutout=4, contrast=0.4, brightness=0.3)
+    before, after = plain.draw(20_000, generator()), jittered.draw(20_000, generator())
+    assert before.contrast is None and before.brightness is None
+    for name in ("mirrored", "offsets", "centres"):
+        assert torch.equal(getattr(before, name), getattr(after, name))
+    assert after.contrast is not None and after.brightness is not None
+    for drawn, low, high in ((after.contrast, 0.6, 1.4), (after.brightness, -0.3, 0.3)):
+        assert scipy.stats.kstest(drawn.numpy(), "uniform", (low, high - low)).pvalue > 1e-3
+    assert abs(np.corrcoef(after.contrast, after.brightness)[0, 1]) < 0.03
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: capture and the absence of waiting are NOT checked")
