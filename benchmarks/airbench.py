@@ -8,6 +8,8 @@ The clock is airbench's: training and the final evaluation with 6 views, on the 
 nor evaluations between epochs. Ours is one stretch, from the first epoch's beginning to the end of that evaluation, with
 whatever lies between; making the whitening is added, as in airbench's. A run of ours and one of airbench's take turns; each
 side has runs before that for what is compiled or captured. `--without-peer` leaves airbench out, `--peer-only` ours.
+`--set KEY=VALUE` tries a variant of our recipe. With `--set tta_share=0.25` the clock and the accuracy are those of the views
+of unsure images (no label is looked at), and the accuracy with six views of all images stands beside it, outside of the clock.
 """
 
 from __future__ import annotations
@@ -86,8 +88,16 @@ def _ours(result: Result, mine: Sequence[Any], timed: Any, scored: Any, kind: st
     ours = result.add("ours", "training and evaluation", "s", seconds)
     result.add("ours", "of it whitening", "s", [run.prepare_seconds for run in mine])
     result.add("ours", "of it training", "s", [run.seconds for run in mine])
-    result.add("ours", "of it evaluation with 6 views", "s", [run.test_seconds for run in mine])
-    accuracy = result.add("ours", "test accuracy, 6 views", "%", [100 * run.summary["test/acc"] for run in mine])
+    shares = all("test/acc_all_views" in run.summary for run in mine)  # only unsure images get all views
+    views = "6 views of unsure images" if shares else "6 views"
+    result.add("ours", f"of it evaluation with {views}", "s", [run.test_seconds for run in mine])
+    accuracy = result.add("ours", f"test accuracy, {views}", "%", [100 * run.summary["test/acc"] for run in mine])
+    if shares:
+        result.add(
+            "ours", "test accuracy, 6 views of all images", "%", [100 * run.summary["test/acc_all_views"] for run in mine]
+        )
+    if all("test/acc_one_view" in run.summary for run in mine):
+        result.add("ours", "test accuracy, one view", "%", [100 * run.summary["test/acc_one_view"] for run in mine])
     name = f"the {kind} % network"
     result.claim(f"{name}: test accuracy, mean", accuracy, scored, of="mean", ratio=False, at_least=WANTED[kind])
     result.claim(f"{name}: time of a run, ours / the peer's", ours, timed, inverse=True, at_most=1.0 if timed else None)

@@ -317,7 +317,7 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
 # -- runs that are alike -----------------------------------------------------------------------------------------------
 
 _FREE_KEYS = {
-    "experiment", "seed", "epochs", "schedule", "test", "tta", "max_macs", "checkpoint_every", "label_smoothing",
+    "experiment", "seed", "epochs", "schedule", "test", "tta", "tta_share", "max_macs", "checkpoint_every", "label_smoothing",
     "distill_weight", "distill_temperature",
 }  # fmt: skip
 

@@ -89,6 +89,10 @@ class Settings(BaseModel):
     cutmix: float = Field(0.0, ge=0.0, description="alpha of CutMix's Beta distribution; 0: off")
     ema: float = Field(0.0, ge=0.0, lt=1.0, description="decay a step of the averaged weights that are evaluated; 0: off")
     tta: Literal["none", "flip", "flip+shift"] = Field("none", description="views averaged at the test: 1, 2 or 6")
+    tta_share: float = Field(
+        1.0, gt=0.0, le=1.0, description="share of the test images that get all views of tta: those that one view leaves unsure"
+    )
+    eval_batch_size: int = Field(0, ge=0, description="images at once in an evaluation; 0: 125 on a CPU, else 1,000")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 elsewhere")
     channels_last: bool = Field(True, description="NHWC memory format for convolutions")
     deterministic: bool = Field(False, description="deterministic kernels on the GPU; on the CPU they always are")

@@ -383,7 +383,7 @@ def mix(images: Tensor, targets: Tensor, kind: str, drawn: Tensor) -> tuple[Tens
         box = rows[:, None] & columns  # (H, W)
         mixed = torch.where(box, images.roll(1, 0), images)
         weight = 1 - box.float().mean()  # the box is clipped at the border: what counts is the area left
-    mixed = mixed.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else mixed
+    mixed = mixed.contiguous(memory_format=torch.channels_last) if is_channels_last(images) else mixed
     return mixed, torch.lerp(targets.roll(1, 0), targets, weight.to(targets.dtype))
 
 
@@ -393,5 +393,6 @@ def _mask_span(length: int, centre: Tensor, half: Tensor) -> Tensor:
     return (pixel >= ((centre - half) * length).floor()) & (pixel < ((centre + half) * length).floor())
 
 
-def _is_channels_last(images: Tensor) -> bool:
+def is_channels_last(images: Tensor) -> bool:
+    """Whether images are in the channels-last format, and not contiguous as well."""
     return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()

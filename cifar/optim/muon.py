@@ -18,9 +18,13 @@ to zero) assume a loss that is summed over the batch; here it is the mean, so it
 from __future__ import annotations
 
 import functools
-from typing import Annotated
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -33,6 +37,12 @@ QUINTIC = (
     -4.7750,
     2.0315,
 )  # coefficients of Jordan et al. 2024: steep at 0, so that small singular values reach 1 quickly
+
+Batches = tuple[tuple[int, ...], ...]
+
+# What starting the kernels of one more batch costs in each iteration, as the FLOPs that a GPU does meanwhile: five kernels of
+# 4 us, at 150 TFLOP/s. An estimate; what is near the border costs about the same either way.
+LAUNCH_FLOPS = 3e9
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
@@ -65,6 +75,73 @@ def orthogonalize_all(tensors: list[Tensor], steps: int) -> list[Tensor]:
     return results
 
 
+def orthogonalize_padded(tensors: list[Tensor], steps: int, batches: Batches) -> list[Tensor]:
+    """`orthogonalize_all`, where filters of different shapes share a batch: those of each of `batches`, by their indices.
+
+    Each matrix is filled up with zeros to the largest number of rows and columns in its batch. The products then are those of
+    the matrix alone, and zeros elsewhere, so this is exact up to rounding. On a GPU the products of a small network take less
+    time than starting their kernels does.
+    """
+    wide = [_flatten_filter(tensor) for tensor in tensors]
+    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in wide]
+    results = list(tensors)
+    for indices in batches:
+        rows = max(wide[index].shape[0] for index in indices)
+        columns = max(wide[index].shape[1] for index in indices)
+        padded = []
+        for index in indices:
+            height, width = wide[index].shape
+            padded.append(F.pad(wide[index], (0, columns - width, 0, rows - height)))
+        for index, result in zip(indices, orthogonalize(torch.stack(padded), steps).unbind(), strict=True):
+            height, width = wide[index].shape
+            is_tall = len(tensors[index]) != height
+            matrix = result[:height, :width]
+            results[index] = _unflatten_filter(matrix.mT if is_tall else matrix, tensors[index])
+    return results
+
+
+def plan_batches(shapes: Sequence[torch.Size]) -> Batches:
+    """Which filters of these shapes share a batch of `orthogonalize_padded`: their indices.
+
+    Begins with a batch for each shape and unites, again and again, the two batches that save most, while any saves something.
+    """
+    sides = [sorted((shape[0], math.prod(shape[1:]))) for shape in shapes]  # rows <= columns
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, shape in enumerate(sides):
+        by_shape.setdefault(tuple(shape), []).append(index)
+    batches = list(by_shape.values())
+
+    def cost(indices: list[int]) -> float:
+        """FLOPs of an iteration."""
+        rows, columns = (max(sides[index][side] for index in indices) for side in (0, 1))
+        return 2 * len(indices) * (2 * rows * rows * columns + rows**3) + LAUNCH_FLOPS
+
+    while len(batches) > 1:
+        pairs = itertools.combinations(batches, 2)
+        saving, a, b = max(((cost(a) + cost(b) - cost(a + b), a, b) for a, b in pairs), key=lambda pair: pair[0])
+        if saving <= 0:
+            break
+        batches = [batch for batch in batches if batch is not a and batch is not b] + [sorted(a + b)]
+    return tuple(sorted(map(tuple, batches)))
+
+
+def _flatten_filter(tensor: Tensor) -> Tensor:
+    """(out, ...) -> (out, numbers of a filter), in the order in which they lie in memory, so that nothing is copied."""
+    return (tensor.permute(0, 2, 3, 1) if _is_channels_last(tensor) else tensor).flatten(1)
+
+
+def _unflatten_filter(matrix: Tensor, like: Tensor) -> Tensor:
+    if not _is_channels_last(like):
+        return matrix.reshape(like.shape)
+    out, inputs, height, width = like.shape
+    return matrix.reshape(out, height, width, inputs).permute(0, 3, 1, 2)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    is_filter = tensor.dim() == 4 and not tensor.is_contiguous()
+    return is_filter and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def muon_rule(
     params: list[Tensor],
     grads: list[Tensor],
@@ -74,15 +151,22 @@ def muon_rule(
     nesterov: bool,
     ns_steps: int,
     normalize_weights: bool,
+    batches: Batches | None = None,
 ) -> None:
-    """Update `params` in place. hyper: lr, momentum and, if not zero, weight_decay (decoupled). state: velocity."""
+    """Update `params` in place. hyper: lr, momentum and, if not zero, weight_decay (decoupled). state: velocity.
+
+    `batches`: those of `plan_batches`, for all parameters. Without them only filters of one shape share a batch.
+    """
     update = velocity = state["velocity"]
     torch._foreach_mul_(velocity, hyper["momentum"])
     torch._foreach_add_(velocity, grads)
     if nesterov:
         update = list(torch._foreach_mul(velocity, hyper["momentum"]))
         torch._foreach_add_(update, grads)
-    update = orthogonalize_all(update, ns_steps)
+    if batches and sum(map(len, batches)) == len(update):  # else some parameters have no gradient
+        update = orthogonalize_padded(update, ns_steps, batches)
+    else:
+        update = orthogonalize_all(update, ns_steps)
     if "weight_decay" in hyper:
         torch._foreach_sub_(params, torch._foreach_mul(params, hyper["lr"] * hyper["weight_decay"]))
     if normalize_weights:
@@ -100,6 +184,7 @@ def muon(
     momentum: Momentum = 0.9,
     nesterov: bool = True,
     ns_steps: Annotated[int, Field(ge=1)] = 3,
+    ns_together: bool = False,
     normalize_weights: bool = True,
     weight_decay: Rate = 0.0,
     head_lr: Rate = 0.1,
@@ -113,14 +198,19 @@ def muon(
 
     What has no clear role is treated as the head is (`cifar.optim.parameter_roles`).
 
-    weight_decay is decoupled, for the filters. aux_weight_decay is the fraction of the other weights that one step takes.
+    ns_together: on a GPU, filters of different shapes share a batch of Newton-Schulz iterations, filled up with zeros. That is
+    the same but for rounding. weight_decay is decoupled, for the filters. aux_weight_decay is the fraction of the other weights
+    that one step takes.
     """
     filters = parameters.with_roles(["hidden"])
     ends = parameters.with_roles(["stem", "head", "magnitude", "other"])
     whiten = parameters.with_roles(["whiten_bias"])
     remaining = {name: p for name, p in parameters.tensors.items() if name not in filters | ends | whiten}
     hyper = {"lr": lr, "momentum": momentum} | ({"weight_decay": weight_decay} if weight_decay else {})
-    rule = functools.partial(muon_rule, nesterov=nesterov, ns_steps=ns_steps, normalize_weights=normalize_weights)
+    options: dict[str, Any] = {"nesterov": nesterov, "ns_steps": ns_steps, "normalize_weights": normalize_weights}
+    if ns_together and all(p.is_cuda for p in filters.values()):
+        options["batches"] = plan_batches([p.shape for p in filters.values()])
+    rule = functools.partial(muon_rule, **options)
 
     def build_aux_group(tensors: dict[str, Tensor], lr: float, decays: bool, freeze_after: float = 1.0) -> Group:
         decay = aux_weight_decay / lr if decays and lr else 0.0

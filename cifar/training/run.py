@@ -42,7 +42,7 @@ from cifar.tracking.run_dir import RunDir, find_run_dir, generate_id
 from cifar.training.console import RunConsole, record_output
 from cifar.training.costs import count_train_flops, find_idle_weights, is_any_weight_idle
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
-from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
+from cifar.training.evaluation import compute_loss_and_accuracy, count_views
 from cifar.training.loop import RunHooks, RunLoop, train_epochs
 from cifar.training.part_checks import check_parts, is_out_of_memory
 from cifar.training.parts import describe_plugins
@@ -441,10 +441,12 @@ def _write_results(run: RunLoop) -> dict[str, Any]:
     summary |= {"macs": cost["macs"], "params": cost["params"], "macs_verified": cost["verified"]}
     summary |= _measure_training(run, last.get("step", last["epoch"] * trainer.steps_per_epoch), cost["macs"])
     if config.test == "final":
-        logits, labels = trainer.evaluate("test", config.tta)
+        logits, labels = trainer.evaluate("test", config.tta, config.tta_share)
         summary["seconds_to_test"] = run.seconds_since_start  # from the first step in this process to the test result
         summary["test/loss"], summary["test/acc"] = compute_loss_and_accuracy(logits, labels)
-        summary["test/views"] = VIEWS[config.tta][0]
+        summary["test/views"] = count_views(config.tta, config.tta_share)
+        if config.tta != "none" and config.tta_share < 1:
+            summary["test/acc_all_views"] = compute_loss_and_accuracy(*trainer.evaluate("test", config.tta))[1]
         if config.tta != "none":
             summary["test/acc_one_view"] = compute_loss_and_accuracy(*trainer.evaluate("test"))[1]
     split = "test" if config.test == "final" else "val" if "val" in trainer.splits else ""

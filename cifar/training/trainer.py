@@ -31,7 +31,14 @@ from cifar.training.compile import compile_once
 from cifar.training.cudagraph import GraphedCallable
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext
 from cifar.training.ema import ExponentialMovingAverage
-from cifar.training.evaluation import DEFAULT_EVAL_BATCH_SIZE, EVAL_BATCH_SIZES, VIEWS, compute_logits, evaluate
+from cifar.training.evaluation import (
+    DEFAULT_EVAL_BATCH_SIZE,
+    EVAL_BATCH_SIZES,
+    VIEWS,
+    compute_logits,
+    evaluate,
+    evaluate_unsure_views,
+)
 from cifar.training.part_checks import choose_channels_last
 from cifar.training.step import Distillation, ForwardOptions, ForwardResult, Step, accumulate_sums, forward
 from cifar.training.teachers import Teacher, check_same_data, find_teachers, load_network
@@ -172,10 +179,11 @@ class Trainer:
 
     def _build_loader(self, split: str, *, training: bool = False) -> data.Loader:
         config, (images, labels) = self.config, self.splits[split]
+        default_size = EVAL_BATCH_SIZES.get(self.device.type, DEFAULT_EVAL_BATCH_SIZE)
         return data.Loader(
             images,
             labels,
-            batch_size=config.batch_size if training else EVAL_BATCH_SIZES.get(self.device.type, DEFAULT_EVAL_BATCH_SIZE),
+            batch_size=config.batch_size if training else config.eval_batch_size or default_size,
             augment=data.Augment.from_keys(config) if training else None,
             seed=config.seed,
             batch_format=data.BatchFormat(
@@ -305,24 +313,30 @@ class Trainer:
         """The fraction of the whole training that is done before step `step` of this epoch."""
         return ((self.epoch - 1) * self.steps_per_epoch + step) / (self.config.epochs * self.steps_per_epoch)
 
-    def evaluate(self, split: str, views: str = "none") -> tuple[Tensor, Tensor]:
-        """Logits (N, 10) and labels (N,) of a split. The next call may write into the same tensors."""
+    def evaluate(self, split: str, views: str = "none", share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Logits (N, 10) and labels (N,) of a split. The next call may write into the same tensors.
+
+        `share`: of the images, those that one view leaves unsure, that get all `views`.
+        """
         self.context.broadcast_weights(self.eval_model)  # each rank has its own BatchNorm statistics
-        key = f"{split} {views}"
+        key = f"{split} {views} {share}"
         if key not in self._evaluation_functions:
-            self._evaluation_functions[key] = self._build_evaluation(split, views)
+            self._evaluation_functions[key] = self._build_evaluation(split, views, share)
         evaluation = self._evaluation_functions[key]
         if self.device.type == "cuda" and evaluation.graph is None:
             wait_for_prefetch()
         return cast(tuple[Tensor, Tensor], evaluation())
 
-    def _build_evaluation(self, split: str, views: str) -> GraphedCallable:
+    def _build_evaluation(self, split: str, views: str, share: float) -> GraphedCallable:
         loader = self._build_loader(split)
 
         def evaluate_split(compiled_logits: Any = None) -> tuple[Tensor, Tensor]:
             model = functools.partial(compiled_logits, self.eval_model) if compiled_logits else None
             batches = loader.iter_batches(1)
-            return evaluate(self.eval_model, batches, autocast=self.autocast(), views=views, compiled_model=model)
+            options: Any = {"autocast": self.autocast(), "views": views, "compiled_model": model}
+            if share < 1 and VIEWS[views][0] > 1:
+                return evaluate_unsure_views(self.eval_model, batches, share=share, **options)
+            return evaluate(self.eval_model, batches, **options)
 
         compiled_function = None
         if self.is_compiled and VIEWS[views][0] > 1:  # several forward passes per image are worth compiling, one is not

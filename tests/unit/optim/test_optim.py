@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cifar.config import resolve as config
 from cifar.errors import UserError
 from cifar.optim import Group, Optimizer, Parameters, find_roles, roles
-from cifar.optim.muon import orthogonalize, orthogonalize_all
+from cifar.optim.muon import LAUNCH_FLOPS, muon_rule, orthogonalize, orthogonalize_all, orthogonalize_padded, plan_batches
 from cifar.optim.sgd import sgd_group
 from cifar.registry import optimizers, schedules
 
@@ -257,6 +257,54 @@ def test_batched_is_the_same_as_one_by_one() -> None:
     filters[3] = filters[3].to(memory_format=torch.channels_last)
     for batched, alone in zip(orthogonalize_all(filters, 3), filters, strict=True):
         assert torch.allclose(batched, orthogonalize(alone.flatten(1), 3).view(alone.shape), atol=1e-5)
+
+
+def test_different_shapes_share_a_batch_and_are_what_they_are_alone() -> None:
+    torch.manual_seed(0)
+    shapes = [(8, 4, 3, 3), (6, 8, 3, 3), (8, 36), (40, 2, 3, 3), (8, 4, 3, 3), (5, 7), (6, 3, 1, 1), (6, 8, 3, 3)]
+    filters = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    filters[3:5] = [filters[index].to(memory_format=torch.channels_last) for index in (3, 4)]
+    for batches in (tuple((index,) for index in range(8)), ((0, 3, 5), (1,), (2, 4, 6, 7)), (tuple(range(8)),)):
+        found = orthogonalize_padded(filters, 3, batches)
+        for together, alone in zip(found, filters, strict=True):
+            assert together.shape == alone.shape
+            assert torch.allclose(together, orthogonalize(alone.flatten(1), 3).view(alone.shape), atol=1e-12)
+
+
+def test_batches_are_those_that_cost_least() -> None:
+    # the 94 % network: all of it costs less than the start of one more batch; a wide layer is left alone
+    small = [(64, 24, 3, 3), (64, 64, 3, 3), (256, 64, 3, 3), *[(256, 256, 3, 3)] * 3]
+    assert plan_batches([torch.Size(shape) for shape in small]) == (tuple(range(6)),)
+    shapes = [torch.Size(shape) for shape in [(512, 4608), (16, 27), (512, 512, 3, 3), (32, 16), (27, 16)]]
+    assert plan_batches(shapes) == ((0, 2), (1, 3, 4))
+
+    def cost(batches: Iterable[Sequence[int]]) -> float:
+        total = 0.0
+        for batch in batches:
+            sides = [sorted((shapes[i][0], shapes[i].numel() // shapes[i][0])) for i in batch]
+            rows, columns = max(side[0] for side in sides), max(side[1] for side in sides)
+            total += LAUNCH_FLOPS + len(batch) * (4 * rows * rows * columns + 2 * rows**3)
+        return total
+
+    partitions = [((0, 1, 2, 3, 4),), ((0, 2), (1, 4), (3,)), ((0, 2), (1,), (3,), (4,)), ((0,), (1, 2, 3, 4))]
+    assert all(cost(plan_batches(shapes)) < cost(partition) for partition in partitions)
+
+
+def test_muon_steps_alike_whether_shapes_share_a_batch() -> None:
+    results = []
+    for batches in (None, ((0, 1),), ((0, 1), (2,))):  # the last is for another number of filters: then it is not used
+        torch.manual_seed(0)
+        params = [torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last), torch.randn(12, 8, 3, 3)]
+        state = {"velocity": [torch.zeros_like(p) for p in params]}
+        hyper = {"lr": torch.tensor(0.1), "momentum": torch.tensor(0.6)}
+        for _ in range(3):
+            grads = [torch.randn_like(p) for p in params]
+            muon_rule(params, grads, state, hyper, nesterov=True, ns_steps=3, normalize_weights=True, batches=batches)
+        results.append(params)
+    for other in results[1:]:
+        for expected, found in zip(results[0], other, strict=True):
+            assert torch.allclose(expected, found, atol=1e-5) and found.stride() == expected.stride()
+    assert all(map(torch.equal, results[0], results[2]))
 
 
 def test_a_zero_gradient_moves_nothing() -> None:

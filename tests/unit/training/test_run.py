@@ -61,6 +61,17 @@ def test_a_finished_run_leaves_its_whole_record(runs: Path) -> None:
     assert (predictions["label"][worst] != predictions["predicted"][worst]).all()
 
 
+@pytest.mark.slow  # three evaluations of 10,000 images, with six views
+def test_unsure_images_alone_get_all_views_and_the_plain_figure_stands_beside(runs: Path) -> None:
+    values = {**TINY, "epochs": 1, "test": "final", "tta": "flip+shift"}
+    plain = trained(runs, values).read_json("summary")
+    unsure = trained(runs, {**values, "tta_share": 0.2, "eval_batch_size": 500}).read_json("summary")
+    assert plain["test/views"] == 6 and unsure["test/views"] == 3 and "test/acc_all_views" not in plain
+    assert unsure["test/acc_all_views"] == pytest.approx(plain["test/acc"], abs=3e-4)
+    assert unsure["test/acc_one_view"] == pytest.approx(plain["test/acc_one_view"], abs=3e-4)
+    assert unsure["test/acc"] != unsure["test/acc_one_view"]
+
+
 def test_without_a_cut_there_are_no_validation_rows_and_the_test_set_is_not_touched(runs: Path) -> None:
     record = trained(runs, {**TINY, "val_size": 0, "epochs": 1})
     assert not [key for row in record.read_rows() for key in row if key.startswith(("val/", "test/"))]

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar.training.ema import ExponentialMovingAverage
-from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy, evaluate
+from cifar.training.evaluation import (
+    VIEWS,
+    compute_loss_and_accuracy,
+    count_views,
+    evaluate,
+    evaluate_unsure_views,
+    find_unsure,
+)
 from cifar.training.step import EpochMeter, ForwardOptions, forward
 
 
@@ -69,6 +76,43 @@ def test_views_are_weighted_means_that_sum_to_one() -> None:
         calls.clear()
         view(Counting(), torch.randn(2, 3, 32, 32))
         assert len(calls) == passes
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("share", "count"), [(0.25, 8), (0.1, 4), (0.9, 28), (1e-6, 1)])
+def test_only_the_images_that_one_view_leaves_unsure_get_all_views(share: float, count: int, channels_last: bool) -> None:
+    torch.manual_seed(1)
+    net, given = small_net().eval(), batches([12, 12, 7])
+    if channels_last:
+        given = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in given]
+    one_view, labels = evaluate(net, given, autocast=contextlib.nullcontext())
+    all_views, _ = evaluate(net, given, autocast=contextlib.nullcontext(), views="flip+shift")
+    logits, found = evaluate_unsure_views(net, iter(given), autocast=contextlib.nullcontext(), views="flip+shift", share=share)
+    assert torch.equal(found, labels)
+    largest = [sorted(row, reverse=True)[:2] for row in torch.softmax(one_view.double(), 1).tolist()]
+    unsure = sorted(range(31), key=lambda image: largest[image][0] - largest[image][1])[:count]
+    assert sorted(find_unsure(one_view, share).tolist()) == sorted(unsure)
+    expected = one_view.clone()
+    expected[unsure] = all_views[unsure]
+    assert torch.allclose(logits, expected, atol=1e-5) and not torch.allclose(all_views, one_view, atol=1e-3)
+
+
+def test_all_views_of_all_images_are_the_plain_figure_and_batches_stay_whole() -> None:
+    net, given, sizes = small_net().eval(), batches([10, 10, 10]), list[int]()
+
+    def record(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return net(images)
+
+    def score(share: float) -> Tensor:
+        options = {"autocast": contextlib.nullcontext(), "views": "flip", "compiled_model": record}
+        return evaluate_unsure_views(net, given, share=share, **options)[0]
+
+    score(0.4)
+    assert sizes == [10] * (3 + 2 * 2)  # one view of 30 images, two of 12
+    assert torch.allclose(score(1.0), evaluate(net, given, autocast=contextlib.nullcontext(), views="flip")[0], atol=1e-5)
+    assert [count_views("flip+shift", share) for share in (1.0, 0.25, 0.999, 0.01)] == [6, 3, 6, 2]
+    assert count_views("none", 0.25) == 1 and count_views("flip", 0.25) == 2
 
 
 def test_flipping_the_image_does_not_change_the_flip_view() -> None:
