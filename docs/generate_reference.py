@@ -117,6 +117,7 @@ MEANINGS = {
     "nesterov": "look ahead along the velocity",
     "normalize_weights": "keep each filter matrix at a constant norm",
     "ns_steps": "Newton-Schulz iterations that make an update orthogonal",
+    "ns_together": "on a GPU, filters of different shapes share a batch of Newton–Schulz iterations (filled up with zeros)",
     "patch_size": "side of a patch, in pixels",
     "peak_at": "share of the training at which lr is reached",
     "shortcut": "what joins blocks of different shape: a 1x1 convolution, or padding with zeros",
