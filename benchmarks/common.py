@@ -96,6 +96,10 @@ class Result:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
+    def save(self, path: Path) -> None:
+        """Write what is there up to now: a benchmark of many minutes may be cut off."""
+        path.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+
     def as_dict(self) -> dict[str, Any]:
         own = {"row": self.row, "name": self.name, "what": self.what}
         lists = {"measured": self.measured, "claims": self.claims, "skipped": self.skipped, "notes": self.notes}
@@ -209,7 +213,7 @@ def command(
         return 2
     given = sys.argv[1:] if arguments is None else list(arguments)
     result.about |= {"command": " ".join([parser.prog, *given]), "seconds": round(time.perf_counter() - begun, 1)}
-    out.write_text(json.dumps(result.as_dict(), indent=1, ensure_ascii=False) + "\n")
+    result.save(out)
     from benchmarks.table import claim_lines
 
     for line in claim_lines(result.as_dict()):

@@ -76,28 +76,27 @@ def measure(result: Result, options: argparse.Namespace) -> None:
         options.n = options.n_large = options.n_same = 1
     elif options.device == "cpu" or found < count or count < 2:
         raise Missing(f"needs {max(2, count)} GPUs, there {'is' if found == 1 else 'are'} {found}")
-    gpus, seeds = choose_gpus(count), range(options.n)
-    with ThreadPoolExecutor(1 if options.smoke else count) as pool:
-        single = list(pool.map(lambda seed: train(options, seed, [gpus[seed % count]], 1), seeds))
-    one = report(result, f"one GPU, batches of {BATCH}", single)
-    large = [train(options, seed, gpus, count) for seed in range(options.n_large)]
-    scaled = report(result, f"{count} GPUs, batches of {BATCH * count}, lr {LR * count:g}", large)
-    same = [train(options, seed, gpus, 1) for seed in range(options.n_same)]
-    shared = report(result, f"{count} GPUs, batches of {BATCH}", same) if same else None
-    what = f"{options.experiment}: images a second, {count} GPUs / one"
-    result.claim(f"{what}, {BATCH} a GPU", scaled["images"], one["images"], of="median", inverse=True, at_least=BOUND * count)
-    if shared:
-        result.claim(f"{what}, {BATCH} in all", shared["images"], one["images"], inverse=True)
-        result.claim(
-            f"accuracy after {options.epochs} epochs, batches of {BATCH}, {count} GPUs", shared["accuracy"], one["accuracy"],
-            of="mean", ratio=False,
-        )  # fmt: skip
-    result.claim(
-        f"accuracy after {options.epochs} epochs, batches of {BATCH * count}, {count} GPUs, lr times {count}",
-        scaled["accuracy"], one["accuracy"], of="mean", ratio=False,
-    )  # fmt: skip
+    gpus, what = choose_gpus(count), f"{options.experiment}: images a second, {count} GPUs / one"
     result.note(f"lr {LR} at batches of {BATCH}, times {count} at {count} times the batch (linear rule), warm-up 0.15")
     result.note("BatchNorm normalises each GPU's share of a batch by itself; rank 0's running statistics are evaluated")
+    with ThreadPoolExecutor(1 if options.smoke else count) as pool:
+        single = list(pool.map(lambda seed: train(options, seed, [gpus[seed % count]], 1), range(options.n)))
+    one = report(result, f"one GPU, batches of {BATCH}", single)
+    result.save(options.out)
+
+    large = [train(options, seed, gpus, count) for seed in range(options.n_large)]
+    many = report(result, f"{count} GPUs, batches of {BATCH * count}, lr {LR * count:g}", large)
+    result.claim(f"{what}, {BATCH} a GPU", many["images"], one["images"], inverse=True, at_least=BOUND * count)
+    after = f"accuracy after {options.epochs} epochs"
+    rule = f"{after}, batches of {BATCH * count}, {count} GPUs, lr times {count}"
+    result.claim(rule, many["accuracy"], one["accuracy"], of="mean", ratio=False)
+    result.save(options.out)
+
+    if same := [train(options, seed, gpus, 1) for seed in range(options.n_same)]:
+        many = report(result, f"{count} GPUs, batches of {BATCH}", same)
+        result.claim(f"{what}, {BATCH} in all", many["images"], one["images"], inverse=True)
+        what = f"{after}, batches of {BATCH}, {count} GPUs"
+        result.claim(what, many["accuracy"], one["accuracy"], of="mean", ratio=False)
 
 
 def report(result: Result, who: str, runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
