@@ -27,7 +27,8 @@ from cifar.tracking.run_dir import RunDir
 X_AXIS = "epoch"
 PICTURES = "pictures/"  # prefix of the pictures' keys
 NOT_COLUMNS = (  # of summary.json: cifar.json has them, and few columns are read
-    "weights_bytes", "joules_missing", "teacher_train_flops", "latency_p5_seconds", "latency_p95_seconds", "latency_n", "latency_device",
+    "weights_bytes", "joules_missing", "teacher_train_flops",
+    "latency_p5_seconds", "latency_p95_seconds", "latency_n", "latency_device",
 )  # fmt: skip
 SHOWN_PREFIXES = ("train", "val", "test", "best", "system", "pictures", "charts")  # of keys that have a panel
 
