@@ -236,7 +236,7 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
             url = create_sweep(parsed, runs, fixed=overrides)
         echo(f"sweep {parse_sweep_path(url)[2]}: {parsed.name}, {parsed.method}, on W&B: {url}")
         return url
-    sweep_id = local.create_sweep(
+    sweep_id = local.create_checked_sweep(
         parsed,
         runs,
         fixed=fixed,
@@ -397,7 +397,7 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
     with redirect_messages(as_json):
         backend = _open_local(sweep_id, storage, runs)
         names = [metric.name for metric in backend.sweep.metrics]
-        cells = backend.list_cells()
+        cells, gone = backend.list_cells_and_lost()
         keys = backend.list_swept_keys(cells)
         swept_values = list_swept_values([cell["values"] for cell in cells], keys, backend.info["fixed"])
         for cell, values_of_cell in zip(cells, swept_values, strict=True):
@@ -414,7 +414,6 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
                 }
             )
         counts = backend.count_states(cells)
-        gone = backend.list_cells_without_folder()
     if as_json:
         about = {"id": backend.id, "name": backend.sweep.name, "method": backend.sweep.method}
         without_folder = [cell["run_id"] for cell in gone]

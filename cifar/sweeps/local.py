@@ -54,6 +54,7 @@ from cifar.system.redact import redact
 from cifar.system.variables import read_variable
 from cifar.tracking.run_dir import RunDir, generate_id, list_folders, read_json, write_atomic
 
+MAX_LOOKED_AT = 1000  # waiting trials, for one that goes with others
 PLACE_FILE = "place.json"  # in the sweep's folder
 _CELL_DEFAULTS: dict[str, Any] = {"reason": "", "value": None, "objectives": [], "attempt": 0, "worker": ""}
 # what a search learns from an ended trial: its values (COMPLETE), that it was bad (PRUNED), or nothing (FAIL, the default)
@@ -77,10 +78,28 @@ def create_sweep(
     fixed: values for all trials, which win over the file's; the dataset is known, not "auto". count: the number of trials
     where the file has none. threads: CPU threads of each trial; 0: the first agent decides.
     """
+    dataset = spec.check_sweep(sweep, fixed, sweep_seed, count)
+    fixed = {**fixed, "dataset": dataset}
+    return create_checked_sweep(
+        sweep, runs_dir, fixed=fixed, storage_url=storage_url, sweep_seed=sweep_seed, count=count, threads=threads
+    )
+
+
+def create_checked_sweep(
+    sweep: Sweep,
+    runs_dir: Path,
+    *,
+    fixed: Mapping[str, Any],
+    storage_url: str = "",
+    sweep_seed: int = 0,
+    count: int | None = None,
+    threads: int = 0,
+) -> str:
+    """`create_sweep` for a sweep whose trials have been checked with the same values. `fixed` names the dataset."""
     lease_seconds()  # raises UserError for a wrong CIFAR_LEASE now, and not in an agent
     if sweep.scheduler:
         sweep.scheduler.check_runs_locally()
-    dataset = spec.check_sweep(sweep, fixed, sweep_seed, count)
+    dataset = fixed["dataset"]
     assert dataset != "auto"
     known_trials = spec.list_known_trials(sweep, sweep_seed, count)
     sweep_id, storage_url = generate_id(), storage_url or read_variable("CIFAR_STORAGE")
@@ -95,7 +114,7 @@ def create_sweep(
         "dataset_reason": "",  # read by nothing
         "threads": threads,
         "sweep_seed": sweep_seed,
-        "fixed": {**fixed, "dataset": dataset},
+        "fixed": dict(fixed),
         "storage": storage.redact_url(storage_url),
         "runs": str(runs_dir),
         "versions": {name: version(name) for name in ("optuna", "torch")} | {"python": platform.python_version()},
@@ -176,33 +195,47 @@ class LocalBackend:
 
         "wait": there are open cells, but other agents have them or `trial_filter` refuses them. None: the sweep is over.
         """
-        with storage.lock_storage(self._storage, self.id):
-            if self.stop_mode:
-                return None
-            running = self._table.list_running()
-            for trial in running:
-                if self._has_lapsed(trial):
-                    self._give_back(trial, "its agent was lost")
-            waiting = self._table.iterate_waiting()
-            first = next(waiting, None) or self._suggest_trial()
-            if first is None:
-                return "wait" if running else None
-            candidates = itertools.chain([first], waiting)
-            chosen = next((trial for trial in candidates if trial_filter is None or trial_filter(trial.values)), None)
-            if chosen is None:
-                return "wait"
-            return self._claim([chosen], worker)[0]
+        while True:
+            wanted = [] if trial_filter is None else self._find_wanted(trial_filter, 1)
+            with storage.lock_storage(self._storage, self.id):
+                if self.stop_mode:
+                    return None
+                running = self._table.list_running()
+                for trial in running:
+                    if self._has_lapsed(trial):
+                        self._give_back(trial, "its agent was lost")
+                if wanted:
+                    claimed = self._claim_waiting(wanted, worker)
+                    if not claimed:
+                        continue  # another agent was faster
+                    return claimed[0]
+                first = next(self._table.iterate_waiting(), None) or self._suggest_trial()
+                if first is None:
+                    return "wait" if running else None
+                if trial_filter is not None and not trial_filter(first.values):
+                    return "wait"
+                return self._claim([first], worker)[0]
 
     def claim_more(self, worker: str, count: int, trial_filter: TrialFilter) -> list[Trial]:
         """Claim up to `count` waiting cells that the filter accepts, in one transaction, after a `claim_trial`.
 
         Sixteen calls of `claim_trial` take sixteen transactions, while a GPU waits. What a search suggests is not claimed so.
         """
+        wanted = self._find_wanted(trial_filter, count)
+        if not wanted:
+            return []
         with storage.lock_storage(self._storage, self.id):
-            if self.stop_mode:
-                return []
-            wanted = (trial for trial in self._table.iterate_waiting() if trial_filter(trial.values))
-            return self._claim(list(itertools.islice(wanted, count)), worker)
+            return [] if self.stop_mode else self._claim_waiting(wanted, worker)
+
+    def _find_wanted(self, trial_filter: TrialFilter, count: int) -> list[StoredTrial]:
+        """The first waiting trials that the filter accepts, among MAX_LOOKED_AT. A filter takes time, so nothing is locked."""
+        looked_at = itertools.islice(self._table.iterate_waiting(), MAX_LOOKED_AT)
+        return list(itertools.islice((trial for trial in looked_at if trial_filter(trial.values)), count))
+
+    def _claim_waiting(self, wanted: Sequence[StoredTrial], worker: str) -> list[Trial]:
+        """Claim those of these trials that still wait."""
+        now = (self._table.read_trial(trial.optuna_id) for trial in wanted)
+        return self._claim([trial for trial in now if trial.state == OptunaState.WAITING], worker)
 
     def _claim(self, waiting: Sequence[StoredTrial], worker: str) -> list[Trial]:
         """Write down that this worker has these waiting cells."""
@@ -329,7 +362,13 @@ class LocalBackend:
 
         A run of another runs folder is not among them. Nor is one behind a link whose disk is not there.
         """
-        return [self._describe_cell(trial) for trial in self._table.list_trials() if self._has_lost_folder(trial)]
+        return self.list_cells_and_lost()[1]
+
+    def list_cells_and_lost(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """`list_cells` and `list_cells_without_folder`, of trials that are read once."""
+        trials = self._table.list_trials()
+        cells = [self._describe_cell(trial) for trial in trials]
+        return cells, [cell for trial, cell in zip(trials, cells, strict=True) if self._has_lost_folder(trial)]
 
     def list_all_cells(self) -> list[dict[str, Any]]:
         """`list_cells`. Other engines know here what they have to ask for."""

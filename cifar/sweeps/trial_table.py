@@ -20,6 +20,7 @@ import contextlib
 import datetime
 import heapq
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,11 +34,16 @@ from sqlalchemy import ColumnElement, and_, func, select
 
 from cifar.errors import UserError
 from cifar.sweeps.storage import explain_errors
+from cifar.sweeps.trial_offers import Offers
 from cifar.tracking.records import is_count
 
 _TRIALS, _ATTRIBUTES = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
 _CELL, _VALUES, _NOW = (_ATTRIBUTES.alias(key) for key in ("cell", "planned", "now"))
 _CHUNK_SIZE = 32  # waiting trials that a claim reads at once
+_INDEX, _INDEX_COLUMNS = "cifar_trials_by_state", "study_id, state, datetime_start, trial_id"
+_INDEX_SECONDS = 20  # to make it: it waits for the transactions that are open
+# whether the index of PostgreSQL can be used; no row: there is none
+_FIND_INDEX = "select indisvalid from pg_index where indexrelid = to_regclass(:name)"
 _MAX_IDS = 500  # in one statement
 
 
@@ -76,6 +82,14 @@ def parse_trial(optuna_id: int, number: int, state: OptunaState, attributes: Map
     return StoredTrial(optuna_id, number, state, int(cell), values, now)
 
 
+def _parse_cell(row: Any) -> int:
+    """A trial's cell, of (id, number, its text). Early versions did not write it where it is the trial's number."""
+    try:
+        return int(row[1] if row[2] is None else json.loads(row[2]))
+    except (ValueError, TypeError):
+        raise UserError(f"trial {row[1]} of the sweep's database is damaged; restore the database from a copy") from None
+
+
 def _utc_now() -> datetime.datetime:
     """The time as Optuna's tables have it: UTC, without a time zone."""
     return datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
@@ -86,6 +100,7 @@ class TrialTable:
 
     def __init__(self, storage: RDBStorage, study: int) -> None:
         self._storage, self._study = storage, study
+        self._offers, self._guard = Offers(), threading.RLock()
         self._of_study = _TRIALS.c.study_id == study
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -117,27 +132,46 @@ class TrialTable:
     def iterate_waiting(self) -> Iterator[StoredTrial]:
         """The trials that can be claimed, in the order in which they are handed out: what failed comes last, else by cell.
 
-        They are read as far as the caller goes. Nothing may be written meanwhile.
+        They are read as far as the caller goes.
         """
-        yield from heapq.merge(
-            self._iterate_unclaimed(), self._list_given_back(), key=lambda trial: (trial.num_failures, trial.cell)
-        )
+        with self._connect() as connection:
+            offers = self._update_offers(connection)
+        streams = [self._iterate_unclaimed(offers.first_id), self._list_given_back()]
+        if offers.first_id is not None:
+            streams.append(self._iterate_offers())
+        yield from heapq.merge(*streams, key=lambda trial: (trial.num_failures, trial.cell))
 
-    def _iterate_unclaimed(self) -> Iterator[StoredTrial]:
-        """The waiting trials that nobody has claimed yet, by cell. None of them has failed."""
-        ids = select(_TRIALS.c.trial_id).where(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_(None))
-        if self._has_new_offers():
-            ids = ids.select_from(_TRIALS.outerjoin(_CELL, self._has_key(_CELL, "cell")))
-            ids = ids.order_by(self._cell_number(), _TRIALS.c.trial_id)
-        else:  # the order of the index; datetime_start is the same for all
-            ids = ids.order_by(_TRIALS.c.datetime_start, _TRIALS.c.trial_id)
-        for start in range(0, 2**62, _CHUNK_SIZE):
+    def _iterate_unclaimed(self, end_id: int | None) -> Iterator[StoredTrial]:
+        """The waiting trials before `end_id` that nobody has claimed yet, by cell. None of them has failed."""
+        is_unclaimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_(None))
+        if end_id is not None:
+            is_unclaimed = and_(is_unclaimed, _TRIALS.c.trial_id < end_id)
+        # the order of the index; datetime_start is the same for all, and the cell is the trial's number
+        ids = select(_TRIALS.c.trial_id).order_by(_TRIALS.c.datetime_start, _TRIALS.c.trial_id).limit(_CHUNK_SIZE)
+        last = 0
+        while True:
             with self._connect() as connection:
-                found = connection.execute(ids.limit(_CHUNK_SIZE).offset(start)).scalars().all()
-                trials = self._read_trials(connection, _TRIALS.c.trial_id.in_(found))
+                found = connection.execute(ids.where(is_unclaimed, _TRIALS.c.trial_id > last)).scalars().all()
+                trials = self._read_trials(connection, _TRIALS.c.trial_id.in_(found)) if found else []
             yield from sorted(trials, key=lambda trial: trial.cell)
             if len(found) < _CHUNK_SIZE:
                 return
+            last = found[-1]
+
+    def _iterate_offers(self) -> Iterator[StoredTrial]:
+        """The waiting trials of cells that were offered again or added later, which nobody has claimed yet, by cell."""
+        start = 0
+        while True:
+            with self._guard:
+                seen = self._offers.unclaimed[start : start + _CHUNK_SIZE]
+                if not seen:
+                    return
+                is_seen = _TRIALS.c.trial_id.in_([optuna_id for _, optuna_id in seen])
+                is_unclaimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_(None))
+                with self._connect() as connection:
+                    trials = self._read_trials(connection, and_(is_seen, is_unclaimed))
+                start = self._offers.drop_claimed(start, seen, {trial.optuna_id for trial in trials})
+            yield from sorted(trials, key=lambda trial: trial.cell)
 
     def _list_given_back(self) -> list[StoredTrial]:
         """The waiting trials that an agent has had already: few, as they were running at some time."""
@@ -148,56 +182,62 @@ class TrialTable:
 
     def count_cells(self) -> int:
         with self._connect() as connection:
-            num_trials = connection.execute(select(func.count()).select_from(_TRIALS).where(self._of_study)).scalar_one()
-            if num_trials and self._has_new_offers():
-                return int(connection.execute(select(func.count()).select_from(self._latest().subquery())).scalar_one())
-        return int(num_trials)
+            offers = self._update_offers(connection)
+            is_known = and_(self._of_study, _TRIALS.c.trial_id <= offers.last_id)
+            num_trials = connection.execute(select(func.count()).select_from(_TRIALS).where(is_known)).scalar_one()
+        return int(num_trials) - len(offers.replaced)
 
     def count_states(self) -> dict[str, int]:
-        """Trial state -> number of cells.
+        """Trial state -> number of cells."""
+        with self._connect() as connection:
+            offers = self._update_offers(connection)
+            is_known = and_(self._of_study, _TRIALS.c.trial_id <= offers.last_id)  # one that was added since is not counted
+            counted = self._count_words(connection, is_known)
+        counted.subtract(offers.replaced_states)
+        return dict(+counted)
+
+    def _count_words(self, connection: sqlalchemy.Connection, which: ColumnElement[bool]) -> Counter[str]:
+        """Trial state -> number of trials.
 
         Optuna's own state says it for trials that nobody has claimed, that run, and that are complete. Only of the others
         `now` has to be read. One statement asks both, so that a trial that changes meanwhile is counted once.
         """
-        t, is_counted = _TRIALS.c, self._of_study
-        if self._has_new_offers():
-            is_counted = and_(is_counted, t.trial_id.in_(self._latest()))
+        t = _TRIALS.c
         was_claimed = t.datetime_start.is_not(None)
-        known = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "finished"}
+        # only `end_waiting` ends a trial that nobody has had, when the sweep is stopped
+        known = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "finished", "FAIL": "stopped"}
         is_known = sqlalchemy.or_(
-            and_(t.state == OptunaState.WAITING, sqlalchemy.not_(was_claimed)),
+            and_(t.state.in_([OptunaState.WAITING, OptunaState.FAIL]), sqlalchemy.not_(was_claimed)),
             and_(t.state.in_([OptunaState.RUNNING, OptunaState.COMPLETE]), was_claimed),
         )
         optuna_word, no_word = (
             sqlalchemy.cast(t.state, sqlalchemy.String),
             sqlalchemy.cast(sqlalchemy.null(), sqlalchemy.String),
         )
-        by_state = select(optuna_word, no_word, func.count()).where(is_counted, is_known).group_by(t.state)
+        by_state = select(optuna_word, no_word, func.count()).where(which, is_known).group_by(t.state)
         said = self._json_of(_NOW, "state").as_string()
         by_word = (
             select(no_word, said, func.count())
             .select_from(_TRIALS.outerjoin(_NOW, self._has_key(_NOW, "now")))
-            .where(is_counted, sqlalchemy.not_(is_known))
+            .where(which, sqlalchemy.not_(is_known))
             .group_by(said)
         )
         counted = Counter[str]()
-        with self._connect() as connection:
-            for state, word, number in connection.execute(sqlalchemy.union_all(by_state, by_word)):
-                counted[known[state] if state else str(word)] += number
-        return dict(counted)
+        for state, word, number in connection.execute(sqlalchemy.union_all(by_state, by_word)):
+            counted[known[state] if state else str(word)] += number
+        return counted
 
     def list_values_at(self, step: int) -> list[float]:
         """The intermediate values at a step: one for each cell whose latest trial has come to it."""
         reached = models.TrialIntermediateValueModel.__table__
-        found = select(reached.c.intermediate_value, reached.c.intermediate_value_type).select_from(
-            reached.join(_TRIALS, _TRIALS.c.trial_id == reached.c.trial_id)
-        )
+        columns = _TRIALS.c.trial_id, reached.c.intermediate_value, reached.c.intermediate_value_type
+        found = select(*columns).select_from(reached.join(_TRIALS, _TRIALS.c.trial_id == reached.c.trial_id))
         found = found.where(self._of_study, reached.c.step == step).order_by(_TRIALS.c.trial_id)
-        if self._has_new_offers():
-            found = found.where(_TRIALS.c.trial_id.in_(self._latest()))
         parse = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
         with self._connect() as connection:
-            return [parse(value, kind) for value, kind in connection.execute(found)]
+            offers = self._update_offers(connection)
+            rows = connection.execute(found).all()
+        return [parse(value, kind) for optuna_id, value, kind in rows if optuna_id not in offers.replaced]
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -255,11 +295,26 @@ class TrialTable:
     def add_index(self) -> None:
         """Let a claim find the open trials without a look at the others. Optuna has an index of the studies only.
 
+        Other sweeps of a PostgreSQL database go on meanwhile: it is made beside their writes, and only if it is not there.
         Without it (a sweep of an earlier version, a database that refuses it) all answers are the same.
         """
-        columns = "study_id, state, datetime_start, trial_id"
-        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), self._storage.engine.begin() as connection:
-            connection.execute(sqlalchemy.text(f"create index if not exists cifar_trials_by_state on trials ({columns})"))
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
+            if self._storage.engine.dialect.name == "sqlite":
+                with self._storage.engine.begin() as connection:
+                    connection.execute(sqlalchemy.text(f"create index if not exists {_INDEX} on trials ({_INDEX_COLUMNS})"))
+                return
+            with self._storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                found = connection.execute(sqlalchemy.text(_FIND_INDEX), {"name": _INDEX}).scalar()
+                if found is True:
+                    return
+                connection.execute(sqlalchemy.text(f"set statement_timeout = '{_INDEX_SECONDS}s'"))
+                try:
+                    if found is False:  # whoever began to make it was killed
+                        connection.execute(sqlalchemy.text(f"drop index concurrently if exists {_INDEX}"))
+                    make = f"create index concurrently if not exists {_INDEX} on trials ({_INDEX_COLUMNS})"
+                    connection.execute(sqlalchemy.text(make))
+                finally:
+                    connection.execute(sqlalchemy.text("reset statement_timeout"))
 
     # -- statements ----------------------------------------------------------------------------------------------------
 
@@ -286,27 +341,31 @@ class TrialTable:
             return sqlalchemy.cast(column, sqlalchemy.JSON)[key]
         return sqlalchemy.type_coerce(column, sqlalchemy.JSON)[key]
 
-    def _cell_number(self) -> ColumnElement[int]:
-        """A trial's cell, of a join with `_CELL`. Early versions did not write it where it is the trial's number."""
-        return func.coalesce(sqlalchemy.cast(_CELL.c.value_json, sqlalchemy.Integer), _TRIALS.c.number)
-
-    def _latest(self) -> Any:
-        """The ids of the latest trial of each cell."""
-        joined = _TRIALS.outerjoin(_CELL, self._has_key(_CELL, "cell"))
-        return select(func.max(_TRIALS.c.trial_id)).select_from(joined).where(self._of_study).group_by(self._cell_number())
-
-    def _has_new_offers(self) -> bool:
-        """Whether any cell was offered again.
-
-        Until then every trial's cell is its number. From then on there are more trials than cells, so each new trial's cell is
-        less than its number: the last trial tells.
-        """
-        joined = _TRIALS.outerjoin(_CELL, self._has_key(_CELL, "cell"))
-        last = select(_TRIALS.c.number, _CELL.c.value_json).select_from(joined)
-        last_id = select(func.max(_TRIALS.c.trial_id)).where(self._of_study).scalar_subquery()
-        with self._connect() as connection:
-            found = connection.execute(last.where(_TRIALS.c.trial_id == last_id)).first()
-        return bool(found and found[1] is not None and found[1] != str(found[0]))
+    def _update_offers(self, connection: sqlalchemy.Connection) -> Offers:
+        """Read of the trials that are not known yet whether they took the place of others."""
+        with self._guard:
+            offers, joined = self._offers, _TRIALS.outerjoin(_CELL, self._has_key(_CELL, "cell"))
+            named = select(_TRIALS.c.trial_id, _TRIALS.c.number, _CELL.c.value_json).select_from(joined)
+            last_id = select(func.max(_TRIALS.c.trial_id)).where(self._of_study).scalar_subquery()
+            last = connection.execute(named.where(_TRIALS.c.trial_id == last_id)).first()
+            if last is None or last[0] == offers.last_id:
+                return offers
+            rows = [last]
+            if offers.first_id is not None or _parse_cell(last) != last[1]:
+                is_new = and_(self._of_study, _TRIALS.c.trial_id > offers.last_id, _TRIALS.c.trial_id <= last[0])
+                rows = list(connection.execute(named.where(is_new).order_by(_TRIALS.c.trial_id)))
+            # else: from the first offer on no number is a cell, so with this one all before it are their cells' first
+            before = set(offers.replaced)
+            offers.add((row[0], row[1], _parse_cell(row)) for row in rows)
+            if offers.lacks_ids:
+                originals = select(_TRIALS.c.trial_id, _TRIALS.c.number).where(self._of_study)
+                rows = list(connection.execute(originals.where(_TRIALS.c.trial_id < offers.first_id)))
+                offers.resolve((row[0], row[1]) for row in rows)
+            ids = sorted(offers.replaced - before)
+            for start in range(0, len(ids), _MAX_IDS):
+                is_replaced = _TRIALS.c.trial_id.in_(ids[start : start + _MAX_IDS])
+                offers.replaced_states += self._count_words(connection, is_replaced)
+            return offers
 
     def _read_trials(self, connection: sqlalchemy.Connection, which: ColumnElement[bool], *order: Any) -> list[StoredTrial]:
         joined = _TRIALS
