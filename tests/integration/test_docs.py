@@ -96,6 +96,7 @@ cifar sweep quickstart
 cifar sweep quickstart --dry-run
 cifar train --experiment NAME compile=on seed=N
 cifar train --experiment resnet20
+cifar train --experiment resnet20 batch_size=512 lr=0.4
 cifar train --experiment worksheet1
 cifar train --experiment worksheet1 --wandb disabled
 cifar train --experiment worksheet1 --wandb offline
