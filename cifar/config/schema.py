@@ -99,6 +99,9 @@ class Settings(BaseModel):
     compile: Annotated[Literal["auto", "on", "max", "off"], BeforeValidator(_bool_to_on_off)] = Field(
         "auto", description="torch.compile the step; auto: on a GPU, where the work ahead pays for it; max: tune it for minutes"
     )
+    cudnn_trials: int = Field(
+        10, ge=0, le=1000, description="on a GPU, algorithms of cuDNN that are timed for a convolution; 0: all there are"
+    )
     capture: bool = Field(True, description="on a GPU, replay the step as a CUDA graph")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     threads: int = Field(0, ge=0, le=MAX_THREADS, description="CPU threads of a trial; 0: torch's choice (a sweep fixes it)")

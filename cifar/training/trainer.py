@@ -64,6 +64,7 @@ def apply_process_settings(config: Settings) -> None:
     """Set everything that is global to a process. Each trial sets all of it, as the trial before may have changed it."""
     if (device := resolve_device(config.device)).type == "cuda":
         torch.cuda.set_device(device)  # streams, graphs and Triton kernels use the current device
+        torch.backends.cudnn.benchmark_limit = config.cudnn_trials
     torch.set_num_threads(config.threads or DEFAULT_NUM_THREADS)
     torch.backends.cudnn.benchmark = not config.deterministic
     if (
