@@ -86,7 +86,7 @@ class CompileAhead:
         self.places = list({json.dumps(dict(each), sort_keys=True): each for each in environments}.values())  # each GPU once
         self.running: list[Preparation] = []
         self.messages: list[str] = []  # to print
-        self._is_off = option == "off" or (option == "auto" and not devices.has_gpu())
+        self._is_off = option == "off" or (option == "auto" and not devices.has_nvidia_gpu())
         self._log = backend.folder / "logs" / "compile-ahead.log"
         self._gpu_name = ""
         self._has_begun = False
@@ -199,7 +199,8 @@ class CompileAhead:
             free = [gpu[1] for n in same if (gpu := found[n])]
             room = count_preparers(devices.num_cores(), self.num_workers, available_bytes(), free)
             if not room and self.option == "auto":
-                self.messages.append("compiling ahead: off, as this machine has no idle cores or no free memory for it")
+                where = "no idle cores or too little free memory" if free else "no GPU that nvidia-smi names"
+                self.messages.append(f"compiling ahead: off, as this machine has {where} for it")
             self._max_processes = int(self.option) if self.option.isdigit() else room
         return self._max_processes
 

@@ -115,7 +115,12 @@ def read_gpus(environments: Sequence[Mapping[str, str]]) -> list[tuple[str, int]
 
 def has_gpu() -> bool:
     """Whether this machine has a GPU, found out without importing PyTorch."""
-    return sys.platform == "darwin" or Path("/dev/nvidia0").exists()
+    return sys.platform == "darwin" or has_nvidia_gpu()
+
+
+def has_nvidia_gpu() -> bool:
+    """The same, for GPUs of NVIDIA."""
+    return Path("/dev/nvidia0").exists()
 
 
 def default_num_workers() -> int:

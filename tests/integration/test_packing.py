@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cifar.agent import packing
+from cifar.config.resolve import graph_signature, resolve_config
 from cifar.errors import UserError
 from cifar.sweeps.backend import Trial
 from cifar.sweeps.local import LocalBackend
@@ -93,6 +94,16 @@ def test_after_a_failure_side_by_side_its_trials_are_alone() -> None:
         packer.record_pack_failure(trial, 4)
     packer.set_aside += first  # as if they were offered again
     assert [len(packer.claim_group(1, lambda given: given) or ()) for _ in range(5)] == [1, 1, 1, 1, 2]
+
+
+def test_why_trials_are_not_packed_is_said_once_where_others_of_their_kind_wait() -> None:
+    def sign(values: Any) -> dict[str, Any]:
+        return graph_signature(resolve_config(values))
+
+    packer = packing.Packer(Offered([*SEEDS[1:], {"model": "conv8"}]), "me", "auto", 99)
+    for first in (SEEDS[0], SEEDS[1], {"model": "conv16"}, {"model": "conv4", "batch_size": 64}):
+        packer._explain_single(first, "it is large", sign)
+    assert packer.messages == ["trials of conv4 at batch_size 128 are trained one after the other: it is large"]
 
 
 def test_how_many_is_asked_for_in_words() -> None:
