@@ -172,6 +172,7 @@ def test_a_whole_epoch_at_once_has_the_images_of_its_batches(recipe: dict[str, A
     assert torch.equal(labels, torch.cat([places for _, places in by_batch]))
 
 
+@pytest.mark.slow
 def test_one_image_at_a_time_has_the_same_distribution() -> None:
     from cifar.data import make_dataloader
 

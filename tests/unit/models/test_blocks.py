@@ -39,10 +39,10 @@ def test_planned_scales_decide_and_other_numbers_of_images_are_drawn() -> None:
     ("name", "values", "num_blocks"),
     [
         ("resnet20", {}, 9),
-        ("wrn_16_4", {}, 6),
-        ("preact_resnet18", {}, 8),
-        ("airbench96", {}, 3),
-        ("airbench", {"depth": 3}, 3),
+        ("wrn", {"width": 4}, 6),
+        ("preact_resnet18", {"width": 4}, 8),
+        ("airbench96", {"width": 8}, 3),
+        ("airbench", {"depth": 3, "width": 8}, 3),
     ],
 )
 def test_rates_rise_linearly_to_the_last_block(name: str, values: dict[str, Any], num_blocks: int) -> None:
@@ -81,7 +81,7 @@ def test_squeeze_and_excitation_by_hand() -> None:
     assert SqueezeExcitation(4, 16).squeeze.out_features == 1
 
 
-@pytest.mark.parametrize("name", ["resnet20", "wrn_16_4", "preact_resnet18"])
+@pytest.mark.parametrize("name", ["resnet20", "wrn_16_4", "preact_resnet18", "bottleneck_resnet"])
 def test_the_families_take_it_at_the_end_of_each_branch(name: str) -> None:
     plain, model = models[name].build(), models[name].build(se=16)
     inserted = [m for m in model.modules() if isinstance(m, SqueezeExcitation)]

@@ -14,15 +14,16 @@ from cifar.errors import UserError
 from cifar.models import airbench, resnet, shufflenet_v2, vit
 from cifar.registry import models
 
-BIG = ("wrn_28_10",)
+BIG = ("wrn_28_10", "resnet164", "se_resnet110", "se_resnet164")
 NAMES: list[Any] = [pytest.param(name, marks=pytest.mark.slow) if name in BIG else name for name in models.names()]
 
 # Name -> parameters, MACs of one image. MACs of ResNet-20 to 56, VGG, MobileNetV2, ShuffleNetV2, ResNet-8 and both airbench
-# networks agree with published ones to every published digit.
+# networks agree with published ones to every published digit, and so do parameters of ResNet-164 and all SE-ResNets.
 GOLDEN = {
     "airbench": (1_972_792, 118_147_360),
     "airbench94": (1_972_792, 118_147_360),
     "airbench96": (9_918_776, 451_967_264),
+    "bottleneck_resnet": (313_114, 47_106_560),
     "conv": (24_346, 2_802_304),
     "conv4": (1_774, 258_208),
     "conv8": (6_418, 811_328),
@@ -44,9 +45,11 @@ GOLDEN = {
     "resnet44": (661_338, 97_436_288),
     "resnet56": (855_770, 125_747_840),
     "resnet110": (1_730_714, 253_149_824),
+    "resnet164": (1_704_154, 247_646_720),
     "se_resnet20": (274_847, 40_815_200),
     "se_resnet56": (862_889, 125_753_888),
     "se_resnet110": (1_744_952, 253_161_920),
+    "se_resnet164": (1_906_258, 247_840_256),
     "shufflenet_v2": (1_263_854, 45_002_112),
     "shufflenet_v2_x0_5": (352_042, 10_902_016),
     "shufflenet_v2_x1_5": (2_488_874, 94_259_712),
@@ -112,6 +115,7 @@ def test_the_variants_span_the_axis() -> None:
         ("resnet", {"depth": 2}, "6n + 2"),
         ("preact_resnet", {"depth": 20}, "8n + 2"),
         ("wrn", {"depth": 20}, "6n + 4"),
+        ("bottleneck_resnet", {"depth": 30}, "9n + 2"),
         ("densenet_bc", {"depth": 39}, "6n + 4"),
         ("vgg", {"depth": 12}, "11, 13, 16, 19"),
         ("shufflenet_v2", {"width_multiplier": 0.7}, "0.5, 1.0, 1.5, 2.0"),
