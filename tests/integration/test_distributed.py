@@ -24,6 +24,7 @@ from cifar.training import run
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, init_distributed
 from helpers.paths import ROOT
 from helpers.processes import find_alive, list_descendants, wait_until
+from helpers.run_configs import RECIPES
 from helpers.weights import hash_run
 
 TINY: dict[str, Any] = {
@@ -95,7 +96,7 @@ def weights(record: RunDir) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives_and_their_weights_stay_equal_bit_for_bit(runs: Path) -> None:
     sharded = {**PLAIN, "mixup": 0.0, "augment_policy": "trivialaugment"}  # each rank makes its own images alone
-    together = {"plain": PLAIN, "normed": NORMED, "sharded": sharded}
+    together = {"plain": PLAIN, "normed": NORMED, "sharded": sharded, "recipes": RECIPES}
     codes, said = ended(started("-c", TOGETHER, json.dumps(together), str(runs)))
     assert codes == [0, 0], said
     for name in together:
