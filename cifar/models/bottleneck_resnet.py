@@ -1,6 +1,6 @@
 """ResNet of bottleneck blocks in its CIFAR form: ResNet-164 and SE-ResNet-164.
 
-He et al. 2016 (arXiv:1603.05027), sec. 4.2: 9n + 2 layers, three stages of n blocks at 32, 16 and 8 pixels. A block is a 1x1
+9n + 2 layers (He et al. 2016, arXiv:1603.05027, table 1): three stages of n blocks at 32, 16 and 8 pixels. A block is a 1x1
 convolution to the stage's width (16, 32, 64), a 3x3 convolution that may halve the side, and a 1x1 convolution to 4 times the
 width. As in the original ResNet, the last ReLU comes after the addition, and a projection stands where the shape changes: the
 networks that osmr/imgclsmob measured (96.32 % and, with squeeze-and-excitation, 96.61 %). Initialisation: He et al. 2015.

@@ -27,6 +27,7 @@ from scipy import stats
 RECIPE = {  # key -> its value where it is off
     "mixup": "0.0", "cutmix": "0.0", "cutout": "0", "augment_policy": "none", "random_erasing": "0.0", "drop_path": "0.0",
     "se": "0", "dropout": "0.0", "ema": "0.0", "label_smoothing": "0.0", "keep": "1.0", "teacher": "",
+    "contrast": "0.0", "brightness": "0.0",
 }  # fmt: skip
 NETWORK = ("model", "width", "depth")
 TRAINING = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "schedule", "flip", "crop", "crop_padding")
