@@ -234,8 +234,9 @@ class LocalBackend:
 
     def _claim_waiting(self, wanted: Sequence[StoredTrial], worker: str) -> list[Trial]:
         """Claim those of these trials that still wait."""
-        now = (self._table.read_trial(trial.optuna_id) for trial in wanted)
-        return self._claim([trial for trial in now if trial.state == OptunaState.WAITING], worker)
+        now = self._table.read_trials([trial.optuna_id for trial in wanted])
+        still = [now[trial.optuna_id] for trial in wanted if now[trial.optuna_id].state == OptunaState.WAITING]
+        return self._claim(still, worker)
 
     def _claim(self, waiting: Sequence[StoredTrial], worker: str) -> list[Trial]:
         """Write down that this worker has these waiting cells."""
