@@ -89,10 +89,9 @@ def measure(seconds: float) -> dict[str, Any]:
     load_gpu(seconds)
     sampled, counted = integral.stop(), meter.read()
     problem = meter.problem
-    meter.close()
     start = time.perf_counter()
     for _ in range(20):
-        EnergyMeter([uuid]).close()
+        EnergyMeter([uuid]).read()
     reading = (time.perf_counter() - start) / 20
     return {
         "counter_joules": counted,
@@ -123,7 +122,7 @@ def main() -> int:
         ratio = f", ratio {each['ratio']:.4f}" if each["ratio"] is not None else ""
         print(
             f"{number}: counter {counted}, {each['samples']} samples of power {each['sampled_joules']:,.1f} J in "
-            f"{each['seconds']:.1f} s{ratio}; a meter is made in {1000 * each['seconds_of_a_reading']:.2f} ms",
+            f"{each['seconds']:.1f} s{ratio}; a meter is made and read in {1000 * each['seconds_of_a_reading']:.2f} ms",
             flush=True,
         )
         if options.json:

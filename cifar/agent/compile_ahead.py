@@ -210,6 +210,7 @@ class CompileAhead:
         place = min(range(len(self.places)), key=lambda place: sum(each.place == place for each in self.running))
         most = self._find_max_processes()
         environment = {**worker_environment(), **self.places[place]}
+        environment["CIFAR_RUNS"] = str(self.backend.runs_dir)  # where a trial's teachers are
         spare = devices.num_cores() - CORES_OF_WORKER * self.num_workers - CORES_OF_AGENT
         # Twice the share of each: its compilers rest while Python works.
         environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(16, max(2, 2 * spare // max(1, most)))))

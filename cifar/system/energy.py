@@ -8,10 +8,11 @@ meter.close()
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
-import secrets
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,20 +28,23 @@ STALE_SECONDS = 86_400.0  # after which the file of a process that is gone is de
 class EnergyMeter:
     """Joules of some GPUs since it was made. Once the number cannot be known, it stays unknown.
 
-    uuids: of the GPUs, each once. A reading takes about a millisecond.
+    uuids: of the GPUs, each once. This process computes on the first one, one other process on each of the others. A reading
+    takes about a millisecond.
     """
 
     def __init__(self, uuids: Sequence[str]) -> None:
         self.problem = "" if uuids else "no NVIDIA GPU"
         self._gpus: list[GpuSampler] = []
-        self._presences: list[GpuPresence] = []
+        self._watches: list[GpuWatch] = []
         for uuid in uuids:
             gpu = find_gpu(uuid)
             if gpu is None:
                 self.problem = "NVML, which reads the energy counter, is not there"
                 return
             self._gpus.append(gpu)
-            self._presences.append(GpuPresence(uuid))
+            if not self._watches:
+                announce_use(uuid)
+            self._watches.append(GpuWatch(uuid, num_expected=int(bool(self._watches))))
         self._before = self._sum_counters()
         self._check_alone()
 
@@ -53,10 +57,6 @@ class EnergyMeter:
                 self.problem = "the energy counter was set back"
         return None if self.problem else now - self._before
 
-    def close(self) -> None:
-        for presence in self._presences:
-            presence.leave()
-
     def _sum_counters(self) -> float:
         """Joules since the driver was loaded, of all the GPUs together."""
         values = [gpu.read_joules() for gpu in self._gpus]
@@ -66,11 +66,11 @@ class EnergyMeter:
 
     def _check_alone(self) -> None:
         """Find out whether another process computes on one of the GPUs, or has done so since the meter was made."""
-        for gpu, presence in zip(self._gpus, self._presences, strict=True):
+        for gpu, watch in zip(self._gpus, self._watches, strict=True):
             if self.problem:
                 return
             processes = gpu.list_processes()
-            if presence.has_company() or (processes is not None and len(processes) > 1):
+            if watch.has_company() or (processes is not None and len(processes) > 1):
                 self.problem = "another process was on the GPU"
             elif not processes and read_variable(ALONE_VARIABLE) != "on":  # this process is there, and is not listed
                 self.problem = (
@@ -79,44 +79,62 @@ class EnergyMeter:
                 )
 
 
-class GpuPresence:
-    """Makes this process known to others of this user that measure the same GPU, and knows of them.
+# -- who is on a GPU, of our own processes -----------------------------------------------------------------------------
 
-    NVML's list of processes has gaps: some containers hide processes, and one that came and went between two readings is not
-    in it. Each measuring process holds a lock on a file of its own, and adds a byte to a file that is never cut.
+# NVML's list of processes has gaps: some containers hide processes, and one that came and went between two readings is not in
+# it. So each of our processes that computes on a GPU holds a lock on a file of its own as long as it lives, and adds a byte to
+# a file that is never cut.
+
+_announced: dict[str, int] = {}  # UUID -> the open file whose lock this process holds
+
+
+def announce_use(uuid: str) -> None:
+    """Let our other processes know that this one computes on a GPU from now on. If files cannot be written, nobody knows."""
+    if not uuid or uuid in _announced:
+        return
+    folder = _presence_folder(uuid)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(_own_file(uuid), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _announced[uuid] = file
+        with open(folder / "visits", "ab") as visits:
+            visits.write(b".")
+        atexit.register(_forget_use, os.getpid(), _own_file(uuid))
+
+
+def _forget_use(pid: int, own: Path) -> None:
+    if os.getpid() == pid:  # not in a child that was forked
+        with contextlib.suppress(OSError):
+            own.unlink(missing_ok=True)
+
+
+class GpuWatch:
+    """Whether others of our processes compute on a GPU, or have done so since this object was made.
+
+    num_expected: others that belong to this training.
     """
 
-    def __init__(self, uuid: str) -> None:
-        folder = cache_folder() / "gpus" / uuid.removeprefix("GPU-")
-        self._own: Path | None = None
-        self._file: int | None = None
-        self._visits, self._num_visits = folder / "visits", -1
+    def __init__(self, uuid: str, num_expected: int = 0) -> None:
+        self._folder, self._own, self._num_expected = _presence_folder(uuid), _own_file(uuid), num_expected
+        self._num_visits = self._count_visits()
+
+    def _count_visits(self) -> int:
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            own = folder / f"{os.getpid()}-{secrets.token_hex(4)}.lock"
-            self._file = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            self._own = own
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            with open(self._visits, "ab") as file:
-                file.write(b".")
-            self._num_visits = self._visits.stat().st_size
+            return (self._folder / "visits").stat().st_size
+        return 0
 
     def has_company(self) -> bool:
-        """Whether another one is there, or was since this one came. Where files cannot be written, it is not known: no."""
-        if self._own is None:
-            return False
-        with contextlib.suppress(OSError):
-            if self._visits.stat().st_size != self._num_visits:
-                return True
-            return any(_is_held(path) for path in self._own.parent.glob("*.lock") if path != self._own)
-        return False
+        others = (path for path in self._folder.glob("*.lock") if path != self._own)
+        return self._count_visits() != self._num_visits or sum(map(_is_held, others)) > self._num_expected
 
-    def leave(self) -> None:
-        if self._own is not None and self._file is not None:
-            with contextlib.suppress(OSError):
-                self._own.unlink(missing_ok=True)
-            os.close(self._file)
-            self._own = self._file = None
+
+def _presence_folder(uuid: str) -> Path:
+    return cache_folder() / "gpus" / uuid.removeprefix("GPU-")
+
+
+def _own_file(uuid: str) -> Path:
+    return _presence_folder(uuid) / f"{socket.gethostname()}-{os.getpid()}.lock"
 
 
 def _is_held(path: Path) -> bool:
@@ -126,7 +144,7 @@ def _is_held(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # so that two that look do not see each other
         if time.time() - os.stat(file).st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)
     except OSError:

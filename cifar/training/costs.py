@@ -56,10 +56,6 @@ class SharedEnergy:
                 run.joules += (used - self._used) / len(going)
         self._used = self._used if used is None else used
 
-    def close(self) -> None:
-        if self._meter:
-            self._meter.close()
-
 
 def share_energy(runs: Sequence[EnergyUser], device: torch.device, context: DistributedContext) -> SharedEnergy:
     """Measure from now on. Of several ranks, rank 0 measures the GPUs of all of them."""

@@ -198,13 +198,6 @@ def train_epochs(step_runner: StepRunner[Trainer], runs: Sequence[RunLoop], reco
     energy = share_energy(active, step_runner.device, active[0].trainer.context)
     for run in active:
         run.energy, run.pack_size = energy, max(run.pack_size, len(active))
-    try:
-        _train_active(step_runner, runs, retire_run)
-    finally:
-        energy.close()
-
-
-def _train_active(step_runner: StepRunner[Trainer], runs: Sequence[RunLoop], retire_run: Callable[[RunLoop], None]) -> None:
     while active := [run for run in runs if not run.state]:
         for run in runs:
             run.trainer.step_index.zero_()  # also of those that have ended: a captured step goes on computing them

@@ -24,6 +24,8 @@ from cifar.errors import DeviceError
 from cifar.kernels.cpu_conv_pool import chunk_conv_pools
 from cifar.models.blocks import DropPath
 from cifar.optim import Optimizer
+from cifar.system.energy import announce_use
+from cifar.system.environment import gpu_uuid
 from cifar.tracking.histograms import is_looked_at
 from cifar.tracking.run_dir import find_run_dir, resolve_runs_dir
 from cifar.training import parts
@@ -65,6 +67,7 @@ def apply_process_settings(config: Settings) -> None:
     if (device := resolve_device(config.device)).type == "cuda":
         torch.cuda.set_device(device)  # streams, graphs and Triton kernels use the current device
         torch.backends.cudnn.benchmark_limit = config.cudnn_trials
+        announce_use(gpu_uuid(device))
     torch.set_num_threads(config.threads or DEFAULT_NUM_THREADS)
     torch.backends.cudnn.benchmark = not config.deterministic
     if (

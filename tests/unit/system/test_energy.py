@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from cifar.system.energy import ALONE_VARIABLE, EnergyMeter, GpuPresence
+from cifar.system import energy
+from cifar.system.energy import ALONE_VARIABLE, EnergyMeter
 
 UUID = "GPU-5f3c0000-1111-2222-3333-444444444444"
+OTHER = UUID.replace("5f3c", "aaaa")
+COMES = "import sys; from cifar.system.energy import announce_use; announce_use(sys.argv[1]); print('there', flush=True)"
 
 
 class Card:
@@ -61,14 +65,25 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
     monkeypatch.setitem(sys.modules, "pynvml", found)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(ALONE_VARIABLE, raising=False)
+    monkeypatch.setattr(energy, "_announced", {})  # a cache folder of its own for each test
     return found
 
 
 @pytest.fixture
-def meter(card: Card) -> Iterator[EnergyMeter]:
-    found = EnergyMeter([UUID])
-    yield found
-    found.close()
+def meter(card: Card) -> EnergyMeter:
+    return EnergyMeter([UUID])
+
+
+@contextlib.contextmanager
+def another_process(uuid: str) -> Iterator[None]:
+    """A process of ours that computes on this GPU, as long as this is open."""
+    command = [sys.executable, "-c", f"{COMES}; input()", uuid]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdin
+        assert child.stdout.readline() == b"there\n"
+        yield
+        child.stdin.write(b"\n")
+        child.stdin.close()
 
 
 def test_it_is_the_difference_of_the_counter_in_joules(card: Card, meter: EnergyMeter) -> None:
@@ -78,14 +93,23 @@ def test_it_is_the_difference_of_the_counter_in_joules(card: Card, meter: Energy
 
 
 def test_several_gpus_add_up(card: Card) -> None:
-    other = UUID.replace("5f3c", "aaaa")
-    card.millijoules[other] = 1_000
-    meter = EnergyMeter([UUID, other])
-    card.millijoules = {UUID: 5_001_000, other: 3_500}
-    assert meter.read() == pytest.approx(1.0 + 2.5)
-    card.millijoules[other] = None
-    assert meter.read() is None and "no energy counter" in meter.problem
-    meter.close()
+    card.millijoules[OTHER] = 1_000
+    with another_process(OTHER):  # the other rank of the same training
+        meter = EnergyMeter([UUID, OTHER])
+        card.millijoules = {UUID: 5_001_000, OTHER: 3_500}
+        assert meter.read() == pytest.approx(1.0 + 2.5)
+        card.millijoules[OTHER] = None
+        assert meter.read() is None and "no energy counter" in meter.problem
+
+
+def test_a_third_process_on_the_gpu_of_another_rank_is_seen(card: Card) -> None:
+    card.millijoules[OTHER] = 1_000
+    with another_process(OTHER):
+        meter = EnergyMeter([UUID, OTHER])
+        assert meter.read() == 0.0
+        with another_process(OTHER):
+            pass
+        assert meter.read() is None and "another process" in meter.problem
 
 
 @pytest.mark.parametrize(
@@ -109,7 +133,6 @@ def test_what_cannot_be_known_is_not_guessed(card: Card, change: dict[str, Any],
     assert meter.read() is None and why in meter.problem
     vars(card).update(processes=[os.getpid()], is_cut=False, millijoules={UUID: 6_000_000})
     assert meter.read() is None, "a part of it stays unknown"
-    meter.close()
 
 
 def test_a_counter_that_was_set_back_is_no_energy(card: Card, meter: EnergyMeter) -> None:
@@ -121,34 +144,25 @@ def test_a_process_of_another_name_space_is_this_one(card: Card) -> None:
     card.processes = [1]  # one is listed, and this process computes there: they are the same
     meter = EnergyMeter([UUID])
     assert meter.read() == 0.0
-    meter.close()
 
 
 def test_where_processes_are_hidden_the_user_may_say_that_there_are_none(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     card.processes = []
     monkeypatch.setenv(ALONE_VARIABLE, "on")
-    meter, second = EnergyMeter([UUID]), EnergyMeter([UUID])
-    assert meter.read() is None and second.read() is None, "but our own workers are seen"
-    meter.close()
-    second.close()
-    third = EnergyMeter([UUID])
-    assert third.read() == 0.0
-    third.close()
+    with another_process(UUID):
+        assert EnergyMeter([UUID]).read() is None, "but our own workers are seen"
+    assert EnergyMeter([UUID]).read() == 0.0
 
 
 def test_one_that_came_and_went_between_two_readings_was_there(meter: EnergyMeter) -> None:
-    code = f"from cifar.system.energy import GpuPresence; p = GpuPresence({UUID!r}); print(p.has_company()); p.leave()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+    with another_process(UUID):
+        pass
     assert meter.read() is None and "another process" in meter.problem
 
 
 def test_one_that_was_killed_is_not_there(card: Card) -> None:
-    code = f"import os; from cifar.system.energy import GpuPresence; p = GpuPresence({UUID!r}); os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", code], check=False)
-    presence = GpuPresence(UUID)
-    assert not presence.has_company()
-    presence.leave()
+    subprocess.run([sys.executable, "-c", f"{COMES}; import os; os.kill(os.getpid(), 9)", UUID], check=False)
+    assert EnergyMeter([UUID]).read() == 0.0
 
 
 def test_a_cache_that_cannot_be_written_to_hinders_nothing(card: Card, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -156,4 +170,3 @@ def test_a_cache_that_cannot_be_written_to_hinders_nothing(card: Card, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     meter = EnergyMeter([UUID])
     assert meter.read() == 0.0
-    meter.close()

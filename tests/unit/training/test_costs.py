@@ -35,9 +35,6 @@ class Counter:
     def read(self) -> float | None:
         return self.joules
 
-    def close(self) -> None:
-        pass
-
 
 def share(runs: list[Trainee]) -> tuple[SharedEnergy, Counter]:
     counter: Any = Counter()
