@@ -211,7 +211,7 @@ class Agent:
         if self.state.disk_gate.is_waiting or time.monotonic() < self.next_claim_time:
             return
         while self._can_claim() and (num_free := len(self._free_slots())) > 0:
-            preferred = self.compile_ahead.prefer(self._claimed_values())
+            preferred = self.compile_ahead.prefer(self._claimed_values(), num_free)
             if preferred == "wait":
                 return
             trials = self.packer.claim_group(num_free, self._training_values, preferred)

@@ -30,7 +30,7 @@ LOOK_AHEAD = 200  # trials
 LOOK_SECONDS = 1.0  # between two looks
 IDLE_LOOK_SECONDS = 10.0  # where no trial in sight needs compiling
 SHORT_SECONDS = 60.0  # until the next one is begun after GPU memory was short, or the system refused a process
-MAX_SECONDS = 1800.0  # of one process; `compile=max` takes many minutes
+MAX_SECONDS = 600.0  # of one process; then it hangs, and the worker compiles
 
 MAX_PREPARERS = 16
 CORES_OF_WORKER = 2  # the training's thread, and the one that draws the next epoch
@@ -124,11 +124,11 @@ class CompileAhead:
             if key not in self._given_up and self._rank(key, ()) == 1:
                 self._start(key, values)
 
-    def prefer(self, claimed: Iterable[Mapping[str, Any]]) -> TrialFilter | Literal["wait"] | None:
+    def prefer(self, claimed: Iterable[Mapping[str, Any]], num_free: int) -> TrialFilter | Literal["wait"] | None:
         """Which of the next trials a free worker had better get: one whose network is compiled, else one that nobody compiles.
 
-        "wait": all are being compiled, so the first that is ready is the best. None: the next trial, as it always is where the
-        sweep's method decides about the order.
+        "wait": none is compiled, and for each of `num_free` free workers one is being compiled, which will be ready before
+        the worker could do that itself. None: the next trial, as it always is where the sweep's method decides the order.
         """
         if self._is_off or self.backend.sweep.method not in ("grid", "random"):
             return None
@@ -138,8 +138,8 @@ class CompileAhead:
         trials = self.backend.peek_values(LOOK_AHEAD) or []
         keys = [self._key(values) for values in trials]
         rank_of = {key: self._rank(key, claimed_keys) for key in set(keys)}
-        best = min(rank_of.values(), default=0)
-        if best == 2 and self.running:
+        best, num_begun = min(rank_of.values(), default=0), sum(each.key in rank_of for each in self.running)
+        if num_begun and (best == 2 or (best == 1 and num_begun >= num_free)):
             return "wait"
         if not keys or rank_of[keys[0]] == best:
             return None

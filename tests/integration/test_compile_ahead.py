@@ -147,6 +147,7 @@ def test_a_cancelled_sweep_ends_what_was_begun_for_it(runs: Path) -> None:
     ahead.update(99, [])
     begun = [each.process for each in ahead.running]
     assert len(begun) == 2  # one for each network
+    assert ahead.prefer([], 1) == ahead.prefer([], 2) == "wait"  # both will be ready sooner than a worker could do it
     backend.stop_sweep(cancel=True)
     wait_until(lambda: ahead.update(99, []) or not ahead.running, 30)
     assert all(process.poll() is not None for process in begun)

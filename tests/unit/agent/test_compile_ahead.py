@@ -78,21 +78,21 @@ def test_a_search_shows_only_what_it_has_suggested(runs: Path) -> None:
     given_back = claim_trial(search)
     search.finish_trial(given_back, "interrupted")
     assert search.peek_values(4) == [given_back.values]
-    assert look_ahead(search).prefer([given_back.values]) is None  # its order is a contract
+    assert look_ahead(search).prefer([given_back.values], 1) is None  # its order is a contract
 
 
 def test_a_free_worker_gets_what_is_compiled_then_what_nobody_compiles(backend: LocalBackend) -> None:
     ahead, trials = look_ahead(backend), backend.peek_values(6) or []
     assert [trial["model"] for trial in trials] == ["conv4", "conv8", "conv32"] * 2
-    assert ahead.prefer([]) is None  # at the beginning: the first
+    assert ahead.prefer([], 1) is None  # at the beginning: the first
     claimed = claim_trial(backend)
-    assert ahead.prefer([claimed.values]) is None  # the next is conv8, which nobody compiles
+    assert ahead.prefer([claimed.values], 1) is None  # the next is conv8, which nobody compiles
     other = claim_trial(backend)
-    third = ahead.prefer([claimed.values, other.values])
+    third = ahead.prefer([claimed.values, other.values], 1)
     assert third is None  # conv32
     last = claim_trial(backend)
     mark_compiled(key_of(backend, other.values))
-    wanted = ahead.prefer([claimed.values, last.values])
+    wanted = ahead.prefer([claimed.values, last.values], 1)
     assert callable(wanted)
     assert [wanted(trial) for trial in backend.peek_values(9) or ()] == [False, True, False]
     chosen = backend.claim_trial("me", trial_filter=wanted)
@@ -103,7 +103,7 @@ def test_every_cell_is_claimed_once_whatever_is_preferred(backend: LocalBackend)
     ahead, claimed = look_ahead(backend), []
     mark_compiled(key_of(backend, (backend.peek_values(3) or [])[2]))
     while True:
-        wanted = ahead.prefer([trial.values for trial in claimed[-1:]])
+        wanted = ahead.prefer([trial.values for trial in claimed[-1:]], 1)
         assert wanted != "wait"  # no process of ours compiles anything
         trial = backend.claim_trial("me", trial_filter=wanted)
         if not trial or trial == "wait":
@@ -146,7 +146,7 @@ def test_no_look_is_taken_where_it_is_off_and_where_there_is_no_gpu(backend: Loc
     for option, trial in itertools.product(("off", "auto"), backend.peek_values(1) or ()):
         ahead = look_ahead(backend, option)
         ahead.update(99, [])
-        assert not ahead.running and ahead.prefer([trial]) is None
+        assert not ahead.running and ahead.prefer([trial], 1) is None
 
 
 def test_what_memory_is_left(tmp_path: Path) -> None:
