@@ -48,7 +48,9 @@ from cifar.kernels.triton.launch import (
 from cifar.kernels.triton.verify import KernelCase, RandomInputs, Verifier, is_close
 
 NO_ACTIVATION, RELU, RELU6 = 0, 1, 2  # what follows BatchNorm
-MAX_BN_CHANNELS = 64  # for more, other kernels are used, and only around depthwise convolutions: elsewhere their worth is not known
+MAX_BN_CHANNELS = (
+    64  # for more there are other kernels, for networks with depthwise convolutions (elsewhere not known to be worth it)
+)
 # `block` here: pixels of a block times their channels, rounded up
 PIXEL_SUMS_CONFIG = LaunchConfig(4096, 2, 1, 4)
 GRADIENT_SUMS_CONFIGS = {True: LaunchConfig(4096, 2, 1, 4), False: LaunchConfig(8192, 8, 1, 2)}  # with and without a ReLU
@@ -114,23 +116,24 @@ def gradient_sums_triton(
     with torch.cuda.device_of(x):
         sum_gradients[(num_programs,)](
             g, x, moments, weight, bias, partials, num_pixels, num_programs, eps,
-            activation == RELU, x.shape[1], round_up_to_tile(x.shape[1]), block, num_warps=config.warps, num_stages=config.stages,
+            activation == RELU, x.shape[1], round_up_to_tile(x.shape[1]), block,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return sum_partials(partials.flatten(1)).view(2, x.shape[1])
 
 
 def _plan_wide_sums(shape: Shape) -> tuple[int, int, int, int, int]:
-    """What the kernels for many channels take: number of pixels, units of channels and their size, channels and pixels of a block."""
+    """Of the kernels for many channels: number of pixels, units of channels, their size, channels and pixels of a block."""
     count, size, height, width = shape
     unit = size_unit(size)
-    columns = 64 if triton.cdiv(size, 64) * 64 <= triton.cdiv(size, 32) * 32 else 32  # the fewer that lie behind the last channel
+    columns = 64 if triton.cdiv(size, 64) * 64 <= triton.cdiv(size, 32) * 32 else 32  # fewer lie behind the last channel
     return count * height * width, size // unit, unit, columns, WIDE_SUMS_CONFIG.block // columns
 
 
 def _choose_wide_programs(shape: Shape, num_multiprocessors: int) -> int:
     pixels, _, _, columns, block = _plan_wide_sums(shape)
-    num_programs = int(num_multiprocessors * WIDE_SUMS_CONFIG.per_multiprocessor) // triton.cdiv(shape[1], columns)
-    return max(1, min(num_programs, triton.cdiv(pixels, block)))
+    num_programs = int(num_multiprocessors * WIDE_SUMS_CONFIG.per_multiprocessor) // -(-shape[1] // columns)
+    return max(1, min(num_programs, -(-pixels // block)))
 
 
 def _pixel_sums_wide(x: Tensor, pivot: Tensor, num_programs: int) -> Tensor:
@@ -220,9 +223,7 @@ def _gradient_terms(
 
 
 def _supports_case(case: KernelCase) -> bool:
-    if case.kernel == "convolve" and not supports_shape(case.shape[1], case.out_channels, *case.shape[2:]):
-        return False
-    return True
+    return case.kernel != "convolve" or supports_shape(case.shape[1], case.out_channels, *case.shape[2:])
 
 
 def _matches_reference(case: KernelCase, inputs: RandomInputs) -> bool:
@@ -342,9 +343,7 @@ def _(
 
 
 @torch.library.custom_op("cifar::gradient_sums", mutates_args=())
-def gradient_sums(
-    g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int
-) -> Tensor:
+def gradient_sums(g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int) -> Tensor:
     """Sums over each channel of g and of g * (x - mean) / deviation, (2, C): the gradients of BatchNorm's bias and weight.
 
     `activation` (ReLU): only where the result of BatchNorm is above zero; with ReLU6 also below 6.

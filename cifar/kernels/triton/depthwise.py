@@ -1,8 +1,7 @@
 """Depthwise 3 x 3 convolutions between two BatchNorms, in training, for compiled steps on a GPU.
 
-A depthwise convolution does nine multiplications a value, so memory holds it (MobileNetV2 at batch 512: 0.85 GB go in and 0.67 GB
-come out in bf16; the nine products take a hundredth of the time of reading them). So the fewer passes over the images, the
-better:
+A depthwise convolution does nine multiplications a value, so memory holds it. Those of MobileNetV2 at batch 512 read 0.85 GB
+and write 0.67 GB in a forward pass in bf16. So the fewer passes over the images, the better:
 
 * forward: the kernel reads the result of the convolution before it, applies that one's BatchNorm and activation to what it
   reads, and sums up what it writes for its own BatchNorm. The activated images are never in memory;
@@ -37,6 +36,7 @@ from cifar.kernels.triton.verify import KernelCase, RandomInputs, Verifier, is_c
 NUM_TAPS = 9
 MAX_TRIED_IMAGES = 256  # a kernel is compared with torch on at most so many
 NUM_TIMED_CALLS = 5
+MATMUL_MARGIN = 0.97  # so much of the convolution's time a matrix product may take: the choice is the same in the next process
 
 
 class DepthwiseConfig(NamedTuple):
@@ -60,7 +60,7 @@ class DepthwiseOptions(NamedTuple):
     """What a convolution is between."""
 
     stride: int
-    has_norm: bool  # whether BatchNorm before it is part of the kernel
+    has_norm: int  # 1: the BatchNorm before it is part of the kernel, 0: it is not
     activation_in: int  # of that: NO_ACTIVATION, RELU or RELU6
     activation: int  # behind the BatchNorm after it
 
@@ -75,7 +75,8 @@ def block_channels(channels: int) -> int:
 
 def choose_depthwise_programs(channels: int, num_multiprocessors: int) -> int:
     """How many programs of the forward kernel share all strips of a block of channels."""
-    return max(1, num_multiprocessors * FORWARD_PER_MULTIPROCESSOR // triton.cdiv(channels, block_channels(channels)))
+    num_blocks = -(-channels // block_channels(channels))
+    return max(1, num_multiprocessors * FORWARD_PER_MULTIPROCESSOR // num_blocks)
 
 
 def count_outputs(size: int, stride: int) -> int:
@@ -217,6 +218,8 @@ def _empty_results(x: Tensor, stride: int, num_programs: int) -> tuple[Tensor, T
 # -- which of the two --------------------------------------------------------------------------------------------------
 
 _CONFIGS: dict[tuple[Any, ...], DepthwiseConfig] = {}
+_WORTHWHILE: dict[tuple[Any, ...], bool] = {}
+_MATMUL_QUICKER: dict[tuple[Any, ...], bool] = {}
 
 
 def _kind(kernel: str, shape: Shape, options: Sequence[int]) -> tuple[Any, ...]:
@@ -277,12 +280,18 @@ def is_worthwhile(shape: Shape, dtype: torch.dtype, device: torch.device, option
 
     shape: (N, C, H, W) of what goes in. The first call of a kind also chooses among the configurations, by time.
     """
-    probe = torch.empty((1, shape[1], *shape[2:]), dtype=dtype, device=device)
+    key = (tuple(shape), dtype, device, options)
+    if key not in _WORTHWHILE:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            _WORTHWHILE[key] = _try_kernels(shape, dtype, device, options)
+    return _WORTHWHILE[key]
+
+
+def _try_kernels(shape: Shape, dtype: torch.dtype, device: torch.device, options: DepthwiseOptions) -> bool:
     if device.type == "cuda":
         case = KernelCase("forward", tuple(shape), shape[1], tuple(options), dtype, device)
-        x, weight, norm, norm_in, eps = _draw_case(case._replace(shape=tuple(shape)), RandomInputs(case))
-        if len(x) < shape[0]:
-            x = to_channels_last(x.repeat(-(-shape[0] // len(x)), 1, 1, 1)[: shape[0]])
+        x, weight, norm, norm_in, eps = _draw_case(case, RandomInputs(case))
+        x = to_channels_last(x.repeat(-(-shape[0] // len(x)), 1, 1, 1)[: shape[0]])
         try:
             ours = _choose_configs(x, weight, norm, norm_in, eps, options)
         except (triton.runtime.errors.TritonError, RuntimeError) as error:
@@ -291,8 +300,35 @@ def is_worthwhile(shape: Shape, dtype: torch.dtype, device: torch.device, option
             return False
         if ours > _time_torch(x, weight, options.stride):
             return False
-    sized = shape[0], *probe.shape[1:]
-    return all(verifier.can_use(kernel, probe, shape[1], tuple(options), sized) for kernel in ("forward", "backward"))
+    probe = torch.empty((1, *shape[1:]), dtype=dtype, device=device)
+    return all(verifier.can_use(kernel, probe, shape[1], tuple(options), shape) for kernel in ("forward", "backward"))
+
+
+def is_matmul_quicker(shape: Shape, out_channels: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a 1 x 1 convolution of images (N, C, H, W) is quicker as a matrix product, forward and backward, on this GPU."""
+    key = (tuple(shape), out_channels, dtype, device)
+    if device.type != "cuda":
+        return False
+    if key not in _MATMUL_QUICKER:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            count, channels, height, width = shape
+            x = to_channels_last(torch.randn(tuple(shape), dtype=dtype, device=device))
+            g = to_channels_last(torch.randn((count, out_channels, height, width), dtype=dtype, device=device))
+            weight = torch.randn((out_channels, channels, 1, 1), dtype=dtype, device=device)
+            rows, g_rows, matrix = (value.permute(0, 2, 3, 1).flatten(0, 2) for value in (x, g, weight))
+            one, none = [1, 1], [0, 0]
+
+            def convolve() -> None:
+                F.conv2d(x, weight)
+                torch.ops.aten.convolution_backward(g, x, weight, None, one, none, one, False, none, 1, [True, True, False])
+
+            def multiply() -> None:
+                torch.mm(rows, matrix.t())
+                torch.mm(g_rows, matrix)
+                torch.mm(g_rows.t(), rows)
+
+            _MATMUL_QUICKER[key] = _time_call(multiply) < MATMUL_MARGIN * _time_call(convolve)
+    return _MATMUL_QUICKER[key]
 
 
 def _choose_configs(
@@ -348,7 +384,7 @@ def _time_call(call: Any) -> float:
         call()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(float(start.elapsed_time(end)))
     return min(times)
 
 
@@ -368,8 +404,8 @@ def depthwise_sums(
     """3 x 3 convolution of each channel, zero padding of 1, of activation(BatchNorm(x)); and sums of what comes out.
 
     x (N, C, H, W), weight (C, 1, 3, 3) float32, pivot (C,) -> y (N, C, H / stride, W / stride), channels last, and
-    (num_programs, 2, C) float32: each program's sums of y - pivot and of its square. norm_in: moments (2, C), weight and bias of the
-    BatchNorm before, or nothing: then x goes in as it is. options: `DepthwiseOptions`. It has no gradient: see `depthwise_norm`.
+    (num_programs, 2, C) float32: each program's sums of y - pivot and of its square. norm_in: moments (2, C), weight and bias
+    of the BatchNorm before, or nothing: then x goes in as it is. options: `DepthwiseOptions`. See `depthwise_norm`.
     """
     use_triton = verifier.can_use("forward", x, x.shape[1], tuple(options))
     compute = depthwise_sums_triton if use_triton else depthwise_sums_reference
@@ -400,9 +436,9 @@ def depthwise_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `depthwise_norm`: of x (before its activation, but behind its BatchNorm), and sums of each channel.
 
-    images: the gradient g of the result, y, and x. norm: moments, weight and bias of the BatchNorm after the convolution, and its
-    `gradient_sums`; norm_in: the first three of the one before; eps: of both. The sums, float32, one after the other: filters'
-    gradients (C, 9), and with norm_in the two of its `gradient_sums` (2, C).
+    images: the gradient g of the result, y, and x. norm: moments, weight and bias of the BatchNorm after the convolution, and
+    its `gradient_sums`; norm_in: the first three of the one before; eps: of both. The sums, float32, one after the other:
+    filters' gradients (C, 9), and with norm_in the two of its `gradient_sums` (2, C).
     """
     use_triton = verifier.can_use("backward", images[2], weight.shape[0], tuple(options))
     compute = depthwise_gradients_triton if use_triton else depthwise_gradients_reference
@@ -434,9 +470,9 @@ def depthwise_norm(
 ) -> Tensor:
     """activation(BatchNorm(y)) of the result y of `depthwise_sums(x, weight, ...)`, with the gradient of both.
 
-    norm and norm_in: moments (2, C), weight and bias of the BatchNorm after and before the convolution; eps: of both. y and the
-    moments get no gradient: what goes through them is part of the gradients of x, the weights and the biases. No Triton kernel is
-    in here: see `batch_norm.apply_batch_norm`.
+    norm and norm_in: moments (2, C), weight and bias of the BatchNorm after and before the convolution; eps: of both. y and
+    the moments get no gradient: what goes through them is part of the gradients of x, the weights and the biases. No Triton
+    kernel is in here: see `batch_norm.apply_batch_norm`.
     """
     moments, gamma, beta = norm
     inv_std = per_channel(torch.rsqrt(moments[1] + eps[0]))

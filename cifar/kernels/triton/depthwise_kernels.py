@@ -9,6 +9,8 @@ Sizes are not constants of the compiled code, so one compilation serves all laye
 that divides the number of channels (UNIT) is a constant, because it says how wide a load may be.
 """
 
+# ruff: noqa: RUF005 (Triton has no `*tuple`)
+
 from __future__ import annotations
 
 import triton
@@ -80,7 +82,7 @@ def depthwise_forward(
     STRIDE: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """y (N, out_height, out_width, C) of x (N, height, width, C), and partials[program] (2, C): sums of y - pivot and its square.
+    """y (N, out_height, out_width, C) of x (N, height, width, C); partials[program] (2, C): sums of y - pivot and its square.
 
     With NORM, x first goes through BatchNorm and ACTIVATION. ROWS: of y in a strip.
     """
@@ -92,7 +94,7 @@ def depthwise_forward(
     pivot_value = load_pivot(pivot, c, size)[None, :]
     scale, shift = pivot_value, pivot_value
     if NORM:
-        mean_in, inv_std_in, scale, shift = load_norm(moments_in, gamma_in, beta_in, eps_in, c, size, valid)
+        _mean_in, _inv_std_in, scale, shift = load_norm(moments_in, gamma_in, beta_in, eps_in, c, size, valid)
     strips_of_image = (out_height + ROWS - 1) // ROWS
     zeros = tl.full((BLOCK, CHANNELS), 0.0, tl.float32)
     first, second = zeros, zeros
@@ -105,7 +107,7 @@ def depthwise_forward(
         sources = x + ((image * height + row) * width)[:, None] * size + c[None, :]
         targets = y + ((image * out_height + row_out) * out_width)[:, None] * size + c[None, :]
         left = ()
-        for i in tl.static_range(DOWN):
+        for i in tl.static_range(DOWN):  # noqa: B007 (Triton takes no `_` twice)
             left = left + (zeros,)
         middle = load_column(sources, 0, row, here, height, width, size, scale, shift, DOWN, NORM, ACTIVATION)
         right = load_column(sources, 1, row, here, height, width, size, scale, shift, DOWN, NORM, ACTIVATION)
@@ -136,7 +138,18 @@ def depthwise_forward(
 
 
 @triton.jit(
-    do_not_specialize=["eps", "eps_in", "pixels", "num_strips", "num_programs", "height", "width", "out_height", "out_width", "units"]
+    do_not_specialize=[
+        "eps",
+        "eps_in",
+        "pixels",
+        "num_strips",
+        "num_programs",
+        "height",
+        "width",
+        "out_height",
+        "out_width",
+        "units",
+    ]
 )
 def depthwise_backward(
     g, y, x, weight, h, partials, moments, gamma, beta, sums, eps, moments_in, gamma_in, beta_in, eps_in,
@@ -178,7 +191,7 @@ def depthwise_backward(
         xs, hs = x + place, h + place
         left = ()
         if STRIDE == 1:
-            for i in tl.static_range(DOWN):
+            for i in tl.static_range(DOWN):  # noqa: B007
                 left = left + (zeros,)
         middle = load_gradient_column(
             gs, ys, 0, row_out, here, out_height, out_width, size, scale, shift, slope, offset, DOWN, ACTIVATION
@@ -207,9 +220,7 @@ def depthwise_backward(
                     updated = ()
                     for k in tl.static_range(9):
                         if ((i + 1 - k // 3) % STRIDE == 0) and ((j + 1 - k % 3) % STRIDE == 0):
-                            gradient = gradients[
-                                ((j + 1 - k % 3) // STRIDE + HALO) * DOWN + (i + 1 - k // 3) // STRIDE + HALO
-                            ]
+                            gradient = gradients[((j + 1 - k % 3) // STRIDE + HALO) * DOWN + (i + 1 - k // 3) // STRIDE + HALO]
                             total += gradient * taps[k]
                             updated = updated + (filters[k] + gradient * active,)
                         else:
