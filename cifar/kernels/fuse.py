@@ -107,17 +107,13 @@ class FusedConvNorm(nn.Sequential):
     """The same convolution, BatchNorm and, if there is one, ReLU; in training by Triton kernels where those are enabled."""
 
     num_multiprocessors: int  # of the GPU: how many sums are made is a constant of compiled code, which other processes use too
+    activation_code: int  # as `apply_batch_norm` takes it
 
     @property
     def batch_norm(self) -> nn.BatchNorm2d:
         norm = self[1]
         assert isinstance(norm, nn.BatchNorm2d)
         return norm
-
-    @property
-    def activation(self) -> int:
-        """As `apply_batch_norm` takes it."""
-        return ACTIVATIONS[type(self[2])] if len(self) == 3 else NO_ACTIVATION
 
     def can_fuse(self, x: Tensor) -> bool:
         """Whether the kernels are to be used now."""
@@ -151,7 +147,7 @@ class FusedConvNorm(nn.Sequential):
             return super().forward(x)  # type: ignore[no-untyped-call]
         norm = self.batch_norm
         y, moments = self.convolve(x)
-        z: Tensor = apply_batch_norm(y, moments, norm.weight, norm.bias, norm.eps, self.activation)
+        z: Tensor = apply_batch_norm(y, moments, norm.weight, norm.bias, norm.eps, self.activation_code)
         return z
 
 
@@ -159,13 +155,14 @@ class FusedDepthwise(FusedConvNorm):
     """A depthwise convolution and its BatchNorm, which also do the work of the row before them."""
 
     before: tuple[FusedConvNorm, ...]  # that row or none; in a tuple, so that it is no child of this module
+    options: list[int]  # the values of `DepthwiseOptions`
 
     def forward(self, x: Tensor) -> Tensor:
         if not all(row.can_fuse(x) for row in (self, *self.before)):
             return super().forward(x)
         conv, norm, mean = self[0], self.batch_norm, self.batch_norm.running_mean
         assert isinstance(conv, nn.Conv2d) and mean is not None
-        norm_in, eps_in, options = [], norm.eps, list(self.options)
+        norm_in, eps_in, options = [], norm.eps, self.options
         if self.before:
             norm_before = self.before[0].batch_norm
             x, moments = self.before[0].convolve(x)
@@ -177,13 +174,6 @@ class FusedDepthwise(FusedConvNorm):
         norm_out = [self.update_statistics(partials, y), norm.weight, norm.bias]
         z: Tensor = depthwise_norm(y, x, conv.weight, norm_out, norm_in, [norm.eps, eps_in], options)
         return z
-
-    @property
-    def options(self) -> DepthwiseOptions:
-        activation_in = self.before[0].activation if self.before else NO_ACTIVATION
-        conv = self[0]
-        assert isinstance(conv, nn.Conv2d)
-        return DepthwiseOptions(conv.stride[0], int(bool(self.before)), activation_in, self.activation)
 
 
 class FusedAwayConvNorm(FusedConvNorm):
@@ -275,6 +265,7 @@ def _fuse_rows(parent: nn.Sequential, calls: Calls, device: torch.device, is_wid
     if _is_conv_norm(children, is_wide) and all(child in calls for child in children):
         parent.__class__ = FusedConvNorm
         parent.num_multiprocessors = count_multiprocessors(device)  # type: ignore[assignment]
+        parent.activation_code = ACTIVATIONS[type(children[2])] if len(children) == 3 else NO_ACTIVATION  # type: ignore[assignment]
     for row in zip(children, children[1:], children[2:], strict=False):
         conv, relu, pool = row
         if type(conv) is not TritonConv2d or conv.bias is None or type(relu) is not nn.ReLU or not _is_max_pool_2x2(pool):
@@ -297,12 +288,12 @@ def _fuse_depthwise(row: FusedConvNorm, calls: Calls, num_uses: Mapping[int, int
     is_seen_once = all(len(calls[part]) == 1 for other in before for part in (other, *other))
     if len(before) > 1 or num_uses.get(id(x)) != 1 or not is_seen_once:
         before = []
-    activation_in = before[0].activation if before else NO_ACTIVATION
-    options = DepthwiseOptions(conv.stride[0], int(bool(before)), activation_in, row.activation)
+    activation_in = before[0].activation_code if before else NO_ACTIVATION
+    options = DepthwiseOptions(conv.stride[0], int(bool(before)), activation_in, row.activation_code)
     if not is_worthwhile((batch_size, *x.shape[1:]), TritonConv2d.precision, x.device, options):
         return False
     row.__class__ = FusedDepthwise
-    row.before = tuple(before)  # type: ignore[assignment]
+    row.before, row.options = tuple(before), list(options)  # type: ignore[assignment]
     for other in before:
         other.__class__ = FusedAwayConvNorm
         other.follower = (row,)  # type: ignore[assignment]
