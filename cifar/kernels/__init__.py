@@ -10,6 +10,7 @@ In triton/, for compiled steps and their evaluations on a GPU:
 * max_pool.py: 2 x 2 max-pooling by itself;
 * verify.py: a kernel is used only after it has given torch's answer on this GPU, for images of these sizes and with these
   strides; otherwise torch's is;
+* choices.py: what was chosen by time, on disk;
 * launch.py: what launching them has in common.
 
 fuse.py decides which modules of a network use them.

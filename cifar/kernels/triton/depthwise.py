@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 
 from cifar.kernels.triton.batch_norm import RELU6, activate, gradient_sums, per_channel
+from cifar.kernels.triton.choices import CHOICES
 from cifar.kernels.triton.conv3x3 import sum_partials
 from cifar.kernels.triton.depthwise_kernels import depthwise_backward, depthwise_forward
 from cifar.kernels.triton.launch import (
@@ -36,7 +37,6 @@ from cifar.kernels.triton.verify import KernelCase, RandomInputs, Verifier, is_c
 NUM_TAPS = 9
 MAX_TRIED_IMAGES = 256  # a kernel is compared with torch on at most so many
 NUM_TIMED_CALLS = 5
-MATMUL_MARGIN = 0.97  # so much of the convolution's time a matrix product may take: the choice is the same in the next process
 
 
 class DepthwiseConfig(NamedTuple):
@@ -96,7 +96,7 @@ def depthwise_sums_triton(
 ) -> tuple[Tensor, Tensor]:
     """`depthwise_sums` by our kernel."""
     x, (stride, has_norm, activation_in, _) = to_channels_last(x), options
-    config = config or chosen_config("forward", x.shape, options)
+    config = config or chosen_config("forward", x, options)
     y, partials = _empty_results(x, stride, num_programs)
     columns, unit = block_channels(x.shape[1]), size_unit(x.shape[1])
     block = config.values * 32 * config.warps // columns
@@ -122,7 +122,7 @@ def depthwise_gradients_triton(
     """`depthwise_gradients` by our kernels: one makes each program's sums, another adds these."""
     g, y, x = map(to_channels_last, images)
     stride, has_norm, activation_in, activation = options
-    config = config or chosen_config("backward", x.shape, options)
+    config = config or chosen_config("backward", x, options)
     channels = x.shape[1]
     columns, unit = block_channels(channels), size_unit(channels)
     block, num_blocks = config.values * 32 * config.warps // columns, triton.cdiv(channels, columns)
@@ -217,20 +217,17 @@ def _empty_results(x: Tensor, stride: int, num_programs: int) -> tuple[Tensor, T
 
 # -- which of the two --------------------------------------------------------------------------------------------------
 
-_CONFIGS: dict[tuple[Any, ...], DepthwiseConfig] = {}
-_WORTHWHILE: dict[tuple[Any, ...], bool] = {}
-_MATMUL_QUICKER: dict[tuple[Any, ...], bool] = {}
 
-
-def _kind(kernel: str, shape: Shape, options: Sequence[int]) -> tuple[Any, ...]:
+def _name_kind(kernel: str, shape: Shape, options: Sequence[int]) -> str:
     """What one compiled kernel is for. All layers of a kind use the configuration that was quickest for the first one."""
-    return kernel, tuple(options), size_unit(shape[1]), block_channels(shape[1])
+    return f"depthwise {kernel} {tuple(options)} {size_unit(shape[1])} {block_channels(shape[1])}"
 
 
-def chosen_config(kernel: str, shape: Shape, options: Sequence[int]) -> DepthwiseConfig:
-    """The quickest one, or the first where none has been timed."""
+def chosen_config(kernel: str, x: Tensor, options: Sequence[int]) -> DepthwiseConfig:
+    """The quickest one for this kind, or the first where none has been timed."""
     configs = FORWARD_CONFIGS if kernel == "forward" else BACKWARD_CONFIGS
-    return _CONFIGS.get(_kind(kernel, shape, options), configs[0])
+    rows = CHOICES.find(_name_kind(kernel, x.shape, options), x.device)
+    return next((config for config in configs if config.rows == rows), configs[0])
 
 
 def _supports_case(case: KernelCase) -> bool:
@@ -280,41 +277,47 @@ def is_worthwhile(shape: Shape, dtype: torch.dtype, device: torch.device, option
 
     shape: (N, C, H, W) of what goes in. The first call of a kind also chooses among the configurations, by time.
     """
-    key = (tuple(shape), dtype, device, options)
-    if key not in _WORTHWHILE:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            _WORTHWHILE[key] = _try_kernels(shape, dtype, device, options)
-    return _WORTHWHILE[key]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        probe = torch.empty((1, *shape[1:]), dtype=dtype, device=device)
+        kernels = "forward", "backward"
+        if device.type == "cuda":
+            name = f"depthwise {tuple(shape)} {dtype} {tuple(options)}"
+            is_quicker = CHOICES.get(name, device, lambda: _is_quicker(shape, dtype, device, options))
+            if not is_quicker:
+                return False
+        return all(verifier.can_use(kernel, probe, shape[1], tuple(options), shape) for kernel in kernels)
 
 
-def _try_kernels(shape: Shape, dtype: torch.dtype, device: torch.device, options: DepthwiseOptions) -> bool:
-    if device.type == "cuda":
-        case = KernelCase("forward", tuple(shape), shape[1], tuple(options), dtype, device)
-        x, weight, norm, norm_in, eps = _draw_case(case, RandomInputs(case))
-        x = to_channels_last(x.repeat(-(-shape[0] // len(x)), 1, 1, 1)[: shape[0]])
-        try:
-            ours = _choose_configs(x, weight, norm, norm_in, eps, options)
-        except (triton.runtime.errors.TritonError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
-                raise
-            return False
-        if ours > _time_torch(x, weight, options.stride):
-            return False
-    probe = torch.empty((1, *shape[1:]), dtype=dtype, device=device)
-    return all(verifier.can_use(kernel, probe, shape[1], tuple(options), shape) for kernel in ("forward", "backward"))
+def _is_quicker(shape: Shape, dtype: torch.dtype, device: torch.device, options: DepthwiseOptions) -> bool:
+    case = KernelCase("forward", tuple(shape), shape[1], tuple(options), dtype, device)
+    x, weight, norm, norm_in, eps = _draw_case(case, RandomInputs(case))
+    x = to_channels_last(x.repeat(-(-shape[0] // len(x)), 1, 1, 1)[: shape[0]])
+    try:
+        ours = _choose_configs(x, weight, norm, norm_in, eps, options)
+    except (triton.runtime.errors.TritonError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise
+        return False
+    return ours < _time_torch(x, weight, options.stride)
+
+
+def _draw_like(images: Tensor) -> Tensor:
+    """Normal numbers in the place of these images, by a generator of their own: training's must not notice."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    return images.copy_(torch.randn(images.shape, generator=generator, device=images.device))
 
 
 def is_matmul_quicker(shape: Shape, out_channels: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a 1 x 1 convolution of images (N, C, H, W) is quicker as a matrix product, forward and backward, on this GPU."""
-    key = (tuple(shape), out_channels, dtype, device)
     if device.type != "cuda":
         return False
-    if key not in _MATMUL_QUICKER:
+
+    def choose() -> bool:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             count, channels, height, width = shape
-            x = to_channels_last(torch.randn(tuple(shape), dtype=dtype, device=device))
-            g = to_channels_last(torch.randn((count, out_channels, height, width), dtype=dtype, device=device))
-            weight = torch.randn((out_channels, channels, 1, 1), dtype=dtype, device=device)
+            weight = _draw_like(torch.empty((out_channels, channels, 1, 1), dtype=dtype, device=device))
+            x = _draw_like(empty_channels_last(weight, shape))
+            g = _draw_like(empty_channels_last(weight, (count, out_channels, height, width)))
             rows, g_rows, matrix = (value.permute(0, 2, 3, 1).flatten(0, 2) for value in (x, g, weight))
             one, none = [1, 1], [0, 0]
 
@@ -327,8 +330,9 @@ def is_matmul_quicker(shape: Shape, out_channels: int, dtype: torch.dtype, devic
                 torch.mm(g_rows, matrix)
                 torch.mm(g_rows.t(), rows)
 
-            _MATMUL_QUICKER[key] = _time_call(multiply) < MATMUL_MARGIN * _time_call(convolve)
-    return _MATMUL_QUICKER[key]
+            return _time_call(multiply) < _time_call(convolve)
+
+    return bool(CHOICES.get(f"matmul {tuple(shape)} {out_channels} {dtype}", device, choose))
 
 
 def _choose_configs(
@@ -338,13 +342,13 @@ def _choose_configs(
     pivot = norm[0][0]
     num_programs = choose_depthwise_programs(x.shape[1], count_multiprocessors(x.device))
     y, _ = _empty_results(x, options.stride, 1)
-    y.copy_(torch.randn_like(y))
-    images, norm = (torch.randn_like(y), y, x), [*norm, torch.zeros_like(norm[0])]
+    g = _draw_like(torch.empty_like(y))
+    images, norm = (g, _draw_like(y), x), [*norm, torch.zeros_like(norm[0])]
     total = 0.0
     for kernel, configs in (("forward", FORWARD_CONFIGS), ("backward", BACKWARD_CONFIGS)):
-        kind = _kind(kernel, x.shape, options)
-        times = {}
-        for config in [_CONFIGS[kind]] if kind in _CONFIGS else configs:
+        name, times = _name_kind(kernel, x.shape, options), {}
+        known = CHOICES.find(name, x.device)
+        for config in configs if known is None else [chosen_config(kernel, x, options)]:
 
             def call(kernel: str = kernel, config: DepthwiseConfig = config) -> None:
                 if kernel == "forward":
@@ -353,7 +357,8 @@ def _choose_configs(
                     depthwise_gradients_triton(images, weight, norm, norm_in, eps, options, config)
 
             times[config] = _time_call(call)
-        _CONFIGS[kind] = min(times, key=lambda config: times[config])
+        best = min(times, key=lambda config: times[config]).rows
+        CHOICES.get(name, x.device, lambda best=best: best)
         total += min(times.values())
     return total
 
@@ -363,7 +368,7 @@ def _time_torch(x: Tensor, weight: Tensor, stride: int) -> float:
     weight = weight.to(x.dtype)
     pair, channels = [1, 1], x.shape[1]
     y = F.conv2d(x, weight, None, stride, 1, 1, channels)
-    g = torch.randn_like(y)
+    g = _draw_like(torch.empty_like(y))
 
     def call() -> None:
         F.conv2d(x, weight, None, stride, 1, 1, channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from cifar.kernels import fuse
-from cifar.kernels.triton import batch_norm, depthwise
+from cifar.kernels.triton import batch_norm, choices, depthwise
 from cifar.kernels.triton.depthwise import DepthwiseConfig, DepthwiseOptions
 from cifar.models.blocks import conv_norm
 from cifar.models.mobilenet_v2 import InvertedResidual
@@ -154,7 +155,7 @@ def test_a_wrong_kernel_is_found_out_and_not_used(which: str, monkeypatch: pytes
     x = draw_images(2, 8, 4, 4, dtype=DTYPES[0])
     for kernel in ("forward", "backward"):
         assert depthwise.verifier.can_use(kernel, x, 8, (1, 0, 0, 1)) == (kernel != which)
-    monkeypatch.setattr(depthwise, "_WORTHWHILE", {})
+    forget_choices(monkeypatch)
     assert not depthwise.is_worthwhile(x.shape, x.dtype, x.device, DepthwiseOptions(1, 0, 0, 1))
 
 
@@ -207,11 +208,11 @@ def make_network(kind: str) -> nn.Sequential:
     return model.to(DEVICE, memory_format=torch.channels_last)
 
 
-def forget_choices(monkeypatch: pytest.MonkeyPatch, *, quick: bool = True) -> None:
-    """Every kernel that is right counts as quick, or none does."""
-    monkeypatch.setattr(depthwise, "_WORTHWHILE", {})
-    monkeypatch.setattr(depthwise, "_MATMUL_QUICKER", {})
-    monkeypatch.setattr(depthwise, "_time_torch", lambda *_: float("inf") if quick else 0.0)
+def forget_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel that is right counts as quick."""
+    monkeypatch.setattr(depthwise, "CHOICES", choices.Choices())
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(depthwise, "_time_torch", lambda *_: float("inf"))
 
 
 KINDS = [
@@ -265,6 +266,18 @@ def test_networks_learn_what_torchs_learn(
         assert measure_error(reached, value.double()) < (1e-5 if dtype == torch.float32 else 2e-2), name
     with torch.no_grad():
         assert measure_error(ours.eval()(x), exact.eval()(x.double())) < 1e-4, "evaluated as before"
+
+
+def test_choices_are_found_again_by_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A/B 1")
+    device = torch.device("cuda")
+    assert choices.Choices().get("one", device, lambda: True) is True
+    again = choices.Choices()
+    assert again.get("one", device, lambda: False) is True and again.find("two", device) is None
+    (file,) = (tmp_path / "cifar").iterdir()
+    file.write_text("cut off {")
+    assert choices.Choices().get("one", device, lambda: 3) == 3
 
 
 def test_nothing_is_fused_that_is_slower_than_torch(monkeypatch: pytest.MonkeyPatch) -> None:
