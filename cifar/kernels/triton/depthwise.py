@@ -13,6 +13,7 @@ Weights and their gradients are float32, sums are float32. There are no atomic o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -358,7 +359,7 @@ def _choose_configs(
 
             times[config] = _time_call(call)
         best = min(times, key=lambda config: times[config]).rows
-        CHOICES.get(name, x.device, lambda best=best: best)
+        CHOICES.get(name, x.device, functools.partial(int, best))
         total += min(times.values())
     return total
 

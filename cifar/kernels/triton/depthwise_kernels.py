@@ -10,6 +10,7 @@ that divides the number of channels (UNIT) is a constant, because it says how wi
 """
 
 # ruff: noqa: RUF005 (Triton has no `*tuple`)
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
