@@ -340,7 +340,7 @@ def _label_points(points: list[Point]) -> list[Point]:
     swept = list(dict.fromkeys(key for point in points for run in point.runs for key in run.swept_keys))
     every = dict.fromkeys(["model", *swept, *(key for point in points for key in point.runs[0].config)])
     configs = [point.runs[0].config for point in points]
-    differing = [key for key in every if key != "seed" and len({json.dumps(c.get(key), default=str) for c in configs}) > 1]
+    differing = [key for key in every if key != "seed" and has_several([c.get(key) for c in configs])]
     needed, num_different = list(differing), len({_format_label(config, differing) for config in configs})
     for key in reversed(differing):
         fewer = [other for other in needed if other != key]
@@ -368,6 +368,13 @@ def _label_points(points: list[Point]) -> list[Point]:
         label += f" ({point.num_views} views)" if point.num_views > 1 else ""
         labelled.append(replace(point, label=label, values={key: config.get(key) for key in columns}))
     return labelled
+
+
+def has_several(values: Sequence[Any]) -> bool:
+    """Whether the values are not all the same as JSON writes them."""
+    distinct = {repr(value): value for value in values}.values()
+    first = next((json.dumps(value, default=str) for value in distinct), "")
+    return any(json.dumps(value, default=str) != first for value in distinct)
 
 
 def _format_label(config: dict[str, Any], keys: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import re
@@ -21,7 +22,8 @@ from cifar.errors import UserError
 from cifar.report import html as pages
 from cifar.report import style
 from cifar.report.aggregate import Comparison, Point, compare_runs
-from cifar.report.explorer.document import build_document
+from cifar.report.beside import start_beside
+from cifar.report.explorer.document import MANY_RUNS, build_document
 from cifar.report.explorer.page import render_explorer
 from cifar.report.formatting import (
     format_mega_macs,
@@ -111,10 +113,14 @@ def write_report(
     options += [word for name in kept for word in ("--keep", name)]
     notes = [*pages.write_sentences(comparison), *_progress_notes(collection, comparison)]
     command = command or shlex.join(["python", "-m", "cifar", "report", *names, *options])
+    draw = functools.partial(_draw_figures, collection, comparison, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         paths = [out / "report.html", out / "report.csv", out / "report.json"]
-        sections, drawn = _draw_figures(collection, comparison, out, notes)
+        with start_beside(draw) if len(collection.runs) >= MANY_RUNS else contextlib.nullcontext(draw) as wait_for_figures:
+            explorer = _make_explorer(comparison, collection, runs, kept_ids)
+            sections, drawn, problems = wait_for_figures()
+        notes += problems
         document = mask_secrets(_build_json(comparison, notes), mask_keys=False)
         write_atomic(paths[2], json.dumps(document, indent=1).encode())
         if comparison.points:
@@ -122,7 +128,6 @@ def write_report(
         else:
             paths.pop(1).unlink(missing_ok=True)
         provenance = pages.describe_provenance(comparison, collection.runs, command)
-        explorer = _make_explorer(comparison, collection, runs, kept_ids)
         html = pages.render_page(
             comparison, sections, question=collection.question, notes=notes, provenance=provenance, explorer=explorer
         )
@@ -183,12 +188,13 @@ def _make_explorer(comparison: Comparison, collection: RunCollection, runs: Path
 
 
 def _draw_figures(
-    collection: RunCollection, comparison: Comparison, out: Path, notes: list[str]
-) -> tuple[list[pages.Section], list[Path]]:
-    """Draw every figure into `out` -> (sections of the page, files). Problems are appended to `notes`.
+    collection: RunCollection, comparison: Comparison, out: Path
+) -> tuple[list[pages.Section], list[Path], list[str]]:
+    """Draw every figure into `out` -> (sections of the page, files, problems).
 
     A single run is shown by the figures of a run, everything else by those of a sweep.
     """
+    notes: list[str] = []
     sections, paths = [], []
     entries = sorted(registry.figures, key=style.sort_key)
     notes += [f"{problem}." for problem in registry.figures.problems]
@@ -218,7 +224,7 @@ def _draw_figures(
             top = 0.0 if subject.banner else drawn.header_inches  # the page has the title; a banner stays
             inline = pages.render_image(style.shrink_picture(png, top_inches=top), figure_class.title)
         sections.append(pages.Section(figure_class.title, caption, inline, entry.name in SHOWN_BY_EXPLORER))
-    return sections, paths
+    return sections, paths, notes
 
 
 def _progress_notes(collection: RunCollection, comparison: Comparison) -> list[str]:

@@ -46,7 +46,8 @@ class MetricRows(Sequence[Row]):
 
     def __init__(self, layouts: tuple[Layout, ...], ids: Ids, values: Numbers) -> None:
         self.layouts, self.ids, self.values = layouts, ids, values
-        self._table = values.reshape(len(ids), len(layouts[0].names)) if len(layouts) == 1 else None
+        is_table = len(layouts) > 0 and all(layout.names == layouts[0].names for layout in layouts[1:])
+        self._table = values.reshape(len(ids), len(layouts[0].names)) if is_table else None
         self._last: Row | None = None
 
     def __len__(self) -> int:
@@ -100,14 +101,14 @@ class MetricRows(Sequence[Row]):
         return find_starts(self.layouts, self.ids)
 
     def _make_row(self, index: int) -> Row:
+        layout = self.layouts[self.ids[index]]
         if self._table is not None:
-            layout, numbers = self.layouts[0], self._table[index].tolist()
+            numbers = self._table[index].tolist()
         else:
-            layout = self.layouts[self.ids[index]]
             numbers = self.values[self._starts[index] : self._starts[index + 1]].tolist()
         for place in layout.whole_places:
             numbers[place] = int(numbers[place])
-        return dict(zip(layout.names, numbers, strict=True))
+        return dict(zip(layout.names, numbers))  # noqa: B905 (many rows; is_exact and the reshape have compared the lengths)
 
 
 class RowPacker:

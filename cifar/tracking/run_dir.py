@@ -30,7 +30,7 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,10 +286,24 @@ def find_run_dir(name: str, runs_dir: Path) -> RunDir:
 
 def format_repeat_command(run_dir: Path, runs_dir: Path) -> str:
     """The command that trains a run's configuration again. Written from where it works: with the folders it needs."""
-    if run_dir.resolve().parent != runs_dir.resolve():
-        return f"python -m cifar train --from {shlex.quote(str(run_dir))}"
-    option = "" if resolve_runs_dir() == runs_dir.resolve() else f" --runs-dir {shlex.quote(str(runs_dir))}"
-    return f"python -m cifar train --from {run_dir.name}{option}"
+    return next(format_repeat_commands([run_dir], runs_dir))
+
+
+def format_repeat_commands(run_dirs: Iterable[Path], runs_dir: Path) -> Iterator[str]:
+    """`format_repeat_command` of many runs."""
+    home = runs_dir.resolve()
+    option = "" if resolve_runs_dir() == home else f" --runs-dir {shlex.quote(str(runs_dir))}"
+    parents: dict[Path, bool] = {}  # a folder -> whether it is the runs folder
+    for run_dir in run_dirs:
+        if run_dir.is_symlink():
+            is_inside = run_dir.resolve().parent == home
+        else:
+            parent = run_dir.parent
+            is_inside = parents[parent] if parent in parents else parents.setdefault(parent, parent.resolve() == home)
+        if is_inside:
+            yield f"python -m cifar train --from {run_dir.name}{option}"
+        else:
+            yield f"python -m cifar train --from {shlex.quote(str(run_dir))}"
 
 
 def generate_id() -> str:

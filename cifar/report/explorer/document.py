@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar.report.aggregate import Comparison, Point
+from cifar.report.aggregate import Comparison, Point, has_several
 from cifar.report.figures.predictions import class_names, read_predictions
 from cifar.report.load import ExcludedRun, Run
 from cifar.report.metric_rows import read_column
 from cifar.report.style import Nothing
 from cifar.system.names import escape_controls
 from cifar.system.redact import redact
-from cifar.tracking.run_dir import format_repeat_command
+from cifar.tracking.run_dir import format_repeat_command, format_repeat_commands
 
 MAX_CURVE_POINTS, MAX_CURVE_POINTS_OF_MANY, MANY_RUNS = 32, 24, 1000  # of a run; of each of more than so many runs
 MAX_DETAILED = 30  # of the best points, beside those of the front
@@ -39,6 +39,7 @@ MAX_HEAT_LAYERS = 120
 CURVE_METRICS = {"val/acc": 5e3, "train/acc": 2e3, "train/loss": 1e3, "val/loss": 1e3}
 HEAT_METRICS = {"gradient_norm": "gradient norm", "update_ratio": "update norm / weight norm"}
 MAX_TAGS = 40
+FAST_BYTES = 500_000  # from which on the last percent of compression would take as long as all of it
 MAX_MISTAKES = 6  # pictures of a run
 # Costs that only some runs have in their summary: key -> (what it is, its unit). Where no run has one, it is no axis.
 MEASURED_COSTS = {
@@ -137,11 +138,7 @@ def find_other_differences(points: Sequence[Point], keys: Sequence[str]) -> list
     """The settings in which points differ, too, beside those that tell them apart."""
     configs = [point.runs[0].config for point in points]
     names = dict.fromkeys(name for config in configs for name in config)
-    return [
-        name
-        for name in names
-        if name not in (*keys, "seed", "experiment") and len({json.dumps(c.get(name), default=str) for c in configs}) > 1
-    ]
+    return [name for name in names if name not in (*keys, "seed", "experiment") and has_several([c.get(name) for c in configs])]
 
 
 def list_tags(runs: Sequence[Run]) -> list[str]:
@@ -188,10 +185,16 @@ def _list_runs(
         "test_views": [accuracy(run, "test", most_views=True) for run in runs],
         "seconds": [_round(run.seconds, 3) for run in runs],
         "images": [run.num_images for run in runs],
-        "command": [format_repeat_command(run.path, runs_folder or run.path.parent) for run in runs],
+        "command": _list_commands(runs, runs_folder),
         "folder": [str(run.path) for run in runs],
         "url": [_read_url(run) for run in runs],
     }
+
+
+def _list_commands(runs: Sequence[Run], runs_folder: Any) -> list[str]:
+    if runs_folder:
+        return list(format_repeat_commands((run.path for run in runs), runs_folder))
+    return [format_repeat_command(run.path, run.path.parent) for run in runs]
 
 
 def _read_url(run: Run) -> str:
@@ -379,4 +382,4 @@ def _pack_json(value: Any) -> str:
 
 
 def _pack(content: bytes) -> str:
-    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(content, 9 if len(content) < FAST_BYTES else 6, mtime=0)).decode()

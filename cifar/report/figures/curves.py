@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,8 +111,8 @@ class LearningCurves:
 
 def _draw_quantiles(axes: Any, lines: Sequence[Line]) -> None:
     """Where half and nine tenths of many lines are, at each epoch."""
-    all_epochs = np.array([epoch for line in lines for epoch in line.epochs])
-    all_values = np.array([value for line in lines for value in line.mean])
+    all_epochs = np.concatenate([np.array(line.epochs) for line in lines])
+    all_values = np.concatenate([np.array(line.mean) for line in lines])
     order = np.lexsort((all_values, all_epochs))
     epochs, starts, counts = np.unique(all_epochs[order], return_index=True, return_counts=True)
     ordered = all_values[order]
@@ -123,14 +123,19 @@ def _draw_quantiles(axes: Any, lines: Sequence[Line]) -> None:
 
 def _average_seeds(point: Any, key: str, scale: float) -> Line:
     series = [read_series(run.rows, key, scale) for run in point.runs]
-    if len(series) == 1 and all(before < after for before, after in itertools.pairwise(series[0][0])):
-        epochs, mean = series[0]
-        return Line(point.label, epochs, mean, mean, mean, point.on_front)
+    epochs = series[0][0]
+    if all(other == epochs for other, _ in series) and all(map(operator.lt, epochs, epochs[1:])):
+        curves = [values for _, values in series]
+        if len(curves) == 1:
+            return Line(point.label, epochs, curves[0], curves[0], curves[0], point.on_front)
+        sums = map(operator.add, *curves) if len(curves) == 2 else map(math.fsum, zip(*curves, strict=True))
+        means = [total / len(curves) for total in sums]
+        return Line(point.label, epochs, means, [*map(min, *curves)], [*map(max, *curves)], point.on_front)
     by_epoch: dict[int, list[float]] = defaultdict(list)
     for epochs, values in series:
         for epoch, value in zip(epochs, values, strict=True):
             by_epoch[epoch].append(value)
-    epochs = sorted(by_epoch)
+    epochs = sorted(by_epoch)  # of seeds that have other epochs, or one of them twice
     of_seeds = [by_epoch[epoch] for epoch in epochs]
     means = [math.fsum(values) / len(values) for values in of_seeds]
     return Line(point.label, epochs, means, [*map(min, of_seeds)], [*map(max, of_seeds)], point.on_front)

@@ -1,0 +1,65 @@
+"""Work in a copy of the process: its result, its errors, and what happens where it dies or nobody waits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cifar.report.beside import start_beside
+
+
+def test_the_result_comes_from_another_process() -> None:
+    with start_beside(lambda: (os.getpid(), b"x" * 200_000)) as wait:  # more than a pipe holds
+        pid, content = wait()
+    assert len(content) == 200_000 and (pid != os.getpid()) == (len(os.sched_getaffinity(0)) > 1)
+
+
+def test_a_full_disk_is_raised_here_and_other_errors_too() -> None:
+    def fill() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), start_beside(fill) as wait:
+        wait()
+    with pytest.raises(ZeroDivisionError), start_beside(lambda: 1 // 0) as wait:
+        wait()
+
+
+def test_a_copy_that_is_killed_leaves_the_work_to_the_original() -> None:
+    original = os.getpid()
+
+    def die_elsewhere() -> int:
+        if os.getpid() != original:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 5
+
+    with start_beside(die_elsewhere) as wait:
+        assert wait() == 5
+
+
+def test_a_copy_that_nobody_waits_for_ends(tmp_path: Path) -> None:
+    def work() -> None:
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    with pytest.raises(KeyError), start_beside(work):
+        raise KeyError
+    if (tmp_path / "pid").exists():
+        assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
+
+
+def test_with_other_threads_the_work_is_done_here() -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        with start_beside(os.getpid) as wait:
+            assert wait() == os.getpid()
+    finally:
+        done.set()
+        thread.join()
