@@ -3,10 +3,11 @@
     python experiments/studies/frontier/collect.py RUNS --name ablation [--out DIR]
     python experiments/studies/frontier/collect.py --table experiments/studies/frontier/ablation_runs.csv
 
-The first writes NAME_runs.csv (a line a run: its recipe, its result, what it cost) and NAME_curves.csv.gz (a line an epoch) of
-all runs in RUNS that have an epoch, then prints the table. Runs that have not finished are in the files, with their state, and
-not in the table. A row is the runs that differ in their seeds only; "gain" is against the same network without the recipe, with
-a 95 % interval from the standard deviation that is pooled over the rows shown. Accuracies are in percent.
+The first writes four files of all runs in RUNS that have an epoch, then prints the table: NAME_runs.csv (a line a run: its
+recipe, its result, what it cost), NAME_curves.csv.gz (a line an epoch), NAME.csv (a line a row) and NAME_commands.txt (the
+command of each row). Runs that have not finished are in the first two, with their state, and not in the others. A row is the
+runs that differ in their seeds only; "gain" is against the same network without the recipe, with a 95 % interval from the
+standard deviation that is pooled over the rows shown. Accuracies are in percent.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import csv
 import gzip
 import io
 import json
+import shlex
 import statistics
 import sys
 from collections import defaultdict
@@ -34,9 +36,15 @@ TRAINING = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "schedule
 DETAILS = ("randaugment_num_ops", "randaugment_magnitude", "distill_weight", "distill_temperature")
 RESULTS = (
     "seed", "macs", "params", "verified", "state", "epochs_done", "val_acc", "best_val_acc_seen", "best_epoch", "val_loss",
-    "train_acc", "train_loss", "seconds_training", "seconds_wall", "images_per_second", "joules", "train_flops", "together",
+    "train_acc", "train_loss", "seconds_training", "seconds_wall", "images_per_second", "joules", "train_flops",
+    "teacher_flops", "teacher_train_flops", "weights_bytes", "latency_seconds", "latency_device", "together",
     "compiled", "gpu", "torch", "commit", "val_size", "test",
 )  # fmt: skip
+# Of a line of NAME.csv: the means of what its finished runs have; and what they have in common, or else all values.
+MEANS = (
+    "best_val_acc_seen", "train_acc", "seconds_training", "joules", "train_flops", "teacher_flops", "latency_seconds",
+)  # fmt: skip
+COMMON = ("weights_bytes", "together", "gpu", "commit", "val_size")
 CURVES = ("run", "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second")
 
 
@@ -89,7 +97,8 @@ def describe_run(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds_wall": round(ended - started, 1) if started and ended else "",
         "images_per_second": round(statistics.median(row["system/images_per_second"] for row in rows)),
         "joules": round(summary["joules"]) if summary.get("joules") else "",
-        "train_flops": summary.get("train_flops", ""),
+        **{name: summary.get(name, "") for name in ("train_flops", "teacher_flops", "teacher_train_flops", "weights_bytes")},
+        **{name: summary.get(name, "") for name in ("latency_seconds", "latency_device")},
         "together": step.get("together"),
         "compiled": step.get("compiled"),
         "gpu": environment.get("device"),
@@ -121,11 +130,12 @@ def describe_epoch(run: str, row: dict[str, Any]) -> list[Any]:
 
 def collect(runs_dir: Path, name: str, out: Path) -> Path:
     """Write both files -> the path of NAME_runs.csv."""
-    lines, curves = [], []
+    lines, curves, commands = [], [], dict[tuple[str, ...], str]()
     for path in sorted(runs_dir.glob("*/run.json")):
         rows = read_rows(path.parent) if (path.parent / "metrics.jsonl").exists() else []
         if rows:
             lines.append(describe_run(path.parent, rows))
+            commands.setdefault(_row_key(lines[-1]), write_command(read_json(path.parent / "config.json")))
             curves += [describe_epoch(path.parent.name, row) for row in rows]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"{name}_runs.csv", "w", newline="", encoding="utf-8") as file:
@@ -135,7 +145,62 @@ def collect(runs_dir: Path, name: str, out: Path) -> Path:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([CURVES, *curves])
     (out / f"{name}_curves.csv.gz").write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    write_table(lines, commands, out / f"{name}.csv", out / f"{name}_commands.txt")
     return out / f"{name}_runs.csv"
+
+
+def _row_key(line: dict[str, Any]) -> tuple[str, ...]:
+    """What the runs of a row have in common."""
+    return tuple(str(line[name]) for name in (*NETWORK, *TRAINING, *RECIPE, *DETAILS, "val_size", "test"))
+
+
+def write_command(config: dict[str, Any]) -> str:
+    """The command that trains this configuration again: all keys that are not as they are by default."""
+    from cifar.config.resolve import resolve_config  # not for --table
+
+    parts = {key: config[key] for key in ("model", "optimizer", "schedule", "probes") if key in config}
+    default = resolve_config(parts).to_dict()
+    changed = {key: value for key, value in config.items() if value != default.get(key)} | parts
+    left_out = ("threads", "dataset") if config.get("dataset") == "cifar10" else ("threads",)
+    words = [
+        f"{key}={json.dumps(value) if isinstance(value, bool) else value}"
+        for key, value in changed.items()
+        if key not in left_out
+    ]
+    return shlex.join(["python", "-m", "cifar", "train", *words])
+
+
+def write_table(lines: list[dict[str, Any]], commands: dict[tuple[str, ...], str], table: Path, file: Path) -> None:
+    """Write NAME.csv and NAME_commands.txt: rows by MACs, each of the finished runs that differ in their seeds only."""
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        if line["state"] == "finished":
+            rows[_row_key(line)].append(line)
+    written, texts = [], ["# The command of each row of the table beside it, of its first seed."]
+    for key, runs in sorted(rows.items(), key=lambda item: (float(item[1][0]["macs"] or 0), item[0])):
+        runs = sorted(runs, key=lambda line: line["seed"] or 0)
+        known = [float(line["val_acc"]) for line in runs if line["val_acc"] != ""]
+        shown = {name: runs[0][name] for name in (*NETWORK, *TRAINING, *RECIPE, *DETAILS, "macs", "params")}
+        shown |= {
+            "n": len(runs),
+            "val_acc_mean": round(statistics.mean(known), 3) if known else "",
+            "val_acc_std": round(statistics.stdev(known), 3) if len(known) > 1 else "",
+            "values": " ".join(f"{value:.2f}" for value in known),
+            "seeds": " ".join(str(line["seed"]) for line in runs),
+        }
+        for name in MEANS:
+            values = [float(line[name]) for line in runs if line[name] != ""]
+            shown[f"{name}_mean"] = f"{statistics.mean(values):.6g}" if values else ""
+        shown |= {name: " ".join(dict.fromkeys(str(line[name]) for line in runs)) for name in COMMON}
+        written.append(shown)
+        ids = " ".join(line["run"] for line in runs)
+        texts += [f"# {float(runs[0]['macs'] or 0) / 1e6:.2f} MMACs, seeds {shown['seeds']}, runs {ids}", commands[key]]
+    if written:
+        with open(table, "w", newline="", encoding="utf-8") as text:
+            writer = csv.DictWriter(text, list(written[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(written)
+        file.write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
 def describe_recipe(line: dict[str, str]) -> str:
