@@ -347,7 +347,7 @@ class LocalBackend:
     @property
     def stop_mode(self) -> str:
         """ "" while the sweep hands out trials, else "stop" or "cancel"."""
-        return str(self._storage.get_study_user_attrs(self._study).get("stopped", ""))
+        return str(self._table.read_study_attribute("stopped") or "")
 
     def stop_sweep(self, *, cancel: bool = False) -> None:
         """Hand out no more trials. Running ones may finish; with `cancel` they end at their agent's next heartbeat."""
@@ -565,10 +565,10 @@ class LocalBackend:
             value = None
         values = finite_or_none(objectives) if state == "finished" else None
         place = self._note_place(trial)
-        self._update_trial(trial, state=state, reason=reason, value=value, objectives=values or [], place=place)
+        now = {"state": state, "reason": reason, "value": value, "objectives": values or [], "place": place}
         # Optuna has no COMPLETE trial without values; our own `state` says what it is
         optuna_state = _OPTUNA_STATES.get(state, OptunaState.FAIL) if state != "finished" or values else OptunaState.FAIL
-        self._storage.set_trial_state_values(trial.optuna_id, optuna_state, values)
+        self._table.end_trial(trial.optuna_id, {**trial.now, **now}, optuna_state, values)
 
     def _note_place(self, trial: StoredTrial) -> str:
         """The id of this runs folder if the cell's run is in it, else ""."""

@@ -30,7 +30,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models  # private, but what they describe is on disk and changes with a migration only
 from optuna.trial import TrialState as OptunaState
-from sqlalchemy import ColumnElement, and_, func, select
+from sqlalchemy import ColumnElement, and_, bindparam, func, select
 
 from cifar.errors import UserError
 from cifar.sweeps.storage import explain_errors
@@ -44,6 +44,16 @@ _INDEX, _INDEX_COLUMNS = "cifar_trials_by_state", "study_id, state, datetime_sta
 _INDEX_SECONDS = 20  # to make it: it waits for the transactions that are open
 # whether the index of PostgreSQL can be used; no row: there is none
 _FIND_INDEX = "select indisvalid from pg_index where indexrelid = to_regclass(:name)"
+_NO_END = 2**62  # above every id
+_IS_TRIAL = _TRIALS.c.trial_id == bindparam("id")
+_SET_STATE = _TRIALS.update().where(_IS_TRIAL).values(state=bindparam("new"))
+_SET_STARTED = _TRIALS.update().where(_IS_TRIAL).values(state=bindparam("new"), datetime_start=bindparam("start"))
+_SET_ENDED = _TRIALS.update().where(_IS_TRIAL).values(state=bindparam("new"), datetime_complete=bindparam("end"))
+_IS_NOW = and_(_ATTRIBUTES.c.trial_id == bindparam("id"), _ATTRIBUTES.c.key == "now")
+_SET_NOW = _ATTRIBUTES.update().where(_IS_NOW).values(value_json=bindparam("text"))
+_STUDY = models.StudyUserAttributeModel.__table__
+_IS_ATTRIBUTE = and_(_STUDY.c.study_id == bindparam("study"), _STUDY.c.key == bindparam("name"))
+_STUDY_ATTRIBUTE = select(_STUDY.c.value_json).where(_IS_ATTRIBUTE)
 _MAX_IDS = 500  # in one statement
 
 
@@ -82,6 +92,12 @@ def parse_trial(optuna_id: int, number: int, state: OptunaState, attributes: Map
     return StoredTrial(optuna_id, number, state, int(cell), values, now)
 
 
+def _write_now(connection: sqlalchemy.Connection, optuna_id: int, now: Mapping[str, Any]) -> None:
+    text = json.dumps(now)
+    if not connection.execute(_SET_NOW, {"id": optuna_id, "text": text}).rowcount:
+        connection.execute(_ATTRIBUTES.insert(), {"trial_id": optuna_id, "key": "now", "value_json": text})
+
+
 def _parse_cell(row: Any) -> int:
     """A trial's cell, of (id, number, its text). Early versions did not write it where it is the trial's number."""
     try:
@@ -102,19 +118,40 @@ class TrialTable:
         self._storage, self._study = storage, study
         self._offers, self._guard = Offers(), threading.RLock()
         self._of_study = _TRIALS.c.study_id == study
+        # Statements of every claim and end, made once: SQLAlchemy takes longer to make one than a database to answer it.
+        is_unclaimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_(None))
+        was_claimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_not(None))
+        joined = _TRIALS
+        for attributes, key in ((_CELL, "cell"), (_VALUES, "values"), (_NOW, "now")):
+            joined = joined.outerjoin(attributes, self._has_key(attributes, key))
+        columns = (_TRIALS.c.trial_id, _TRIALS.c.number, _TRIALS.c.state, _TRIALS.c.datetime_start)  # the last: to check it
+        self._whole = select(*columns, *(a.c.value_json for a in (_CELL, _VALUES, _NOW))).select_from(joined)
+        is_named = _TRIALS.c.trial_id.in_(bindparam("ids", expanding=True))
+        self._by_id, self._unclaimed_by_id = self._whole.where(is_named), self._whole.where(is_named, is_unclaimed)
+        self._running = self._whole.where(self._has_state(OptunaState.RUNNING))
+        self._given_back = self._whole.where(was_claimed)
+        # the order of the index; datetime_start is the same for all, and the cell is the trial's number
+        ids = select(_TRIALS.c.trial_id).where(is_unclaimed)
+        ids = ids.where(_TRIALS.c.trial_id > bindparam("after"), _TRIALS.c.trial_id < bindparam("end"))
+        self._unclaimed_ids = ids.order_by(_TRIALS.c.datetime_start, _TRIALS.c.trial_id)
+        named = select(_TRIALS.c.trial_id, _TRIALS.c.number, _CELL.c.value_json)
+        self._named = named.select_from(_TRIALS.outerjoin(_CELL, self._has_key(_CELL, "cell")))
+        last_id = select(func.max(_TRIALS.c.trial_id)).where(self._of_study).scalar_subquery()
+        self._last = self._named.where(_TRIALS.c.trial_id == last_id)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def list_trials(self) -> list[StoredTrial]:
         """One trial for each cell, by cell. Of a cell that was offered again, the latest."""
         with self._connect() as connection:
-            trials = self._read_trials(connection, self._of_study, _TRIALS.c.number, _TRIALS.c.trial_id)
+            everything = self._whole.where(self._of_study).order_by(_TRIALS.c.number, _TRIALS.c.trial_id)
+            trials = _read_trials(connection, everything)
         return sorted({trial.cell: trial for trial in trials}.values(), key=lambda trial: trial.cell)
 
     def list_running(self) -> list[StoredTrial]:
         """The trials that an agent has, by cell."""
         with self._connect() as connection:
-            trials = self._read_trials(connection, self._has_state(OptunaState.RUNNING))
+            trials = _read_trials(connection, self._running)
         return sorted(trials, key=lambda trial: trial.cell)
 
     def read_trial(self, optuna_id: int) -> StoredTrial:
@@ -125,8 +162,8 @@ class TrialTable:
         found: dict[int, StoredTrial] = {}
         with self._connect() as connection:
             for start in range(0, len(optuna_ids), _MAX_IDS):
-                chunk = _TRIALS.c.trial_id.in_(optuna_ids[start : start + _MAX_IDS])
-                found |= {trial.optuna_id: trial for trial in self._read_trials(connection, chunk)}
+                trials = _read_trials(connection, self._by_id, optuna_ids[start : start + _MAX_IDS])
+                found |= {trial.optuna_id: trial for trial in trials}
         return found
 
     def iterate_waiting(self) -> Iterator[StoredTrial]:
@@ -143,20 +180,15 @@ class TrialTable:
 
     def _iterate_unclaimed(self, end_id: int | None) -> Iterator[StoredTrial]:
         """The waiting trials before `end_id` that nobody has claimed yet, by cell. None of them has failed."""
-        is_unclaimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_(None))
-        if end_id is not None:
-            is_unclaimed = and_(is_unclaimed, _TRIALS.c.trial_id < end_id)
-        # the order of the index; datetime_start is the same for all, and the cell is the trial's number
-        ids = select(_TRIALS.c.trial_id).order_by(_TRIALS.c.datetime_start, _TRIALS.c.trial_id).limit(_CHUNK_SIZE)
-        last = 0
+        bounds = {"after": 0, "end": _NO_END if end_id is None else end_id}
         while True:
             with self._connect() as connection:
-                found = connection.execute(ids.where(is_unclaimed, _TRIALS.c.trial_id > last)).scalars().all()
-                trials = self._read_trials(connection, _TRIALS.c.trial_id.in_(found)) if found else []
+                found = connection.execute(self._unclaimed_ids.limit(_CHUNK_SIZE), bounds).scalars().all()
+                trials = _read_trials(connection, self._by_id, found) if found else []
             yield from sorted(trials, key=lambda trial: trial.cell)
             if len(found) < _CHUNK_SIZE:
                 return
-            last = found[-1]
+            bounds["after"] = found[-1]
 
     def _iterate_offers(self) -> Iterator[StoredTrial]:
         """The waiting trials of cells that were offered again or added later, which nobody has claimed yet, by cell."""
@@ -166,18 +198,15 @@ class TrialTable:
                 seen = self._offers.unclaimed[start : start + _CHUNK_SIZE]
                 if not seen:
                     return
-                is_seen = _TRIALS.c.trial_id.in_([optuna_id for _, optuna_id in seen])
-                is_unclaimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_(None))
                 with self._connect() as connection:
-                    trials = self._read_trials(connection, and_(is_seen, is_unclaimed))
+                    trials = _read_trials(connection, self._unclaimed_by_id, [optuna_id for _, optuna_id in seen])
                 start = self._offers.drop_claimed(start, seen, {trial.optuna_id for trial in trials})
             yield from sorted(trials, key=lambda trial: trial.cell)
 
     def _list_given_back(self) -> list[StoredTrial]:
         """The waiting trials that an agent has had already: few, as they were running at some time."""
-        was_claimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_not(None))
         with self._connect() as connection:
-            trials = self._read_trials(connection, was_claimed)
+            trials = _read_trials(connection, self._given_back)
         return sorted(trials, key=lambda trial: (trial.num_failures, trial.cell))
 
     def count_cells(self) -> int:
@@ -239,6 +268,12 @@ class TrialTable:
             rows = connection.execute(found).all()
         return [parse(value, kind) for optuna_id, value, kind in rows if optuna_id not in offers.replaced]
 
+    def read_study_attribute(self, key: str) -> Any:
+        """One of the study's user attributes; None where it has none of that name. Another one is the sweep's whole text."""
+        with self._connect() as connection:
+            text = connection.execute(_STUDY_ATTRIBUTE, {"study": self._study, "name": key}).scalar()
+            return None if text is None else json.loads(text)
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def insert_waiting(self, trials: Sequence[Mapping[str, Any]]) -> None:
@@ -268,15 +303,27 @@ class TrialTable:
         """`update_trial` of several trials, in one transaction: Optuna's id -> what `now` says from then on."""
         if not changes:
             return
-        start = {"datetime_start": _utc_now()} if state == OptunaState.RUNNING else {}
+        start = {"start": _utc_now()} if state == OptunaState.RUNNING else {}
         with self._begin() as connection:
             for optuna_id, now in changes.items():
-                is_now = and_(_ATTRIBUTES.c.trial_id == optuna_id, _ATTRIBUTES.c.key == "now")
-                changed = connection.execute(_ATTRIBUTES.update().where(is_now).values(value_json=json.dumps(now)))
-                if not changed.rowcount:
-                    connection.execute(_ATTRIBUTES.insert().values(trial_id=optuna_id, key="now", value_json=json.dumps(now)))
+                _write_now(connection, optuna_id, now)
                 if state is not None:
-                    connection.execute(_TRIALS.update().where(_TRIALS.c.trial_id == optuna_id).values(state=state, **start))
+                    connection.execute(_SET_STARTED if start else _SET_STATE, {"id": optuna_id, "new": state, **start})
+
+    def end_trial(
+        self, optuna_id: int, now: Mapping[str, Any], state: OptunaState, values: Sequence[float] | None = None
+    ) -> None:
+        """End a trial that runs, in one transaction. `values`: one for each objective, if it has them."""
+        with self._begin() as connection:
+            _write_now(connection, optuna_id, now)
+            connection.execute(_SET_ENDED, {"id": optuna_id, "new": state, "end": _utc_now()})
+            stored = [models.TrialValueModel.value_to_stored_repr(value) for value in values or ()]
+            rows = [
+                {"trial_id": optuna_id, "objective": number, "value": value, "value_type": kind}
+                for number, (value, kind) in enumerate(stored)
+            ]
+            if rows:
+                connection.execute(models.TrialValueModel.__table__.insert(), rows)
 
     def end_waiting(self, ended: Mapping[int, Mapping[str, Any]], state: OptunaState) -> None:
         """End waiting trials in one transaction. `ended`: Optuna's id -> what `now` says from then on."""
@@ -344,16 +391,14 @@ class TrialTable:
     def _update_offers(self, connection: sqlalchemy.Connection) -> Offers:
         """Read of the trials that are not known yet whether they took the place of others."""
         with self._guard:
-            offers, joined = self._offers, _TRIALS.outerjoin(_CELL, self._has_key(_CELL, "cell"))
-            named = select(_TRIALS.c.trial_id, _TRIALS.c.number, _CELL.c.value_json).select_from(joined)
-            last_id = select(func.max(_TRIALS.c.trial_id)).where(self._of_study).scalar_subquery()
-            last = connection.execute(named.where(_TRIALS.c.trial_id == last_id)).first()
+            offers = self._offers
+            last = connection.execute(self._last).first()
             if last is None or last[0] == offers.last_id:
                 return offers
             rows = [last]
             if offers.first_id is not None or _parse_cell(last) != last[1]:
                 is_new = and_(self._of_study, _TRIALS.c.trial_id > offers.last_id, _TRIALS.c.trial_id <= last[0])
-                rows = list(connection.execute(named.where(is_new).order_by(_TRIALS.c.trial_id)))
+                rows = list(connection.execute(self._named.where(is_new).order_by(_TRIALS.c.trial_id)))
             # else: from the first offer on no number is a cell, so with this one all before it are their cells' first
             before = set(offers.replaced)
             offers.add((row[0], row[1], _parse_cell(row)) for row in rows)
@@ -367,15 +412,12 @@ class TrialTable:
                 offers.replaced_states += self._count_words(connection, is_replaced)
             return offers
 
-    def _read_trials(self, connection: sqlalchemy.Connection, which: ColumnElement[bool], *order: Any) -> list[StoredTrial]:
-        joined = _TRIALS
-        for attributes, key in ((_CELL, "cell"), (_VALUES, "values"), (_NOW, "now")):
-            joined = joined.outerjoin(attributes, self._has_key(attributes, key))
-        columns = (_TRIALS.c.trial_id, _TRIALS.c.number, _TRIALS.c.state, _TRIALS.c.datetime_start)  # the last: to check it
-        found = select(*columns, *(a.c.value_json for a in (_CELL, _VALUES, _NOW))).select_from(joined).where(which)
-        trials = []
-        for optuna_id, number, state, _, *texts in connection.execute(found.order_by(*order)):
-            named = zip(("cell", "values", "now"), texts, strict=True)
-            attributes = {key: json.loads(text) for key, text in named if text is not None}
-            trials.append(parse_trial(optuna_id, number, state, attributes))
-        return trials
+
+def _read_trials(connection: sqlalchemy.Connection, found: Any, ids: Sequence[int] | None = None) -> list[StoredTrial]:
+    """The trials that a select of `TrialTable._whole` finds. `ids`: where it asks for some."""
+    trials = []
+    for optuna_id, number, state, _, *texts in connection.execute(found, {} if ids is None else {"ids": list(ids)}):
+        named = zip(("cell", "values", "now"), texts, strict=True)
+        attributes = {key: json.loads(text) for key, text in named if text is not None}
+        trials.append(parse_trial(optuna_id, number, state, attributes))
+    return trials
