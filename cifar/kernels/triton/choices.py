@@ -32,8 +32,10 @@ class Choices:
         """The choice of this name; `choose()` where none has been made yet, which is noted on disk."""
         gpu, known = self._open(device)
         if name not in known:
+            known |= self._read(gpu)  # by another process, which compiles ahead, meanwhile
+        if name not in known:
             known[name] = choose()
-            self._write(gpu, known)
+            self._write(gpu, self._read(gpu) | known)
         return known[name]
 
     def _open(self, device: torch.device) -> tuple[str, dict[str, Any]]:
