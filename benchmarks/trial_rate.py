@@ -121,7 +121,9 @@ def run_peer(python: str, *arguments: object) -> float | None:
         last = done.stderr.strip().splitlines()[-1:] or ["no word"]
         print(f"{arguments[0]} is left out: {last[0]}", file=sys.stderr)
         return None
-    return float(done.stdout.splitlines()[-1])
+    seconds = float(done.stdout.splitlines()[-1])
+    print(f"{arguments[0]}: {seconds:.1f} s", file=sys.stderr)
+    return seconds
 
 
 def main() -> None:
@@ -139,6 +141,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, postgres_url() as server:
         for name, url in {"sqlite": "", **({"postgresql": server} if server else {})}.items():
             seconds[f"cifar, {name}"] = run_ours(*size, Path(folder), url)
+            print(f"cifar, {name}: {seconds[f'cifar, {name}']:.1f} s", file=sys.stderr)
             if options.peers:
                 peer_url = url.replace("postgresql://", "postgresql+psycopg2://")
                 seconds[f"optuna, {name}"] = run_peer(options.peers, "optuna", *size, folder, peer_url)
