@@ -5,12 +5,10 @@ On a CPU: cpu_conv_pool.py, a convolution, a ReLU and max-pooling for a few imag
 In triton/, for compiled steps and their evaluations on a GPU:
 * conv3x3.py: 3 x 3 convolutions with few channels;
 * batch_norm.py: BatchNorm in training, with the convolution before it and the ReLU after it;
-* depthwise.py: depthwise 3 x 3 convolutions with the BatchNorms before and after them;
 * conv_relu_pool.py: convolutions with the bias, ReLU and pooling that follow;
 * max_pool.py: 2 x 2 max-pooling by itself;
 * verify.py: a kernel is used only after it has given torch's answer on this GPU, for images of these sizes and with these
   strides; otherwise torch's is;
-* choices.py: what was chosen by time, on disk;
 * launch.py: what launching them has in common.
 
 fuse.py decides which modules of a network use them.

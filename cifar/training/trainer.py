@@ -280,8 +280,7 @@ class Trainer:
                 from cifar.kernels.fuse import fuse_model  # imports Triton, which only a machine with a GPU has
 
                 with self.autocast():
-                    images = torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32)
-                    fuse_model(self.model, images, self.config.batch_size // self.context.world_size)
+                    fuse_model(self.model, torch.zeros_like(self.splits["test"][0][:1], dtype=torch.float32))
             if self.step.mix is None:
                 self.step.fused_forward = self._fused_forward
 

@@ -30,7 +30,7 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
         if torch.__version__ < "2.15":
             mend_interpreter()
-    for name in ("conv3x3", "conv_relu_pool", "max_pool", "batch_norm", "depthwise"):
+    for name in ("conv3x3", "conv_relu_pool", "max_pool", "batch_norm"):
         importlib.import_module(f"cifar.kernels.triton.{name}")
 
 

@@ -18,13 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cifar.kernels.triton.batch_norm_kernels import (
-    add_moments,
-    sum_gradients,
-    sum_gradients_wide,
-    sum_pixels,
-    sum_pixels_wide,
-)
+from cifar.kernels.triton.batch_norm_kernels import add_moments, sum_gradients, sum_pixels
 from cifar.kernels.triton.conv3x3 import (
     KERNEL_SIZE,
     choose_conv_programs,
@@ -42,19 +36,14 @@ from cifar.kernels.triton.launch import (
     count_multiprocessors,
     empty_channels_last,
     round_up_to_tile,
-    size_unit,
     to_channels_last,
 )
 from cifar.kernels.triton.verify import KernelCase, RandomInputs, Verifier, is_close
 
-NO_ACTIVATION, RELU, RELU6 = 0, 1, 2  # what follows BatchNorm
-MAX_BN_CHANNELS = (
-    64  # for more there are other kernels, for networks with depthwise convolutions (elsewhere not known to be worth it)
-)
+MAX_BN_CHANNELS = 64  # for more it is not known to be worth it
 # `block` here: pixels of a block times their channels, rounded up
 PIXEL_SUMS_CONFIG = LaunchConfig(4096, 2, 1, 4)
 GRADIENT_SUMS_CONFIGS = {True: LaunchConfig(4096, 2, 1, 4), False: LaunchConfig(8192, 8, 1, 2)}  # with and without a ReLU
-WIDE_SUMS_CONFIG = LaunchConfig(4096, 2, 1, 4)  # the same shapes
 STATISTICS_TILE = 128, 4  # rows that are added at once, and columns of a program
 
 
@@ -70,15 +59,11 @@ def _plan_sums(shape: Shape, config: LaunchConfig, num_multiprocessors: int) -> 
 
 def choose_sum_programs(shape: Shape, num_multiprocessors: int) -> int:
     """How many programs are quickest for `pixel_sums`."""
-    if shape[1] > MAX_BN_CHANNELS:
-        return _choose_wide_programs(shape, num_multiprocessors)
     return _plan_sums(shape, PIXEL_SUMS_CONFIG, num_multiprocessors)[2]
 
 
 def pixel_sums_triton(x: Tensor, pivot: Tensor, num_programs: int) -> Tensor:
     """`pixel_sums` by our kernel."""
-    if x.shape[1] > MAX_BN_CHANNELS:
-        return _pixel_sums_wide(x, pivot, num_programs)
     x, config = to_channels_last(x), PIXEL_SUMS_CONFIG
     num_pixels, block, _ = _plan_sums(x.shape, config, 1)
     partials = x.new_empty((num_programs, 2, x.shape[1]), dtype=torch.float32)
@@ -104,61 +89,15 @@ def update_statistics_triton(
     return moments
 
 
-def gradient_sums_triton(
-    g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int
-) -> Tensor:
+def gradient_sums_triton(g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
     """`gradient_sums` by our kernels."""
-    if x.shape[1] > MAX_BN_CHANNELS or activation == RELU6:
-        return _gradient_sums_wide(g, x, moments, weight, bias, eps, activation)
-    g, x, config = to_channels_last(g), to_channels_last(x), GRADIENT_SUMS_CONFIGS[activation == RELU]
+    g, x, config = to_channels_last(g), to_channels_last(x), GRADIENT_SUMS_CONFIGS[relu]
     num_pixels, block, num_programs = _plan_sums(x.shape, config, count_multiprocessors(x.device))
     partials = x.new_empty((num_programs, 2, x.shape[1]), dtype=torch.float32)
     with torch.cuda.device_of(x):
         sum_gradients[(num_programs,)](
             g, x, moments, weight, bias, partials, num_pixels, num_programs, eps,
-            activation == RELU, x.shape[1], round_up_to_tile(x.shape[1]), block,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-    return sum_partials(partials.flatten(1)).view(2, x.shape[1])
-
-
-def _plan_wide_sums(shape: Shape) -> tuple[int, int, int, int, int]:
-    """Of the kernels for many channels: number of pixels, units of channels, their size, channels and pixels of a block."""
-    count, size, height, width = shape
-    unit = size_unit(size)
-    columns = 64 if triton.cdiv(size, 64) * 64 <= triton.cdiv(size, 32) * 32 else 32  # fewer lie behind the last channel
-    return count * height * width, size // unit, unit, columns, WIDE_SUMS_CONFIG.block // columns
-
-
-def _choose_wide_programs(shape: Shape, num_multiprocessors: int) -> int:
-    pixels, _, _, columns, block = _plan_wide_sums(shape)
-    num_programs = int(num_multiprocessors * WIDE_SUMS_CONFIG.per_multiprocessor) // -(-shape[1] // columns)
-    return max(1, min(num_programs, -(-pixels // block)))
-
-
-def _pixel_sums_wide(x: Tensor, pivot: Tensor, num_programs: int) -> Tensor:
-    x, config = to_channels_last(x), WIDE_SUMS_CONFIG
-    pixels, units, unit, columns, block = _plan_wide_sums(x.shape)
-    partials = x.new_empty((num_programs, 2, x.shape[1]), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        sum_pixels_wide[(triton.cdiv(x.shape[1], columns), num_programs)](
-            x, pivot, partials, pixels, num_programs, units, unit, columns, block,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-    return partials
-
-
-def _gradient_sums_wide(
-    g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int
-) -> Tensor:
-    g, x, config = to_channels_last(g), to_channels_last(x), WIDE_SUMS_CONFIG
-    pixels, units, unit, columns, block = _plan_wide_sums(x.shape)
-    num_programs = _choose_wide_programs(x.shape, count_multiprocessors(x.device))
-    partials = x.new_empty((num_programs, 2, x.shape[1]), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        sum_gradients_wide[(triton.cdiv(x.shape[1], columns), num_programs)](
-            g, x, moments, weight, bias, partials, pixels, num_programs, units, eps, activation, unit, columns, block,
-            num_warps=config.warps, num_stages=config.stages,
+            relu, x.shape[1], round_up_to_tile(x.shape[1]), block, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return sum_partials(partials.flatten(1)).view(2, x.shape[1])
 
@@ -183,18 +122,11 @@ def update_statistics_reference(
 
 
 def gradient_sums_reference(
-    g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int
+    g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool
 ) -> Tensor:
     """`gradient_sums` by torch."""
-    g, x_centered, inv_std = _gradient_terms(g, x, moments, weight, bias, eps, activation)
+    g, x_centered, inv_std = _gradient_terms(g, x, moments, weight, bias, eps, relu)
     return torch.stack([g.sum((0, 2, 3)), (g * x_centered * inv_std).sum((0, 2, 3))])
-
-
-def activate(x: Tensor, activation: int) -> Tensor:
-    """One of `NO_ACTIVATION`, `RELU` and `RELU6`."""
-    if activation == RELU6:
-        return x.clamp(0, 6)
-    return x.relu() if activation == RELU else x
 
 
 def per_channel(value: Tensor) -> Tensor:
@@ -207,15 +139,14 @@ def _finite_or_zero(pivot: Tensor) -> Tensor:
 
 
 def _gradient_terms(
-    g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int
+    g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient before the ReLU (N, C, H, W), x - mean, and 1 / standard deviation (C, 1, 1); all float32."""
     mean, var = moments[0], moments[1]
     x_centered, inv_std = x.float() - per_channel(mean), per_channel(torch.rsqrt(var + eps))
     g = g.float()
-    if activation:
-        y = x_centered * (inv_std * per_channel(weight)) + per_channel(bias)
-        g = torch.where((y > 0) & (y < 6) if activation == RELU6 else y > 0, g, 0.0)
+    if relu:
+        g = torch.where(x_centered * (inv_std * per_channel(weight)) + per_channel(bias) > 0, g, 0.0)
     return g, x_centered, inv_std
 
 
@@ -223,7 +154,9 @@ def _gradient_terms(
 
 
 def _supports_case(case: KernelCase) -> bool:
-    return case.kernel != "convolve" or supports_shape(case.shape[1], case.out_channels, *case.shape[2:])
+    if case.kernel == "convolve" and not supports_shape(case.shape[1], case.out_channels, *case.shape[2:]):
+        return False
+    return case.out_channels <= MAX_BN_CHANNELS
 
 
 def _matches_reference(case: KernelCase, inputs: RandomInputs) -> bool:
@@ -343,42 +276,42 @@ def _(
 
 
 @torch.library.custom_op("cifar::gradient_sums", mutates_args=())
-def gradient_sums(g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int) -> Tensor:
+def gradient_sums(g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
     """Sums over each channel of g and of g * (x - mean) / deviation, (2, C): the gradients of BatchNorm's bias and weight.
 
-    `activation` (ReLU): only where the result of BatchNorm is above zero; with ReLU6 also below 6.
+    `relu`: only where the result of BatchNorm is above zero.
     """
-    use_triton = verifier.can_use("gradients", x, x.shape[1], (eps, activation))
-    return (gradient_sums_triton if use_triton else gradient_sums_reference)(g, x, moments, weight, bias, eps, activation)
+    use_triton = verifier.can_use("gradients", x, x.shape[1], (eps, relu))
+    return (gradient_sums_triton if use_triton else gradient_sums_reference)(g, x, moments, weight, bias, eps, relu)
 
 
 @gradient_sums.register_fake
-def _(g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int) -> Tensor:
+def _(g: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
     return torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
 
 
 @torch.library.triton_op("cifar::normalised", mutates_args=())
-def apply_batch_norm(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: int) -> Tensor:
-    """(x - mean) / standard deviation * weight + bias for x (N, C, H, W), in the precision of x, and an activation.
+def apply_batch_norm(x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
+    """(x - mean) / standard deviation * weight + bias for x (N, C, H, W), in the precision of x; `relu`: followed by a ReLU.
 
     moments (2, C): mean and variance of x. The gradient of x includes what comes through the moments. No Triton kernel is in
     here. It is a "triton_op" because a compiler looks into those, but not into other operators with a gradient of their own.
     """
     inv_std = per_channel(torch.rsqrt(moments[1] + eps))
     y = (x.float() - per_channel(moments[0])) * (inv_std * per_channel(weight)) + per_channel(bias)
-    return activate(y, activation).to(x.dtype)
+    return (y.relu() if relu else y).to(x.dtype)
 
 
 def _save_all_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.eps, ctx.activation = inputs[4:]
+    ctx.eps, ctx.relu = inputs[4:]
 
 
 def _batch_norm_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None, None]:
     x, moments, weight, bias = ctx.saved_tensors
     g, count = to_channels_last(g), x.numel() // x.shape[1]
-    sums = gradient_sums(g, x, moments, weight, bias, ctx.eps, ctx.activation)
-    g, x_centered, inv_std = _gradient_terms(g, x, moments, weight, bias, ctx.eps, ctx.activation)
+    sums = gradient_sums(g, x, moments, weight, bias, ctx.eps, ctx.relu)
+    g, x_centered, inv_std = _gradient_terms(g, x, moments, weight, bias, ctx.eps, ctx.relu)
     scale = inv_std * per_channel(weight)
     images = scale * (g - per_channel(sums[0] / count) - x_centered * inv_std * per_channel(sums[1] / count))
     return images.to(x.dtype), None, sums[1], sums[0], None, None

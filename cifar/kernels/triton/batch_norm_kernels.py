@@ -1,7 +1,6 @@
 """The Triton kernels of batch_norm.py: sums over all pixels, made by many programs.
 
-A program writes the sums of its own pixels. A second, small kernel adds these up, always in the same order. For many channels
-a program takes CHANNELS of them, and sizes are no constants of the compiled code, so that one compilation serves all layers.
+A program writes the sums of its own pixels. A second, small kernel adds these up, always in the same order.
 """
 
 from __future__ import annotations
@@ -10,35 +9,6 @@ import triton
 import triton.language as tl
 
 from cifar.kernels.triton.conv3x3_kernels import accumulate_moments, add, load_pivot, store_sums
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """0: nothing, 1: ReLU, 2: ReLU6. NaN stays."""
-    if ACTIVATION > 0:
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if ACTIVATION == 2:
-        x = tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
-    return x
-
-
-@triton.jit
-def mask_gradient(g, x, ACTIVATION: tl.constexpr):
-    """The gradient before the activation whose input was x."""
-    if ACTIVATION == 1:
-        g = tl.where(x > 0, g, 0.0)
-    if ACTIVATION == 2:
-        g = tl.where((x > 0) & (x < 6), g, 0.0)
-    return g
-
-
-@triton.jit
-def load_norm(moments, gamma, beta, eps, c, size, valid):
-    """Of channels c: mean, 1 / deviation, scale, and shift, so that BatchNorm is x * scale + shift; each (1, channels)."""
-    mean = tl.load(moments + c, mask=valid, other=0.0)[None, :]
-    inv_std = 1 / tl.sqrt(tl.load(moments + size + c, mask=valid, other=1.0) + eps)[None, :]
-    scale = tl.load(gamma + c, mask=valid, other=0.0)[None, :] * inv_std
-    return mean, inv_std, scale, tl.load(beta + c, mask=valid, other=0.0)[None, :] - mean * scale
 
 
 @triton.jit
@@ -88,58 +58,10 @@ def sum_gradients(
     store_sums(first, second * inv_std, partials, c, SIZE)
 
 
-@triton.jit(do_not_specialize=["pixels", "num_programs", "units"])
-def sum_pixels_wide(
-    x, pivot, partials, pixels, num_programs, units, UNIT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """As `sum_pixels`, for units * UNIT channels. The first dimension of the grid: blocks of CHANNELS channels."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    size = units * UNIT
-    valid = c < size
-    pivot_value = load_pivot(pivot, c, size)[None, :]
-    first = tl.full((BLOCK, CHANNELS), 0.0, tl.float32)
-    second = tl.full((BLOCK, CHANNELS), 0.0, tl.float32)
-    for block in range(tl.program_id(1), (pixels + BLOCK - 1) // BLOCK, num_programs):
-        p = block * BLOCK + tl.arange(0, BLOCK)
-        inside = (p < pixels)[:, None] & valid[None, :]
-        value = tl.load(x + p[:, None] * size + c[None, :], mask=inside, other=0.0)
-        first, second = accumulate_moments(first, second, value, pivot_value, inside)
-    targets = partials + tl.program_id(1) * (2 * size) + c
-    tl.store(targets, tl.reduce(first, 0, add), mask=valid)
-    tl.store(targets + size, tl.reduce(second, 0, add), mask=valid)
-
-
-@triton.jit(do_not_specialize=["pixels", "num_programs", "units", "eps"])
-def sum_gradients_wide(
-    g, x, moments, gamma, beta, partials, pixels, num_programs, units, eps,
-    ACTIVATION: tl.constexpr, UNIT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """As `sum_gradients`, for units * UNIT channels and any ACTIVATION."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    size = units * UNIT
-    valid = c < size
-    mean, inv_std, scale, shift = load_norm(moments, gamma, beta, eps, c, size, valid)
-    first = tl.full((BLOCK, CHANNELS), 0.0, tl.float32)
-    second = tl.full((BLOCK, CHANNELS), 0.0, tl.float32)
-    blocks = (pixels + BLOCK - 1) // BLOCK
-    for block in range(tl.program_id(1), blocks, num_programs):
-        p = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        sources = p[:, None] * size + c[None, :]
-        inside = (p < pixels)[:, None] & valid[None, :]
-        gradient = tl.load(g + sources, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(x + sources, mask=inside, other=0.0).to(tl.float32)
-        gradient = mask_gradient(gradient, value * scale + shift, ACTIVATION)
-        first += gradient
-        second += gradient * (value - mean)
-    targets = partials + tl.program_id(1) * (2 * size) + c
-    tl.store(targets, tl.reduce(first, 0, add), mask=valid)
-    tl.store(targets + size, tl.reduce(second * inv_std, 0, add), mask=valid)
-
-
 @triton.jit
 def add_moments(
     partials, running_mean, running_variance, batches, moments, count, num_programs, momentum, unbiased,
-    SIZE, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """moments (2, SIZE): mean and variance of `count` pixels, from each program's sums of x - running_mean and of its square.
 

@@ -34,7 +34,7 @@ def add(one, other):
 
 
 @triton.jit
-def load_pivot(running_mean, c, SIZE):
+def load_pivot(running_mean, c, SIZE: tl.constexpr):
     """What is subtracted before values are summed: the running mean, and zero where that is not finite."""
     pivot = tl.load(running_mean + c, mask=c < SIZE, other=0.0)
     return tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
@@ -158,7 +158,7 @@ def correlate_lines(
 
 
 @triton.jit
-def add_partials(partials, total, num_programs, SIZE, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def add_partials(partials, total, num_programs, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """total[c] = sum of partials[program, c] over the programs, always in the same order."""
     c, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     found = tl.full((ROWS, COLUMNS), 0.0, tl.float32)

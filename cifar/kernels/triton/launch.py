@@ -26,11 +26,6 @@ def round_up_to_tile(count: int) -> int:
     return max(16, 1 << (count - 1).bit_length())
 
 
-def size_unit(channels: int) -> int:
-    """The largest power of two, at most 8, that divides the number of channels: so many neighbours can be loaded at once."""
-    return min(8, channels & -channels)
-
-
 @functools.cache
 def count_multiprocessors(device: torch.device) -> int:
     """Of a GPU; 2 for other devices, where Triton's interpreter runs the kernels."""

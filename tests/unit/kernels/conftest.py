@@ -15,7 +15,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels by Triton's interpreter, where there is no GPU."""
     import triton.language as tl
 
-    from cifar.kernels.triton import batch_norm, batch_norm_kernels, conv3x3_kernels, depthwise_kernels
+    from cifar.kernels.triton import batch_norm, batch_norm_kernels, conv3x3_kernels
     from cifar.kernels.triton.launch import LaunchConfig
 
     if not helpers.kernels.GPU:
@@ -23,7 +23,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (
             conv3x3_kernels,
             batch_norm_kernels,
-            depthwise_kernels,
         ):  # the same sum, not called for each number
             monkeypatch.setattr(module, "add", tl.standard._sum_combine)
         config = LaunchConfig(256, 4, 1, 1)

@@ -140,20 +140,20 @@ def test_the_gradients_are_those_in_double_precision(
     variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
     moments = torch.stack([mean, variance])
     leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
-    y = batch_norm.apply_batch_norm(leaves[0], moments, leaves[1], leaves[2], 1e-3, int(relu))
+    y = batch_norm.apply_batch_norm(leaves[0], moments, leaves[1], leaves[2], 1e-3, relu)
     assert y.dtype == dtype and measure_error(y.detach(), (wanted.relu() if relu else wanted).detach()) < TOLERANCE[dtype]
     y.backward(g)
     assert proved == [True]
     for ours, theirs in zip(leaves, exact, strict=True):
         assert ours.grad is not None and measure_error(ours.grad, theirs.grad) < max(TOLERANCE[dtype], 1e-5)
     both = [
-        by(g, x, moments, weight, bias, 1e-3, int(relu))
+        by(g, x, moments, weight, bias, 1e-3, relu)
         for by in (batch_norm.gradient_sums_triton, batch_norm.gradient_sums_reference)
     ]
     for found in both:
         assert measure_error(found, torch.stack([exact[2].grad, exact[1].grad])) < 1e-5
     torch.library.opcheck(
-        batch_norm.gradient_sums, (g, x, moments, weight, bias, 1e-3, int(relu)), test_utils=("test_schema", "test_faketensor")
+        batch_norm.gradient_sums, (g, x, moments, weight, bias, 1e-3, relu), test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -224,14 +224,14 @@ def test_a_wrong_kernel_is_found_out_and_not_used(what: str, monkeypatch: pytest
             found,
             *running,
             batch_norm.pixel_sums(x, pivot, 2).sum(0),
-            batch_norm.gradient_sums(x, x, moments, pivot, ones, 0.1, 1),
+            batch_norm.gradient_sums(x, x, moments, pivot, ones, 0.1, True),
         ]
 
     def proved() -> list[bool]:
         return [
             batch_norm.verifier.can_use("pixels", x, 16),
             batch_norm.verifier.can_use("convolve", x, 16, weight.stride()),
-            batch_norm.verifier.can_use("gradients", x, 16, (0.1, 1)),
+            batch_norm.verifier.can_use("gradients", x, 16, (0.1, True)),
             batch_norm.verifier.is_verified(batch_norm.make_statistics_case(torch.empty(3, 2, 16, device=DEVICE))),
         ]
 
