@@ -43,7 +43,9 @@ def train(options: argparse.Namespace, seed: int, gpus: list[str], factor: int) 
         runs = Path(folder) / "runs"
         words = ["-m", "cifar", "train", "--experiment", experiment, *pairs(values), "--runs-dir", str(runs)]
         words += ["--wandb", "offline" if installed("wandb") else "disabled"]
-        environment = child_environment(CUDA_VISIBLE_DEVICES=",".join(gpus), CUDA_DEVICE_ORDER="PCI_BUS_ID")
+        environment = child_environment(
+            CUDA_VISIBLE_DEVICES=",".join(gpus), CUDA_DEVICE_ORDER="PCI_BUS_ID", CIFAR_CAPTURE_RANKS="on"
+        )
         clock = time.perf_counter()
         done = subprocess.run(
             [sys.executable, *many, *words], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -32,5 +32,5 @@ class AgentOptions:
     pack: str = "auto"  # trials trained side by side in one worker: "auto", "off" or a number
     time_limit: float = math.inf  # seconds of wall time
     storage: str = ""  # URL of the Optuna storage; "": $CIFAR_STORAGE, else the sweep's own
-    compile_ahead: str = "auto"  # processes that compile the next trials' networks: "auto", "off" or a number
+    compile_ahead: str = "off"  # processes that compile the next trials' networks: "auto", "off" or a number
     wandb: str = "auto"  # "auto", "online", "offline" or "disabled"

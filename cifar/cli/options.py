@@ -140,7 +140,7 @@ CompileAhead = Annotated[
     typer.Option(
         "--compile-ahead",
         metavar="auto|N|off",
-        help="processes on idle cores that compile the next trials' networks [auto: on GPUs, where compile is on]",
+        help="processes on idle cores that compile the next trials' networks; auto: on GPUs, where compile is on",
     ),
 ]
 TimeLimit = Annotated[

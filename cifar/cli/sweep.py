@@ -83,7 +83,7 @@ def sweep(
     gpus: Gpus = "",
     per_gpu: PerGpu = 1,
     pack: Pack = "auto",
-    compile_ahead: CompileAhead = "auto",
+    compile_ahead: CompileAhead = "off",
     time_limit: TimeLimit = "",
 ) -> int:
     """Create a sweep, run its trials, draw the report. Logged in to W&B, the sweep is made there, unless --storage is given.
@@ -137,7 +137,7 @@ def agent(
     gpus: Gpus = "",
     per_gpu: PerGpu = 1,
     pack: Pack = "auto",
-    compile_ahead: CompileAhead = "auto",
+    compile_ahead: CompileAhead = "off",
     time_limit: TimeLimit = "",
 ) -> int:
     """Join a sweep from another terminal; ends when no trial is open.

@@ -5,7 +5,7 @@
 `batch_size` is the batch of all processes together, so a run means the same on one process and on four. `lr` is that of this
 batch and is never scaled. Every rank draws order, augmentation and mixing for the whole batch, and makes its shard. (With
 mixup and CutMix it makes the whole batch, then takes its shard.) Weights start equal and stay equal to the bit, because all
-ranks apply the same mean gradient: one sum over all parameters, part of the captured step on a GPU. Without BatchNorm, N
+ranks apply the same mean gradient: one sum over all parameters, which a captured step has in it. Without BatchNorm, N
 ranks compute what one computes, up to the order of additions. BatchNorm normalises each shard by itself, and rank 0's running
 statistics are evaluated and saved. Random states are equal too, so dropout's masks repeat from shard to shard. Rank 0's
 checkpoint therefore serves every rank, and a run can go on with another number of ranks.
@@ -29,12 +29,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cifar.errors import UserError
-from cifar.system.variables import read_whole_number
+from cifar.system.variables import read_variable, read_whole_number
 from cifar.tracking.run_dir import RunDir
 from cifar.training.step import EpochMeter
 
 T = TypeVar("T")
 MAX_RANKS = 65536
+CAPTURE_VARIABLE = "CIFAR_CAPTURE_RANKS"  # on: capture the steps of several processes. Not the default before it is measured
 RESUME_FILES = ("run.json", "config.json", "status.json", "metrics.jsonl", "checkpoint.pt")  # what resuming a run reads
 
 
@@ -50,6 +51,11 @@ class DistributedContext:
 
     def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+
+    @property
+    def captures_steps(self) -> bool:
+        """Whether the steps may be captured as CUDA graphs: of several processes only where the user asks for it."""
+        return self.world_size == 1 or read_variable(CAPTURE_VARIABLE) == "on"
 
     # -- in every step --
 

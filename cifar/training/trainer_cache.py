@@ -40,7 +40,8 @@ def get_step_runner(
         teachers = find_teachers(configs[0], lambda name: find_run_dir(name, resolve_runs_dir()))
     if context.world_size > 1:  # not kept: `release_step_runner`
         trainers = [Trainer(config, data_dir, context=context, teachers=teachers) for config in configs]
-        return StepRunner(trainers, capture=configs[0].capture, agree_on_error=context.agree_on_error)
+        capture = configs[0].capture and context.captures_steps
+        return StepRunner(trainers, capture=capture, agree_on_error=context.agree_on_error)
     for entry in _cached_runners:
         cached_data_dir, cached = entry
         if cached_data_dir != data_dir or len(cached.trials) != len(configs):

@@ -168,7 +168,10 @@ def test_torchrun_makes_one_record_and_one_wandb_run(runs: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs here: captured steps of several GPUs are NOT checked")
 @pytest.mark.parametrize("model", ["worksheet1", "resnet20"])  # without and with BatchNorm
-def test_captured_steps_of_two_gpus_are_those_that_are_not_captured(runs: Path, tmp_path: Path, model: str) -> None:
+def test_captured_steps_of_two_gpus_are_those_that_are_not_captured(
+    runs: Path, tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIFAR_CAPTURE_RANKS", "on")
     values = {**TINY, "model": model, "device": "cuda", "epochs": 3, "precision": "fp32", "deterministic": "true"}
     found = {}
     for capture in ("true", "false"):
