@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from cifar.system.redact import forget_secrets
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from helpers.protocol import Server
 
 pytest.register_assert_rewrite("helpers")  # before the first import of any
+
+# An example that is slow on a busy machine is no failure. Before the first import of a test, as `given` reads it then.
+hypothesis.settings.register_profile("cifar", deadline=None)
+hypothesis.settings.load_profile("cifar")
 
 _WORLD = Path(tempfile.gettempdir()) / f"cifar-tests-{os.getuid()}"  # the stand-in data is generated once for many sessions
 _WORLD.mkdir(exist_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from cifar import kernels
 from cifar.config.resolve import graph_signature
 from cifar.config.schema import Settings
 from cifar.system.disk import cache_folder
+from cifar.system.variables import read_variable
 from cifar.training.parts import describe_plugins
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _held_keys: set[str] = set()  # of the locks that this process has: a second one
 
 def compiler_folder() -> Path:
     """Where Inductor keeps what it has compiled."""
-    return Path(os.environ.get(FOLDER_VARIABLE) or cache_folder() / "inductor")
+    return Path(read_variable(FOLDER_VARIABLE) or cache_folder() / "inductor")
 
 
 def step_key(config: Settings, device_name: str) -> str:

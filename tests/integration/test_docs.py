@@ -73,6 +73,10 @@ cifar doctor --json
 cifar evaluate RUN --split test
 cifar models
 cifar models --no-time --json
+cifar profile --latency RUN
+cifar profile --latency resnet20
+cifar profile --latency resnet20 device=cpu threads=1
+cifar profile --latency resnet20 device=cpu threads=1 --batch 1 --batch 16
 cifar profile --time --experiment worksheet1 batch_size=256
 cifar profile --time --experiment worksheet1 compile=on
 cifar profile --time --experiment worksheet1 compile=on --together 16
@@ -102,9 +106,11 @@ cifar train --experiment worksheet1 --wandb disabled
 cifar train --experiment worksheet1 --wandb offline
 cifar train --experiment worksheet1 epochs=5 seed=1
 cifar train --from RUN seed=1
+cifar train --from RUN2 teacher=RUN distill_weight=0.9 distill_temperature=3
 cifar train --resume RUN
 cifar train --trial FILE.json
 cifar train model=resnet20 optimizer=sgd lr=0.1 schedule=cosine epochs=5
+cifar train model=resnet20 width=6 optimizer=sgd lr=0.4 epochs=200 teacher=RUN
 """
 
 # Parsed by the command line's own parser and not run: command -> why.
@@ -343,6 +349,8 @@ def fill_in(command: str, world: World) -> list[str]:
         "COMMAND": "config",
         "SWEEP": world.sweep,
         "RUN": run,
+        "RUN2": run,
+        "teacher=RUN": f"teacher={run}",
         "NAME": "worksheet1",
         "FILE": "quickstart",
         "seed=N": "seed=1",

@@ -441,7 +441,7 @@ def test_networks_of_two_names_are_one_row() -> None:
         ("preact_resnet18", "preact_resnet"),
     ):  # fmt: skip
         assert found[name] == ([family], list(registry.models[family].keys)) and family not in found
-    assert found["resnet56"] == ([], ["width", "shortcut"]) and found["convmixer"][0] == []
+    assert found["resnet56"] == ([], ["width", "shortcut", "drop_path", "se"]) and found["convmixer"][0] == []
     assert len(found) == len(registry.models.names()) - 6
 
 
