@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 ORPHAN_GRACE_SECONDS = 1.5  # to clean up after the parent was killed
 PING_TIMEOUT_SECONDS = 1.0  # at the end, for the server to answer a ping
+PING_PAUSE_SECONDS = 0.5  # between two pings of a server that has answered: it may die while runs are being finished
 SERVER_TIMEOUT_SECONDS = 3.0  # the same for all pings together, including the name service
 PATIENCE_SECONDS = 0.1  # how long a run's mirror waits for its rows to arrive, before the other runs have their turn
 MAX_DEAD_CORES = 5  # how often a run is sent on after wandb-core was killed
@@ -167,7 +168,7 @@ class Sidecar:
         deadline, server_deadline = time.monotonic() + seconds, time.monotonic() + SERVER_TIMEOUT_SECONDS
         self._end_requested.set()
         if self._mode == "online":
-            threading.Thread(target=self._ping_server, daemon=True).start()  # a thread, since the name service can take long
+            threading.Thread(target=self._keep_pinging, daemon=True).start()  # a thread, since the name service can take long
         progress_before: list[tuple[object, ...]] = []
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -185,11 +186,19 @@ class Sidecar:
             self._log("the pictures or W&B took too long; the records have everything, and `python -m cifar push` sends it")
         return not is_late and not any(run.is_incomplete for run in self._followed.values())
 
-    def _ping_server(self) -> None:
-        """Find out whether the server answers. wandb's own calls do not tell: they try again for minutes."""
+    def _keep_pinging(self) -> None:
+        """Find out whether the server answers, until it does not. wandb's own calls do not tell: they try again for minutes."""
         from cifar.integrations.wandb.api import is_server_reachable
 
-        self._server_is_silent = not (is_server_reachable(PING_TIMEOUT_SECONDS) or is_server_reachable(PING_TIMEOUT_SECONDS))
+        num_silent, allowed = 0, 1  # pings in a row without an answer
+        while num_silent <= allowed:
+            if is_server_reachable(PING_TIMEOUT_SECONDS):
+                self._server_is_silent, num_silent, allowed = False, 0, 2
+                time.sleep(PING_PAUSE_SECONDS)
+            else:
+                num_silent += 1
+                time.sleep(PING_PAUSE_SECONDS if self._server_is_silent is False else 0)
+        self._server_is_silent = True
 
     def _needs_server(self) -> bool:
         """Whether a run is still to be sent to W&B, and not just written to a file."""

@@ -232,6 +232,22 @@ def test_a_server_that_hangs_costs_its_grace_at_most(tmp_path: Path, silent_serv
 
 
 @pytest.mark.slow
+def test_a_server_that_dies_while_a_run_is_finished_is_waited_for_no_longer(tmp_path: Path, wandb_server: Server) -> None:
+    record = make_record(tmp_path, "diesend1", epochs=3)
+    wandb_server.fault = Fault("hang", where="file_stream")
+    follower = SidecarHandle("auto", log=tmp_path / "follow.log", grace=600.0)
+    follower.follow_run(record.path)
+    grow(record, range(1, 4))
+    end_record(record)
+    wait_until(lambda: record.id in wandb_server.runs)
+    death = threading.Timer(3.0, wandb_server.die)  # it has answered that it is there
+    death.start()
+    assert follower.shut_down(timeout=100.0) is False
+    death.join()
+    assert "does not answer" in (tmp_path / "follow.log").read_text()  # and it was not ended after 100 seconds
+
+
+@pytest.mark.slow
 def test_a_queue_of_runs_is_waited_for_as_long_as_it_gets_shorter(tmp_path: Path, wandb_server: Server) -> None:
     wandb_server.fault = Fault("slow", 5.0, where="UpsertBucket")
     follower = SidecarHandle("auto", log=tmp_path / "follow.log", grace=20.0)
