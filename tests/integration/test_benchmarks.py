@@ -278,6 +278,7 @@ def test_the_gpus_of_a_benchmark_are_those_that_it_may_use(monkeypatch: pytest.M
         assert many_gpus.choose_gpus(2) == found
 
 
+@pytest.mark.slow
 def test_cpu_seconds_are_counted_by_kind_of_process() -> None:
     burn = "import time\nwhile time.process_time() < {}: pass"
     child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn.format(1.5)!r}, 'cifar.sidecar', '--draw'])"

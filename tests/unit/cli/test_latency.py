@@ -77,6 +77,7 @@ def test_a_network_is_timed_and_named(capsys: pytest.CaptureFixture[str]) -> Non
     assert [(each["batch_size"], each["how"]) for each in found["latencies"]] == [(2, "eager")]
 
 
+@pytest.mark.slow
 def test_a_runs_record_has_it_from_then_on(record: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     before = record.read_json("summary")
     assert main(["profile", "--latency", "abc", "device=cpu", "threads=1", "--json"]) == 0

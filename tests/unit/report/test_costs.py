@@ -24,6 +24,15 @@ def write_runs(folder: Path, *measured: dict[str, Any] | None) -> None:
         write(folder, name, model=model, seed=seed, epochs=2, layers=1, swept=("model", "seed"), measured=costs)
 
 
+def test_a_run_has_the_costs_that_were_measured(tmp_path: Path) -> None:
+    write_runs(tmp_path, {"joules": 3000.0, "pack_size": 4, "latency_seconds": 4e-4}, {}, {})
+    run, bare = load_run(tmp_path / "a0"), load_run(tmp_path / "a1")
+    assert (run.cost("joules"), run.cost("latency_seconds"), run.pack_size) == (3000.0, 4e-4, 4)
+    assert (bare.cost("joules"), bare.cost("latency_seconds"), bare.pack_size) == (None, None, 1)
+    assert runs_table([run])[0]["joules"] == 3000.0
+
+
+@pytest.mark.slow
 def test_points_have_the_means_of_those_that_were_measured(tmp_path: Path) -> None:
     costs: dict[str, Any] = {"train_flops": 5e12, "joules": 1000.0, "weights_bytes": 1_100_000, "latency_seconds": 4e-4}
     write_runs(tmp_path, costs, {"joules": 3000.0, "pack_size": 4}, {})

@@ -67,6 +67,7 @@ def test_what_was_used_before_is_added_and_what_is_not_known_stays_so() -> None:
     assert known.joules is None and known.joules_problem == "another process was on the GPU"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_carries_what_was_used(runs: Path) -> None:
     """The parts of a run add up. This machine has no counter, so a part here makes the sum unknown."""
     config = resolve_config({**TINY, "checkpoint_every": 2})

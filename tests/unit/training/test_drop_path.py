@@ -69,7 +69,7 @@ def test_without_it_a_step_has_nothing_to_select() -> None:
     assert trainer.step.select_draws is None and trainer.train_loader.plan_epoch(1).kept_paths is None
 
 
-@pytest.mark.parametrize("model", ["resnet8", "airbench"])
+@pytest.mark.parametrize("model", ["resnet8", pytest.param("airbench", marks=pytest.mark.slow)])
 def test_a_run_with_every_recipe_goes_on_bit_for_bit_from_any_step(runs: Path, model: str) -> None:
     values = {**RECIPES, "model": model}
     if model == "airbench":
@@ -80,7 +80,7 @@ def test_a_run_with_every_recipe_goes_on_bit_for_bit_from_any_step(runs: Path, m
     def train(record: RunDir, hooks: RunHooks | None = None) -> None:
         run.train_run(config, record, hooks=hooks)
 
-    whole, record, lengths = run.create_run(config, runs), run.create_run(config, runs), iter((1, 2, 1, 4, 99))
+    whole, record, lengths = run.create_run(config, runs), run.create_run(config, runs), iter((1, 5, 99))
     train(whole)
     while record.read_json("status").get("state") != "finished":
         left = next(lengths)

@@ -52,7 +52,8 @@ def alone(runs: Path, values: dict[str, Any]) -> RunDir:
     "base",
     [
         pytest.param({**FULL}, id="conv"),
-        pytest.param({**RECIPES}, id="recipes"),
+        pytest.param({**RECIPES, "train_size": 128, "val_size": 64, "probes": "none"}, id="few steps of recipes"),
+        pytest.param({**RECIPES}, id="recipes", marks=pytest.mark.slow),
         pytest.param({key: FULL[key] for key in TINY if key != "width"} | DROPOUT, id="dropout", marks=pytest.mark.slow),
     ],
 )
