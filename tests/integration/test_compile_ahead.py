@@ -98,9 +98,9 @@ def test_two_at_once_compile_once_a_killed_one_is_no_obstacle_and_the_run_finds_
 
 
 def test_what_cannot_be_trained_fails_with_a_reason_and_nothing_is_marked(inductor: Path) -> None:
-    assert answer_of(start_preparer({**SMALL, "compile": "off"})) == "skipped"
-    assert answer_of(start_preparer({**SMALL, "max_macs": 10})) == "skipped"
+    skipped = [start_preparer({**SMALL, **values}) for values in ({"compile": "off"}, {"max_macs": 10})]
     process = start_preparer({**SMALL, "model": "no such network"})
+    assert [answer_of(each) for each in skipped] == ["skipped", "skipped"]
     assert process.stdout
     with process:
         answer = json.loads(process.stdout.read())
