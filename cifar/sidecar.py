@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 ORPHAN_GRACE_SECONDS = 1.5  # to clean up after the parent was killed
 PING_TIMEOUT_SECONDS = 1.0  # at the end, for the server to answer a ping
+LATER_PING_TIMEOUT_SECONDS = 3.0  # the same while runs are being sent: their files may fill the line
 PING_PAUSE_SECONDS = 0.5  # between two pings of a server that has answered: it may die while runs are being finished
 SERVER_TIMEOUT_SECONDS = 3.0  # the same for all pings together, including the name service
 PATIENCE_SECONDS = 0.1  # how long a run's mirror waits for its rows to arrive, before the other runs have their turn
@@ -190,10 +191,10 @@ class Sidecar:
         """Find out whether the server answers, until it does not. wandb's own calls do not tell: they try again for minutes."""
         from cifar.integrations.wandb.api import is_server_reachable
 
-        num_silent, allowed = 0, 1  # pings in a row without an answer
+        num_silent, allowed, timeout = 0, 1, PING_TIMEOUT_SECONDS  # pings in a row without an answer
         while num_silent <= allowed:
-            if is_server_reachable(PING_TIMEOUT_SECONDS):
-                self._server_is_silent, num_silent, allowed = False, 0, 2
+            if is_server_reachable(timeout):
+                self._server_is_silent, num_silent, allowed, timeout = False, 0, 2, LATER_PING_TIMEOUT_SECONDS
                 time.sleep(PING_PAUSE_SECONDS)
             else:
                 num_silent += 1

@@ -48,8 +48,9 @@ def pack_size_on_gpu(values: Mapping[str, Any]) -> tuple[int, str]:
     from cifar.training import run  # needs PyTorch, to count MACs
 
     macs = max(1, run.measure_cost(config).macs * config.batch_size)
-    size = min(MAX_PACK_SIZE, math.ceil(FULL_GPU_MACS / macs))
-    is_large = f"a step of {macs / 1e9:.0f} GMACs fills a GPU by itself (from {FULL_GPU_MACS / 1e9:.0f} on; --pack 2 packs it)"
+    size = max(1, min(MAX_PACK_SIZE, int(FULL_GPU_MACS / macs)))
+    limit = f"{FULL_GPU_MACS / 1e9:.0f} fill it; --pack 2 packs it"
+    is_large = f"a step of {macs / 1e9:.0f} GMACs leaves a GPU no room for a second one ({limit})"
     return size, is_large if size == 1 else ""
 
 

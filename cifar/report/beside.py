@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
+import select
 import signal
 import sys
 import threading
@@ -12,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
 Result = TypeVar("Result")
+MAX_SILENT_SECONDS = 300.0  # a copy of a process whose libraries had threads may hang
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @contextlib.contextmanager
@@ -27,6 +31,7 @@ def start_beside(work: Callable[[], Result]) -> Iterator[Callable[[], Result]]:
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     reader, writer = os.pipe()
     try:
         child = os.fork()
@@ -36,15 +41,16 @@ def start_beside(work: Callable[[], Result]) -> Iterator[Callable[[], Result]]:
         yield work
         return
     if child == 0:
+        _end_with_parent(parent)
         os.close(reader)
         _work_and_exit(work, os.fdopen(writer, "wb"))
     os.close(writer)
 
     def wait() -> Result:
-        content = file.read()
-        if not content:
+        try:
+            result: Result | OSError = pickle.loads(_read_all(file))  # our own copy has written it
+        except (EOFError, pickle.UnpicklingError, TimeoutError):  # it was killed, as where memory runs out, or hangs
             return work()
-        result: Result | OSError = pickle.loads(content)  # our own copy has written it
         if isinstance(result, OSError):
             raise result
         return result
@@ -56,6 +62,26 @@ def start_beside(work: Callable[[], Result]) -> Iterator[Callable[[], Result]]:
             with contextlib.suppress(OSError):
                 os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def _read_all(file: BinaryIO) -> bytes:
+    """All that the copy writes. Raises TimeoutError where it writes nothing for a long time."""
+    content = b""
+    while True:
+        if not select.select([file], [], [], MAX_SILENT_SECONDS)[0]:
+            raise TimeoutError
+        piece = os.read(file.fileno(), 1 << 20)
+        if not piece:
+            return content
+        content += piece
+
+
+def _end_with_parent(parent: int) -> None:
+    """In the copy: be killed when the original ends, however it ends. Linux has that; elsewhere the copy comes to its end."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(0)
 
 
 def _work_and_exit(work: Callable[[], object], file: BinaryIO) -> None:

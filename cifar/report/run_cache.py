@@ -28,10 +28,9 @@ from cifar.report.metric_rows import Ids, Layout, MetricRows, Numbers, find_star
 from cifar.report.run_files import DOCUMENTS, FILES, Cleaner, RunFiles, stat_files
 from cifar.system.files import check_text, check_values, read_arrays
 from cifar.tracking.records import MAX_EPOCH, MAX_NAME, check_fields
-from cifar.tracking.run_dir import CACHE_FOLDER, check_schema
+from cifar.tracking.run_dir import CACHE_FILE, CACHE_FOLDER, check_schema
 
 FORMAT = 1  # changes with what is in the file
-FILE = "runs.npz"
 MAX_BYTES = 2**30  # of the numbers of all rows; further runs are not kept
 MIN_RUNS = 200  # of a folder; fewer are read from their folders
 SETTLE_SECONDS = 2.0
@@ -52,7 +51,7 @@ class RunCache:
     """The cache of one runs folder. `read` before `write`."""
 
     def __init__(self, runs_dir: Path, *, settle_seconds: float = SETTLE_SECONDS) -> None:
-        self._runs_dir, self._file = runs_dir, runs_dir / CACHE_FOLDER / FILE
+        self._runs_dir, self._file = runs_dir, runs_dir / CACHE_FOLDER / CACHE_FILE
         self._settle_ns, self._start_ns = int(settle_seconds * 1e9), time.monotonic_ns()
         self._known: dict[str, CachedRun] = {}
 
@@ -94,7 +93,7 @@ class RunCache:
         with contextlib.suppress(OSError, OverflowError):  # OverflowError: too many layouts
             self._file.parent.mkdir(exist_ok=True)
             self._remove_torn_files()
-            handle, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=f".{FILE}.")
+            handle, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=f".{CACHE_FILE}.")
             try:
                 with os.fdopen(handle, "wb") as file:
                     now = os.fstat(handle).st_mtime_ns  # by the clock of the folder's disk, which may be another machine's
@@ -125,7 +124,7 @@ class RunCache:
 
     def _remove_torn_files(self) -> None:
         """Delete what reports that were killed have left."""
-        for file in self._file.parent.glob(f".{FILE}.*"):
+        for file in self._file.parent.glob(f".{CACHE_FILE}.*"):
             with contextlib.suppress(OSError):
                 if time.time() - file.stat().st_mtime > _HOUR:
                     file.unlink()

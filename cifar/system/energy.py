@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import fcntl
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -85,6 +86,7 @@ class EnergyMeter:
 # it. So each of our processes that computes on a GPU holds a lock on a file of its own as long as it lives, and adds a byte to
 # a file that is never cut.
 
+_TOKEN = secrets.token_hex(8)
 _announced: dict[str, int] = {}  # UUID -> the open file whose lock this process holds
 
 
@@ -96,7 +98,7 @@ def announce_use(uuid: str) -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(_own_file(uuid), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the name is ours alone; whatever holds it is not waited for
         _announced[uuid] = file
         with open(folder / "visits", "ab") as visits:
             visits.write(b".")
@@ -134,7 +136,8 @@ def _presence_folder(uuid: str) -> Path:
 
 
 def _own_file(uuid: str) -> Path:
-    return _presence_folder(uuid) / f"{socket.gethostname()}-{os.getpid()}.lock"
+    """Of this process alone: containers may share the folder, the host's name and process numbers."""
+    return _presence_folder(uuid) / f"{socket.gethostname()}-{os.getpid()}-{_TOKEN}.lock"
 
 
 def _is_held(path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from cifar.errors import DiskFullError, UserError
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES
 from cifar.system.ownership import LEASE_FILE, LeaseObserver, OwnershipLostError, RunLock, lease_seconds
-from cifar.tracking.run_dir import CACHE_FOLDER, RunDir, list_run_dirs
+from cifar.tracking.run_dir import CACHE_FILE, CACHE_FOLDER, RunDir, list_run_dirs
 
 HOUR = 3600.0
 
@@ -72,9 +72,11 @@ def find_leftovers(
         except (UserError, OSError) as error:  # damaged, or it has just gone: its owner decides
             if damaged is not None:
                 damaged.append(str(error))
-    cache = runs_dir / CACHE_FOLDER
+    cache = runs_dir / CACHE_FOLDER  # other programs have folders of this name: only what reports write there is ours
     if cache.is_dir() and not cache.is_symlink():
-        found.append(_measure_leftover(None, cache, "the next report makes it again"))
+        files = [cache / CACHE_FILE, *cache.glob(f".{CACHE_FILE}.*")]
+        reason = "the next report makes it again"
+        found += [_measure_leftover(None, file, reason) for file in files if file.is_file() and not file.is_symlink()]
     return _keep_free(found)
 
 
@@ -111,7 +113,9 @@ def remove_leftover(leftover: Leftover) -> str:
     """Delete it -> "", or why it was kept. It is no error if it is gone already."""
     run = leftover.run
     if run is None:
-        shutil.rmtree(leftover.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            leftover.path.unlink()
+            leftover.path.parent.rmdir()  # if that was all
         return ""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(DiskFullError):  # no space even for the lock's file: what is found free is deleted

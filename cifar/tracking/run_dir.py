@@ -46,7 +46,7 @@ from cifar.tracking.histograms import FILE as HISTOGRAMS_FILE
 from cifar.tracking.histograms import cut_histograms
 from cifar.tracking.records import SCHEMA, UnknownSchemaError, check_fields, parse_rows
 
-CACHE_FOLDER = ".cache"  # in a runs folder: what can be made again; `gc` removes it
+CACHE_FOLDER, CACHE_FILE = ".cache", "runs.npz"  # in a runs folder: what can be made again; `gc` removes it
 MAX_METRICS_BYTES = 2**30  # a thousand epochs of a network of a thousand layers have a fifth of it
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can be read only by setting it

@@ -45,7 +45,7 @@ def resume_from_checkpoint(trainer: Trainer, run_dir: RunDir) -> SpentSoFar:
     try:
         state = read_tensors(path)
         _check_progress(state, trainer)
-        spent = _read_spent(state)
+        spent = _read_spent(state, trainer.device)
         trainer.load_state_dict(state)
     except MemoryError:
         raise
@@ -65,10 +65,10 @@ def resume_from_checkpoint(trainer: Trainer, run_dir: RunDir) -> SpentSoFar:
     return spent
 
 
-def _read_spent(state: dict[str, Any]) -> SpentSoFar:
+def _read_spent(state: dict[str, Any], device: torch.device) -> SpentSoFar:
     """Raises ValueError where it is nothing that a run can have spent. Checkpoints of earlier versions do not say."""
     if "spent" not in state:
-        return SpentSoFar(None, "a part of the training was by an earlier version")
+        return SpentSoFar(None, "a part of the training was by an earlier version" if device.type == "cuda" else "")
     spent = SpentSoFar(**state["spent"])
     if not (spent.joules is None or is_amount(spent.joules)) or not is_count(spent.pack_size):
         raise ValueError("spent")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from cifar.report import beside
 from cifar.report.beside import start_beside
+from helpers.processes import is_alive, wait_until
 
 
 def test_the_result_comes_from_another_process() -> None:
@@ -48,6 +51,42 @@ def test_a_copy_that_is_killed_leaves_the_work_to_the_original() -> None:
 
     with start_beside(die_elsewhere) as wait:
         assert wait() == 5
+
+
+def test_a_copy_that_is_killed_while_it_answers_leaves_the_work_to_the_original() -> None:
+    original = os.getpid()
+
+    class HalfSent:
+        def __reduce__(self) -> tuple[type, tuple[()]]:
+            os.kill(os.getpid(), signal.SIGKILL)
+            return (HalfSent, ())
+
+    def answer() -> object:
+        return 5 if os.getpid() == original else HalfSent()
+
+    with start_beside(answer) as wait:
+        assert wait() == 5
+    reader, writer = os.pipe()
+    os.write(writer, pickle.dumps(b"x" * 1000)[:100])
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file, pytest.raises((EOFError, pickle.UnpicklingError)):
+        pickle.loads(beside._read_all(file))
+
+
+def test_a_copy_ends_with_the_original_however_that_ends(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, time; from pathlib import Path; from cifar.report.beside import start_beside\n"
+        "def work():\n    Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)\n"
+        "with start_beside(work) as wait:\n"
+        "    while not Path(sys.argv[1]).exists() or not Path(sys.argv[1]).read_text(): time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core: there is no copy")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "pid")], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not is_alive(pid))
 
 
 def test_a_copy_that_nobody_waits_for_ends(tmp_path: Path) -> None:

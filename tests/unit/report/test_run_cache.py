@@ -16,10 +16,10 @@ import pytest
 
 from cifar.report.load import Run, RunCollection, RunLoader, collect_runs, load_run
 from cifar.report.metric_rows import MetricRows, RowPacker
-from cifar.report.run_cache import FILE, RunCache
+from cifar.report.run_cache import RunCache
 from cifar.report.run_files import stat_files
 from cifar.tracking.cleanup import find_leftovers, remove_leftover
-from cifar.tracking.run_dir import CACHE_FOLDER, list_folders
+from cifar.tracking.run_dir import CACHE_FILE, CACHE_FOLDER, list_folders
 from helpers.fake_runs import write
 
 
@@ -88,7 +88,7 @@ def test_the_same_runs_with_and_without_a_cache(tmp_path: Path) -> None:
     assert describe(collect(tmp_path)) == without
     assert find_kept(tmp_path) == names - {"text", "null", "large", "secret", "damaged"}
     assert describe(collect(tmp_path)) == without
-    assert b"swordfish" not in (tmp_path / CACHE_FOLDER / FILE).read_bytes()
+    assert b"swordfish" not in (tmp_path / CACHE_FOLDER / CACHE_FILE).read_bytes()
     run = {run.id: run for run in collect(tmp_path).runs}["diverged"]
     assert repr(run.rows[-1]) == "{'epoch': 3, 'step': 9, 'train/loss': nan, 'val/acc': -0.0, 'x': inf, 'y': 1e-320}"
     assert type(run.rows[0]["step"]) is int and type(run.rows[0]["val/acc"]) is float
@@ -187,7 +187,7 @@ def test_a_cache_that_lies_is_no_cache(tmp_path: Path) -> None:
         write(tmp_path, f"r{number}", seed=number, layers=2)
     expected = describe(collect_runs([str(tmp_path)], tmp_path))
     collect(tmp_path)
-    file = tmp_path / CACHE_FOLDER / FILE
+    file = tmp_path / CACHE_FOLDER / CACHE_FILE
     whole = file.read_bytes()
     for name, change in LIES.items():
         file.write_bytes(whole)
@@ -201,7 +201,7 @@ def test_what_is_no_cache_at_all_counts_as_none(tmp_path: Path) -> None:
     expected = describe(collect_runs([str(tmp_path)], tmp_path))
     collect(tmp_path)
     folder = tmp_path / CACHE_FOLDER
-    whole = (folder / FILE).read_bytes()
+    whole = (folder / CACHE_FILE).read_bytes()
     fired = tmp_path / "fired"
 
     class Trap:
@@ -211,28 +211,34 @@ def test_what_is_no_cache_at_all_counts_as_none(tmp_path: Path) -> None:
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for content in (b"", b"garbage", whole[: len(whole) // 2], bytes(flipped), pickle.dumps(Trap())):
-        (folder / FILE).write_bytes(content)
+        (folder / CACHE_FILE).write_bytes(content)
         assert describe(collect(tmp_path)) == expected
-    np.savez(folder / FILE, about=np.array([Trap()], object), allow_pickle=True)
+    np.savez(folder / CACHE_FILE, about=np.array([Trap()], object), allow_pickle=True)
     assert describe(collect(tmp_path)) == expected
     assert not fired.exists()
     for make in (os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("gone", path)):
-        (folder / FILE).unlink()
-        make(folder / FILE)
+        (folder / CACHE_FILE).unlink()
+        make(folder / CACHE_FILE)
         assert describe(collect(tmp_path)) == expected
-        (folder / FILE).rmdir() if (folder / FILE).is_dir() else (folder / FILE).unlink(missing_ok=True)
-        (folder / FILE).write_bytes(b"")
+        (folder / CACHE_FILE).rmdir() if (folder / CACHE_FILE).is_dir() else (folder / CACHE_FILE).unlink(missing_ok=True)
+        (folder / CACHE_FILE).write_bytes(b"")
     shutil.rmtree(folder)
     folder.write_text("no folder")  # as good as a folder that cannot be written
     assert describe(collect(tmp_path)) == expected and folder.read_text() == "no folder"
 
 
-def test_gc_removes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_others", [False, True])
+def test_gc_removes_it_and_nothing_else(tmp_path: Path, has_others: bool) -> None:
     write(tmp_path, "r0")
     collect(tmp_path)
+    other = tmp_path / CACHE_FOLDER / "models" / "weights.bin"  # a home folder may be a runs folder
+    if has_others:
+        other.parent.mkdir()
+        other.write_bytes(b"dear")
     (leftover,) = find_leftovers(tmp_path, days=30)
-    assert leftover.path == tmp_path / CACHE_FOLDER and leftover.size > 0
-    assert remove_leftover(leftover) == "" and not (tmp_path / CACHE_FOLDER).exists()
+    assert leftover.path == tmp_path / CACHE_FOLDER / CACHE_FILE and leftover.size > 0
+    assert remove_leftover(leftover) == "" and not leftover.path.exists()
+    assert (tmp_path / CACHE_FOLDER).exists() is has_others and other.exists() is has_others
     assert load_run(tmp_path / "r0").id == "r0"
 
 
