@@ -345,10 +345,12 @@ def _create_run_dir(settings: Settings, runs: Path, swept: list[str], name: str,
 def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) -> int:
     """Go on with a run from its checkpoint."""
     from cifar.config.resolve import name_lost_plugin, resolve_resumed
+    from cifar.integrations.wandb.artifact_download import find_run
 
     with spinner("importing PyTorch ..."):
         from cifar.training.distributed import init_distributed
         from cifar.training.recorded import add_notes, describe_changes
+        from cifar.training.run import describe_parts_again
     with init_distributed() as context:
         set_quiet(context.rank > 0)
         record, values = context.rank_zero_call(
@@ -358,6 +360,7 @@ def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) 
             with name_lost_plugin(record.id, record.read_json("run").get("plugins")):
                 settings, notes = resolve_resumed(values)
             notes += [f"{change}: the run goes on with the file as it is now" for change in describe_changes(record)]
+            context.rank_zero_call(lambda: describe_parts_again(settings, record, record.path.parent, find_run))
             if not context.rank:
                 add_notes(record, notes)
             context.validate_config(settings.to_dict())

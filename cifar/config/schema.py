@@ -20,9 +20,13 @@ def _bool_to_on_off(value: Any) -> Any:
 
 
 def _join_names(value: Any) -> Any:
-    """A list of names -> the names with commas between them, as sweeps and command lines may give them."""
+    """Names, in a list or with commas between them -> the names with commas between them. Nothing (`teacher=`) -> ""."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return ",".join(parse_teachers(value))
     if isinstance(value, list | tuple) and all(isinstance(name, str | int) and not isinstance(name, bool) for name in value):
-        return ",".join(str(name).strip() for name in value)
+        return ",".join(parse_teachers(",".join(map(str, value))))
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError(f"a run's name that looks like a number has to be quoted: \"'{value}'\"")
     return value

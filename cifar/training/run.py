@@ -46,7 +46,7 @@ from cifar.training.evaluation import compute_loss_and_accuracy, count_views
 from cifar.training.loop import RunHooks, RunLoop, train_epochs
 from cifar.training.part_checks import check_parts, is_out_of_memory
 from cifar.training.parts import describe_plugins
-from cifar.training.teachers import describe_teachers, find_teachers, read_teachers
+from cifar.training.teachers import describe_teachers, find_teachers, read_common_teachers
 from cifar.training.trainer import Trainer, resolve_device
 from cifar.training.trainer_cache import clear_trainer_cache, get_step_runner, prepare_step_runner, release_step_runner
 
@@ -102,13 +102,30 @@ def create_run(
     if (runs_dir / run_id / "run.json").exists():
         existing = RunDir(runs_dir / run_id)
         existing.check_resumable()
+        describe_parts_again(config, existing, runs_dir, find_run)
         return existing
     reject_secrets({**config.to_dict(), "the name": about.name, "a tag": list(about.tags)})
-    notes = check_plugins(config)
-    teachers = find_teachers(config, lambda name: find_run(name, runs_dir))
-    described = _describe_run(config, run_id, about, measure_cost(config).as_dict(), notes)
-    described |= {"teachers": describe_teachers(teachers)} if teachers else {}
+    described = _describe_run(config, run_id, about) | _describe_parts(config, lambda name: find_run(name, runs_dir))
+    described["tags"] += _list_part_tags(config, described["cost"])
     return RunDir.create(runs_dir, run_id, described, config.to_dict())
+
+
+def describe_parts_again(
+    config: Settings, record: RunDir, runs_dir: Path, find_run: Callable[[str, Path], RunDir] = find_run_dir
+) -> None:
+    """Write what run.json says about the parts of a run once more, if the run was refused and is to be trained after all.
+
+    The record of a refused run lacks its teachers, and perhaps its cost. Nothing happens to a run that has begun. Raises
+    PartError where the parts still cannot be trained, or the teachers cannot teach.
+    """
+    began = any((record.path / name).exists() for name in ("environment.json", "metrics.jsonl", "checkpoint.pt"))
+    if began or not record.read_json("status"):
+        return
+    parts, about = _describe_parts(config, lambda name: find_run(name, runs_dir)), record.read_json("run")
+    kept = {key: value for key, value in about.items() if key not in _PART_FIELDS}
+    tags = [tag for tag in about.get("tags") or () if tag not in _PART_TAGS] + _list_part_tags(config, parts["cost"])
+    with contextlib.nullcontext() if record.is_owned else record.own("trained"):
+        record.write_json("run", {**kept, "tags": tags, **parts})
 
 
 def record_refused_run(config: Settings, runs_dir: Path, metadata: RunMetadata, reason: str) -> RunDir:
@@ -117,25 +134,21 @@ def record_refused_run(config: Settings, runs_dir: Path, metadata: RunMetadata, 
         cost = measure_cost(config).as_dict()
     except UserError:
         cost = flops.Cost(0, 0, 0, 0, (), False, "the network could not be counted").as_dict()
-    run_dir = RunDir.create(
-        runs_dir, metadata.run_id, _describe_run(config, metadata.run_id, metadata, cost, ()), config.to_dict()
-    )
+    described = {**_describe_run(config, metadata.run_id, metadata), "cost": cost, **_describe_plugins(config)}
+    described["tags"] += _list_part_tags(config, cost)
+    run_dir = RunDir.create(runs_dir, metadata.run_id, described, config.to_dict())
     with run_dir.own("trained"):
         run_dir.set_status("failed", reason=reason, epochs=config.epochs)
     return run_dir
 
 
-def _describe_run(
-    config: Settings, run_id: str, about: RunMetadata, cost: Mapping[str, Any], notes: Sequence[str]
-) -> dict[str, Any]:
-    """The content of run.json."""
+def _describe_run(config: Settings, run_id: str, about: RunMetadata) -> dict[str, Any]:
+    """The content of run.json, without what depends on the parts."""
     stand_in = config.dataset == "stand-in"
     return {
         "name": format_run_name(config.to_dict(), about.swept, about.name),
         "group": about.sweep,
-        "tags": [*map(escape_controls, about.tags), config.dataset, config.model]
-        + ([] if cost["verified"] else ["macs unverified"])
-        + (["distilled"] if config.teacher else []),
+        "tags": [*map(escape_controls, about.tags), config.dataset, config.model],
         "project": about.project or read_variable("WANDB_PROJECT", "cifar"),
         "entity": about.entity or read_variable("WANDB_ENTITY"),
         "sweep": about.sweep,
@@ -145,13 +158,33 @@ def _describe_run(
         "sweep_keys": list(about.sweep_keys),
         "dataset": config.dataset,
         "official": not stand_in,
-        "cost": dict(cost),
-        **({"plugins": plugins} if (plugins := describe_plugins(config)) else {}),  # of its parts, each with a digest
-        **({"notes": list(notes)} if notes else {}),
         **({"artifacts": "off"} if read_variable("CIFAR_ARTIFACTS") == "off" else {}),  # so that a later `push` sends none
         **({"description": escape_controls(about.description[:MAX_NAME], keeps_lines=True)} if about.description else {}),
         "command": f"python -m cifar train --from {run_id}",
     }
+
+
+_PART_FIELDS = ("cost", "plugins", "notes", "teachers")  # of run.json
+_PART_TAGS = ("macs unverified", "distilled")
+
+
+def _describe_parts(config: Settings, find_run: Callable[[str], RunDir]) -> dict[str, Any]:
+    """What run.json says about the parts of a run, and about its teachers. Raises PartError where it cannot be trained."""
+    notes, teachers = check_plugins(config), find_teachers(config, find_run)
+    return {
+        "cost": measure_cost(config).as_dict(),
+        **_describe_plugins(config),
+        **({"notes": list(notes)} if notes else {}),
+        **({"teachers": describe_teachers(teachers)} if teachers else {}),
+    }
+
+
+def _describe_plugins(config: Settings) -> dict[str, Any]:
+    return {"plugins": plugins} if (plugins := describe_plugins(config)) else {}  # of its parts, each with a digest
+
+
+def _list_part_tags(config: Settings, cost: Mapping[str, Any]) -> list[str]:
+    return ([] if cost["verified"] else ["macs unverified"]) + (["distilled"] if config.teacher else [])
 
 
 def resolve_dataset(config: Settings, data_dir: Path | None) -> tuple[Settings, str]:
@@ -256,7 +289,7 @@ def train_runs(
                 run.run_dir.set_status("running", epoch=epoch, epochs=run.config.epochs)
                 run.run_dir.remove_file("traceback.txt")  # of an earlier attempt
             configs = [run.config for run in live]
-            teachers = read_teachers(live[0].run_dir)
+            teachers = read_common_teachers([run.run_dir for run in live])
             step_runner = get_step_runner(configs, data_dir, context, teachers)
             for run, trainer in zip(live, step_runner.trials, strict=True):
                 run.attach_trainer(trainer)

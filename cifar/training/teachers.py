@@ -22,7 +22,7 @@ from cifar.config.schema import Settings, parse_teachers
 from cifar.data.augment import MEAN, STD
 from cifar.errors import PartError, UserError
 from cifar.flops import keep_random_state
-from cifar.system.files import is_regular_file
+from cifar.system.files import is_regular_file, shorten_repr
 from cifar.system.names import is_id
 from cifar.tracking.records import is_amount, is_text
 from cifar.tracking.run_dir import RunDir
@@ -120,11 +120,32 @@ def describe_teachers(teachers: Sequence[Teacher]) -> list[dict[str, Any]]:
 
 
 def read_teachers(record: RunDir) -> tuple[Teacher, ...]:
-    """The teachers of a run, as its run.json has them. Raises UserError where one is gone or has other weights now."""
-    known = record.read_json("run").get("teachers") or []
+    """The teachers of a run, as its run.json has them. Raises UserError where one is gone or has other weights now.
+
+    Raises PartError where its configuration names teachers and its run.json has none: it would train without them.
+    """
+    return tuple(_locate(each, record) for each in _read_recorded(record))
+
+
+def read_common_teachers(records: Sequence[RunDir]) -> tuple[Teacher, ...]:
+    """The teachers of runs that are trained side by side. Raises PartError where they differ, else as `read_teachers`."""
+    kinds = {tuple((each.run, each.sha256) for each in _read_recorded(record)) for record in records}
+    if len(kinds) > 1:
+        names = ", ".join(record.id for record in records)
+        raise PartError(f"the runs {names} have different teachers; train each alone")
+    return read_teachers(records[0])
+
+
+def _read_recorded(record: RunDir) -> list[Teacher]:
+    known, config = record.read_json("run").get("teachers") or [], record.read_json("config")
     if not isinstance(known, list) or not all(map(_is_teacher, known)):
         raise UserError(f"{record.path / 'run.json'} is damaged (its teachers are no list of runs); restore it")
-    return tuple(_locate(Teacher(**each), record) for each in known)
+    if not known and parse_teachers(str(config.get("teacher") or "")):
+        raise PartError(
+            f"run {record.id} has the setting teacher = {shorten_repr(config['teacher'])}, and its run.json names no teacher; "
+            f"train it anew: python -m cifar train --from {record.id}"
+        )
+    return [Teacher(**each) for each in known]
 
 
 def _is_teacher(value: Any) -> bool:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar import data
-from cifar.config.resolve import resolve_config
+from cifar.config.resolve import parse_pairs, resolve_config
+from cifar.config.schema import Settings
 from cifar.errors import PartError, UserError
 from cifar.tracking.run_dir import RunDir
 from cifar.training import run
@@ -247,6 +248,92 @@ def test_who_cannot_teach_is_refused_before_anything_is_made(
 def test_a_setting_that_makes_no_sense_is_refused(values: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
         resolve_config(values)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [("", ""), (None, ""), (" , ", ""), ([], ""), ("a, b,", "a,b"), (["a ", "b"], "a,b"), ("x y/z", "x y/z")],
+)
+def test_names_of_teachers_are_kept_in_one_form_and_an_empty_value_is_none(given: Any, wanted: str) -> None:
+    assert resolve_config({"teacher": "first"}, {"teacher": given}).teacher == wanted
+
+
+def test_an_empty_value_on_the_command_line_is_no_teacher() -> None:
+    assert resolve_config({"teacher": "first"}, parse_pairs(["teacher="])).teacher == ""
+
+
+# -- who was refused, and is trained after all -------------------------------------------------------------------------
+
+
+def refuse(config: Settings, runs: Path, run_id: str) -> RunDir:
+    """The record of a trial that was refused, as `sweeps retry` leaves it."""
+    metadata = run.RunMetadata(run_id=run_id, tags=["mine"])
+    with pytest.raises(PartError, match="teacher: ") as error:
+        run.create_run(config, runs, metadata)
+    record = run.record_refused_run(config, runs, metadata, str(error.value))
+    assert record.state == "failed" and "teachers" not in record.read_json("run")
+    record.set_status("interrupted", reason="to be tried again")
+    return record
+
+
+def test_a_refused_run_that_is_tried_again_has_its_teacher(runs_with_teachers: Path) -> None:
+    config = resolve_config({**STUDENT, "teacher": "first,second", "max_steps": 1})
+    weights, away = runs_with_teachers / "first" / "weights.pt", runs_with_teachers.parent / "weights.pt"
+    weights.rename(away)
+    record = refuse(config, runs_with_teachers, "student")
+    before = record.read_json("run")
+    uncounted = {**before["cost"], "macs": 0, "params": 0, "verified": False}  # as where the network could not be built
+    record.write_json("run", {**before, "cost": uncounted, "tags": ["mine", "macs unverified", "distilled"]})
+    with pytest.raises(PartError, match="first has no weights"):
+        run.create_run(config, runs_with_teachers, run.RunMetadata(run_id="student"))
+    away.rename(weights)
+    again = run.create_run(config, runs_with_teachers, run.RunMetadata(run_id="student"))
+    about = again.read_json("run")
+    assert [each["run"] for each in about["teachers"]] == ["first", "second"]
+    assert about["cost"] == before["cost"] and about["tags"] == ["mine", "distilled"]
+    assert about["created"] == before["created"] and not again.is_owned
+    assert run.train_run(config, again) == "finished"
+    macs = [RunDir(runs_with_teachers / name).read_json("summary")["macs"] for name in ("first", "second")]
+    assert again.read_json("summary")["teacher_flops"] == 2 * sum(macs) * 64
+
+
+def test_a_teacher_that_may_not_teach_is_refused_each_time(runs_with_teachers: Path) -> None:
+    config = resolve_config({**STUDENT, "teacher": "first", "val_size": 300})
+    record = refuse(config, runs_with_teachers, "student")
+    for _ in range(2):
+        with pytest.raises(PartError, match="val_size 200, here 300"):
+            run.create_run(config, runs_with_teachers, run.RunMetadata(run_id="student"))
+    with pytest.raises(PartError, match="names no teacher; train it anew"):
+        run.train_run(config, record)
+    assert record.state == "interrupted"
+
+
+def test_a_run_that_began_without_its_teacher_does_not_go_on(runs_with_teachers: Path) -> None:
+    config = resolve_config({**STUDENT, "teacher": "first"})
+    record = run.create_run(config, runs_with_teachers, run.RunMetadata(run_id="student"))
+    about = record.read_json("run")
+    del about["teachers"]
+    record.write_json("run", about)
+    record.set_status("interrupted")
+    record.append_row({"epoch": 1})
+    run.create_run(config, runs_with_teachers, run.RunMetadata(run_id="student"))
+    with pytest.raises(PartError, match="names no teacher"):
+        run.train_run(config, record)
+    assert "teachers" not in record.read_json("run") and record.state == "interrupted"
+
+
+@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"run": "second"}, None])
+def test_a_pack_has_the_same_teachers_or_is_none(runs_with_teachers: Path, change: dict[str, str] | None) -> None:
+    config = resolve_config({**STUDENT, "teacher": "first"})
+    loops = [RunLoop(config, run.create_run(config, runs_with_teachers)) for _ in range(2)]
+    about = loops[1].run_dir.read_json("run")
+    about["teachers"] = [{**about["teachers"][0], **change}] if change else []
+    loops[1].run_dir.write_json("run", about)
+    for loop in loops:
+        loop.run_dir.set_status("interrupted")
+    with pytest.raises(PartError, match="have different teachers; train each alone" if change else "names no teacher"):
+        run.train_runs(loops)
+    assert [loop.run_dir.state for loop in loops] == ["interrupted"] * 2
 
 
 @pytest.mark.slow
