@@ -1,6 +1,7 @@
-"""The check of a configuration that a run's folder holds, before it is compared with others.
+"""The configuration that a run's folder holds, checked and completed before it is compared with others.
 
-It is lighter than `resolve_config`: a run of an earlier version may lack keys, or have keys that no part takes any more.
+That is lighter than `resolve_config`, and needs no PyTorch: a run of an earlier version may lack keys, or have keys that no
+part takes any more.
 """
 
 from __future__ import annotations
@@ -19,6 +20,44 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
 }
 _TEXT: tuple[str, Callable[[Any], bool]] = ("text", lambda value: isinstance(value, str | bool))  # `compile: false` was allowed
+
+# The settings of the first version: each record of a run has them. What came later is filled in where it is missing, by its
+# default, which is what earlier versions did.
+_FIRST_SETTINGS = frozenset((
+    "experiment", "dataset", "val_size", "train_size", "test", "model", "optimizer", "schedule", "probes", "epochs",
+    "max_steps", "batch_size", "seed", "flip", "crop", "crop_padding", "cutout", "normalize", "label_smoothing", "mixup",
+    "cutmix", "ema", "tta", "precision", "channels_last", "deterministic", "compile", "device", "threads", "probe_every",
+    "checkpoint_every", "max_macs",
+))  # fmt: skip
+LATER_SETTINGS = {name: field.default for name, field in Settings.model_fields.items() if name not in _FIRST_SETTINGS}
+
+# The same for keys of parts: (key, what earlier versions did, the parts that take it and are older than the key).
+_WITH_SQUEEZE = (
+    "resnet", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "preact_resnet", "preact_resnet18", "wrn",
+    "wrn_16_4", "wrn_28_10",
+)  # fmt: skip
+_LATER_PART_KEYS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("drop_path", 0.0, (*_WITH_SQUEEZE, "airbench", "airbench96")),
+    ("se", 0, _WITH_SQUEEZE),
+    ("ns_together", False, ("muon",)),
+)
+
+
+def fill_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as a run of this version would have recorded it: with the keys that are newer than the run."""
+    filled = {**values}
+    for name, value in _list_later_keys(values.get("model"), values.get("optimizer")):
+        filled.setdefault(name, value)
+    for name in ("compile", "histograms"):
+        if isinstance(value := filled.get(name), bool):
+            filled[name] = "on" if value else "off"
+    return filled
+
+
+@functools.lru_cache(maxsize=256)
+def _list_later_keys(*parts: Any) -> tuple[tuple[str, Any], ...]:
+    later = ((key, value) for key, value, names in _LATER_PART_KEYS if not set(names).isdisjoint(parts))
+    return (*LATER_SETTINGS.items(), *later)
 
 
 @functools.cache

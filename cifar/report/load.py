@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from cifar.config.recorded import check_config
+from cifar.config.recorded import check_config, fill_config
 from cifar.errors import UserError
 from cifar.report.formatting import pluralize
 from cifar.report.metric_rows import list_names
@@ -30,8 +30,6 @@ from cifar.tracking.run_dir import RunDir, find_run_dir, list_folders, list_run_
 STAND_IN_BANNER = "STAND-IN DATA, not CIFAR-10"
 UNOFFICIAL_BANNER = "NOT THE OFFICIAL CIFAR-10 FILES"
 SPLIT_NAMES = {"val": "validation", "test": "test"}
-# Settings that runs of earlier versions lack, with the value that those versions used.
-LEGACY_DEFAULTS = {"keep": 1.0, "teacher": "", "distill_weight": 0.5, "distill_temperature": 4.0}
 
 
 @dataclass(frozen=True)
@@ -281,7 +279,7 @@ class RunLoader:
             id=path.name,
             name=str(run.get("name") or path.name),
             path=path,
-            config={**LEGACY_DEFAULTS, **config, "dataset": dataset},
+            config={**fill_config(config), "dataset": dataset},
             macs=float(cost.get("macs") or 0),
             params=int(cost.get("params") or 0),
             verified=bool(cost.get("verified", False)) and float(cost.get("macs") or 0) > 0,

@@ -1,10 +1,10 @@
 """Old names of `cifar.report.load` and `cifar.report.formatting`, for figure plug-ins."""
 
+from cifar.config.recorded import LATER_SETTINGS as LATER
 from cifar.report.formatting import format_macs as macs_text
 from cifar.report.formatting import format_value as show
 from cifar.report.formatting import parse_macs as amount
 from cifar.report.formatting import pluralize as count
-from cifar.report.load import LEGACY_DEFAULTS as LATER
 from cifar.report.load import SPLIT_NAMES as SPLITS
 from cifar.report.load import STAND_IN_BANNER as STAND_IN
 from cifar.report.load import UNOFFICIAL_BANNER as UNOFFICIAL
