@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cifar import kernels
 from cifar.config.schema import Settings
+from cifar.system.redacted_streams import hide_from_listeners
 from cifar.training import compile_cache
 from cifar.training.cudagraph import StepRunner
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 COMPILE_SAVING = 0.3  # typical fraction of a captured step's time that compiling saves (LOG.md)
 COLD_COMPILE_SECONDS = 45.0  # compiling for the first time on a machine (LOG.md)
 WARM_COMPILE_SECONDS = 8.0  # compiling when the result is in the cache on disk (LOG.md)
+
+
+class WaitStoppedError(Exception):
+    """A run was asked to end while it waited for another process to compile its step. Nothing has been compiled."""
 
 
 @functools.cache
@@ -35,10 +41,16 @@ def compile_once(function: Any, max_autotune: bool = False) -> Any:
     return torch.compile(function, mode="max-autotune-no-cudagraphs" if max_autotune else None, dynamic=False)
 
 
-def compile_if_worthwhile(step_runner: StepRunner[Trainer], configs: Sequence[Settings], num_planned_runs: int) -> str:
+def compile_if_worthwhile(
+    step_runner: StepRunner[Trainer],
+    configs: Sequence[Settings],
+    num_planned_runs: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> str:
     """Compile the steps if that saves more time than it takes. Returns a sentence for the user.
 
-    `num_planned_runs`: runs with the same graph signature that this process will train, these included.
+    `num_planned_runs`: runs with the same graph signature that this process will train, these included. `should_stop`: as for
+    `compile_trainers`.
     """
     first = step_runner.trials[0]
     # One trial is measured, because capturing all of a pack takes seconds. Side by side they take less than this sum.
@@ -50,18 +62,19 @@ def compile_if_worthwhile(step_runner: StepRunner[Trainer], configs: Sequence[Se
     cost = WARM_COMPILE_SECONDS if compile_cache.is_compiled(_trainer_key(first)) else COLD_COMPILE_SECONDS
     pays = first.context.rank_zero_call(lambda: COMPILE_SAVING * work > cost)  # the ranks do the same
     if pays:
-        compile_trainers(step_runner)
+        compile_trainers(step_runner, should_stop)
     return (
         f"compile: {'on' if pays else 'off'} (steps of {1e6 * seconds:.0f} us, {work:.0f} s of work ahead; "
         f"compiling takes about {cost:.0f} s and saves about {100 * COMPILE_SAVING:.0f} %)"
     )
 
 
-def compile_trainers(step_runner: StepRunner[Trainer]) -> str:
+def compile_trainers(step_runner: StepRunner[Trainer], should_stop: Callable[[], bool] = lambda: False) -> str:
     """Compile the step of every trainer, capture it, and note on disk that its kernels are cached now.
 
     Where another process of this machine is compiling the same step, this one waits for it and finds the kernels in the cache.
-    Returns a sentence for the user where that took long, else "".
+    Returns a sentence for the user where that took long, else "". `should_stop`: asked while it waits, whether the runs are to
+    end; then it raises WaitStoppedError.
     """
     first = step_runner.trials[0]
     os.environ.setdefault(compile_cache.FOLDER_VARIABLE, str(compile_cache.compiler_folder()))  # outlives the process
@@ -70,7 +83,9 @@ def compile_trainers(step_runner: StepRunner[Trainer]) -> str:
     key, start, waited = _trainer_key(first), time.monotonic(), 0.0
     is_shared = first.context.world_size > 1  # its processes compile together: each waits for the others in every step
     if not is_shared and not compile_cache.is_compiled(key):
-        with compile_cache.hold_compile_lock(key):
+        with compile_cache.hold_compile_lock(key, on_wait=_say_that_it_waits, should_stop=should_stop) as is_held:
+            if not is_held and should_stop():
+                raise WaitStoppedError
             waited = time.monotonic() - start
             if not compile_cache.is_compiled(key):
                 _compile_and_capture(step_runner)
@@ -81,6 +96,12 @@ def compile_trainers(step_runner: StepRunner[Trainer]) -> str:
     if is_shared and step_runner.wants_graphs:
         compile_cache.mark_compiled(key)
     return f"compile: waited {waited:.0f} s for another process that compiled this network" if waited > 1 else ""
+
+
+def _say_that_it_waits() -> None:
+    """On the terminal, or in a worker's log. The run's own log says afterwards how long that took."""
+    with hide_from_listeners():
+        print("waiting for another process that compiles this network", file=sys.stderr, flush=True)
 
 
 def _compile_and_capture(step_runner: StepRunner[Trainer]) -> None:

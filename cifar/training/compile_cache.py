@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # PyTorch's
 MAX_WAIT_SECONDS = 900.0  # for another process; then this one compiles too, as the other may hang
+POLL_SECONDS = 0.2  # between two looks whether the lock is free, or whether to wait no longer
 
 _held_keys: set[str] = set()  # of the locks that this process has: a second one in the same process would wait for itself
 
@@ -64,8 +65,16 @@ def is_being_compiled(key: str) -> bool:
 
 
 @contextlib.contextmanager
-def hold_compile_lock(key: str, wait_seconds: float = MAX_WAIT_SECONDS) -> Iterator[bool]:
+def hold_compile_lock(
+    key: str,
+    wait_seconds: float = MAX_WAIT_SECONDS,
+    *,
+    on_wait: Callable[[], None] = lambda: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[bool]:
     """While it is held no other process compiles that step. Gives whether we have it, after that time at most.
+
+    on_wait: called once, if it is not free at once. should_stop: asked again and again meanwhile; True ends the waiting.
 
     The system frees the lock of a process that dies. Where a folder takes no locks, we have it always: then a step may be
     compiled twice, which is slower and nothing worse.
@@ -73,7 +82,7 @@ def hold_compile_lock(key: str, wait_seconds: float = MAX_WAIT_SECONDS) -> Itera
     if key in _held_keys:
         yield True
         return
-    lock = _acquire(key, wait_seconds)
+    lock = _acquire(key, wait_seconds, on_wait, should_stop)
     if lock is not None and not lock.is_locked:
         yield False
         return
@@ -86,19 +95,31 @@ def hold_compile_lock(key: str, wait_seconds: float = MAX_WAIT_SECONDS) -> Itera
             lock.release()
 
 
-def _acquire(key: str, wait_seconds: float) -> FileLock | None:
+def _acquire(key: str, wait_seconds: float, on_wait: Callable[[], None], should_stop: Callable[[], bool]) -> FileLock | None:
     """The lock, held if it could be had in that time. None where the folder takes no locks."""
     from filelock import FileLock, Timeout
 
     path = _marker_path(key).with_suffix(".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=wait_seconds)
-        with contextlib.suppress(Timeout):
-            lock.acquire(poll_interval=0.2)
-        return lock
-    except (OSError, NotImplementedError):
+        lock = FileLock(path)
+    except OSError:
         return None
+    deadline, has_waited = time.monotonic() + wait_seconds, False
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            return lock
+        except Timeout:
+            pass
+        except (OSError, NotImplementedError):
+            return None
+        if time.monotonic() >= deadline or should_stop():
+            return lock
+        if not has_waited:
+            has_waited = True
+            on_wait()
+        time.sleep(POLL_SECONDS)
 
 
 def _marker_path(key: str) -> Path:

@@ -39,6 +39,7 @@ from cifar.system.user_code import describe_error, describe_failure, pass_interr
 from cifar.system.variables import read_variable
 from cifar.tracking.records import MAX_NAME
 from cifar.tracking.run_dir import RunDir, find_run_dir, generate_id
+from cifar.training.compile import WaitStoppedError
 from cifar.training.console import RunConsole, record_output
 from cifar.training.costs import count_train_flops, find_idle_weights, is_any_weight_idle
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext, PeerLostError
@@ -293,7 +294,13 @@ def train_runs(
             step_runner = get_step_runner(configs, data_dir, context, teachers)
             for run, trainer in zip(live, step_runner.trials, strict=True):
                 run.attach_trainer(trainer)
-            step_description = prepare_step_runner(step_runner, configs, num_planned_runs)
+            try:
+                step_description = prepare_step_runner(
+                    step_runner, configs, num_planned_runs, lambda: all(run.state or run.hooks.poll_stop() for run in live)
+                )
+            except WaitStoppedError:
+                _end_before_steps(live)
+                return
             for run in live:
                 _write_description(run, step_description)
             train_epochs(step_runner, live, _record_end)
@@ -303,6 +310,15 @@ def train_runs(
 def _acquire_folders(runs: Sequence[RunLoop]) -> None:
     for run in runs:
         run.run_dir.acquire()
+
+
+def _end_before_steps(runs: Sequence[RunLoop]) -> None:
+    """All of them were asked to end before this process took a step of theirs: they can go on from where they were."""
+    clear_trainer_cache()  # the steps are not what they were to become
+    for run in runs:
+        if not run.state:
+            run.state, run.reason = run.hooks.poll_stop() or "interrupted", "asked to end before its first step here"
+        _record_end(run)
 
 
 def _skip_if_over_budget(run: RunLoop) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,17 @@ def clear_trainer_cache(num_kept: int = 0) -> None:
     del _cached_runners[: max(0, len(_cached_runners) - num_kept)]
 
 
-def prepare_step_runner(step_runner: StepRunner[Trainer], configs: Sequence[Settings], num_planned_runs: int) -> dict[str, Any]:
+def prepare_step_runner(
+    step_runner: StepRunner[Trainer],
+    configs: Sequence[Settings],
+    num_planned_runs: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Compile where that pays off or is asked for, and capture the steps.
 
     Returns how steps are taken, as environment.json stores it; "compile" is a sentence for the user, or empty.
-    `num_planned_runs`: runs with the same graph signature that this process will train, these included.
+    `num_planned_runs`: runs with the same graph signature that this process will train, these included. `should_stop`: as for
+    `compile_trainers`.
     """
     first: Trainer = step_runner.trials[0]
     if step_runner.wants_graphs and not step_runner.graphs and not step_runner.capture_error:
@@ -85,9 +91,9 @@ def prepare_step_runner(step_runner: StepRunner[Trainer], configs: Sequence[Sett
     step_runner.captures_frozen_step = num_planned_runs > len(configs)
     message = ""
     if configs[0].compile in ("on", "max") and not first.is_compiled:
-        message = compile_trainers(step_runner)
+        message = compile_trainers(step_runner, should_stop)
     elif configs[0].compile == "auto" and step_runner.wants_graphs and not step_runner.compile_decided:
-        message = compile_if_worthwhile(step_runner, configs, num_planned_runs)
+        message = compile_if_worthwhile(step_runner, configs, num_planned_runs, should_stop)
     step_runner.ensure_captured()
     if step_runner.capture_error and not step_runner.compile_decided:
         message = f"this step is not captured as a CUDA graph, and slower for it: {step_runner.capture_error}"
