@@ -16,7 +16,7 @@ from cifar.agent.compile_ahead import CompileAhead
 from cifar.config.resolve import resolve_config
 from cifar.sweeps.local import LocalBackend
 from cifar.tracking.run_dir import RunDir
-from cifar.training.compile_cache import FOLDER_VARIABLE, is_compiled, step_key
+from cifar.training.compile_cache import FOLDER_VARIABLE, hold_compile_lock, is_compiled, step_key
 from helpers.agent_processes import TINY, create_sweep, start_agent
 from helpers.paths import ROOT
 from helpers.processes import find_alive, list_descendants, wait_for_exit, wait_until
@@ -106,6 +106,37 @@ def test_what_cannot_be_trained_fails_with_a_reason_and_nothing_is_marked(induct
         answer = json.loads(process.stdout.read())
     assert answer["answer"] == "failed" and "no such network" in answer["reason"]
     assert not list((inductor / "cifar").glob("*")) if inductor.exists() else True
+
+
+def test_a_run_that_waits_for_a_compiler_says_so_and_ends_at_the_first_ctrl_c(runs: Path, inductor: Path) -> None:
+    pairs = [f"{key}={value}" for key, value in SMALL.items()]
+    with hold_compile_lock(key_of(SMALL)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cifar", "train", *pairs, "--wandb", "disabled"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stderr
+        while "waiting for another process that compiles this network" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        output, error = process.communicate(timeout=60)
+    (record,) = [RunDir(path.parent) for path in runs.glob("*/run.json")]
+    assert process.returncode == 130 and "Traceback" not in error, output + error
+    assert record.state == "interrupted" and "before its first step" in record.read_json("status")["reason"]
+
+
+def test_a_trial_that_waits_for_a_compiler_is_given_back_at_the_first_ctrl_c(runs: Path, inductor: Path) -> None:
+    backend = create_sweep(runs, "parameters: {seed: {values: [0]}}", **SMALL)
+    (values,) = backend.peek_values(1) or []
+    with hold_compile_lock(key_of({**values, **backend.info["fixed"]})):
+        process = start_agent(backend, "workers=1", "compile_ahead='off'")
+        logs = backend.folder / "logs"
+        wait_until(lambda: any("waiting for another process" in path.read_text() for path in logs.glob("*.log")))
+        process.send_signal(signal.SIGINT)
+        code, output = wait_for_exit(process, 60)
+    assert code == 130, output
+    assert backend.count_states() == {"interrupted": 1}
+    assert "before its first step" in RunDir(runs / backend.run_id(0)).read_json("status")["reason"]
 
 
 def test_one_ends_with_its_agent(inductor: Path) -> None:
