@@ -14,6 +14,7 @@ from cifar.tracking.run_dir import RunDir
 from helpers.paths import ROOT
 from helpers.protocol import Server
 from helpers.system_fields import assert_shown_as_recorded
+from helpers.workspace import list_columns
 
 HEAD = "# Question: which?\nname: tiny\ndescription: Which network, at <which> rate?\n"
 HEAD += "method: grid\nmetric: {name: val/acc, goal: maximize}\n"
@@ -43,7 +44,7 @@ def assert_as_trained(server: Server, runs: Path, run_id: str, epochs: int) -> N
     cost = record.read_json("run")["cost"]
     shown = {"cifar_schema": 2, "macs": cost["macs"], "params": cost["params"]}
     assert run.config == {**record.read_json("config"), **shown}
-    assert run.summary.items() >= {**record.read_json("summary"), "state": record.state}.items()
+    assert run.summary.items() >= {**list_columns(record.read_json("summary")), "state": record.state}.items()
     assert run.sweep and run.group == run.sweep == record.read_json("run")["sweep"]
     question = yaml.safe_load(server.sweeps[run.sweep].text).get("description")
     assert run.notes == (question or record.read_json("run")["command"])

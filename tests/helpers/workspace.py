@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from helpers.protocol import Run
@@ -30,6 +31,18 @@ def custom_charts(run: Run) -> set[str]:
 def automatic_panels(run: Run) -> set[str]:
     """One for each logged key that is not hidden, pictures and tables included, and one for each custom chart."""
     return (history_keys(run) - hidden_keys(run)) | custom_charts(run)
+
+
+# Of summary.json: the record's file on W&B has them, its table of runs has no column for them.
+NOT_COLUMNS = {
+    "weights_bytes", "joules_missing", "teacher_train_flops",
+    "latency_p5_seconds", "latency_p95_seconds", "latency_n", "latency_device",
+}  # fmt: skip
+
+
+def list_columns(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table of runs on W&B shows of a run's summary.json."""
+    return {key: value for key, value in summary.items() if key not in NOT_COLUMNS}
 
 
 def summary_keys(run: Run) -> set[str]:

@@ -23,6 +23,7 @@ from cifar.tracking.run_dir import RunDir
 from helpers.hosted_sweeps import HEAD, TINY, start_command
 from helpers.processes import list_descendants, wait_for_exit, wait_until
 from helpers.protocol import Run, Server
+from helpers.workspace import list_columns
 
 MOMENTS = int(os.environ.get("CIFAR_MOMENTS", "5"))
 SECONDS = float(os.environ.get("CIFAR_MOMENTS_SECONDS", 20 * MOMENTS))  # for all strikes; a busy machine has fewer of them
@@ -54,7 +55,7 @@ def find_untruth(run: Run, record: RunDir) -> str:
     status = record.read_json("status")
     if status.get("state") not in ("finished", "pruned", "skipped"):
         return f"finished there, {status.get('state')} here"
-    rows, summary = list(record.read_rows()), record.read_json("summary")
+    rows, summary = list(record.read_rows()), list_columns(record.read_json("summary"))
     if [clean(row) for row in run.history] != rows:
         return f"finished with epochs {[row.get('epoch') for row in run.history]} of {len(rows)}"
     expected = {**{key: rows[-1][key] for key in ("epoch", "val/acc", "train/loss")}, **summary, "state": status["state"]}
