@@ -16,7 +16,7 @@ from helpers import leet
 from helpers.leet import end_record, make_record
 from helpers.protocol import Run, Server
 from helpers.system_fields import assert_shown_as_recorded
-from helpers.workspace import automatic_panels, custom_charts, hidden_keys, history_keys, summary_keys
+from helpers.workspace import automatic_panels, custom_charts, hidden_keys, history_keys, list_columns, summary_keys
 
 PAIRS = (
     "dataset=stand-in", "epochs=2", "max_steps=2", "batch_size=32", "train_size=128", "val_size=64", "threads=1", "device=cpu",
@@ -162,7 +162,7 @@ def test_every_field_of_the_folder_is_on_the_server(wandb_server: Server, runs: 
     assert run.config == {**config, **cost, "cifar_schema": 2}
     numbers = {key: value for key, value in run.summary.items() if key[0] != "_" and not isinstance(value, dict)}
     ends = {"state": status["state"], "reason": status["reason"], "flops": 2 * cost["macs"]}
-    assert numbers == {**summary, **cost, **ends, "epoch": rows[-1]["epoch"]}
+    assert numbers == {**list_columns(summary), **cost, **ends, "epoch": rows[-1]["epoch"]}
     assert (run.id, run.display_name, run.tags, run.notes) == (folder.name, about["name"], about["tags"], about["command"])
     assert (run.project, run.job_type, run.exits) == (about["project"], "train", [0])
 
