@@ -12,7 +12,7 @@ from torch import nn
 
 from cifar.config.resolve import resolve_config
 from cifar.tracking.run_dir import RunDir
-from cifar.training import run
+from cifar.training import checkpoint, run
 from cifar.training.costs import SharedEnergy, count_train_flops, find_idle_weights, is_any_weight_idle
 from cifar.training.loop import RunHooks, RunLoop
 from helpers.run_configs import TINY
@@ -84,10 +84,16 @@ def test_a_checkpoint_carries_what_was_used(runs: Path) -> None:
         path.write_bytes(buffer.getvalue())
         loop = resume(config, record)
         assert loop.joules == joules and loop.pack_size == (3 if kept else 1)
-        assert bool(loop.joules_problem) == (kept is None), "a checkpoint of an earlier version says nothing of energy"
+        assert loop.joules_problem == "", "on a CPU there is no energy to miss"
     run.train_run(config, record)
     summary = record.read_json("summary")
-    assert record.state == "finished" and "joules" not in summary and summary["joules_missing"]
+    assert record.state == "finished" and "joules" not in summary and "joules_missing" not in summary
+
+
+def test_a_checkpoint_of_an_earlier_version_makes_the_energy_of_a_gpu_unknown() -> None:
+    on_gpu, on_cpu = (checkpoint._read_spent({}, torch.device(kind)) for kind in ("cuda", "cpu"))
+    assert on_gpu.joules is None and "earlier version" in on_gpu.joules_problem
+    assert on_cpu.joules is None and on_cpu.joules_problem == ""
 
 
 def resume(config: Any, record: RunDir) -> RunLoop:
