@@ -9,10 +9,12 @@ A probe changes nothing: it draws no random numbers and writes to no tensor. On 
 replayed, in later trials too, so it may keep nothing from one step to the next.
 
 `start` may set an attribute `compute`, a function of tensors alone that does the arithmetic. It is compiled with the step.
+The package's own probes of the same gradients are compiled as one function: the gradients are read once, by half the kernels.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -87,8 +89,12 @@ class ProbeRunner:
 
     def compile(self, compiler: Callable[[Any], Any]) -> None:
         """Compile the probes' arithmetic. Uncompiled, its many kernels take longer than the step of a small network."""
+        same = [probe for probe in self.probes if getattr(type(probe), "is_of_all_gradients", False) and _is_ours(probe)]
+        shared = SharedCompute([probe.compute for probe in same], compiler(call_functions)) if len(same) > 1 else None
         for probe in self.probes:
-            if callable(compute := getattr(probe, "__dict__", {}).get("compute")):
+            if shared and probe in same:
+                probe.compute = functools.partial(shared, same.index(probe))
+            elif callable(compute := getattr(probe, "__dict__", {}).get("compute")):
                 probe.compute = compiler(compute)  # type: ignore[attr-defined]
             if callable(getattr(probe, "by", None)):  # old name of `compute`, for plug-ins
                 probe.by = compiler(probe.by)  # type: ignore[attr-defined]
@@ -151,16 +157,16 @@ class ProbeRunner:
                 [torch.full_like(values[name], self._initial_value(name)).flatten() for name in names]
             )
         flat = torch.cat([value.flatten() for value in values.values()])
-        is_missing = flat.isnan()
+        is_present = flat == flat  # not NaN; one kernel, where isnan() and its opposite are two
         sizes = [value.numel() for value in values.values()]
-        filled = _split(torch.where(is_missing, self._neutral[names], flat), sizes)
+        filled = _split(torch.where(is_present, flat, self._neutral[names]), sizes)
         additions = {name: part.view_as(values[name]) for name, part in zip(names, filled, strict=True)}
         for is_maximum in (False, True):
             metrics = [metric for metric in names if (metric in self._maximum) == is_maximum]
             totals, parts = [self._totals[metric] for metric in metrics], [additions[metric] for metric in metrics]
             if metrics:
                 torch._foreach_maximum_(totals, parts) if is_maximum else torch._foreach_add_(totals, parts)
-        present = _split(1 - is_missing.float(), sizes)
+        present = _split(is_present.float(), sizes)
         counts = [self._counts[name] for name in names]
         torch._foreach_add_(counts, [part.view_as(count) for part, count in zip(present, counts, strict=True)])
 
@@ -224,6 +230,33 @@ HOOKS = ("after_backward", "before_update", "after_update")
 _OWN_METRICS = ("epoch", "step", "layers", "train", "val", "test", "best", "system", "state")  # keys of every run's rows
 
 
+class SharedCompute:
+    """Several functions of the same tensors, called as one by whoever comes first; the others take their part of its results.
+
+    All of them are called in each step, in their order.
+    """
+
+    def __init__(self, functions: Sequence[Callable[..., Any]], call: Callable[..., tuple[Any, ...]]) -> None:
+        self._functions, self._call, self._results = tuple(functions), call, tuple[Any, ...]()
+
+    def __call__(self, index: int, tensors: Sequence[Tensor]) -> Any:
+        if index == 0:
+            self._results = self._call(self._functions, tensors)
+        result = self._results[index]
+        if index == len(self._functions) - 1:
+            self._results = ()  # nothing is kept from one step to the next
+        return result
+
+
+def call_functions(functions: Sequence[Callable[..., Any]], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The result of each function for the same tensors."""
+    return tuple(function(tensors) for function in functions)
+
+
+def _is_ours(probe: object) -> bool:
+    return type(probe).__module__.startswith("cifar.probes.")
+
+
 def _describe(probe: object, problem: str) -> str:
     file = getattr(sys.modules.get(type(probe).__module__), "__file__", None)
     return f"probe {type(probe).__name__}" + f" ({file})" * bool(file) + f": {problem}"
@@ -237,7 +270,7 @@ def _check_class(probe: Any) -> None:
         for label in labels.values()
     ):
         raise UserError(_describe(probe, 'it needs labels = {"metric": ("label", "unit")}'))
-    is_ours = type(probe).__module__.startswith("cifar.probes.")  # these have totals as train/METRIC
+    is_ours = _is_ours(probe)  # these have totals as train/METRIC
     for metric in labels:
         if not isinstance(metric, str) or not metric or (metric.partition("/")[0] in _OWN_METRICS and not is_ours):
             raise UserError(_describe(probe, f"{metric!r} is no name for a metric of a probe; choose another"))

@@ -40,6 +40,8 @@ class GradientFlow:
     }
     reduce: ClassVar = {"gradient_max": "max"}
 
+    is_of_all_gradients: ClassVar = True  # `compute` takes the gradients of all weights, and nothing else
+
     def start(self, parameters: Mapping[str, Tensor]) -> None:
         layers = weight_layers(parameters)
         self.layers, self.names, self.compute = list(layers), list(layers.values()), measure_gradients

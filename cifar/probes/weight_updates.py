@@ -51,7 +51,8 @@ class WeightUpdates:
         self.before: list[Tensor] = []
 
     def before_update(self, parameters: Mapping[str, Tensor]) -> None:
-        self.before = [parameters[name].detach().clone() for name in self.names]
+        weights = [parameters[name].detach() for name in self.names]
+        self.before = list(torch._foreach_mul(weights, 1.0)) if weights else []  # copies all of them by one kernel
 
     def after_update(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         before, self.before = self.before, []  # freed at once: the copy of the weights lives for one step only

@@ -37,6 +37,8 @@ class ZeroGradients:
         "train/zero_gradients": ("zero gradients of all layers", "share"),
     }
 
+    is_of_all_gradients: ClassVar = True  # `compute` takes the gradients of all weights, and nothing else
+
     def start(self, parameters: Mapping[str, Tensor]) -> None:
         layers = weight_layers(parameters)
         self.layers, self.names, self.compute = list(layers), list(layers.values()), measure_zeros

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from cifar.errors import UserError
 from cifar.optim import Parameters
 from cifar.probes import ProbeRunner, Watcher, gradients, weight_layers
-from cifar.probes.gradient_flow import flow
+from cifar.probes.base import call_functions
+from cifar.probes.gradient_flow import GradientFlow, flow, measure_gradients
+from cifar.probes.weight_updates import measure_updates
+from cifar.probes.zero_gradients import ZeroGradients, measure_zeros
 from cifar.registry import optimizers, probes
 
 
@@ -263,3 +266,50 @@ def test_a_probe_written_with_the_old_names_still_works() -> None:
     assert compiled == [flow]
     train(model, runner, steps=1)
     assert runner.read_and_reset().keys() == {f"largest/{layer}" for layer in probe.layers}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["gradient_flow", "weight_updates", "zero_gradients"], [call_functions, measure_updates]),
+        (["zero_gradients", "gradient_flow"], [call_functions]),
+        (["gradient_flow"], [measure_gradients]),
+    ],
+)
+def test_probes_of_the_same_gradients_are_compiled_as_one(names: list[str], expected: list[object]) -> None:
+    plain, compiled = network(), network()
+    watches = make_probe_runner(plain, names, every=3), make_probe_runner(compiled, names, every=3)
+    functions: list[object] = []
+    watches[1].compile(lambda function: functions.append(function) or function)
+    assert functions == expected
+    for model, watch in zip((plain, compiled), watches, strict=True):
+        train(model, watch)
+    row = watches[0].read_and_reset()
+    assert row
+    assert watches[1].read_and_reset() == row
+    for model, watch in zip((plain, compiled), watches, strict=True):
+        train(model, watch, steps=4)  # nothing of the steps before is left
+    assert watches[1].read_and_reset() == watches[0].read_and_reset() != row
+
+
+def test_a_plug_in_that_looks_at_other_gradients_is_compiled_alone() -> None:
+    class FirstOnly(ZeroGradients):
+        labels: ClassVar = {"first": ("zero gradients", ""), "train_first": ("zero gradients", "")}
+
+        def start(self, parameters: Mapping[str, Tensor]) -> None:
+            super().start(parameters)
+            self.layers, self.names = self.layers[:1], self.names[:1]
+
+        def after_backward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            measured = super().after_backward(parameters)
+            return {"first": measured["gradient_zeros"], "train_first": measured["train/zero_gradients"]}
+
+    model = network()
+    runner = ProbeRunner([GradientFlow(), FirstOnly()], dict(model.named_parameters()), every=1)
+    functions: list[object] = []
+    runner.compile(lambda function: functions.append(function) or function)
+    assert functions == [measure_gradients, measure_zeros]
+    F.cross_entropy(model(torch.randn(4, 3, 6, 6)), torch.zeros(4, dtype=torch.long)).backward()
+    model[0].weight.grad.zero_()  # type: ignore[union-attr, operator]
+    runner.after_backward()
+    assert runner.read_and_reset()["train_first"] == 1.0
