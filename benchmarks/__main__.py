@@ -51,6 +51,7 @@ ROWS = (
     Row("9", "many_gpus", "cuda", "trials an hour of two GPUs over one"),
     Row("9", "data_parallel", "cuda", "one run on two GPUs over one", "--n 1"),
     Row("1", "airbench 94", "cuda", "the 94 % network beside airbench94_muon.py", "--n 6"),
+    Row("2", "airbench 95", "cuda", "the 95 % network beside airbench95.py", "--n 3"),
     Row("3", "cold_start", "cuda", "from the command to 94 %, empty and warm caches", "--n 1"),
     Row("11", "architectures", "cuda", "a sweep over architectures, empty caches over warm ones", None),
     Row("curves", "scaling", "any", "the cost of one more epoch, trial, run, ...", "--only epochs width"),

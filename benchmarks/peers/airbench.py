@@ -1,6 +1,7 @@
 """Runs cifar10-airbench, or its faster descendant, from a checkout that AIRBENCH or HIVERGE names; none of their code is here.
 
     AIRBENCH=~/cifar10-airbench python -m benchmarks.peers.airbench 94   # airbench94_muon.py; answers each line with a run
+    AIRBENCH=~/cifar10-airbench python -m benchmarks.peers.airbench 95   # legacy/airbench95.py, which compiles nothing
     AIRBENCH=~/cifar10-airbench python -m benchmarks.peers.airbench 96   # airbench96_faster.py; the first run compiles
     HIVERGE=~/cifar10-speedrun python -m benchmarks.peers.airbench hiverge   # cifar10_speedrun.py: 94 % too
 
@@ -20,9 +21,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FILES = {"94": "airbench94_muon.py", "96": "airbench96_faster.py", "hiverge": "cifar10_speedrun.py"}
+FILES = {
+    "94": "airbench94_muon.py", "95": "legacy/airbench95.py", "96": "airbench96_faster.py", "hiverge": "cifar10_speedrun.py"
+}  # fmt: skip
 AIRBENCH = ("AIRBENCH", "https://github.com/KellerJordan/cifar10-airbench")
-CHECKOUTS = {"94": AIRBENCH, "96": AIRBENCH, "hiverge": ("HIVERGE", "https://github.com/hiverge/cifar10-speedrun")}
+CHECKOUTS = {
+    "94": AIRBENCH,
+    "95": AIRBENCH,
+    "96": AIRBENCH,
+    "hiverge": ("HIVERGE", "https://github.com/hiverge/cifar10-speedrun"),
+}
 GUARD = 'if __name__ == "__main__":'
 CLOCKS = ("time_seconds", "total_time_seconds")
 
@@ -72,7 +80,10 @@ class Runs:
     def __init__(self, row: str, path: Path, *, warm_up: bool = True) -> None:
         self.names, self.number, self.last = load(path), 0, dict[str, Any]()
         self.names["print_training_details"] = self._heard
-        self.run = self._prepare96() if row == "96" else self._prepare94(warm_up)
+        if row == "96":
+            self.run = self._prepare96()
+        else:
+            self.run = self._prepare95(warm_up) if row == "95" else self._prepare94(warm_up)
 
     def _heard(self, variables: dict[str, Any], is_final_entry: bool = False) -> None:
         if is_final_entry:
@@ -91,6 +102,13 @@ class Runs:
         if warm_up:
             self.names["main"]("warmup", model)
         return lambda number: self.names["main"](number, model)
+
+    def _prepare95(self, warm_up: bool) -> Callable[[int], Any]:
+        """Its `main` makes the network itself, and nothing is compiled."""
+        run: Callable[[Any], Any] = self.names["main"]
+        if warm_up:
+            run("warmup")
+        return run
 
     def _prepare96(self) -> Callable[[int], Any]:
         import torch

@@ -220,6 +220,17 @@ def test_airbench_is_driven_from_its_own_file(tmp_path: Path, monkeypatch: pytes
         airbench.checkout("96")
 
 
+def test_airbench95_makes_its_network_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "legacy").mkdir()
+    own_network = AIRBENCH.replace("def main(run, model):", "def main(run):").replace("time_seconds", "total_time_seconds")
+    (tmp_path / "legacy" / "airbench95.py").write_text(own_network)
+    monkeypatch.setenv("AIRBENCH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["x"])
+    runs = airbench.Runs("95", airbench.checkout("95"))
+    assert runs.last["seconds"] == 9.5  # its warm-up
+    assert [runs.once()["seconds"] for _ in range(2)] == [1.5, 2.5]
+
+
 @pytest.mark.slow
 def test_airbench_reads_our_images(tmp_path: Path) -> None:
     airbench.write_images(tmp_path / "cifar10", "stand-in")
