@@ -89,11 +89,13 @@ class ProbeRunner:
 
     def compile(self, compiler: Callable[[Any], Any]) -> None:
         """Compile the probes' arithmetic. Uncompiled, its many kernels take longer than the step of a small network."""
-        same = [probe for probe in self.probes if getattr(type(probe), "is_of_all_gradients", False) and _is_ours(probe)]
+        same: list[Any] = [
+            probe for probe in self.probes if getattr(type(probe), "is_of_all_gradients", False) and _is_ours(probe)
+        ]
         shared = SharedCompute([probe.compute for probe in same], compiler(call_functions)) if len(same) > 1 else None
         for probe in self.probes:
             if shared and probe in same:
-                probe.compute = functools.partial(shared, same.index(probe))
+                probe.compute = functools.partial(shared, same.index(probe))  # type: ignore[attr-defined]
             elif callable(compute := getattr(probe, "__dict__", {}).get("compute")):
                 probe.compute = compiler(compute)  # type: ignore[attr-defined]
             if callable(getattr(probe, "by", None)):  # old name of `compute`, for plug-ins
