@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +13,6 @@ from cifar.agent.options import PathOptions
 from cifar.cli.completion import complete_run
 from cifar.cli.console import (
     echo,
-    ensure_dataset,
     print_json,
     print_table,
     set_quiet,
@@ -34,10 +33,9 @@ from cifar.cli.options import (
     Wandb,
     refuse_empty,
 )
+from cifar.cli.run_steps import create_run_dir, prepare_data, print_result, print_wandb_place
 from cifar.errors import UserError, name_program
-from cifar.states import CONCLUSIVE_STATES, ENDED_STATES, OPEN_RUN_STATES
-from cifar.system.amounts import format_joules, format_operations
-from cifar.system.durations import format_duration
+from cifar.states import CONCLUSIVE_STATES
 from cifar.system.files import UnreadableFileError, parse_json, read_bytes
 from cifar.system.names import check_id
 from cifar.system.redact import reject_secrets
@@ -85,6 +83,12 @@ def train(
     save_diff: SaveDiff = False,
     name: Annotated[str, typer.Option("--name", help="what the run is called [default: made of its keys]")] = "",
     tags: Annotated[str, typer.Option("--tags", metavar="A,B", help="words to find it by")] = "",
+    seeds: Annotated[
+        str, typer.Option("--seeds", metavar="N,M", help="train it with each of these seeds", callback=refuse_empty)
+    ] = "",
+    pack: Annotated[
+        str, typer.Option("--pack", metavar="auto|K|off", help="with --seeds: runs side by side [auto: on GPUs with room]")
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the configuration and its cost, train nothing")] = False,
 ) -> int:
     """Train one network and write down everything about it.
@@ -96,22 +100,35 @@ def train(
     `python -m cifar train model=resnet20 optimizer=sgd lr=0.1 schedule=cosine epochs=5`
 
     `python -m cifar train --from a1b2c3d4 seed=1`
+
+    `python -m cifar train --experiment resnet20 --seeds 0,1,2`
     """
+    from cifar.cli.train_seeds import SeedOptions, parse_seeds, train_seeds
     from cifar.config.resolve import flatten_values
 
     layers = gather_layers(
         pairs or [], experiment=experiment, from_run=from_run, trial=trial, dataset=dataset, runs_dir=runs_dir
     )
+    chosen = parse_seeds(seeds) if seeds else []
+    if pack != "auto" and not seeds:
+        raise UserError("--pack is for the runs of --seeds; a run without it is alone")
     if dry_run and not resume:
         reject_secrets({"--name": name, "--tags": tags})  # as the run would
         return _print_config(layers, with_cost=True)
     paths = PathOptions(data_dir, runs_dir)
     if resume:
+        if seeds:
+            raise UserError("--seeds is for new runs; resume each run by itself")
         if dry_run:
             raise UserError(f"--dry-run is for new runs; `python -m cifar config --from {resume}` shows what a run is made of")
         return resume_run(resume, paths, wandb, has_changes=bool(pairs or experiment or from_run or trial))
+    words = [tag.strip() for tag in tags.split(",") if tag.strip()]
+    if seeds:
+        if trial:
+            raise UserError("--trial is one run of a sweep on W&B; --seeds is for runs that belong to no sweep")
+        return train_seeds(layers, SeedOptions(chosen, pack, wandb, name, words), paths)
     swept = [key for origin, values in layers if origin == "--trial" for key in flatten_values(values)]
-    return start_run(layers, swept, paths, wandb, name, [tag.strip() for tag in tags.split(",") if tag.strip()])
+    return start_run(layers, swept, paths, wandb, name, words)
 
 
 def evaluate(
@@ -322,24 +339,11 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
         context.validate_config(settings.to_dict())
         run.check_plugins(settings)  # on every rank, as a network may talk to the others
         prepare_data(settings, paths.data_dir)
-        record = context.rank_zero_call(lambda: _create_run_dir(settings, runs, swept, name, tags))
+        record = context.rank_zero_call(lambda: create_run_dir(settings, runs, swept, name, tags))
         try:
             return _train_run(settings, record, paths.data_dir, wandb, context)
         finally:
             record.release()
-
-
-def _create_run_dir(settings: Settings, runs: Path, swept: list[str], name: str, tags: list[str]) -> RunDir:
-    """The run's folder, which this process owns from now on."""
-    from cifar.integrations.wandb.artifact_download import find_run
-    from cifar.training import run
-
-    sweep, run_id = (read_variable(f"WANDB_{kind}_ID") if swept else "" for kind in ("SWEEP", "RUN"))
-    engine = "wandb" if sweep else ""  # the plain `wandb agent` started this process
-    metadata = run.RunMetadata(run_id=run_id, name=name, swept=swept, sweep=sweep, engine=engine, tags=tags)
-    record = run.create_run(settings, runs, metadata, find_run=find_run)
-    record.acquire(on_wait=echo)
-    return record
 
 
 def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) -> int:
@@ -397,18 +401,6 @@ def _check_resumable(record: RunDir) -> None:
         raise UserError(f"run {record.id} is {state}; to repeat it: python -m cifar train --from {record.id}")
 
 
-def prepare_data(settings: Settings, data_dir: Path | None) -> None:
-    """Find everything that can be wrong about device and data before a folder is made; download with a progress bar."""
-    with spinner("importing PyTorch ..."):
-        from cifar import data
-        from cifar.training import trainer
-    device = trainer.resolve_device(settings.device)
-    if settings.dataset == "cifar10" and data.find_cifar10(data_dir) is None:
-        ensure_dataset(data_dir, [])
-    with spinner(f"reading {settings.dataset} ..."):
-        trainer.load_splits(settings.dataset, data_dir, settings.val_size, settings.train_size, device)
-
-
 def _train_run(settings: Settings, record: RunDir, data_dir: Path | None, wandb: str, context: DistributedContext) -> int:
     """Train, and mirror to W&B meanwhile -> the exit code. Of several ranks, rank 0 prints and mirrors."""
     from cifar.integrations.wandb.settings import mode_from_environment
@@ -447,54 +439,6 @@ def _train_run(settings: Settings, record: RunDir, data_dir: Path | None, wandb:
         callback.close()
         with spinner("drawing pictures, sending what is left to W&B ..."):
             is_complete = sidecar.shut_down()
-    _print_result(record, state)
-    _print_wandb_place(record, mode, state, is_complete=is_complete)
+    print_result(record, state)
+    print_wandb_place(record, mode, state, is_complete=is_complete)
     return code
-
-
-def _print_result(record: RunDir, state: str) -> None:
-    summary, status = record.read_json("summary"), record.read_json("status")
-    if state == "finished":
-        scores = [f"{k.split('/')[0]} {100 * summary[k]:.2f} %" for k in ("train/acc", "val/acc", "test/acc") if k in summary]
-        views = f" ({summary['test/views']} views)" if summary.get("test/views", 1) > 1 else ""
-        time = format_duration(summary["seconds"])
-        cost = "".join(f", {text}" for text in _describe_cost(summary))
-        echo(f"\n{', '.join(scores)}{views} after {summary['epochs']} epochs, {time} of training{cost}")
-    else:
-        echo(f"\n{state}: {status.get('reason', '')}")
-    echo(f"folder    {record.path}")
-    for picture in sorted((record.path / "pictures").glob("*.png")):
-        echo(f"picture   {picture}")
-    if state in OPEN_RUN_STATES:
-        echo(f"go on     python -m cifar train --resume {record.id}")
-    echo(f"repeat    {record.read_json('run').get('command', '')}")
-    if record.read_json("run").get("dataset") == "stand-in":
-        warn_of_stand_in()
-
-
-def _describe_cost(summary: Mapping[str, Any]) -> Iterator[str]:
-    """What a training has cost beside its seconds, in words."""
-    if flops := summary.get("train_flops"):
-        yield format_operations(flops)
-    if flops := summary.get("teacher_flops"):
-        yield f"{format_operations(flops)} of its teacher"
-    if (joules := summary.get("joules")) is not None:
-        yield format_joules(joules)
-    elif problem := summary.get("joules_missing"):
-        yield f"energy not known: {problem}"
-
-
-def _print_wandb_place(record: RunDir, mode: str, state: str, *, is_complete: bool) -> None:
-    """Say where the run is on W&B, or how an offline run gets there."""
-    from cifar.integrations.wandb.mirror import read_run_url
-
-    url = read_run_url(record)
-    if mode == "online" and url:
-        echo(f"W&B       {url}")
-    if state not in ENDED_STATES:
-        return  # what W&B lacks is sent when the run goes on
-    offline = sorted((record.path / "wandb").glob("offline-run-*"))
-    if mode == "online" and not is_complete:
-        echo(f"W&B has not got all of it; send the rest with: python -m cifar push {record.id}")
-    elif mode == "offline" and offline:
-        echo(f"W&B       offline; send it with: python -m cifar push {record.id}   (or wandb sync {offline[-1]})")

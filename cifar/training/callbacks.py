@@ -61,10 +61,10 @@ def format_scores(row: Mapping[str, Any]) -> str:
 
 
 class LineCallback(RunCallback):
-    """Prints a line for each epoch. For logs and pipes."""
+    """Prints a line for each epoch. For logs and pipes. prefix: of each line of an epoch."""
 
-    def __init__(self, out: TextIO | None = None) -> None:
-        self.out = out or sys.stdout
+    def __init__(self, out: TextIO | None = None, prefix: str = "") -> None:
+        self.out, self.prefix = out or sys.stdout, prefix
 
     def on_run_start(self, run: Mapping[str, Any], *, epochs: int, steps: int) -> None:
         self.epochs = epochs
@@ -73,7 +73,7 @@ class LineCallback(RunCallback):
         self._print_line(escape_controls(text, keeps_lines=True))
 
     def on_epoch_end(self, row: Mapping[str, Any]) -> None:
-        self._print_line(format_epoch_line(row, self.epochs))
+        self._print_line(self.prefix + format_epoch_line(row, self.epochs))
 
     def _print_line(self, text: str) -> None:
         with hide_from_listeners():  # the run writes these lines into its output.log itself

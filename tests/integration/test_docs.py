@@ -105,6 +105,7 @@ cifar train --experiment worksheet1
 cifar train --experiment worksheet1 --wandb disabled
 cifar train --experiment worksheet1 --wandb offline
 cifar train --experiment worksheet1 epochs=5 seed=1
+cifar train --experiment worksheet1 --seeds 0,1,2
 cifar train --from RUN seed=1
 cifar train --from RUN2 teacher=RUN distill_weight=0.9 distill_temperature=3
 cifar train --resume RUN

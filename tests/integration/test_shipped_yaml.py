@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from cifar.config.resolve import resolve_config
 from cifar.config.schema import Settings
+from cifar.config.shipped import shipped_names
 from cifar.sweeps import spec
 from cifar.training import run
 from helpers.paths import ROOT
@@ -42,9 +44,21 @@ def test_experiments_train(path: Path, runs: Path) -> None:
     two_steps(resolve_config({"experiment": path.stem}, TWO_STEPS), runs)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
-def test_experiments_resolve(path: Path) -> None:
-    assert resolve_config({"experiment": path.stem}).experiment == path.stem
+@pytest.mark.parametrize("name", shipped_names("experiments"))
+def test_experiments_resolve(name: str) -> None:
+    assert resolve_config({"experiment": name}).experiment == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in shipped_names("experiments") if name.startswith("frontier/")])
+def test_a_row_of_the_frontier_is_trained_on_all_images_and_scored_once(name: str) -> None:
+    config = resolve_config({"experiment": name})
+    assert (config.val_size, config.train_size, config.test, config.tta) == (0, 0, "final", "none")
+    text = (ROOT / "experiments" / f"{name}.yaml").read_text("utf-8")
+    budget = float(re.search(r"at ([\d.]+) MMACs", text)[1])  # type: ignore[index]
+    cost = run.measure_cost(config)
+    assert cost.macs <= 1e6 * budget and f"# Cost: {cost.macs:,} MACs, {cost.params:,} parameters." in text
+    assert f"python -m cifar train --experiment {name} --seeds 0,1,2" in text
 
 
 def sweep_files() -> list[Path]:

@@ -30,26 +30,34 @@ def read(path: Path) -> list[dict[str, str]]:
 def test_rows_costs_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scipy", reason="SCIPY IS NOT INSTALLED: the study's script is not tried")
     runs, out = tmp_path / "runs", tmp_path / "out"
-    for name, seed, more in (("a", 0, {}), ("b", 1, {}), ("c", 0, {"teacher": "a", "cutout": 4, "nesterov": False})):
+    for name, seed, more in (
+        ("a", 0, {}),
+        ("b", 1, {}),
+        ("d", 0, {"val_size": 0, "train_size": 256, "test": "final"}),
+        ("c", 0, {"teacher": "a", "cutout": 4, "nesterov": False}),
+    ):
         config = resolve_config({**VALUES, "seed": seed, **more})
         run.train_run(config, run.create_run(config, runs, run.RunMetadata(run_id=name)))
     summary = RunDir(runs / "a").read_json("summary")
     RunDir(runs / "a").write_json("summary", {**summary, "joules": 100.0})
     assert runpy.run_path(str(SCRIPT))["main"]([str(runs), "--name", "tiny", "--out", str(out)]) == 0
-    assert "3 finished runs" in capsys.readouterr().out
+    assert "4 finished runs" in capsys.readouterr().out
     lines = {line["run"]: line for line in read(out / "tiny_runs.csv")}
     assert float(lines["a"]["train_flops"]) == summary["train_flops"] and lines["a"]["joules"] == "100"
     assert float(lines["c"]["teacher_flops"]) == 2 * summary["macs"] * 128 and lines["b"]["joules"] == ""
-    plain, taught = sorted(read(out / "tiny.csv"), key=lambda row: row["teacher"])
+    final, plain, taught = sorted(read(out / "tiny.csv"), key=lambda row: (row["split"] == "val", row["teacher"]))
+    test_acc = 100 * RunDir(runs / "d").read_json("summary")["test/acc"]
+    assert (final["n"], final["split"], final["val_acc_mean"], lines["d"]["val_loss"]) == ("1", "test", "", "")
+    assert float(final["test_acc_mean"]) == pytest.approx(test_acc, abs=0.01) and plain["test_acc_mean"] == ""
     assert (plain["n"], plain["seeds"], plain["joules_mean"], taught["n"]) == ("2", "0 1", "100", "1")
     mean = sum(100 * RunDir(runs / name).read_json("summary")["val/acc"] for name in "ab") / 2
     assert float(plain["val_acc_mean"]) == pytest.approx(mean, abs=0.01) and plain["weights_bytes"] == str(
         summary["weights_bytes"]
     )
-    assert len(gzip.decompress((out / "tiny_curves.csv.gz").read_bytes()).splitlines()) == 1 + 3
+    assert len(gzip.decompress((out / "tiny_curves.csv.gz").read_bytes()).splitlines()) == 1 + 4
     commands = [line for line in (out / "tiny_commands.txt").read_text().splitlines() if not line.startswith("#")]
     configs = [resolve_config(parse_pairs(shlex.split(command)[4:])).to_dict() for command in commands]
-    recorded = [RunDir(runs / name).read_json("config") for name in "ac"]
-    assert len(configs) == 2
+    recorded = [RunDir(runs / name).read_json("config") for name in "acd"]
+    assert len(configs) == 3
     for config in recorded:
         assert {**config, "threads": 0} in configs, "each command gives exactly the configuration of its row"

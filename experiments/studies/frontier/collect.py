@@ -20,6 +20,7 @@ import json
 import shlex
 import statistics
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,18 @@ RECIPE = {  # key -> its value where it is off
 }  # fmt: skip
 NETWORK = ("model", "width", "depth")
 TRAINING = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "schedule", "flip", "crop", "crop_padding")
-DETAILS = ("randaugment_num_ops", "randaugment_magnitude", "distill_weight", "distill_temperature")
+DETAILS = ("randaugment_num_ops", "randaugment_magnitude", "distill_weight", "distill_temperature", "head_lr")
 RESULTS = (
     "seed", "macs", "params", "verified", "state", "epochs_done", "val_acc", "best_val_acc_seen", "best_epoch", "val_loss",
-    "train_acc", "train_loss", "seconds_training", "seconds_wall", "images_per_second", "joules", "train_flops",
-    "teacher_flops", "teacher_train_flops", "weights_bytes", "latency_seconds", "latency_device", "together",
-    "compiled", "gpu", "torch", "commit", "val_size", "test",
+    "test_acc", "test_loss", "train_acc", "train_loss", "seconds_training", "seconds_wall", "images_per_second", "joules",
+    "joules_missing", "train_flops", "teacher_flops", "teacher_train_flops", "weights_bytes", "latency_seconds",
+    "latency_device", "together", "compiled", "gpu", "torch", "commit", "date", "val_size", "test", "experiment",
 )  # fmt: skip
 # Of a line of NAME.csv: the means of what its finished runs have; and what they have in common, or else all values.
 MEANS = (
     "best_val_acc_seen", "train_acc", "seconds_training", "joules", "train_flops", "teacher_flops", "latency_seconds",
 )  # fmt: skip
-COMMON = ("weights_bytes", "together", "gpu", "commit", "val_size")
+COMMON = ("experiment", "weights_bytes", "together", "gpu", "torch", "commit", "date", "val_size", "joules_missing")
 CURVES = ("run", "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second")
 
 
@@ -89,23 +90,30 @@ def describe_run(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "epochs_done": last["epoch"],
         "val_acc": as_percent(last.get("val/acc")),
         "best_val_acc_seen": as_percent(best.get("val/acc")),
-        "best_epoch": best["epoch"],
-        "val_loss": round(last.get("val/loss", 0.0), 4),
+        "best_epoch": best["epoch"] if "val/acc" in best else "",
+        "val_loss": round(last["val/loss"], 4) if "val/loss" in last else "",
+        "test_acc": as_percent(summary.get("test/acc")),
+        "test_loss": round(summary["test/loss"], 4) if "test/loss" in summary else "",
         "train_acc": as_percent(last["train/acc"]),
         "train_loss": round(last["train/loss"], 4),
         "seconds_training": round(sum(row["system/seconds"] for row in rows), 1),
         "seconds_wall": round(ended - started, 1) if started and ended else "",
         "images_per_second": round(statistics.median(row["system/images_per_second"] for row in rows)),
         "joules": round(summary["joules"]) if summary.get("joules") else "",
-        **{name: summary.get(name, "") for name in ("train_flops", "teacher_flops", "teacher_train_flops", "weights_bytes")},
+        **{
+            name: summary.get(name, "")
+            for name in ("joules_missing", "train_flops", "teacher_flops", "teacher_train_flops", "weights_bytes")
+        },
         **{name: summary.get(name, "") for name in ("latency_seconds", "latency_device")},
         "together": step.get("together"),
         "compiled": step.get("compiled"),
         "gpu": environment.get("device"),
         "torch": environment.get("versions", {}).get("torch"),
         "commit": environment.get("git", {}).get("commit", "")[:7],
+        "date": time.strftime("%Y-%m-%d", time.gmtime(started)) if started else "",
         "val_size": config.get("val_size"),
         "test": config.get("test"),
+        "experiment": config.get("experiment", ""),
     }
 
 
@@ -179,19 +187,23 @@ def write_table(lines: list[dict[str, Any]], commands: dict[tuple[str, ...], str
     written, texts = [], ["# The command of each row of the table beside it, of its first seed."]
     for key, runs in sorted(rows.items(), key=lambda item: (float(item[1][0]["macs"] or 0), item[0])):
         runs = sorted(runs, key=lambda line: line["seed"] or 0)
-        known = [float(line["val_acc"]) for line in runs if line["val_acc"] != ""]
+        split = "test" if runs[0]["test_acc"] != "" else "val"  # a run on all images has no validation accuracy
+        known = [float(line[f"{split}_acc"]) for line in runs if line[f"{split}_acc"] != ""]
         shown = {name: runs[0][name] for name in (*NETWORK, *TRAINING, *RECIPE, *DETAILS, "macs", "params")}
         shown |= {
             "n": len(runs),
-            "val_acc_mean": round(statistics.mean(known), 3) if known else "",
-            "val_acc_std": round(statistics.stdev(known), 3) if len(known) > 1 else "",
+            "split": split,
+            "val_acc_mean": round(statistics.mean(known), 3) if known and split == "val" else "",
+            "val_acc_std": round(statistics.stdev(known), 3) if len(known) > 1 and split == "val" else "",
+            "test_acc_mean": round(statistics.mean(known), 3) if known and split == "test" else "",
+            "test_acc_std": round(statistics.stdev(known), 3) if len(known) > 1 and split == "test" else "",
             "values": " ".join(f"{value:.2f}" for value in known),
             "seeds": " ".join(str(line["seed"]) for line in runs),
         }
         for name in MEANS:
             values = [float(line[name]) for line in runs if line[name] != ""]
             shown[f"{name}_mean"] = f"{statistics.mean(values):.6g}" if values else ""
-        shown |= {name: " ".join(dict.fromkeys(str(line[name]) for line in runs)) for name in COMMON}
+        shown |= {name: " ".join(dict.fromkeys(str(line[name]) for line in runs)).strip() for name in COMMON}
         written.append(shown)
         ids = " ".join(line["run"] for line in runs)
         texts += [f"# {float(runs[0]['macs'] or 0) / 1e6:.2f} MMACs, seeds {shown['seeds']}, runs {ids}", commands[key]]
@@ -212,12 +224,16 @@ def describe_recipe(line: dict[str, str]) -> str:
 
 def print_table(path: Path) -> None:
     with open(path, newline="", encoding="utf-8") as file:
-        lines = [line for line in csv.DictReader(file) if line["state"] == "finished" and line["val_acc"]]
+        lines = [
+            {**line, "acc": line.get("test_acc") or line["val_acc"]}  # a run on all images has no validation accuracy
+            for line in csv.DictReader(file)
+            if line["state"] == "finished" and (line.get("test_acc") or line["val_acc"])
+        ]
     groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
     seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for line in lines:
         key = (*(line[name] for name in (*NETWORK, *TRAINING)), describe_recipe(line))
-        groups[key].append(float(line["val_acc"]))
+        groups[key].append(float(line["acc"]))
         seconds[key].append(float(line["seconds_training"]))
     repeated = [values for values in groups.values() if len(values) > 1]
     freedom = sum(len(values) - 1 for values in repeated)

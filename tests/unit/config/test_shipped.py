@@ -18,9 +18,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["experiments", "sweeps"])
-def test_a_checkout_ships_its_top_level_folders(kind: str) -> None:
-    names = shipped.shipped_names(kind)
-    assert names == sorted(path.stem for path in (ROOT / kind).glob("*.yaml")) and len(names) > 5
+def test_a_checkout_ships_its_folders(kind: str) -> None:
+    names, folder = shipped.shipped_names(kind), ROOT / kind
+    files = [path for path in folder.rglob("*.yaml") if "studies" not in path.parts]
+    assert names == sorted(path.relative_to(folder).with_suffix("").as_posix() for path in files) and len(names) > 5
     for name in names:
         for spelling in (name, f"{kind}/{name}.yaml", f"./{kind}/{name}", f"{kind}/{name}"):
             assert shipped.find_shipped(kind, spelling) == ROOT / kind / f"{name}.yaml"
