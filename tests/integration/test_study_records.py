@@ -61,3 +61,20 @@ def test_rows_costs_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(configs) == 3
     for config in recorded:
         assert {**config, "threads": 0} in configs, "each command gives exactly the configuration of its row"
+
+
+@pytest.mark.slow
+def test_the_picture_of_rows(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="SCIPY IS NOT INSTALLED: the study's script is not tried")
+    names = "model,width,depth,macs,n,test_acc_mean,test_acc_std,seconds_training_mean,joules_mean,together\n"
+    lines = "wrn,24,28,4e6,3,90.0,0.3,20,,1\nresnet8,4,,1e6,3,80.0,0.1,10,5.5,3\nresnet8,8,,2e6,1,,,10,,1\n"
+    (tmp_path / "rows.csv").write_text(names + lines)
+    script = runpy.run_path(str(SCRIPT.with_name("draw.py")))
+    cheap, dear = script["select_rows"](read(tmp_path / "rows.csv"))
+    assert (cheap.name, cheap.mmacs, cheap.joules, cheap.is_packed) == ("ResNet-8, width 4", 1.0, 5.5, True)
+    assert (dear.name, dear.joules, dear.is_packed) == ("WRN-28, width 24", None, False)
+    pooled = ((2 * 0.3**2 + 2 * 0.1**2) / 4) ** 0.5
+    assert cheap.half_width == dear.half_width == pytest.approx(2.7764 * pooled / 3**0.5, rel=1e-4)
+    assert script["find_front"]([(3, 90.0), (1, 80.0), (2, 79.0), (4, 90.0)]) == [(1, 80.0), (3, 90.0)]
+    assert script["main"](["--rows", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "made")]) == 0
+    assert (tmp_path / "made.png").stat().st_size > 10_000 and (tmp_path / "made.svg").read_text().count("</svg>") == 1
