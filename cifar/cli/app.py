@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cifar.cli import inspect, maintenance, report, sweep, train
+from cifar.cli import export, inspect, maintenance, report, sweep, train
 from cifar.errors import UserError, is_out_of_threads, name_program, program_name
 from cifar.system import user_code
 from cifar.system.disk import DISK_FULL_ERRNOS
@@ -58,6 +58,7 @@ app.command()(inspect.models)
 app.command()(inspect.profile)
 app.command()(inspect.data)
 app.command()(train.evaluate)
+app.command()(export.export)
 app.command()(train.config)
 app.command()(maintenance.gc)
 app.command()(maintenance.doctor)

@@ -48,6 +48,17 @@ def complete_run(ctx: typer.Context) -> list[str]:
     return sorted(path.parent.name for path in _find_runs_dir(ctx).glob("*/run.json") if is_id(path.parent.name))
 
 
+def complete_pretrained() -> list[str]:
+    """Names of the pretrained networks."""
+    from cifar.tracking.pretrained import list_pretrained_names
+
+    return list_pretrained_names()
+
+
+def complete_run_or_pretrained(ctx: typer.Context) -> list[str]:
+    return [*complete_run(ctx), *complete_pretrained()]
+
+
 def complete_sweep_or_run(ctx: typer.Context) -> list[str]:
     return [*complete_sweep(ctx), *complete_run(ctx)]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cifar.cli.completion import complete_model
+from cifar.cli.completion import complete_model, complete_pretrained
 from cifar.cli.console import (
     echo,
     ensure_dataset,
@@ -42,11 +42,27 @@ MAX_KERNEL_NAME = 90  # characters
 
 
 def models(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]", help="with --pretrained: show the card of this one", autocompletion=complete_pretrained
+        ),
+    ] = "",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="the networks that come with their weights")] = False,
     time: Annotated[bool, typer.Option("--time/--no-time", help="measure a forward pass of each")] = True,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps")] = "auto",
     as_json: Json = False,
 ) -> int:
-    """All networks: parameters, MACs, time an image, and whether two counters agree."""
+    """All networks: parameters, MACs, time an image, and whether two counters agree.
+
+    With --pretrained, the networks that come with their weights: how accurate each is, and how it was made.
+    """
+    if pretrained:
+        from cifar.cli.pretrained import show_pretrained
+
+        return show_pretrained(name, as_json=as_json)
+    if name:
+        raise UserError(f"for one network: python -m cifar profile {name}; for a pretrained one: add --pretrained")
     with redirect_messages(as_json):
         with spinner("importing PyTorch ..."):
             from cifar import flops, registry

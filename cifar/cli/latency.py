@@ -12,6 +12,7 @@ from cifar.errors import UserError
 from cifar.system.amounts import format_latency
 from cifar.system.terminal import Column
 from cifar.tracking import run_dir
+from cifar.tracking.pretrained import is_pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,8 @@ def profile_latency(
         with spinner("importing PyTorch ..."):
             from cifar.training.latency import measure_latency
         record, config, model = _find_network(first, pairs, experiment, runs_dir)
-        if record is not None and 1 not in batch_sizes:
+        is_stored = record is not None and not is_pretrained(record.path)
+        if is_stored and 1 not in batch_sizes:
             raise UserError("the record of a run has the latency of one image; add --batch 1")
         with spinner("timing ..."):
             report = measure_latency(model, config, batch_sizes)
@@ -44,7 +46,7 @@ def profile_latency(
         notes = [*report.notes, *([f"{others} computes on this GPU too: these times may be too long"] if others else [])]
         for note in notes:
             warn(note)
-        if record is not None:
+        if record is not None and is_stored:
             _store_latency(record, report)
     if as_json:
         print_json({"model": config.model, "run": record.id if record else None, "notes": notes, **_describe(report, config)})
@@ -70,7 +72,7 @@ def profile_latency(
         Column("images a second", is_number=True),
     )
     print_table("", columns, rows)
-    if record is not None:
+    if record is not None and is_stored:
         _print_stored(record, report)
     return 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cifar.agent.options import PathOptions
-from cifar.cli.completion import complete_run
+from cifar.cli.completion import complete_run, complete_run_or_pretrained
 from cifar.cli.console import (
     echo,
     print_json,
@@ -29,7 +29,6 @@ from cifar.cli.options import (
     Pairs,
     RunsDir,
     SaveDiff,
-    Split,
     Wandb,
     refuse_empty,
 )
@@ -42,6 +41,7 @@ from cifar.system.redact import reject_secrets
 from cifar.system.terminal import Column, Short
 from cifar.system.variables import read_variable
 from cifar.tracking import run_dir
+from cifar.tracking.pretrained import is_pretrained, read_card
 
 if TYPE_CHECKING:
     from cifar.config.schema import Settings
@@ -59,8 +59,8 @@ def train(
         typer.Option(
             "--from",
             metavar="RUN",
-            help="start from the values of a run, or of a model artifact ENTITY/PROJECT/NAME:ALIAS: repeats it",
-            autocompletion=complete_run,
+            help="repeat a run: start from its values; also a pretrained network, or an artifact ENTITY/PROJECT/NAME:ALIAS",
+            autocompletion=complete_run_or_pretrained,
             callback=refuse_empty,
         ),
     ] = "",
@@ -132,16 +132,22 @@ def train(
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", autocompletion=complete_run)],
-    split: Split = "val",
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run or a pretrained network", autocompletion=complete_run_or_pretrained)
+    ],
+    split: Annotated[
+        Literal["val", "test"] | None, typer.Option("--split", help="[default: val; of a pretrained network: test]")
+    ] = None,
     tta: Annotated[Literal["none", "flip", "flip+shift"], typer.Option("--tta", help="views averaged: 1, 2 or 6")] = "none",
     data_dir: DataDir = None,
     runs_dir: RunsDir = None,
 ) -> int:
-    """Score a finished run's weights again; its record stays as it is."""
+    """Score the weights of a finished run again, or those of a pretrained network; its record stays as it is."""
     from cifar.integrations.wandb.artifact_download import find_run
 
     record = find_run(run, run_dir.resolve_runs_dir(runs_dir))
+    card = read_card(record.path) if is_pretrained(record.path) else {}
+    split = split or ("test" if card else "val")
     with spinner("importing PyTorch ..."):
         from cifar.training.evaluation import VIEWS, compute_loss_and_accuracy
         from cifar.training.recorded import describe_changes, evaluation_settings, load_model
@@ -162,6 +168,8 @@ def evaluate(
     loss, accuracy = compute_loss_and_accuracy(logits, labels)
     echo(f"{record.id} {record.name}")
     echo(f"{split}: accuracy {100 * accuracy:.2f} %, loss {loss:.4f}, {len(labels):,} images, {VIEWS[tta][0]} view(s)")
+    if card and split == "test" and tta == "none":
+        echo(f"its card says: accuracy {100 * card['accuracy']:.2f} %")
     if settings.dataset == "stand-in":
         warn_of_stand_in()
     return 0
@@ -175,8 +183,8 @@ def config(
         typer.Option(
             "--from",
             metavar="RUN",
-            help="start from the values of a run",
-            autocompletion=complete_run,
+            help="start from the values of a run or a pretrained network",
+            autocompletion=complete_run_or_pretrained,
             callback=refuse_empty,
         ),
     ] = "",

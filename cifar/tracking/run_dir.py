@@ -16,6 +16,7 @@
       predictions.npz   what the final evaluation predicted, and its worst mistakes
       pictures/         drawn by the report
       owner.json, owner.lock   while a process owns the folder (system/ownership.py): the one that may write to it
+      card.json         of a pretrained network only (pretrained.py), whose folder is never written to
 
 metrics.jsonl and histograms.jsonl are only appended to, or cut back to what a checkpoint knows. output.log and
 system_metrics.jsonl are only appended to. Every other file is replaced atomically.
@@ -46,6 +47,7 @@ from cifar.tracking.histograms import FILE as HISTOGRAMS_FILE
 from cifar.tracking.histograms import cut_histograms
 from cifar.tracking.records import SCHEMA, UnknownSchemaError, check_fields, parse_rows
 
+CARD_FILE = "card.json"  # in the folder of a pretrained network
 CACHE_FOLDER, CACHE_FILE = ".cache", "runs.npz"  # in a runs folder: what can be made again; `gc` removes it
 MAX_METRICS_BYTES = 2**30  # a thousand epochs of a network of a thousand layers have a fifth of it
 _UMASK = os.umask(0o022)
@@ -117,7 +119,15 @@ class RunDir:
         return self._lock is not None and self._lock.is_held
 
     def acquire(self, doing: str = "trained", *, wait: bool = True, on_wait: Callable[[str], None] | None = None) -> None:
-        """Own the folder until `release`, as `RunLock.acquire` describes. Nothing happens if this object owns it already."""
+        """Own the folder until `release`, as `RunLock.acquire` describes. Nothing happens if this object owns it already.
+
+        Raises UserError for a pretrained network.
+        """
+        if os.path.lexists(self.path / CARD_FILE):
+            raise UserError(
+                f"{self.id} is a pretrained network, whose record stays as it is; for a run like it: "
+                f"python -m cifar train --from {self.id}"
+            )
         if not self.is_owned:
             lock = RunLock(self.path, doing)
             lock.acquire(wait=wait, on_wait=on_wait)

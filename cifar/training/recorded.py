@@ -13,6 +13,7 @@ from cifar.config.resolve import name_lost_plugin, resolve_for_evaluation
 from cifar.config.schema import Settings
 from cifar.errors import UserError
 from cifar.system.user_code import describe_error, pass_interrupt
+from cifar.tracking.pretrained import describe_missing_weights, is_pretrained
 from cifar.tracking.run_dir import RunDir
 from cifar.training.parts import build_model, find_changed_files
 from cifar.training.weights import WrongWeightsError, load_weights
@@ -22,6 +23,8 @@ def load_model(run_dir: RunDir) -> nn.Module:
     """The network of a finished run with its weights, on the CPU. Raises UserError where it has none, or they do not fit."""
     path = run_dir.path / "weights.pt"
     if not path.exists():
+        if is_pretrained(run_dir.path):
+            raise UserError(describe_missing_weights(run_dir.id))
         raise UserError(
             f"run {run_dir.id} has no weights, it is {run_dir.state}; go on with `python -m cifar train --resume {run_dir.id}`"
         )

@@ -37,8 +37,9 @@ from cifar.system.ownership import OwnershipError
 from cifar.system.redact import redact, reject_secrets
 from cifar.system.user_code import describe_error, describe_failure, pass_interrupt
 from cifar.system.variables import read_variable
+from cifar.tracking.pretrained import find_run_or_pretrained
 from cifar.tracking.records import MAX_NAME
-from cifar.tracking.run_dir import RunDir, find_run_dir, generate_id
+from cifar.tracking.run_dir import RunDir, generate_id
 from cifar.training.compile import WaitStoppedError
 from cifar.training.console import RunConsole, record_output
 from cifar.training.costs import count_train_flops, find_idle_weights, is_any_weight_idle
@@ -90,7 +91,7 @@ def create_run(
     runs_dir: Path,
     metadata: RunMetadata | None = None,
     *,
-    find_run: Callable[[str, Path], RunDir] = find_run_dir,
+    find_run: Callable[[str, Path], RunDir] = find_run_or_pretrained,
 ) -> RunDir:
     """Make the folder of a run, or find it if the run of that id exists. `config.dataset` may not be "auto".
 
@@ -112,7 +113,7 @@ def create_run(
 
 
 def describe_parts_again(
-    config: Settings, record: RunDir, runs_dir: Path, find_run: Callable[[str, Path], RunDir] = find_run_dir
+    config: Settings, record: RunDir, runs_dir: Path, find_run: Callable[[str, Path], RunDir] = find_run_or_pretrained
 ) -> None:
     """Write what run.json says about the parts of a run once more, if the run was refused and is to be trained after all.
 

@@ -24,6 +24,7 @@ from cifar.errors import PartError, UserError
 from cifar.flops import keep_random_state
 from cifar.system.files import is_regular_file, shorten_repr
 from cifar.system.names import is_id
+from cifar.tracking.pretrained import describe_missing_weights, find_pretrained, is_pretrained
 from cifar.tracking.records import is_amount, is_text
 from cifar.tracking.run_dir import RunDir
 from cifar.training.parts import describe_output_problem
@@ -68,6 +69,8 @@ def find_teachers(config: Settings, find_run: Callable[[str], RunDir]) -> tuple[
 def _examine(config: Settings, record: RunDir) -> Teacher:
     """Raises PartError for a run that has not finished, or that has seen images which its student may not learn from."""
     if not is_regular_file(record.path / WEIGHTS_FILE):
+        if is_pretrained(record.path):
+            raise PartError(f"teacher: {describe_missing_weights(record.id)}")
         raise PartError(f"teacher: run {record.id} has no weights, it is {record.state}; train it to its end first")
     theirs, about = evaluation_settings(record), record.read_json("run")
     if why := describe_leak(config, theirs):
@@ -161,8 +164,9 @@ def _is_teacher(value: Any) -> bool:
 
 
 def _locate(teacher: Teacher, record: RunDir) -> Teacher:
-    """The same teacher where its folder is now: where it was, or beside the student's."""
-    for folder in (Path(teacher.path), record.path.parent / teacher.run):
+    """The same teacher where its folder is now: where it was, beside the student's, or where pretrained networks are."""
+    packed = find_pretrained(teacher.run)
+    for folder in (Path(teacher.path), record.path.parent / teacher.run, *([packed.folder] if packed else [])):
         if is_regular_file(folder / WEIGHTS_FILE):
             if _digest(folder / WEIGHTS_FILE) != teacher.sha256:
                 raise UserError(

@@ -27,7 +27,8 @@ from cifar.optim import Optimizer
 from cifar.system.energy import announce_use
 from cifar.system.environment import gpu_uuid
 from cifar.tracking.histograms import is_looked_at
-from cifar.tracking.run_dir import find_run_dir, resolve_runs_dir
+from cifar.tracking.pretrained import find_run_or_pretrained
+from cifar.tracking.run_dir import resolve_runs_dir
 from cifar.training import parts
 from cifar.training.compile import compile_once
 from cifar.training.cudagraph import GraphedCallable
@@ -108,7 +109,7 @@ class Trainer:
         self.channels_last, self.code = choose_channels_last(config, self.device), parts.identify_code(config)
         self.train_loader = self._build_loader("train", training=True)
         if teachers is None:
-            teachers = find_teachers(config, lambda name: find_run_dir(name, resolve_runs_dir()))
+            teachers = find_teachers(config, lambda name: find_run_or_pretrained(name, resolve_runs_dir()))
         self.teachers = tuple(teachers)
         distillation = self._build_distillation()
         self.model = self._build_model()

@@ -8,7 +8,8 @@ from typing import Any
 
 from cifar.config.resolve import graph_signature
 from cifar.config.schema import Settings
-from cifar.tracking.run_dir import find_run_dir, resolve_runs_dir
+from cifar.tracking.pretrained import find_run_or_pretrained
+from cifar.tracking.run_dir import resolve_runs_dir
 from cifar.training.compile import compile_if_worthwhile, compile_trainers
 from cifar.training.cudagraph import StepRunner
 from cifar.training.distributed import SINGLE_PROCESS, DistributedContext
@@ -37,7 +38,7 @@ def get_step_runner(
     teachers: of all of them; None: those that the configurations name, in the runs folder.
     """
     if teachers is None:
-        teachers = find_teachers(configs[0], lambda name: find_run_dir(name, resolve_runs_dir()))
+        teachers = find_teachers(configs[0], lambda name: find_run_or_pretrained(name, resolve_runs_dir()))
     if context.world_size > 1:  # not kept: `release_step_runner`
         trainers = [Trainer(config, data_dir, context=context, teachers=teachers) for config in configs]
         capture = configs[0].capture and context.captures_steps

@@ -12,6 +12,8 @@ from torch import nn
 
 from cifar.errors import UserError
 from cifar.system.files import MIB, open_file
+from cifar.tracking.pretrained import check_weights
+from cifar.training.rounding import restore_weights
 
 MAX_TENSOR_BYTES = 2**37  # 128 GiB: of a whole file
 MAX_PICKLE_BYTES = 4 * MIB  # of the list of tensors and the plain values in it
@@ -40,13 +42,17 @@ class WrongWeightsError(UserError):
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a finished run's weights.pt into its network. Raises UserError if it is damaged, or of another network."""
+    """Load a finished run's weights.pt into its network. Raises UserError if it is damaged, or of another network.
+
+    Of a pretrained network, the file must be the one that its card names.
+    """
+    check_weights(path)
     kind = UserError
     try:
         tensors = read_tensors(path)
         is_state = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
         kind = WrongWeightsError if is_state else UserError
-        model.load_state_dict(tensors)
+        model.load_state_dict(restore_weights(tensors))
     except Exception as error:  # a damaged file can raise anything; torch's own text would advise to load it unsafely
         raise kind(
             f"{path} is damaged, or does not hold the weights of this run's network; restore it, or train the run again: "

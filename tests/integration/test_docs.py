@@ -47,6 +47,7 @@ cifar evaluate RUN --split val
 cifar gc
 cifar gc --days 7
 cifar gc --dry-run
+cifar models --pretrained
 cifar profile resnet20
 cifar profile resnet width=32
 cifar report
@@ -71,6 +72,7 @@ cifar data --show flip=alternating cutout=8
 cifar doctor
 cifar doctor --json
 cifar evaluate RUN --split test
+cifar export RUN --onnx network.onnx
 cifar models
 cifar models --no-time --json
 cifar profile --latency RUN
@@ -116,6 +118,7 @@ cifar train model=resnet20 width=6 optimizer=sgd lr=0.4 epochs=200 teacher=RUN
 
 # Parsed by the command line's own parser and not run: command -> why.
 ACCOUNT, GPU = "needs an account on W&B; tests/integration/wandb run it against the protocol server", "needs GPUs"
+PRETRAINED = "needs CIFAR-10; tests/unit/cli/test_pretrained.py and tests/integration/test_onnx.py do it with generated images"
 TWO_POINTS = "needs two points; tests/unit/report/test_compare.py"
 PARSED = {
     "cifar --install-completion": "writes to the settings of the user's shell",
@@ -127,6 +130,12 @@ PARSED = {
     "cifar agent SWEEP --gpus all --time-limit 50m": GPU,
     "cifar data --mirror URL": "asks the network",
     "cifar evaluate ENTITY/PROJECT/model-SWEEP:best": ACCOUNT,
+    "cifar evaluate frontier-41m": PRETRAINED,
+    "cifar export frontier-41m --onnx frontier-41m.onnx": PRETRAINED,
+    "cifar models --pretrained frontier-41m": PRETRAINED,
+    "cifar profile --latency frontier-41m": PRETRAINED,
+    "cifar train --from frontier-41m seed=5": PRETRAINED,
+    "cifar train model=resnet20 teacher=frontier-126m val_size=0": PRETRAINED,
     "cifar push RUN": ACCOUNT,
     "cifar push SWEEP": ACCOUNT,
     "cifar push SWEEP --project cifar": ACCOUNT,

@@ -44,6 +44,8 @@ DOORS = {  # package -> the files that may import it
     "requests": ["data/"],
     "psutil": ["system/sampler.py", "system/machine.py"],  # by the sidecar only
     "pynvml": ["system/sampler.py"],  # light bindings: a training on a GPU reads its energy counter by them
+    "onnx": ["training/onnx_export.py"],  # the extra `onnx`
+    "onnxruntime": ["training/onnx_export.py"],
     "torchvision": [],  # two seconds of import; the tests compare with it
 }
 NO_TORCH = (

@@ -23,7 +23,8 @@ from cifar.integrations.wandb.download import connect_to_api, describe_error
 from cifar.system.disk import cache_folder
 from cifar.system.files import is_regular_file, shorten_repr
 from cifar.system.names import is_id
-from cifar.tracking.run_dir import RunDir, find_run_dir
+from cifar.tracking.pretrained import find_run_or_pretrained
+from cifar.tracking.run_dir import RunDir
 
 MAX_WEIGHTS_BYTES, MAX_RECORD_BYTES = 2**36, 2**24
 _PART = re.compile(r"[\w.][\w. -]*")
@@ -61,9 +62,12 @@ def parse_artifact_path(name: str) -> ArtifactPath | None:
 
 
 def find_run(name: str, runs_dir: Path) -> RunDir:
-    """A run of this runs folder, as `find_run_dir` names it, or the run of a model artifact on W&B. Raises UserError."""
+    """A run of this runs folder, a pretrained network, or the run of a model artifact on W&B. Raises UserError.
+
+    The first two as `find_run_or_pretrained` names them.
+    """
     path = None if is_regular_file(Path(name) / "run.json") else parse_artifact_path(name)
-    return fetch_model(path) if path else find_run_dir(name, runs_dir)
+    return fetch_model(path) if path else find_run_or_pretrained(name, runs_dir)
 
 
 def fetch_model(path: ArtifactPath) -> RunDir:

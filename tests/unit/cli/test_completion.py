@@ -90,7 +90,21 @@ def test_runs_and_sweeps_are_completed(complete, runs: Path, tmp_path: Path) -> 
     assert complete(["cifar", "train", "--resume", "al"]) == ["alone123"]
     assert complete(["cifar", "evaluate", "abcd1234-0"]) == [f"{ID}-000", f"{ID}-001"]
     assert set(complete(["cifar", "report", ""])) == {ID, f"{ID}-000", f"{ID}-001", "alone123"}
-    assert complete(["cifar", "evaluate", "--runs-dir", str(tmp_path / "none"), ""]) == []
+    assert complete(["cifar", "train", "--resume", "--runs-dir", str(tmp_path / "none"), ""]) == []
+
+
+def test_pretrained_networks_are_completed_where_they_stand_for_runs(
+    complete, tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIFAR_PRETRAINED", str(tmp_path / "zoo"))
+    for name in ("frontier-tiny", "frontier-small"):
+        (tmp_path / "zoo" / name).mkdir(parents=True)
+        (tmp_path / "zoo" / name / "card.json").touch()
+    write(runs, "frontier-t9")
+    for words in (["evaluate"], ["export"], ["train", "--from"], ["config", "--from"]):
+        assert complete(["cifar", *words, "frontier-t"]) == ["frontier-t9", "frontier-tiny"]
+    assert complete(["cifar", "models", "--pretrained", "frontier-ti"]) == ["frontier-tiny"]
+    assert complete(["cifar", "train", "--resume", "frontier-t"]) == ["frontier-t9"]
 
 
 @pytest.mark.parametrize(
