@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -28,6 +26,8 @@ from helpers.pretrained import NAME, write_pretrained
 from helpers.run_configs import TINY
 
 pytestmark = pytest.mark.slow
+onnx = pytest.importorskip("onnx", reason="ONNX IS NOT INSTALLED (the extra `onnx`): its files are not tried")
+onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX RUNTIME IS NOT INSTALLED (the extra `onnx`): no file is tried")
 # One network of each family, small where it can be small. CIFAR_ONNX_ALL=1 tries every registered network at its full size.
 FAMILIES: dict[str, dict[str, Any]] = {
     "airbench": {"width": 8}, "bottleneck_resnet": {"depth": 20}, "conv": {"width": 8}, "convmixer": {"width": 16, "depth": 2},

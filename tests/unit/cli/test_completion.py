@@ -90,7 +90,7 @@ def test_runs_and_sweeps_are_completed(complete, runs: Path, tmp_path: Path) -> 
     assert complete(["cifar", "train", "--resume", "al"]) == ["alone123"]
     assert complete(["cifar", "evaluate", "abcd1234-0"]) == [f"{ID}-000", f"{ID}-001"]
     assert set(complete(["cifar", "report", ""])) == {ID, f"{ID}-000", f"{ID}-001", "alone123"}
-    assert complete(["cifar", "train", "--resume", "--runs-dir", str(tmp_path / "none"), ""]) == []
+    assert complete(["cifar", "train", "--runs-dir", str(tmp_path / "none"), "--resume", ""]) == []
 
 
 def test_pretrained_networks_are_completed_where_they_stand_for_runs(

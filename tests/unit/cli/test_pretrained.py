@@ -80,7 +80,7 @@ def test_the_list_of_networks_is_not_made_for_the_table(folder: Path, monkeypatc
 def test_without_the_extra_export_says_what_to_install(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(onnx_export, "PACKAGES", ("onnx", "no_such_package"))
+    monkeypatch.setattr(onnx_export, "PACKAGES", ("json", "no_such_package"))
     assert main(["export", NAME, "--onnx", str(tmp_path / "x.onnx")]) == 2
     assert "needs the package no_such_package: pip install 'cifar[onnx]'" in capsys.readouterr().err
     assert not (tmp_path / "x.onnx").exists()
