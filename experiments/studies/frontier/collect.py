@@ -25,8 +25,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 RECIPE = {  # key -> its value where it is off
     "mixup": "0.0", "cutmix": "0.0", "cutout": "0", "augment_policy": "none", "random_erasing": "0.0", "drop_path": "0.0",
     "se": "0", "dropout": "0.0", "ema": "0.0", "label_smoothing": "0.0", "keep": "1.0", "teacher": "",
@@ -223,6 +221,8 @@ def describe_recipe(line: dict[str, str]) -> str:
 
 
 def print_table(path: Path) -> None:
+    from scipy import stats  # the records are made without it
+
     with open(path, newline="", encoding="utf-8") as file:
         lines = [
             {**line, "acc": line.get("test_acc") or line["val_acc"]}  # a run on all images has no validation accuracy
