@@ -334,7 +334,8 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
     for kind in ("SWEEP", "RUN"):
         if swept and (given := read_variable(f"WANDB_{kind}_ID")):
             check_id(given, f"WANDB_{kind}_ID")
-    settings = resolve_config(*(values for _, values in layers))
+    _read_images_ahead(layers, paths.data_dir)
+    settings = resolve_config(*(values for _, values in layers))  # imports PyTorch, to know the keys of the parts
     runs = paths.resolve_runs_dir()
     with spinner("importing PyTorch ..."):
         from cifar.training import run
@@ -352,6 +353,14 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
             return _train_run(settings, record, paths.data_dir, wandb, context)
         finally:
             record.release()
+
+
+def _read_images_ahead(layers: Layers, data_dir: Path | None) -> None:
+    """Let a thread read the official images while this one imports PyTorch, unless other ones are asked for."""
+    from cifar import data
+
+    if all(values.get("dataset") != "stand-in" for _, values in layers):
+        data.read_ahead(data_dir)
 
 
 def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -10,9 +11,11 @@ import pickle
 import shutil
 import tarfile
 import tempfile
+import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from numpy.typing import NDArray
 from cifar.data import synthetic
 from cifar.data.download import Progress, compute_md5, download_file, measure_rate
 from cifar.errors import UserError
+from cifar.system.devices import num_cores
 from cifar.system.disk import cache_folder
 from cifar.system.files import MIB, UnreadableFileError, read_bytes
 from cifar.system.variables import read_path, read_variable, read_words
@@ -44,6 +48,7 @@ MAX_BATCH_BYTES, MAX_UNPACKED_BYTES = 64 * MIB, 512 * MIB  # a batch has 30 MiB,
 MAX_DOWNLOAD_SECONDS = 600.0  # `auto` takes the generated data if a download would take longer
 NEEDED_BYTES = 400 << 20  # for the archive and its content
 STAND_IN_OPTION = "--dataset stand-in"
+Apply = Callable[[Callable[[str], Any], Iterable[str]], Iterable[Any]]  # `map`, or a thread pool's
 
 
 @dataclass(frozen=True)
@@ -158,25 +163,75 @@ def load_dataset(
 ) -> Dataset10:
     """`cifar10` (found or downloaded; the MD5 of each file is checked) or `stand-in`. A UserError names a bad file."""
     if dataset == "stand-in":
+        _reading_ahead.clear()
         arrays = synthetic.load_or_generate(cache_folder())
         return Dataset10(
             *arrays, name=dataset, fingerprint=synthetic.hash_arrays(arrays), official=False, classes=synthetic.CLASSES
         )
     assert dataset == "cifar10", f"'{dataset}' has to be resolved first"
     path = find_or_download(data_dir, mirrors=mirrors, progress=progress)
-    parts = [read_batch(content, str(path / name), is_official=True) for name, content in _read_verified(path).items()]
+    if found := _take_read_ahead(path):
+        return found
+    with ThreadPoolExecutor(min(len(BATCHES), num_cores()), "batch-file") as threads:
+        return _load_official(path, threads.map)
+
+
+def _load_official(path: Path, apply: Apply = map) -> Dataset10:
+    """The official files, read and checked. `apply`: as `map`, for what can be done for each file by itself."""
+    content = _read_verified(path, apply)
+    parts = list(apply(lambda name: read_batch(content[name], str(path / name), is_official=True), BATCHES))
     images, labels = [images for images, _ in parts], [labels for _, labels in parts]
     digest = hashlib.sha256(" ".join(BATCHES.values()).encode()).hexdigest()  # of the MD5 sums that were just checked
     return Dataset10(
-        np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1], dataset, digest, True, CLASSES
+        np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1], "cifar10", digest, True, CLASSES
     )
+
+
+class _ReadAhead(threading.Thread):
+    """Reads the official files while the main thread does something else. The process does not wait for it at its end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(name="read-ahead", daemon=True)
+        self.path, self.dataset = path, None
+
+    dataset: Dataset10 | None  # None: not read, and `load_dataset` finds out why
+
+    def run(self) -> None:
+        with contextlib.suppress(Exception):
+            self.dataset = _load_official(self.path)
+
+
+_reading_ahead: list[_ReadAhead] = []  # one at most
+
+
+def read_ahead(data_dir: Path | None = None) -> None:
+    """Begin to read the official files in a thread, where they are at hand: `load_dataset` then takes what it has read.
+
+    For the seconds in which PyTorch is imported. Raises nothing: what is wrong with the files `load_dataset` says.
+    """
+    with contextlib.suppress(UserError, RuntimeError):  # RuntimeError: no more threads can be started
+        if (path := find_cifar10(data_dir)) and not _reading_ahead:
+            thread = _ReadAhead(path)
+            thread.start()
+            _reading_ahead.append(thread)
+
+
+def _take_read_ahead(path: Path) -> Dataset10 | None:
+    """What `read_ahead` has read from there; None if that was not asked for, or failed."""
+    found = None
+    while _reading_ahead:  # also of another folder: its arrays are not kept
+        thread = _reading_ahead.pop()
+        if thread.path == path:
+            thread.join()
+            found = thread.dataset
+    return found
 
 
 def split_indices(labels: NDArray[np.int64], val_size: int, seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(train, val): sorted indices into the training set. val has `val_size`, evenly distributed over the classes."""
     assert 0 <= val_size < len(labels), val_size
     bit_source = np.random.Generator(np.random.PCG64(seed))
-    classes = np.unique(labels)
+    classes = np.flatnonzero(np.bincount(labels))  # np.unique imports numpy.ma
     val_parts = []
     for class_index, label in enumerate(classes):
         num_val = val_size // len(classes) + (class_index < val_size % len(classes))
@@ -184,13 +239,15 @@ def split_indices(labels: NDArray[np.int64], val_size: int, seed: int = 0) -> tu
         # ordered by raw bits, because NumPy never changes those; the split must never change either
         val_parts.append(members[np.argsort(bit_source.bit_generator.random_raw(len(members)), kind="stable")[:num_val]])
     val = np.sort(np.concatenate(val_parts)).astype(np.int64)
-    return np.setdiff1d(np.arange(len(labels), dtype=np.int64), val), val
+    is_train = np.ones(len(labels), dtype=bool)
+    is_train[val] = False
+    return np.flatnonzero(is_train).astype(np.int64), val
 
 
 # -- reading files that may be damaged or hostile ----------------------------------------------------------------------------
 
 
-def _read_verified(path: Path) -> dict[str, bytes]:
+def _read_verified(path: Path, apply: Apply = map) -> dict[str, bytes]:
     """Name -> content of the six batch files in a folder or archive, after checking the official MD5 of each."""
     if path.is_file():
         if path.stat().st_size != ARCHIVE_SIZE or compute_md5(path) != ARCHIVE_MD5:
@@ -200,9 +257,11 @@ def _read_verified(path: Path) -> dict[str, bytes]:
             )
         content: Mapping[str, bytes] = _read_archive(path)
     else:
-        content = {name: _read_file(path / name, f"delete the folder {path} and run again to download it") for name in BATCHES}
-    for name, md5 in BATCHES.items():
-        if hashlib.md5(content[name], usedforsecurity=False).hexdigest() != md5:
+        remedy = f"delete the folder {path} and run again to download it"
+        content = dict(zip(BATCHES, apply(lambda name: _read_file(path / name, remedy), BATCHES), strict=True))
+    sums = apply(lambda name: hashlib.md5(content[name], usedforsecurity=False).hexdigest(), BATCHES)
+    for name, md5 in zip(BATCHES, sums, strict=True):
+        if md5 != BATCHES[name]:
             raise UserError(
                 f"{path / name} is not the official CIFAR-10 file (its MD5 differs); copy it anew, "
                 f"or delete {path} and run again to download it"

@@ -50,6 +50,7 @@ class RunLoop:
         self.joules_problem, self.pack_size = "", 1
         self.energy: SharedEnergy | None = None
         self.console: RunConsole | None = None  # its output.log
+        self.val_outputs: tuple[torch.Tensor, torch.Tensor] | None = None  # logits and labels after the latest epoch
         self._last_saved = self._started_at = time.monotonic()
 
     def attach_console(self, console: RunConsole) -> None:
@@ -103,7 +104,7 @@ class RunLoop:
     def launch_evaluation(self) -> None:
         """Queue the evaluation behind the steps, without waiting for them."""
         self._stopwatch.stop_timing()
-        self._val_outputs = self.trainer.evaluate("val") if "val" in self.trainer.splits else None
+        self.val_outputs = self.trainer.evaluate("val") if "val" in self.trainer.splits else None
 
     def collect_metrics(self) -> None:
         """All steps of the epoch have been taken: compute its row, and whether the run diverged. Waits for the device."""
@@ -164,8 +165,8 @@ class RunLoop:
             "train/acc": accuracy,
             "train/lr": trainer.optimizer.lrs_at(trainer.progress_at(trainer.steps_per_epoch - 1))[0],
         }
-        if self._val_outputs is not None:
-            row["val/loss"], row["val/acc"] = compute_loss_and_accuracy(*self._val_outputs)
+        if self.val_outputs is not None:
+            row["val/loss"], row["val/acc"] = compute_loss_and_accuracy(*self.val_outputs)
         row["system/seconds"] = trainer.epoch_seconds
         row["system/images_per_second"] = trainer.steps_per_epoch * trainer.config.batch_size / trainer.epoch_seconds
         row["system/memory_gib"] = peak_memory_bytes(trainer.device) / 2**30

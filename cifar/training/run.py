@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar import data, flops, registry
 from cifar.config.resolve import format_run_name
@@ -490,18 +490,20 @@ def _write_results(run: RunLoop) -> dict[str, Any]:
     cost = run_dir.read_json("run")["cost"]
     summary |= {"macs": cost["macs"], "params": cost["params"], "macs_verified": cost["verified"]}
     summary |= _measure_training(run, last.get("step", last["epoch"] * trainer.steps_per_epoch), cost["macs"])
+    outputs, split = run.val_outputs, "val"  # of one view, as the last epoch has left them
     if config.test == "final":
+        outputs, split = None, "test"
         logits, labels = trainer.evaluate("test", config.tta, config.tta_share)
         summary["seconds_to_test"] = run.seconds_since_start  # from the first step in this process to the test result
         summary["test/loss"], summary["test/acc"] = compute_loss_and_accuracy(logits, labels)
         summary["test/views"] = count_views(config.tta, config.tta_share)
         if config.tta != "none" and config.tta_share < 1:
             summary["test/acc_all_views"] = compute_loss_and_accuracy(*trainer.evaluate("test", config.tta))[1]
+        outputs = (logits, labels) if config.tta == "none" else trainer.evaluate("test")
         if config.tta != "none":
-            summary["test/acc_one_view"] = compute_loss_and_accuracy(*trainer.evaluate("test"))[1]
-    split = "test" if config.test == "final" else "val" if "val" in trainer.splits else ""
-    if split:
-        _write_predictions(trainer, run_dir, split)
+            summary["test/acc_one_view"] = compute_loss_and_accuracy(*outputs)[1]
+    if split in trainer.splits:
+        _write_predictions(trainer, run_dir, split, outputs or trainer.evaluate(split))
     buffer = io.BytesIO()
     torch.save(trainer.eval_model.state_dict(), buffer)
     run_dir.write_file("weights.pt", buffer.getvalue())
@@ -534,9 +536,12 @@ def _measure_training(run: RunLoop, num_steps: int, macs: float) -> dict[str, An
     return found
 
 
-def _write_predictions(trainer: Trainer, run_dir: RunDir, split: str) -> None:
-    """Write predictions.npz: the prediction for each image, and the images with the most confident mistakes."""
-    logits, labels = trainer.evaluate(split)
+def _write_predictions(trainer: Trainer, run_dir: RunDir, split: str, outputs: tuple[Tensor, Tensor]) -> None:
+    """Write predictions.npz: the prediction for each image, and the images with the most confident mistakes.
+
+    outputs: logits (N, 10) and labels (N,) of the split, of one view.
+    """
+    logits, labels = outputs
     confidence, predicted = logits.softmax(1).max(1)
     wrong = torch.where(predicted != labels, confidence, torch.zeros_like(confidence))
     num_wrong = int((predicted != labels).sum())

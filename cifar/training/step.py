@@ -174,6 +174,19 @@ def _disable_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def run_backward(loss: Tensor, gradient: Tensor) -> None:
+    """`loss.backward(gradient)` of a 0-d loss, without its check that both have one shape.
+
+    For that check torch imports sympy, which takes a process that compiles nothing 0.4 s before its first step. A version of
+    torch without this function makes the check.
+    """
+    run_engine = getattr(torch.autograd.graph, "_engine_run_backward", None)
+    if run_engine is None:
+        loss.backward(gradient)
+    else:
+        run_engine((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +220,7 @@ class Step:
         with _disable_gradients(self.optimizer.freezing_params if skip_frozen else ()):
             options = ForwardOptions(self.smoothing, self.bf16, self.source.selects_hard, skip_frozen, self.distillation)
             loss, correct, losses = self.fused_forward(options) if self.fused_forward else self._forward_next_batch(options)
-            loss.backward(self.loss_gradient)
+            run_backward(loss, self.loss_gradient)
         if losses is not None:
             self.source.record_losses(losses)
         self.context.average_gradients(self.model)

@@ -437,13 +437,16 @@ def load_splits(
     train, val = data.split_indices(arrays.train_labels, val_size)
     train = train[:train_size] if train_size else train
 
-    def copy_to_device(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(images.copy()).to(device), torch.from_numpy(labels.copy()).to(device)  # copies are writable
+    def copy_to_device(*parts: np.ndarray) -> tuple[Tensor, Tensor]:
+        images, labels = (torch.from_numpy(each if each.flags.writeable else each.copy()).to(device) for each in parts)
+        return images, labels
 
-    splits = {
-        "train": copy_to_device(arrays.train_images[train], arrays.train_labels[train]),
-        "test": copy_to_device(arrays.test_images, arrays.test_labels),
-    }
+    def select(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(rows) == len(arrays.train_labels):  # all of them: nobody else has these arrays, so no copy is needed
+            return arrays.train_images, arrays.train_labels
+        return arrays.train_images[rows], arrays.train_labels[rows]
+
+    splits = {"train": copy_to_device(*select(train)), "test": copy_to_device(arrays.test_images, arrays.test_labels)}
     if val_size:
-        splits["val"] = copy_to_device(arrays.train_images[val], arrays.train_labels[val])
+        splits["val"] = copy_to_device(*select(val))
     return splits, arrays.fingerprint
