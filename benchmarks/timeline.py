@@ -226,7 +226,8 @@ def _process_start() -> float:
 def run_command(out: Path, arguments: Sequence[str], *, with_samples: bool) -> None:
     """`python -m cifar ARGUMENTS` in this process, which then ends with its exit code."""
     timeline, sampler = Timeline(), Sampler() if with_samples else None
-    sys.meta_path.insert(0, ImportClock(timeline))
+    place = next((i for i, finder in enumerate(sys.meta_path) if finder is importlib.machinery.PathFinder), 0)
+    sys.meta_path.insert(place, ImportClock(timeline))
     if sampler:
         sampler.start()
 
