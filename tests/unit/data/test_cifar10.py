@@ -58,6 +58,41 @@ def test_a_missing_or_corrupt_batch_file_is_named(tmp_path: Path) -> None:
         cifar10.load_dataset("cifar10", tmp_path)
 
 
+def test_reading_ahead_changes_no_error_and_keeps_nothing_of_another_folder(tmp_path: Path) -> None:
+    bad = tmp_path / cifar10.FOLDER
+    bad.mkdir()
+    for name in cifar10.BATCHES:
+        (bad / name).write_bytes(batch_bytes())
+    for place in (tmp_path, tmp_path / "empty", bad / "test_batch", tmp_path):
+        cifar10.read_ahead(place)  # says nothing, whatever is there
+    with pytest.raises(UserError, match=r"data_batch_1 is not the official .* delete"):
+        cifar10.load_dataset("cifar10", tmp_path)
+    assert not cifar10._reading_ahead
+    cifar10.read_ahead(tmp_path)
+    assert cifar10._take_read_ahead(tmp_path / "other") is None and not cifar10._reading_ahead
+
+
+@with_data
+def test_reading_ahead_gives_what_reading_gives() -> None:
+    assert OFFICIAL
+    plain = cifar10.load_dataset("cifar10", Path(OFFICIAL))
+    cifar10.read_ahead(Path(OFFICIAL))
+    (thread,) = cifar10._reading_ahead
+    ahead = cifar10.load_dataset("cifar10", Path(OFFICIAL))
+    assert ahead is thread.dataset and ahead.fingerprint == plain.fingerprint and ahead.official
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert np.array_equal(getattr(ahead, name), getattr(plain, name))
+
+
+def test_files_are_read_without_pytorch_and_every_name_is_there() -> None:
+    program = (
+        "import sys, cifar.data; assert 'torch' not in sys.modules;"
+        "assert all(hasattr(cifar.data, name) for name in [*cifar.data.__all__, 'dataloader', 'load', 'split', 'obtain']);"
+        "assert not hasattr(cifar.data, 'nothing') and 'Loader' in dir(cifar.data)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_truncated_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / cifar10.ARCHIVE).write_bytes(SMALL[:5000])
     with pytest.raises(UserError, match=rf"{cifar10.ARCHIVE} is not the official .*5,000 bytes of .*delete"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from cifar.training.evaluation import (
     evaluate_unsure_views,
     find_unsure,
 )
-from cifar.training.step import EpochMeter, ForwardOptions, forward
+from cifar.training.step import EpochMeter, ForwardOptions, forward, run_backward
 
 
 def small_net() -> nn.Module:
@@ -30,6 +32,29 @@ def small_net() -> nn.Module:
 def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     torch.manual_seed(1)
     return [(torch.randn(n, 3, 32, 32), torch.randint(10, (n,))) for n in sizes]
+
+
+def test_the_backward_pass_is_that_of_pytorch() -> None:
+    (images, labels), nets = batches([5])[0], [small_net(), small_net()]
+    losses = [F.cross_entropy(net(images), labels) for net in nets]
+    run_backward(losses[0], torch.tensor(0.5))
+    losses[1].backward(torch.tensor(0.5))
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_process_that_compiles_nothing_imports_no_compiler() -> None:
+    """Each of these takes a start a fifth of a second or more, and PyTorch imports them for little things."""
+    program = (
+        "import sys, torch; before = set(sys.modules);"
+        "from cifar.training import run, step; from cifar import registry;"
+        "run.measure_network(registry.models['worksheet1'], {});"
+        "net = torch.nn.Linear(2, 1); step.run_backward(net(torch.ones(1, 2)).mean(), torch.ones(()));"
+        "run.data.split_indices(run.np.arange(50) % 10, 20);"
+        "new = {'triton', 'sympy', 'torch._dynamo', 'torch._inductor', 'numpy.ma', 'torchvision', 'matplotlib', 'wandb'};"
+        "new &= set(sys.modules) - before; assert not new, new"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_meter_weighs_batches_by_their_size() -> None:
