@@ -76,6 +76,9 @@ class ProbeRunner:
         self._counts: dict[str, Tensor] = {}  # metric -> number of values, in the same shape
         self._neutral: dict[tuple[str, ...], Tensor] = {}  # metrics -> what adds nothing to their totals, (all entries,)
         self._layers: dict[str, list[str]] = {}
+        self._device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
+        self._may_fork = self._device.type == "cuda" and all(_is_ours(probe) for probe in self.probes)
+        self._streams: list[torch.cuda.Stream] = []
         self._maximum: set[str] = set()
         for probe in self.probes:
             _check_class(probe)
@@ -105,16 +108,54 @@ class ProbeRunner:
         """Whether the probes are called in this step. Steps of an epoch are counted from 0."""
         return bool(self.probes) and step % self.every == 0
 
+    @torch.no_grad()
     def after_backward(self) -> None:
-        self._call_probes("after_backward")
-
-    def before_update(self) -> None:
-        self._call_probes("before_update")
-
-    def after_update(self) -> None:
-        self._call_probes("after_update")
+        if streams := self._fork():
+            with torch.cuda.stream(streams[0]):
+                self._call_probes("after_backward")
+            with torch.cuda.stream(streams[1]):
+                self._call_histograms("after_backward")
+        else:
+            self._call_probes("after_backward")
+            self._call_histograms("after_backward")
 
     @torch.no_grad()
+    def before_update(self) -> None:
+        self._call_probes("before_update")  # not beside the update: it keeps what the update changes
+        self._call_histograms("before_update")
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        if streams := self._fork():
+            with torch.cuda.stream(streams[0]):
+                self._call_probes("after_update")
+            with torch.cuda.stream(streams[1]):
+                self._call_histograms("after_update")
+            for stream in streams:  # the step's other work waits here: it drops the gradients, and the next step changes all
+                torch.cuda.current_stream(self._device).wait_stream(stream)
+        else:
+            self._call_probes("after_update")
+            self._call_histograms("after_update")
+
+    def _fork(self) -> list[torch.cuda.Stream]:
+        """While a step is captured: two streams, for the probes and for the histograms, that begin where the current one is.
+
+        In the graph they are branches, which a GPU computes at the same time, and beside the update: each kernel is so small
+        that there is room. `after_update` joins them. Elsewhere, and with plug-ins, which may hand tensors from one method to
+        the next: none.
+        """
+        if not self._may_fork or not torch.cuda.is_current_stream_capturing():
+            return []
+        if not self._streams:
+            self._streams = [torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)]
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+        return self._streams
+
+    def _call_histograms(self, hook_name: str) -> None:
+        if self.histograms:
+            getattr(self.histograms, hook_name)(self.parameters)
+
     def _call_probes(self, hook_name: str) -> None:
         values: dict[str, Tensor] = {}
         for probe in self.probes:
@@ -128,8 +169,6 @@ class ProbeRunner:
                 values[metric] = value.detach().float()
         if values:
             self._accumulate_values(values)
-        if self.histograms:
-            getattr(self.histograms, hook_name)(self.parameters)
 
     def _check_value(self, probe: Probe, metric: str, value: Any) -> None:
         """Look at the first value of a metric. Raises UserError unless it can be kept."""

@@ -36,33 +36,40 @@ class HistogramRecorder:
         self._counts = torch.zeros(len(KINDS), len(layers), _NUM_CODES, dtype=torch.int64, device=device)
         self._num_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._always_counts = device.type == "cuda"
+        self._groups = [self._names[begin : begin + _GROUP] for begin in range(0, len(layers), _GROUP)]
+        sizes = [[_num_values(parameters[name]) for name in group] for group in self._groups]
+        self._offsets = [_make_offsets(group_sizes, device) for group_sizes in sizes]
         self._before: list[Tensor] = []
         self.is_active = True  # whether this epoch is looked at
 
     def after_backward(self, parameters: Mapping[str, Tensor]) -> None:
         """Count the gradients."""
         if self._is_counting():
-            self._count(0, collect_gradients(parameters, self._names))
+            self._count(0, [_join(collect_gradients(parameters, group)) for group in self._groups])
             self._num_steps.add_(1)
 
     def before_update(self, parameters: Mapping[str, Tensor]) -> None:
         """Keep the weights as they are before the update."""
-        weights = [parameters[name].detach() for name in self._names] if self._is_counting() else []
-        self._before = list(torch._foreach_mul(weights, 1.0)) if weights else []  # copies all of them by one kernel
+        self._before = self._join_weights(parameters) if self._is_counting() else []
 
     def after_update(self, parameters: Mapping[str, Tensor]) -> None:
         """Count the changes of the weights."""
         before, self._before = self._before, []  # freed at once: the copy of the weights lives for one step only
         if before:
-            self._count(1, torch._foreach_sub([parameters[name].detach() for name in self._names], before))
+            after = self._join_weights(parameters)
+            self._count(1, [new.sub_(old) for new, old in zip(after, before, strict=True)])
 
     def _is_counting(self) -> bool:
         return bool(self.layers) and (self.is_active or self._always_counts)
 
-    def _count(self, kind: int, tensors: Sequence[Tensor]) -> None:
-        for begin in range(0, len(tensors), _GROUP):
-            group = tensors[begin : begin + _GROUP]
-            self._counts[kind, begin : begin + _GROUP].add_(_count_codes(group))
+    def _join_weights(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        return [_join([parameters[name].detach() for name in group]) for group in self._groups]
+
+    def _count(self, kind: int, values: Sequence[Tensor]) -> None:
+        """`values`: of each group of layers, one after the other in one row. They are overwritten."""
+        for index, (row, offsets) in enumerate(zip(values, self._offsets, strict=True)):
+            size = len(self._groups[index])
+            self._counts[kind, index * _GROUP : index * _GROUP + size].add_(_count_codes(row, offsets, size))
 
     def read_and_reset(self) -> dict[str, Any] | None:
         """The epoch's histograms, as a line of histograms.jsonl has them; None if it is not looked at, or no step was counted.
@@ -95,6 +102,10 @@ def choose_layers(layers: Sequence[str]) -> list[str]:
     return list(layers) if last <= gaps else [layers[round(k * last / gaps)] for k in range(MAX_LAYERS)]
 
 
+def _num_values(tensor: Tensor) -> int:
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
 def _flatten(tensor: Tensor) -> Tensor:
     """All values in one row, as 32-bit floats, in any order; no copy of what lies in memory without gaps."""
     if tensor.is_complex():
@@ -103,16 +114,26 @@ def _flatten(tensor: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1).float()
 
 
-def _count_codes(tensors: Sequence[Tensor]) -> Tensor:
-    """How often each code occurs in each tensor, (tensors, 1024) whole numbers: first of negative values, then of the others.
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of all values in one row. One kernel: in the step of a small network each one counts."""
+    return torch.cat([_flatten(tensor) for tensor in tensors])
 
-    Few kernels for all tensors together: in the step of a small network each one counts.
+
+def _make_offsets(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """What is added to the code of each value of a row, so that each tensor has bins of its own: (values,) whole numbers."""
+    first = _NUM_CODES // 2  # codes begin at -512
+    rows = [torch.full((size,), first + _NUM_CODES * i, dtype=torch.int32, device=device) for i, size in enumerate(sizes)]
+    return torch.cat(rows)
+
+
+def _count_codes(values: Tensor, offsets: Tensor, num_tensors: int) -> Tensor:
+    """How often each code occurs in each tensor of a row, (tensors, 1024) whole numbers: first of negative values, then others.
+
+    The row is overwritten.
     """
-    flat = [_flatten(tensor) for tensor in tensors]
-    codes = torch.cat(flat).view(torch.int32) >> _SHIFT  # -512 to 511, by the sign
-    pieces = torch.split(codes, [len(values) for values in flat])  # type: ignore[no-untyped-call, unused-ignore]
-    torch._foreach_add_(list(pieces), [_NUM_CODES // 2 + _NUM_CODES * index for index in range(len(tensors))])
-    size = _NUM_CODES * len(tensors)
+    codes = values.view(torch.int32)
+    codes.bitwise_right_shift_(_SHIFT).add_(offsets)  # -512 to 511, by the sign, before the offsets
+    size = _NUM_CODES * num_tensors
     if codes.device.type == "cuda":  # bincount would wait for the host; histc does not, and is exact for whole numbers
         return torch.histc(codes, size, 0, size).view(-1, _NUM_CODES)
     return torch.bincount(codes, minlength=size).view(-1, _NUM_CODES)
