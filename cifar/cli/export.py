@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from cifar.cli.completion import complete_run_or_pretrained
 from cifar.cli.console import echo, print_json, redirect_messages, spinner, warn
 from cifar.cli.options import DataDir, Json, RunsDir
 from cifar.errors import UserError
+from cifar.system.files import is_regular_file
 from cifar.tracking import run_dir
 from cifar.tracking.pretrained import is_pretrained, read_card
 
@@ -45,6 +47,8 @@ def export(
         raise UserError(f"--onnx: the folder {onnx.absolute().parent} does not exist; make it first, or name another file")
     if onnx.is_dir():
         raise UserError(f"--onnx: {onnx} is a folder; name a file, as in --onnx {onnx / 'network.onnx'}")
+    if os.path.lexists(onnx) and not is_regular_file(onnx):
+        raise UserError(f"--onnx: {onnx} is no ordinary file, and would be replaced; name another one")
     record = find_run(run, run_dir.resolve_runs_dir(runs_dir))
     card = read_card(record.path) if is_pretrained(record.path) else {}
     with redirect_messages(as_json):
@@ -66,7 +70,10 @@ def export(
             difference = onnx_export.compare_logits(network, predict)
         except UserError as error:
             raise UserError(f"run {record.id} (model '{settings.model}'): {error}") from error
-        run_dir.write_atomic(onnx, content)
+        try:
+            run_dir.write_atomic(onnx, content)
+        except OSError as error:
+            raise UserError(f"--onnx: {onnx} cannot be written ({error.strerror}); name another file") from error
         echo(f"written     {onnx}, {len(content) / 1e6:.2f} MB")
         echo(f"logits      as PyTorch's, within {difference:.1e} of the largest, in batches of {onnx_export.CHECKED_BATCHES}")
         split = split or ("test" if card else "val" if settings.val_size else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cifar.cli.console import echo, print_json, print_sentence, print_table
+from cifar.cli.console import echo, print_json, print_sentence, print_table, warn
 from cifar.errors import UserError, did_you_mean
 from cifar.system.amounts import format_joules, format_operations
 from cifar.system.durations import format_duration
@@ -15,7 +15,9 @@ from cifar.tracking.pretrained import Pretrained, describe_missing_weights, list
 
 def show_pretrained(name: str, *, as_json: bool) -> int:
     """Print the card of one network, or without a name a table of all."""
-    networks = list_pretrained()
+    networks, problems = list_pretrained()
+    for problem in problems:  # of one card; the others are shown
+        warn(problem)
     if name:
         found = next((each for each in networks if each.name == name), None)
         if found is None:

@@ -170,6 +170,8 @@ def evaluate(
     echo(f"{split}: accuracy {100 * accuracy:.2f} %, loss {loss:.4f}, {len(labels):,} images, {VIEWS[tta][0]} view(s)")
     if card and split == "test" and tta == "none":
         echo(f"its card says: accuracy {100 * card['accuracy']:.2f} %")
+        if trainer.fingerprint != (card.get("data") or {}).get("fingerprint", trainer.fingerprint):
+            warn("the images here are not those that the card speaks of (their fingerprints differ)")
     if settings.dataset == "stand-in":
         warn_of_stand_in()
     return 0

@@ -24,7 +24,7 @@ from cifar.errors import UserError, did_you_mean
 from cifar.system.files import MIB, MissingFileError, UnreadableFileError, is_regular_file, parse_json, read_bytes, shorten_repr
 from cifar.system.names import check_name, is_id
 from cifar.system.variables import read_words
-from cifar.tracking.records import is_amount, is_count, is_number, is_text
+from cifar.tracking.records import is_amount, is_count, is_number, is_text, is_texts
 from cifar.tracking.run_dir import CARD_FILE, RunDir, find_run_dir, list_folders
 
 WEIGHTS_FILE = "weights.pt"
@@ -53,10 +53,15 @@ class Pretrained:
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
-def list_pretrained() -> list[Pretrained]:
-    """All pretrained networks, by MACs; also those whose weights are not here. Raises UserError for a damaged card."""
-    found = [Pretrained(name, folder, read_card(folder)) for name, folder in _find_folders().items()]
-    return sorted(found, key=lambda each: (each.card["macs"], each.name))
+def list_pretrained() -> tuple[list[Pretrained], list[str]]:
+    """All pretrained networks, by MACs, also those whose weights are not here; and a sentence for each damaged card."""
+    found, problems = list[Pretrained](), list[str]()
+    for name, folder in _find_folders().items():
+        try:
+            found.append(Pretrained(name, folder, read_card(folder)))
+        except UserError as error:
+            problems.append(str(error))
+    return sorted(found, key=lambda each: (each.card["macs"], each.name)), problems
 
 
 def list_pretrained_names() -> list[str]:
@@ -161,12 +166,37 @@ def _check_card(card: Any) -> None:
         "weights.bytes": is_count(weights.get("bytes")),
         "weights.sha256": bool(re.fullmatch("[0-9a-f]{64}", str(weights.get("sha256")))),
     }
+    for name, check in _OPTIONAL.items():
+        checks[name] = card.get(name) is None or check(card[name])
     if wrong := [name for name, is_right in checks.items() if not is_right]:
         raise ValueError(f"{wrong[0]} is missing or wrong")
 
 
 def _is_share(value: Any) -> bool:
     return is_number(value) and 0 <= value <= 1
+
+
+def _is_training(value: Any) -> bool:
+    """What a training has cost: amounts, or null; texts of any kind."""
+    amounts = ("epochs", "seconds", "joules", "train_flops")
+    return isinstance(value, dict) and all(value.get(name) is None or is_amount(value[name]) for name in amounts)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_OPTIONAL = {
+    "model": is_text,
+    "chosen": is_text,
+    "licence": is_text,
+    "classes": is_texts,
+    "accuracy_before_rounding": _is_share,
+    "per_class": lambda value: isinstance(value, dict) and all(map(_is_share, value.values())),
+    "input": _is_mapping,
+    "data": _is_mapping,
+    "training": _is_training,
+}  # field -> whether a value is of its kind; what is missing or null is allowed
 
 
 def is_pretrained(folder: Path) -> bool:

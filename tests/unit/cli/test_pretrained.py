@@ -61,6 +61,7 @@ def test_the_cards_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["export", NAME], "--onnx"),
         (["export", NAME, "--onnx", "absent/x.onnx"], "absent does not exist"),
         (["export", NAME, "--onnx", "."], "is a folder"),
+        (["export", NAME, "--onnx", "/dev/null"], "is no ordinary file"),
         (["export", "frontier-tin", "--onnx", "x.onnx"], "no run 'frontier-tin'"),
         (["export", "", "--onnx", "x.onnx"], "is empty"),
     ],

@@ -19,6 +19,7 @@ from cifar.tracking.pretrained import (
     find_run_or_pretrained,
     list_pretrained,
     list_pretrained_names,
+    read_card,
 )
 from cifar.tracking.run_dir import RunDir
 from helpers import hostile
@@ -92,15 +93,26 @@ def test_a_damaged_card_is_one_sentence(kind: str, folder: Path, capsys: pytest.
         ({"row": {"mean": 0.5, "n": -1}}, "row.n is"),
         ({"weights": {"format": "int8", "bytes": 5, "sha256": "../../x"}}, "weights.sha256 is"),
         ({"weights": []}, "row or weights is missing"),
+        ({"per_class": {"cat": "half"}}, "per_class is"),
+        ({"training": {"epochs": "many"}}, "training is"),
+        ({"classes": "cat"}, "classes is"),
     ],
 )
-def test_a_card_that_lacks_something_says_what(
-    change: dict[str, object], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_pretrained(tmp_path / "zoo", **change)
-    monkeypatch.setenv("CIFAR_PRETRAINED", str(tmp_path / "zoo"))
-    assert main(["models", "--pretrained"]) == 2
-    assert word in capsys.readouterr().err
+def test_a_card_that_lacks_something_says_what(change: dict[str, object], word: str, folder: Path) -> None:
+    card = json.loads((folder / "card.json").read_text())
+    assert read_card(folder) == card
+    (folder / "card.json").write_text(json.dumps({**card, **change}))
+    with pytest.raises(UserError, match=f"card.json is damaged .*{word}.*install the package"):
+        cifar.load(NAME)
+
+
+def test_the_others_are_listed_beside_a_damaged_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pretrained(folder.parent, "frontier-whole")
+    (folder / "card.json").write_text("{")
+    assert main(["models", "--pretrained"]) == 0
+    said = capsys.readouterr()
+    assert "frontier-tiny/card.json is damaged" in said.err and "frontier-whole" in said.out
+    assert main(["models", "--pretrained", NAME]) == 2
 
 
 def test_missing_weights_say_where_they_are(
@@ -124,10 +136,10 @@ def test_missing_weights_say_where_they_are(
     assert main(["train", "--from", NAME, "--dry-run"]) == 0, "its configuration is here"
     with pytest.raises(UserError, match="not installed"):
         cifar.load(folder)
-    assert not next(each for each in list_pretrained() if each.name == NAME).is_installed
+    assert not next(each for each in list_pretrained()[0] if each.name == NAME).is_installed
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
     assert cifar.load(NAME)(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
-    assert next(each for each in list_pretrained() if each.name == NAME).folder == installed / NAME
+    assert next(each for each in list_pretrained()[0] if each.name == NAME).folder == installed / NAME
 
 
 @pytest.mark.parametrize(
@@ -170,7 +182,9 @@ def test_its_record_is_never_written(folder: Path, capsys: pytest.CaptureFixture
 
 def test_what_the_package_has_is_whole_and_small() -> None:
     """Every card can be read, every weights file is the one of its card, and all of them have 12 MiB at most."""
-    networks = [each for each in list_pretrained() if PACKAGE in each.folder.parents]
+    known, problems = list_pretrained()
+    assert not problems
+    networks = [each for each in known if PACKAGE in each.folder.parents]
     for each in networks:
         assert each.name == each.card["name"] and each.card["row"]["n"] >= 1
         assert RunDir(each.folder).state == "finished" and RunDir(each.folder).read_json("config")["seed"] == min(
