@@ -24,6 +24,7 @@ from cifar.report.run_files import Cleaner, RunFiles, RunReader, clean_document,
 from cifar.system.files import read_text
 from cifar.system.names import check_name
 from cifar.system.redact import redact
+from cifar.tracking.pretrained import is_pretrained
 from cifar.tracking.records import UnknownSchemaError, is_text
 from cifar.tracking.run_dir import RunDir, find_run_dir, list_folders, list_run_dirs, read_json
 
@@ -352,7 +353,12 @@ def collect_runs(
             remote.update(dict.fromkeys(download.folders))
             damaged += [ExcludedRun(run_id, run_name, "damaged", reason) for run_id, run_name, reason in download.damaged]
         else:
-            paths[find_run_dir(name, runs).path] = None
+            record = find_run_dir(name, runs)
+            if is_pretrained(record.path):
+                raise UserError(
+                    f"{record.id} is a pretrained network, which has no curves: python -m cifar models --pretrained {record.id}"
+                )
+            paths[record.path] = None
     if not (paths or remote or sweeps or damaged or download):
         raise UserError(f"no runs in {runs}; `python -m cifar sweep quickstart` makes some, --runs-dir names a place")
     found: dict[str, Run] = {}

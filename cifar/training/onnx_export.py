@@ -43,24 +43,17 @@ def export_onnx(network: nn.Module, metadata: Mapping[str, str]) -> bytes:
     """
     import onnx
 
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     try:
         with keep_random_state(), torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                network,
-                (images,),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                opset_version=OPSET,
-                verbose=False,
-            )
-        assert program is not None
-        model = program.model_proto
+            model = _convert(network)
     except BaseException as error:  # the exporter meets the network's own code, and raises many kinds of errors
         pass_interrupt(error)
         raise UserError(f"it cannot be exported: {_describe(error)}") from error
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise UserError(
+            "it cannot be exported: its forward pass fixes the size of the batch (a loop over the images, say); "
+            "write x.shape[0] for the size, and operations on whole batches"
+        )
     for holder in [
         model.graph,
         *model.graph.node,
@@ -78,6 +71,23 @@ def export_onnx(network: nn.Module, metadata: Mapping[str, str]) -> bytes:
     onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()
     return content
+
+
+def _convert(network: nn.Module) -> Any:
+    """The `onnx.ModelProto` of a network. Its batch has a fixed size where the network's code lets no other one."""
+    images, shapes = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), ({0: torch.export.Dim("batch")},)
+    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "opset_version": OPSET, "verbose": False}
+    program = torch.onnx.export(network, (images,), dynamo=True, dynamic_shapes=shapes, **names)
+    assert program is not None
+    if program.model_proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        return program.model_proto
+    try:  # the stricter way reads Python's byte code, and understands `len(x)`
+        exported = torch.export.export(network, (images,), dynamic_shapes=shapes, strict=True)
+        again = torch.onnx.export(exported, dynamo=True, **names)
+    except Exception:
+        return program.model_proto
+    assert again is not None
+    return again.model_proto
 
 
 def open_session(content: bytes) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from cifar import data, registry
 from cifar.cli.app import main
 from cifar.config.resolve import resolve_config
 from cifar.errors import UserError
+from cifar.flops import materialize_lazy_modules
 from cifar.tracking.run_dir import RunDir
 from cifar.training import run
 from cifar.training.onnx_export import compare_logits, export_onnx, open_session
@@ -24,14 +25,16 @@ from cifar.training.pixels import PixelNetwork
 from helpers.plugins import keep_registries
 from helpers.pretrained import NAME, write_pretrained
 from helpers.run_configs import TINY
+from helpers.zoo import NETWORKS
 
 pytestmark = pytest.mark.slow
 onnx = pytest.importorskip("onnx", reason="ONNX IS NOT INSTALLED (the extra `onnx`): its files are not tried")
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX RUNTIME IS NOT INSTALLED (the extra `onnx`): no file is tried")
 # One network of each family, small where it can be small. CIFAR_ONNX_ALL=1 tries every registered network at its full size.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "airbench": {"width": 8}, "bottleneck_resnet": {"depth": 20}, "conv": {"width": 8}, "convmixer": {"width": 16, "depth": 2},
-    "densenet_bc": {}, "mobilenet_v2_x0_5": {}, "preact_resnet": {"width": 8}, "resnet8": {"width": 4},
+    "airbench": {"width": 8}, "airbench96": {}, "bottleneck_resnet": {"depth": 20}, "conv": {"width": 8},
+    "convmixer": {"width": 16, "depth": 2}, "worksheet1": {}, "densenet_bc": {}, "mobilenet_v2_x0_5": {},
+    "preact_resnet": {"width": 8}, "resnet8": {"width": 4},
     "se_resnet20": {}, "shufflenet_v2_x0_5": {}, "vgg11": {}, "vit": {"depth": 2}, "worksheet2": {}, "wrn_16_4": {},
 }  # fmt: skip
 PLUGIN = """
@@ -51,7 +54,20 @@ class Random(Net):
     def forward(self, x):
         return super().forward(x) + torch.rand(len(x), 1)
 
-for name, kind in (("plain_plugin", Net), ("branching", Branching), ("random_plugin", Random)):
+class Sized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, stride=4), nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), -1))
+
+class Looping(Net):
+    def forward(self, x):
+        return torch.cat([super(Looping, self).forward(image[None]) for image in x])
+
+KINDS = {"plain_plugin": Net, "branching": Branching, "random_plugin": Random, "sized": Sized, "looping": Looping}
+for name, kind in KINDS.items():
     models.register(name)(lambda kind=kind: kind())
 """
 
@@ -135,7 +151,7 @@ def test_a_run_is_compared_on_its_validation_images(runs: Path, capsys: pytest.C
     (record.path / "environment.json").unlink()  # as a run of an earlier version may lack it
     assert main(["export", "one", "--onnx", str(tmp_path / "x.onnx")]) == 0
     out = capsys.readouterr().out
-    assert "val         accuracy" in out and "test" not in out
+    assert "val         accuracy" in out and "\ntest " not in out
     accuracy = record.read_json("summary")["val/acc"]
     assert f"accuracy {100 * accuracy:.2f} % in ONNX Runtime, {100 * accuracy:.2f} % in PyTorch" in out
     whole = train(runs, "whole", val_size=0)
@@ -157,7 +173,13 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("model", "said"),
-    [("plain_plugin", ""), ("branching", "cannot be exported"), ("random_plugin", "random in evaluation mode")],
+    [
+        ("plain_plugin", ""),
+        ("sized", ""),
+        ("branching", "cannot be exported"),
+        ("random_plugin", "random in evaluation mode"),
+        ("looping", "fixes the size of the batch"),
+    ],
 )
 def test_a_plugin_is_exported_or_refused_in_a_sentence(
     model: str, said: str, plugins: None, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -175,6 +197,19 @@ def test_a_plugin_is_exported_or_refused_in_a_sentence(
         assert file.read_text() == "what was there before"
     else:
         onnx.checker.check_model(onnx.load(file))
+
+
+@pytest.mark.skipif(not os.environ.get("CIFAR_ONNX_ALL"), reason="takes minutes: CIFAR_ONNX_ALL=1")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_all_kinds_are_right_or_refused_in_a_sentence(name: str) -> None:
+    """No wrong file is given away: `compare_logits` is the network's own answer."""
+    network = PixelNetwork(NETWORKS[name].build(), "half")
+    materialize_lazy_modules(network)
+    try:
+        content = export_onnx(network.eval(), {})
+        assert compare_logits(network, open_session(content)) < 1e-4
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and len(str(error)) < 700, error
 
 
 def test_a_wrong_file_is_noticed() -> None:

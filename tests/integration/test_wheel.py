@@ -35,6 +35,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert {"cifar/_shipped/experiments/worksheet1.yaml", "cifar/_shipped/sweeps/quickstart.yaml", "cifar/py.typed"} <= set(
         names
     )
+    pretrained = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cifar" / "pretrained").rglob("*") if path.is_file()}
+    assert pretrained and pretrained <= set(names), "the networks come with it"
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs"))]
     subprocess.run([*pip, "install", *options, "--target", str(target), str(wheel)], check=True)
     return target

@@ -175,6 +175,8 @@ def test_its_record_is_never_written(folder: Path, capsys: pytest.CaptureFixture
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(UserError, match="pretrained network, whose record stays as it is"):
         RunDir(folder).acquire()
+    assert main(["report", str(folder)]) == 2
+    assert "models --pretrained frontier-tiny" in capsys.readouterr().err
     assert main(["train", "--resume", str(folder)]) == 2
     assert "to repeat it: python -m cifar train --from frontier-tiny" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
