@@ -45,6 +45,7 @@ class Kind:
 
     name: str  # EXPERIMENT or EXPERIMENT:COMPILE, as the option takes it
     place: Path  # the folder of its caches
+    most: int = 1  # warm runs
     empty: list[dict[str, Any]] = field(default_factory=list)
     warm: list[dict[str, Any]] = field(default_factory=list)
 
@@ -112,13 +113,17 @@ def measure(result: Result, options: argparse.Namespace) -> None:
     deadline, starts = time.monotonic() + options.seconds, list[float]()
     with contextlib.ExitStack() as stack:
         names = [WHOLE] if options.smoke else options.runs  # compiling takes a CPU minutes
-        kinds = [Kind(name, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cifar-cold-")))) for name in names]
+        kinds = []
+        for name in names:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cifar-cold-")))
+            run, _, most = name.partition("/")
+            kinds.append(Kind(run, place, int(most or options.n)))
         start_once(options), data.load_dataset(options.dataset)  # files come from the disk here
         with ThreadPoolExecutor(len(kinds) if options.together else 1) as threads:  # each waits for its process
             for kind, found in zip(kinds, threads.map(lambda kind: run_once(options, kind, 0), kinds), strict=True):
                 kind.empty.append(found)
         for number in range(options.n):
-            for kind in kinds:
+            for kind in (kind for kind in kinds if number < kind.most):
                 starts.append(start_once(options))
                 kind.warm.append(run_once(options, kind, 1 + number))
                 if time.monotonic() > deadline:
@@ -129,7 +134,7 @@ def measure(result: Result, options: argparse.Namespace) -> None:
                 break
         if options.samples:
             for kind in kinds:
-                if time.monotonic() < deadline:
+                if time.monotonic() < deadline and kind.most == options.n:
                     kind.warm.append(run_once(options, kind, 1000, with_samples=True))
             _keep_timelines(options, kinds)
             for kind in kinds:  # a thread that looks at stacks takes time itself: these are for reading only
@@ -196,8 +201,9 @@ def _airbench(result: Result, options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("cold_start", __doc__, n=5, what_n="warm starts of each run")
     parser.add_argument(
-        "--runs", nargs="+", default=[WHOLE, "worksheet1", f"{WHOLE}:on", "worksheet1:on", "resnet20:on"],
-        metavar="EXPERIMENT[:COMPILE]", help="what to start; without COMPILE as the experiment has it",
+        "--runs", nargs="+", default=[WHOLE, "worksheet1", "resnet20:on", f"{WHOLE}:on/1", "worksheet1:on/1"],
+        metavar="EXPERIMENT[:COMPILE][/N]",
+        help="what to start; without COMPILE as the experiment has it; N: so many warm starts",
     )  # fmt: skip
     parser.add_argument("--empty-n", type=int, default=1, help="starts of each with empty caches")
     parser.add_argument("--together", action="store_true", help="those with empty caches at once: quicker, on many cores")
