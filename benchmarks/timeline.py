@@ -32,8 +32,8 @@ SAMPLE_SECONDS = 0.003
 MIN_IMPORT_SECONDS = 0.01  # shorter imports are not written down
 MIN_STACK_SECONDS = 0.02  # nor are rarer stacks
 SPANS: dict[str, tuple[str, ...]] = {
-    "cifar.cli.run_steps": ("prepare_data", "create_run_dir", "print_result"),
-    "cifar.cli.train": ("gather_layers", "_read_images_ahead", "_train_run"),
+    "cifar.cli.run_steps": ("read_images_ahead", "prepare_data", "create_run_dir", "print_result"),
+    "cifar.cli.train": ("gather_layers", "_train_run"),
     "cifar.config.resolve": ("resolve_config",),
     "cifar.data.cifar10": ("load_dataset", "_read_verified", "read_batch", "split_indices"),
     "cifar.data.augment": ("augment_fused",),

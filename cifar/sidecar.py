@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from cifar.integrations.wandb.settings import Mode
 
 POLL_SECONDS = 0.5
+IMPORT_DELAY_SECONDS = 2.0  # from the first run's start: until then W&B is imported, and the training begins
 ORPHAN_GRACE_SECONDS = 1.5  # to clean up after the parent was killed
 PING_TIMEOUT_SECONDS = 1.0  # at the end, for the server to answer a ping
 LATER_PING_TIMEOUT_SECONDS = 3.0  # the same while runs are being sent: their files may fill the line
@@ -209,6 +210,8 @@ class Sidecar:
 
     def _keep_drawing(self) -> None:
         is_last = False
+        if num_cores() > 2:  # else it would take the time from the training
+            self._import_figures()
         while not is_last:
             is_last = self._end_requested.is_set()
             while ended_runs := [
@@ -217,6 +220,17 @@ class Sidecar:
                 if not self._draw_in_parallel(ended_runs):
                     self._draw_pictures(*ended_runs[0])  # one only: more runs may have ended meanwhile
             self._sleep()
+
+    def _import_figures(self) -> None:
+        """Import what draws, while the first run trains: its user waits for the pictures at its end."""
+        while not self._followed:
+            if self._end_requested.wait(POLL_SECONDS):
+                return
+        if not self._end_requested.wait(IMPORT_DELAY_SECONDS):
+            with contextlib.suppress(Exception):  # drawing reports it
+                from cifar.report.build import import_figures
+
+                import_figures()
 
     def _keep_mirroring(self) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,17 @@ from cifar.system.variables import read_variable
 if TYPE_CHECKING:
     from cifar.config.schema import Settings
     from cifar.tracking.run_dir import RunDir
+
+
+def read_images_ahead(layers: Sequence[tuple[str, Mapping[str, Any]]], data_dir: Path | None) -> None:
+    """Let a thread read the official images while this one imports PyTorch, unless other ones are asked for.
+
+    layers: where the values come from, and values.
+    """
+    from cifar import data
+
+    if all(values.get("dataset") != "stand-in" for _, values in layers):
+        data.read_ahead(data_dir)
 
 
 def prepare_data(settings: Settings, data_dir: Path | None) -> None:

@@ -32,7 +32,7 @@ from cifar.cli.options import (
     Wandb,
     refuse_empty,
 )
-from cifar.cli.run_steps import create_run_dir, prepare_data, print_result, print_wandb_place
+from cifar.cli.run_steps import create_run_dir, prepare_data, print_result, print_wandb_place, read_images_ahead
 from cifar.errors import UserError, name_program
 from cifar.states import CONCLUSIVE_STATES
 from cifar.system.files import UnreadableFileError, parse_json, read_bytes
@@ -336,7 +336,7 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
     for kind in ("SWEEP", "RUN"):
         if swept and (given := read_variable(f"WANDB_{kind}_ID")):
             check_id(given, f"WANDB_{kind}_ID")
-    _read_images_ahead(layers, paths.data_dir)
+    read_images_ahead(layers, paths.data_dir)
     settings = resolve_config(*(values for _, values in layers))  # imports PyTorch, to know the keys of the parts
     runs = paths.resolve_runs_dir()
     with spinner("importing PyTorch ..."):
@@ -355,14 +355,6 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
             return _train_run(settings, record, paths.data_dir, wandb, context)
         finally:
             record.release()
-
-
-def _read_images_ahead(layers: Layers, data_dir: Path | None) -> None:
-    """Let a thread read the official images while this one imports PyTorch, unless other ones are asked for."""
-    from cifar import data
-
-    if all(values.get("dataset") != "stand-in" for _, values in layers):
-        data.read_ahead(data_dir)
 
 
 def resume_run(name: str, paths: PathOptions, wandb: str, *, has_changes: bool) -> int:

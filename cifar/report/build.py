@@ -142,6 +142,12 @@ def write_report(
     return ReportResult((*paths, *drawn), title, columns, rows, tuple(notes), comparison.banner, comparison, collection.sweep)
 
 
+def import_figures() -> None:
+    """Import all figures, and matplotlib with them, so that the first drawing does not take that second."""
+    for _ in registry.figures:
+        pass
+
+
 def draw_pictures(run_folder: Path) -> list[Path]:
     """Draw one run's figures into RUN/pictures/NAME.png. Figures that have nothing to show are left out."""
     run = load_run(Path(run_folder))
