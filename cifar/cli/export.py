@@ -103,9 +103,9 @@ def _find_images(settings: Settings, split: str | None, data_dir: Path | None) -
         return None
     images = data.load_dataset(settings.dataset, data_dir)
     if split == "test":
-        return torch.from_numpy(images.test_images), torch.from_numpy(images.test_labels)
+        return torch.tensor(images.test_images), torch.tensor(images.test_labels)
     _, chosen = data.split_indices(images.train_labels, settings.val_size)
-    return torch.from_numpy(images.train_images[chosen]), torch.from_numpy(images.train_labels[chosen])
+    return torch.tensor(images.train_images[chosen]), torch.tensor(images.train_labels[chosen])
 
 
 def _say_why(split: str | None) -> str:

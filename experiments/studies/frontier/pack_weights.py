@@ -172,7 +172,7 @@ def score(folder: Path, weights: Mapping[str, Any], data_dir: Path | None) -> di
     if environment["data_fingerprint"] != images.fingerprint:
         raise UserError(f"{folder.name} was trained on other images than those that are here; name theirs with --data-dir")
     network = PixelNetwork(load_model(record), config["normalize"]).eval()
-    right, total = count_right(network, torch.from_numpy(images.test_images), torch.from_numpy(images.test_labels))
+    right, total = count_right(network, torch.tensor(images.test_images), torch.tensor(images.test_labels))
     names = name_classes(config["dataset"])
     return {
         "accuracy": int(right.sum()) / int(total.sum()),
