@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cifar.errors import UserError
 from cifar.flops import keep_random_state
 from cifar.system.user_code import describe_error, pass_interrupt
+from cifar.training.parts import describe_output_problem
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUT = "images", "logits"
@@ -46,6 +47,7 @@ def export_onnx(network: nn.Module, metadata: Mapping[str, str]) -> bytes:
     try:
         with keep_random_state(), torch.no_grad(), _quiet():
             model = _convert(network)
+        onnx.checker.check_model(model)
     except BaseException as error:  # the exporter meets the network's own code, and raises many kinds of errors
         pass_interrupt(error)
         raise UserError(f"it cannot be exported: {_describe(error)}") from error
@@ -68,7 +70,6 @@ def export_onnx(network: nn.Module, metadata: Mapping[str, str]) -> bytes:
             del node.metadata_props[:]
     model.doc_string = ""
     onnx.helper.set_model_props(model, dict(metadata))
-    onnx.checker.check_model(model)
     content: bytes = model.SerializeToString()
     return content
 
@@ -117,10 +118,8 @@ def compare_logits(network: nn.Module, predict: Callable[[Tensor], Tensor]) -> f
             raise UserError(
                 f"its ONNX file does not work in ONNX Runtime with a batch of {size}: {_describe(error)}"
             ) from error
-        if wanted.shape != found.shape:
-            raise UserError(
-                f"its ONNX file gives {tuple(found.shape)} for a batch of {size}, and it gives {tuple(wanted.shape)}"
-            )
+        if problem := describe_output_problem(wanted, size) or describe_output_problem(found, size):
+            raise UserError(f"it cannot be exported: {problem}")
         difference = float((wanted - found).abs().max()) / max(1.0, float(wanted.abs().max()))
         worst = max(worst, difference if difference == difference else float("inf"))
     if worst > TOLERANCE:

@@ -73,13 +73,15 @@ for name, kind in KINDS.items():
 
 
 def disturb(network: nn.Module) -> nn.Module:
-    """A network whose statistics are not those of a fresh one, so that no part of it can be left out unseen."""
+    """A network whose statistics and biases are not those of a fresh one, so that no part of it can be left out unseen."""
     torch.manual_seed(1)
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.mul_(1 + 0.2 * torch.rand_like(tensor)).add_(
-                0.02 * torch.rand_like(tensor) if "running" not in name else 0.1
-            )
+    with torch.no_grad():
+        for tensor in network.parameters():
+            tensor.mul_(1 + 0.2 * torch.rand_like(tensor)).add_(0.02 * torch.rand_like(tensor))
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # the statistics of the next batch as they are
+        network.train()(torch.randn(16, 3, 32, 32))
     return network.eval()
 
 
