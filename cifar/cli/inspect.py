@@ -26,6 +26,7 @@ from cifar.cli.options import DataDir, Dataset, Experiment, Json, Pairs, RunsDir
 from cifar.cli.train import format_cost, gather_layers
 from cifar.errors import UserError
 from cifar.system.durations import format_duration
+from cifar.system.names import check_name
 from cifar.system.terminal import Column, Short
 from cifar.system.user_code import describe_error, pass_interrupt
 
@@ -43,11 +44,11 @@ MAX_KERNEL_NAME = 90  # characters
 
 def models(
     name: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="[NAME]", help="with --pretrained: show the card of this one", autocompletion=complete_pretrained
         ),
-    ] = "",
+    ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="the networks that come with their weights")] = False,
     time: Annotated[bool, typer.Option("--time/--no-time", help="measure a forward pass of each")] = True,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps")] = "auto",
@@ -57,10 +58,12 @@ def models(
 
     With --pretrained, the networks that come with their weights: how accurate each is, and how it was made.
     """
+    if name is not None:
+        check_name(name, "the network")
     if pretrained:
         from cifar.cli.pretrained import show_pretrained
 
-        return show_pretrained(name, as_json=as_json)
+        return show_pretrained(name or "", as_json=as_json)
     if name:
         raise UserError(f"for one network: python -m cifar profile {name}; for a pretrained one: add --pretrained")
     with redirect_messages(as_json):

@@ -128,7 +128,11 @@ def _list_parents() -> list[Path]:
     except (ImportError, ValueError):
         spec = None
     second = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    return [*(Path(place).expanduser() for place in read_words("CIFAR_PRETRAINED", os.pathsep)), _PACKAGE_FOLDER, *second]
+    return [
+        *(Path(os.path.expanduser(place)) for place in read_words("CIFAR_PRETRAINED", os.pathsep)),
+        _PACKAGE_FOLDER,
+        *second,
+    ]
 
 
 # -- cards -------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def test_the_cards_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (["models", "--pretrained", "frontier-tinx"], "no pretrained network 'frontier-tinx'; did you mean 'frontier-tiny'"),
         (["models", "--pretrained", "../x"], "no pretrained network '../x'"),
+        (["models", "--pretrained", ""], "is empty"),
         (["models", "resnet20"], "python -m cifar profile resnet20"),
         (["export", NAME], "--onnx"),
         (["export", NAME, "--onnx", "absent/x.onnx"], "absent does not exist"),
