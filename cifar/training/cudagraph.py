@@ -145,6 +145,7 @@ class StepRunner(Generic[T]):
             raise
         except RuntimeError as error:
             self.capture_error = str(error).splitlines()[0]
+            _repair_generator(self.device)
         if error_of_any := self.agree_on_error(self.capture_error):
             self.graphs, self.capture_error = {}, error_of_any
             for trial in self.trials:
@@ -156,6 +157,16 @@ class StepRunner(Generic[T]):
 def _capture_error_mode() -> str:
     """What other threads may do during a capture. NCCL's ask all the time how far its work is, which "global" forbids."""
     return "thread_local" if torch.distributed.is_available() and torch.distributed.is_initialized() else "global"
+
+
+def _repair_generator(device: torch.device) -> None:
+    """After a capture that failed: random numbers can be drawn again.
+
+    torch's generator of the device is left in the state of a capture (torch 2.11), and refuses all that is drawn after it, in
+    the next trials of this process too. A copy of its state, with the same seed and offset, is not in a capture.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:
@@ -199,6 +210,7 @@ class GraphedCallable:
                 raise
             except RuntimeError:
                 self.capture_failed = True
+                _repair_generator(self.device)
                 return self.function()
             self.graph = graph
         self.graph.replay()
