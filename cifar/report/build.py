@@ -143,9 +143,10 @@ def write_report(
 
 
 def import_figures() -> None:
-    """Import all figures, and matplotlib with them, so that the first drawing does not take that second."""
-    for _ in registry.figures:
-        pass
+    """Import all figures and matplotlib, so that the first drawing does not take that second."""
+    import matplotlib.backends.backend_agg
+
+    registry.figures.load()
 
 
 def draw_pictures(run_folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import io
 import os
 import resource
 import shutil
+import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -484,7 +485,7 @@ def _write_results(run: RunLoop) -> dict[str, Any]:
     summary = {key: value for key, value in last.items() if key.startswith(("train/", "val/"))}
     summary["epochs"] = last["epoch"]
     summary["seconds"] = sum(row["system/seconds"] for row in rows)
-    summary["images_per_second"] = float(np.median([row["system/images_per_second"] for row in rows]))
+    summary["images_per_second"] = statistics.median(row["system/images_per_second"] for row in rows)
     if "val" in trainer.splits:
         summary["best/val/acc"] = max(row["val/acc"] for row in rows)
     cost = run_dir.read_json("run")["cost"]
