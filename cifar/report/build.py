@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import importlib
 import io
 import json
 import re
@@ -144,7 +145,7 @@ def write_report(
 
 def import_figures() -> None:
     """Import all figures and matplotlib, so that the first drawing does not take that second."""
-    import matplotlib.backends.backend_agg
+    importlib.import_module("matplotlib.backends.backend_agg")
 
     registry.figures.load()
 
