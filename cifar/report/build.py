@@ -145,6 +145,7 @@ def write_report(
 
 def import_figures() -> None:
     """Import all figures and matplotlib, so that the first drawing does not take that second."""
+    importlib.import_module("matplotlib.figure")
     importlib.import_module("matplotlib.backends.backend_agg")
 
     registry.figures.load()
