@@ -31,8 +31,8 @@ def test_rows_costs_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[s
     pytest.importorskip("scipy", reason="SCIPY IS NOT INSTALLED: the study's script is not tried")
     runs, out = tmp_path / "runs", tmp_path / "out"
     for name, seed, more in (
-        ("a", 0, {}),
-        ("b", 1, {}),
+        ("a", 1, {}),
+        ("b", 0, {}),
         ("d", 0, {"val_size": 0, "train_size": 256, "test": "final"}),
         ("c", 0, {"teacher": "a", "cutout": 4, "nesterov": False}),
     ):
@@ -57,7 +57,7 @@ def test_rows_costs_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(gzip.decompress((out / "tiny_curves.csv.gz").read_bytes()).splitlines()) == 1 + 4
     commands = [line for line in (out / "tiny_commands.txt").read_text().splitlines() if not line.startswith("#")]
     configs = [resolve_config(parse_pairs(shlex.split(command)[4:])).to_dict() for command in commands]
-    recorded = [RunDir(runs / name).read_json("config") for name in "acd"]
+    recorded = [RunDir(runs / name).read_json("config") for name in "bcd"]
     assert len(configs) == 3
     for config in recorded:
         assert {**config, "threads": 0} in configs, "each command gives exactly the configuration of its row"

@@ -136,12 +136,13 @@ def describe_epoch(run: str, row: dict[str, Any]) -> list[Any]:
 
 def collect(runs_dir: Path, name: str, out: Path) -> Path:
     """Write both files -> the path of NAME_runs.csv."""
-    lines, curves, commands = [], [], dict[tuple[str, ...], str]()
+    lines, curves, first = [], [], dict[tuple[str, ...], tuple[int, dict[str, Any]]]()  # of each row: its smallest seed
     for path in sorted(runs_dir.glob("*/run.json")):
         rows = read_rows(path.parent) if (path.parent / "metrics.jsonl").exists() else []
         if rows:
             lines.append(describe_run(path.parent, rows))
-            commands.setdefault(_row_key(lines[-1]), write_command(read_json(path.parent / "config.json")))
+            config, key = read_json(path.parent / "config.json"), _row_key(lines[-1])
+            first[key] = min(first.get(key, (config["seed"], config)), (config["seed"], config), key=lambda pair: pair[0])
             curves += [describe_epoch(path.parent.name, row) for row in rows]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"{name}_runs.csv", "w", newline="", encoding="utf-8") as file:
@@ -151,6 +152,7 @@ def collect(runs_dir: Path, name: str, out: Path) -> Path:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([CURVES, *curves])
     (out / f"{name}_curves.csv.gz").write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    commands = {key: write_command(config) for key, (_, config) in first.items()}
     write_table(lines, commands, out / f"{name}.csv", out / f"{name}_commands.txt")
     return out / f"{name}_runs.csv"
 

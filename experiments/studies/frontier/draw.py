@@ -190,7 +190,8 @@ def draw(rows: Sequence[Row], published: Sequence[dict[str, str]], about: str) -
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.minorticks_off()
-        ax.margins(x=0.12)
+        if costs:
+            ax.set_xlim(min(costs) / 1.6, max(costs) * 1.9)
     others[0].set_title("numbers: MMACs; hollow: seeds side by side on the GPU", fontsize=8, loc="left", color="#6b7785")
     return figure
 
