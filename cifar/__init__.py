@@ -3,7 +3,7 @@
 In a notebook:
 
     cifar.runs("SWEEP")        # a table of its runs: swept keys, accuracies, MACs; .to_pandas() makes a DataFrame
-    cifar.load("RUN")          # a run's trained model, ready to be asked; or a pretrained one, as "frontier-41m"
+    cifar.load("RUN")          # a run's trained model, ready to be asked; or a pretrained one, as "frontier-28m"
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _find_version() -> str:
 def load(run: str | Path, runs_dir: str | Path | None = None) -> nn.Module:
     """The model of a finished run (id, start of an id, name or path) on the CPU, in evaluation mode.
 
-    The name of a pretrained network (`python -m cifar models --pretrained` lists them), as in `cifar.load("frontier-41m")`,
+    The name of a pretrained network (`python -m cifar models --pretrained` lists them), as in `cifar.load("frontier-28m")`,
     gives that one; its file must have the SHA-256 that its card says.
     ENTITY/PROJECT/NAME:ALIAS names a model artifact on W&B, as in `cifar.load("me/cifar/model-3k9x2m1p:best")`.
     It takes images (B, 3, 32, 32) normalised as the run's `normalize` says: `cifar.data.normalize(uint8, kind)`.

@@ -112,6 +112,7 @@ def _list_facts(network: Pretrained) -> Iterator[tuple[str, str]]:
         format_duration(training["seconds"]) if training.get("seconds") else "",
         str(training.get("device") or ""),
         format_joules(training["joules"]) if training.get("joules") else "",
+        f"side by side with {training['pack_size'] - 1} more runs" if (training.get("pack_size") or 1) > 1 else "",
         format_operations(training["train_flops"]) if training.get("train_flops") else "",
         f"taught by {training['teacher']}" if training.get("teacher") else "",
     ]

@@ -182,7 +182,7 @@ def _is_share(value: Any) -> bool:
 
 def _is_training(value: Any) -> bool:
     """What a training has cost: amounts, or null; texts of any kind."""
-    amounts = ("epochs", "seconds", "joules", "train_flops")
+    amounts = ("epochs", "seconds", "joules", "train_flops", "pack_size")
     return isinstance(value, dict) and all(value.get(name) is None or is_amount(value[name]) for name in amounts)
 
 

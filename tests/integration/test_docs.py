@@ -48,6 +48,7 @@ cifar gc
 cifar gc --days 7
 cifar gc --dry-run
 cifar models --pretrained
+cifar models --pretrained frontier-28m
 cifar profile resnet20
 cifar profile resnet width=32
 cifar report
@@ -73,9 +74,11 @@ cifar doctor
 cifar doctor --json
 cifar evaluate RUN --split test
 cifar export RUN --onnx network.onnx
+cifar export frontier-28m --onnx frontier-28m.onnx
 cifar models
 cifar models --no-time --json
 cifar profile --latency RUN
+cifar profile --latency frontier-28m
 cifar profile --latency resnet20
 cifar profile --latency resnet20 device=cpu threads=1
 cifar profile --latency resnet20 device=cpu threads=1 --batch 1 --batch 16
@@ -130,12 +133,9 @@ PARSED = {
     "cifar agent SWEEP --gpus all --time-limit 50m": GPU,
     "cifar data --mirror URL": "asks the network",
     "cifar evaluate ENTITY/PROJECT/model-SWEEP:best": ACCOUNT,
-    "cifar evaluate frontier-41m": PRETRAINED,
-    "cifar export frontier-41m --onnx frontier-41m.onnx": PRETRAINED,
-    "cifar models --pretrained frontier-41m": PRETRAINED,
-    "cifar profile --latency frontier-41m": PRETRAINED,
-    "cifar train --from frontier-41m seed=5": PRETRAINED,
-    "cifar train model=resnet20 teacher=frontier-126m val_size=0": PRETRAINED,
+    "cifar evaluate frontier-28m": PRETRAINED,
+    "cifar train --from frontier-28m seed=5": PRETRAINED,
+    "cifar train model=resnet20 teacher=frontier-28m val_size=0": PRETRAINED,
     "cifar push RUN": ACCOUNT,
     "cifar push SWEEP": ACCOUNT,
     "cifar push SWEEP --project cifar": ACCOUNT,
