@@ -1,0 +1,61 @@
+"""The pretrained networks of the package score on the real test images what their cards say, and so do their ONNX files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cifar import data, registry
+from cifar.cli.app import main
+from cifar.tracking.predictions import CLASSES
+from helpers.paths import PACKAGE
+
+pytestmark = pytest.mark.slow
+FOLDERS = sorted(file.parent for file in (PACKAGE / "pretrained").glob("*/card.json") if (file.parent / "weights.pt").exists())
+MODELS = {"frontier-28m": ("airbench", {"width": 24, "depth": 3})}  # what each is, written once more
+
+
+@pytest.fixture(scope="module")
+def test_set() -> tuple[np.ndarray, np.ndarray]:
+    if data.find_cifar10() is None:
+        pytest.skip("CIFAR-10 IS NOT HERE (CIFAR_DATA): the networks are not scored")
+    images = data.load_dataset("cifar10")
+    return images.test_images, images.test_labels
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_its_card_is_true(folder: Path, test_set: tuple[np.ndarray, np.ndarray]) -> None:
+    """Its file is read and its images are normalised by hand."""
+    card = json.loads((folder / "card.json").read_text())
+    name, values = MODELS[folder.name]
+    network = registry.models[name].build(**values).eval()
+    tensors = torch.load(folder / "weights.pt", weights_only=True)
+    network.load_state_dict({key: tensor.float() for key, tensor in tensors.items() if "::" not in key})
+    pixels, labels = test_set
+    mean, std = (np.array(card["input"][each], dtype=np.float32).reshape(3, 1, 1) for each in ("mean", "std"))
+    with torch.no_grad():
+        found = np.concatenate(
+            [network(torch.from_numpy((batch / np.float32(255) - mean) / std)).argmax(1) for batch in np.split(pixels, 40)]
+        )
+    assert (found == labels).mean() == pytest.approx(card["accuracy"], abs=2e-4)
+    for number, word in enumerate(CLASSES):
+        assert (found[labels == number] == number).mean() == pytest.approx(card["per_class"][word], abs=2e-3)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_its_onnx_file_scores_the_same(
+    folder: Path, test_set: tuple[np.ndarray, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX RUNTIME IS NOT INSTALLED (the extra `onnx`)")
+    card, file = json.loads((folder / "card.json").read_text()), tmp_path / "x.onnx"
+    assert main(["export", folder.name, "--onnx", str(file), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["accuracy"] == pytest.approx(card["accuracy"], abs=2e-4) and report["split"] == "test"
+    pixels, labels = test_set
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    found = np.concatenate([session.run(None, {"images": batch})[0].argmax(1) for batch in np.split(pixels, 10)])
+    assert (found == labels).mean() == pytest.approx(card["accuracy"], abs=2e-4)
