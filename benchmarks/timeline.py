@@ -32,7 +32,7 @@ SAMPLE_SECONDS = 0.003
 MIN_IMPORT_SECONDS = 0.01  # shorter imports are not written down
 MIN_STACK_SECONDS = 0.02  # nor are rarer stacks
 SPANS: dict[str, tuple[str, ...]] = {
-    "cifar.cli.run_steps": ("read_images_ahead", "prepare_data", "create_run_dir", "print_result"),
+    "cifar.cli.run_steps": ("begin_ahead", "prepare_data", "create_run_dir", "print_result"),
     "cifar.cli.train": ("gather_layers", "_train_run"),
     "cifar.config.resolve": ("resolve_config",),
     "cifar.data.cifar10": ("load_dataset", "_read_verified", "read_batch", "split_indices"),
@@ -53,6 +53,7 @@ SPANS: dict[str, tuple[str, ...]] = {
         "StepRunner.measure_step_seconds",
         "GraphedCallable.__call__",
     ),
+    "cifar.training.gpu_libraries": ("wait_for_libraries",),
     "cifar.training.loop": ("train_epochs", "RunLoop.begin_epoch", "RunLoop.collect_metrics", "RunLoop.launch_evaluation"),
     "cifar.training.parts": ("build_model", "build_optimizer", "build_probe_runner"),
     "cifar.training.run": (

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from cifar.tracking.run_dir import RunDir
 
 
-def read_images_ahead(layers: Sequence[tuple[str, Mapping[str, Any]]], data_dir: Path | None) -> None:
-    """Let a thread read the official images while this one imports PyTorch, unless other ones are asked for.
+def begin_ahead(layers: Sequence[tuple[str, Mapping[str, Any]]], data_dir: Path | None) -> None:
+    """Let threads start CUDA and read the official images while this one imports PyTorch, unless others are asked for.
 
     layers: where the values come from, and values.
     """
     from cifar import data
+    from cifar.system.cuda_start import start_cuda_ahead
 
+    start_cuda_ahead(["auto", *(str(values["device"]) for _, values in layers if "device" in values)][-1])
     if all(values.get("dataset") != "stand-in" for _, values in layers):
         data.read_ahead(data_dir)
 
@@ -33,7 +35,9 @@ def prepare_data(settings: Settings, data_dir: Path | None) -> None:
     with spinner("importing PyTorch ..."):
         from cifar import data
         from cifar.training import trainer
+        from cifar.training.gpu_libraries import begin_loading_libraries
     device = trainer.resolve_device(settings.device)
+    begin_loading_libraries(device)
     if settings.dataset == "cifar10" and data.find_cifar10(data_dir) is None:
         ensure_dataset(data_dir, [])
     with spinner(f"reading {settings.dataset} ..."):

@@ -32,7 +32,7 @@ from cifar.cli.options import (
     Wandb,
     refuse_empty,
 )
-from cifar.cli.run_steps import create_run_dir, prepare_data, print_result, print_wandb_place, read_images_ahead
+from cifar.cli.run_steps import begin_ahead, create_run_dir, prepare_data, print_result, print_wandb_place
 from cifar.errors import UserError, name_program
 from cifar.states import CONCLUSIVE_STATES
 from cifar.system.files import UnreadableFileError, parse_json, read_bytes
@@ -336,7 +336,7 @@ def start_run(layers: Layers, swept: list[str], paths: PathOptions, wandb: str, 
     for kind in ("SWEEP", "RUN"):
         if swept and (given := read_variable(f"WANDB_{kind}_ID")):
             check_id(given, f"WANDB_{kind}_ID")
-    read_images_ahead(layers, paths.data_dir)
+    begin_ahead(layers, paths.data_dir)
     settings = resolve_config(*(values for _, values in layers))  # imports PyTorch, to know the keys of the parts
     runs = paths.resolve_runs_dir()
     with spinner("importing PyTorch ..."):

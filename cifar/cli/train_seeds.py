@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar.agent.options import PathOptions
 from cifar.cli.console import echo, set_quiet, spinner, warn_of_stand_in
-from cifar.cli.run_steps import create_run_dir, prepare_data, print_result, print_wandb_place, read_images_ahead
+from cifar.cli.run_steps import begin_ahead, create_run_dir, prepare_data, print_result, print_wandb_place
 from cifar.errors import UserError
 from cifar.system.redact import reject_secrets
 from cifar.system.signals import StopSignals
@@ -66,7 +66,7 @@ def train_seeds(layers: Layers, options: SeedOptions, paths: PathOptions) -> int
     mode_from_environment(options.wandb)  # raises UserError now, before anything is made
     reject_secrets({"--name": options.name, "--tags": list(options.tags)})
     check_layers(layers)
-    read_images_ahead(layers, paths.data_dir)
+    begin_ahead(layers, paths.data_dir)
     values = [values for _, values in layers]
     configs = [resolve_config(*values, {"seed": seed}) for seed in options.seeds]
     with spinner("importing PyTorch ..."):

@@ -42,6 +42,7 @@ from cifar.training.evaluation import (
     evaluate,
     evaluate_unsure_views,
 )
+from cifar.training.gpu_libraries import wait_for_libraries
 from cifar.training.part_checks import choose_channels_last
 from cifar.training.step import Distillation, ForwardOptions, ForwardResult, Step, accumulate_sums, forward
 from cifar.training.teachers import Teacher, check_same_data, find_teachers, load_network
@@ -102,6 +103,7 @@ class Trainer:
         """
         self.config, self.data_dir, self.context = config, data_dir, context
         self.device = resolve_device(config.device)
+        wait_for_libraries()
         apply_process_settings(config)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
 
