@@ -36,7 +36,7 @@ from cifar.tracking.run_dir import list_run_dirs
 SHORT_EPOCHS = 3  # of every experiment but the one that is trained to its accuracy
 WHOLE = "airbench94"
 FIRST_STEP_SECONDS, WARM_SECONDS, EMPTY_SECONDS = 1.5, 2.0, 6.0  # wanted above the start; the last two to 94 %
-START = "import torch; torch.zeros(1, device='{device}').item()"
+START = "import time, torch; torch.zeros(1, device='{device}').item(); print(time.time())"
 
 
 @dataclass
@@ -100,13 +100,14 @@ def run_once(options: argparse.Namespace, kind: Kind, seed: int, *, with_samples
 
 
 def start_once(options: argparse.Namespace) -> float:
-    """Seconds of a process that imports PyTorch and starts the device."""
+    """Seconds until a new process has imported PyTorch and started the device. Its end is not in them."""
     import torch
 
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    clock = time.perf_counter()
-    subprocess.run([sys.executable, "-c", START.format(device=device)], env=child_environment(), check=True)
-    return time.perf_counter() - clock
+    begun = time.time()
+    program = [sys.executable, "-c", START.format(device=device)]
+    done = subprocess.run(program, env=child_environment(), check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout) - begun
 
 
 def measure(result: Result, options: argparse.Namespace) -> None:
