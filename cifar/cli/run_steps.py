@@ -25,8 +25,11 @@ def begin_ahead(layers: Sequence[tuple[str, Mapping[str, Any]]], data_dir: Path 
     from cifar import data
     from cifar.system.cuda_start import start_cuda_ahead
 
-    start_cuda_ahead(["auto", *(str(values["device"]) for _, values in layers if "device" in values)][-1])
-    if all(values.get("dataset") != "stand-in" for _, values in layers):
+    values = dict(pair for _, each in layers for pair in each.items())
+    is_own_file = str(values.get("experiment", "")).endswith((".yaml", ".yml"))  # it may name a device; no other one does
+    if "device" in values or not is_own_file:
+        start_cuda_ahead(str(values.get("device", "auto")))
+    if values.get("dataset") != "stand-in":
         data.read_ahead(data_dir)
 
 
