@@ -123,13 +123,14 @@ def measure(result: Result, options: argparse.Namespace) -> None:
         with ThreadPoolExecutor(len(kinds) if options.together else 1) as threads:  # each waits for its process
             for kind, found in zip(kinds, threads.map(lambda kind: run_once(options, kind, 0), kinds), strict=True):
                 kind.empty.append(found)
+        _keep_timelines(options, kinds)
         for number in range(options.n):
             for kind in (kind for kind in kinds if number < kind.most):
                 starts.append(start_once(options))
                 kind.warm.append(run_once(options, kind, 1 + number))
+                _keep_timelines(options, kinds)
                 if time.monotonic() > deadline:
                     break
-            _keep_timelines(options, kinds)
             if time.monotonic() > deadline:
                 result.note(f"ended after {options.seconds:.0f} s, with fewer warm runs than wanted")
                 break

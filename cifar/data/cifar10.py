@@ -164,10 +164,8 @@ def load_dataset(
     """`cifar10` (found or downloaded; the MD5 of each file is checked) or `stand-in`. A UserError names a bad file."""
     if dataset == "stand-in":
         _reading_ahead.clear()
-        arrays = synthetic.load_or_generate(cache_folder())
-        return Dataset10(
-            *arrays, name=dataset, fingerprint=synthetic.hash_arrays(arrays), official=False, classes=synthetic.CLASSES
-        )
+        arrays, fingerprint = synthetic.load_with_fingerprint(cache_folder())
+        return Dataset10(*arrays, name=dataset, fingerprint=fingerprint, official=False, classes=synthetic.CLASSES)
     assert dataset == "cifar10", f"'{dataset}' has to be resolved first"
     path = find_or_download(data_dir, mirrors=mirrors, progress=progress)
     if found := _take_read_ahead(path):
