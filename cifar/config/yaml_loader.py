@@ -19,6 +19,7 @@ from cifar.system.files import UnreadableFileError, check_text, check_values, re
 
 # libyaml reads a megabyte in a second; PyYAML's own parser takes twenty times as long.
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_BASES: Any = (_PARSER,) if issubclass(_PARSER, Composer) else (Composer, _PARSER)  # libyaml's has a composer of its own
 MAX_CHARACTERS = 2**21 if yaml.__with_libyaml__ else 2**17
 MAX_NODES = 150_000  # lists, mappings and scalars, each alias counted as often as it stands there
 MAX_OTHER_KEYS = 1000  # of a mapping that are not text: whole numbers can be chosen so that looking each up takes long
@@ -27,7 +28,7 @@ MAX_DIGITS = 300  # of a whole number: no float holds one of 309
 _PREFIX = "tag:yaml.org,2002:"
 
 
-class _Yaml12Loader(Composer, _PARSER):  # type: ignore[misc]
+class _Yaml12Loader(*_BASES):  # type: ignore[misc]
     """PyYAML's safe loader with YAML 1.2's scalars: PyYAML reads `1e-5` as a string and `on`, `yes` as booleans."""
 
     def __init__(self, text: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,3 +182,30 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for name in ("absent.yaml", "binary.yaml"):
         with pytest.raises(UserError, match=name):
             read_yaml(tmp_path / name)
+
+
+WITHOUT_LIBYAML = """
+import json, sys, yaml
+del yaml.CSafeLoader
+yaml.__with_libyaml__ = False
+from cifar.config.yaml_loader import parse_yaml
+from cifar.errors import UserError
+found = []
+for text in json.load(sys.stdin):
+    try:
+        found.append(parse_yaml(text, "here"))
+    except UserError as error:
+        found.append(str(error))
+print(json.dumps(found))
+"""
+
+
+def test_a_pyyaml_without_libyaml_reads_the_same() -> None:
+    texts = ["{lr: 1e-5, nesterov: on}", "a: &x {b: 1}\nc: {<<: *x, d: 2}", "- &x [1, 2]\n- *x", "a: 1\na: 2", "a: [1"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBYAML], input=json.dumps(texts), capture_output=True, text=True, check=True, timeout=60
+    )
+    *read, twice, broken = json.loads(done.stdout)
+    assert read == [{"lr": 1e-5, "nesterov": "on"}, {"a": {"b": 1}, "c": {"b": 1, "d": 2}}, [[1, 2], [1, 2]]]
+    assert "stands twice" in twice
+    assert "not valid YAML" in broken
