@@ -10,6 +10,7 @@ process was started. A span holds what lies inside it. What a GPU still computes
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import functools
@@ -279,17 +280,18 @@ def show(found: dict[str, Any], at_least: float = 0.03) -> list[str]:
     return lines
 
 
-def main() -> int:
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["--show"] and len(arguments) == 2:
-        print("\n".join(show(json.loads(Path(arguments[1]).read_text()))))
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="timeline", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--show", action="store_true", help="print what FILE.json holds")
+    parser.add_argument("file", metavar="FILE.json", type=Path)
+    about = "[--samples] and a command of cifar, as: train model=conv"
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=about)
+    options = parser.parse_args(arguments)
+    if options.show:
+        print("\n".join(show(json.loads(options.file.read_text()))))
         return 0
-    if not arguments or arguments[0].startswith("-"):
-        print(__doc__, file=sys.stderr)
-        return 2
-    out, *rest = arguments
-    with_samples = rest[:1] == ["--samples"]
-    run_command(Path(out).absolute(), rest[with_samples:], with_samples=with_samples)
+    with_samples = options.command[:1] == ["--samples"]
+    run_command(options.file.absolute(), options.command[with_samples:], with_samples=with_samples)
     return 0
 
 
