@@ -41,17 +41,27 @@ def conv_norm(
 class SqueezeExcitation(nn.Module):
     """Each channel times a number in (0, 1) that is computed from the means of all channels.
 
-    Hu et al. 2018 (arXiv:1709.01507), fig. 3: two linear layers, ReLU and sigmoid. `reduction` divides the channels between.
+    Hu et al. 2018 (arXiv:1709.01507), fig. 3: two linear layers, ReLU and sigmoid. Between them are `channels` divided by
+    `reduction`, or `inner` channels. Later networks take another `activation` or `gate`.
     """
 
-    def __init__(self, channels: int, reduction: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        *,
+        inner: int | None = None,
+        activation: Callable[[Tensor], Tensor] = F.relu,
+        gate: Callable[[Tensor], Tensor] = torch.sigmoid,
+    ) -> None:
         super().__init__()
-        inner = max(1, channels // reduction)
+        inner = max(1, channels // reduction) if inner is None else inner
         self.squeeze, self.excite = nn.Linear(channels, inner), nn.Linear(inner, channels)
+        self.activation, self.gate = activation, gate
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.excite(F.relu(self.squeeze(x.mean((2, 3))))).sigmoid()  # (B, C, H, W) -> (B, C)
-        return x * gate.to(x.dtype)[:, :, None, None]
+        factors = self.gate(self.excite(self.activation(self.squeeze(x.mean((2, 3))))))  # (B, C, H, W) -> (B, C)
+        return x * factors.to(x.dtype)[:, :, None, None]
 
 
 class DropPath(nn.Module):

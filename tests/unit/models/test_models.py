@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
 from cifar import flops
 from cifar.errors import UserError
-from cifar.models import airbench, resnet, shufflenet_v2, vit
+from cifar.models import airbench, efficientnet, resnet, shufflenet_v2, vit
 from cifar.registry import models
 
 BIG = ("wrn_28_10", "resnet164", "se_resnet110", "se_resnet164")
@@ -33,6 +34,8 @@ GOLDEN = {
     "convmixer_256_8": (594_186, 148_113_920),
     "densenet_bc": (176_122, 72_365_352),
     "densenet_bc_100_12": (769_162, 287_929_692),
+    "efficientnet": (4_020_358, 116_167_168),
+    "efficientnet_b0": (4_020_358, 116_167_168),
     "mobilenet_v2": (2_236_682, 87_976_448),
     "mobilenet_v2_x0_5": (700_490, 27_969_024),
     "mobilenet_v2_x1_4": (4_333_706, 170_073_344),
@@ -200,3 +203,45 @@ def test_airbench_heads() -> None:
     assert models["airbench96"].build().scale.factor == 1 / 9
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 6 and all(not n.weight.requires_grad and n.eps == 1e-12 and n.momentum == 0.4 for n in norms)
+
+
+def copy_in_order(source: nn.Module, target: nn.Module) -> None:
+    """Weights of a network of the same layers in the same order; 1x1 convolutions may be linear layers there."""
+    ours = target.state_dict()
+    theirs = list(source.state_dict().values())
+    assert [tensor.numel() for tensor in ours.values()] == [tensor.numel() for tensor in theirs]
+    target.load_state_dict(
+        {name: value.reshape(tensor.shape) for (name, tensor), value in zip(ours.items(), theirs, strict=True)}
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_efficientnet_with_imagenets_strides_is_torchvisions(training: bool) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.efficientnet_b0(num_classes=10, stochastic_depth_prob=0.0, dropout=0.0).train(training)
+    ours = efficientnet.EfficientNet(
+        width_multiplier=1.0,
+        depth_multiplier=1.0,
+        stem_stride=2,
+        channel_divisor=8,
+        dropout=0.0,
+        drop_path=0.0,
+        strides=efficientnet.IMAGENET_STRIDES,
+    ).train(training)
+    copy_in_order(theirs, ours)
+    images = torch.randn(3, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-4, rtol=1e-3)
+
+
+def test_efficientnets_multipliers_are_the_authors() -> None:
+    for name, width, depth in (("b1", 1.0, 1.1), ("b2", 1.1, 1.2)):
+        theirs = getattr(torchvision.models, f"efficientnet_{name}")(num_classes=10)
+        ours = models["efficientnet"].build(width_multiplier=width, depth_multiplier=depth)
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_efficientnet_drops_only_branches_with_a_shortcut() -> None:
+    blocks = models["efficientnet"].build(drop_path=0.16).blocks
+    rates = [block.drop_path.rate if block.drop_path else None for block in blocks]
+    assert rates[0] is None and rates[2] == pytest.approx(0.16 * 3 / 16)
+    assert all((rate is None) != block.residual for rate, block in zip(rates, blocks, strict=True))
