@@ -33,7 +33,9 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX RUNTIME IS NOT INS
 # One network of each family, small where it can be small. CIFAR_ONNX_ALL=1 tries every registered network at its full size.
 FAMILIES: dict[str, dict[str, Any]] = {
     "airbench": {"width": 8}, "airbench96": {}, "bottleneck_resnet": {"depth": 20}, "conv": {"width": 8},
-    "convmixer": {"width": 16, "depth": 2}, "worksheet1": {}, "densenet_bc": {}, "mobilenet_v2_x0_5": {},
+    "convmixer": {"width": 16, "depth": 2}, "worksheet1": {}, "darts_v2": {"width": 4, "depth": 4}, "densenet_bc": {},
+    "efficientnet": {"stem_stride": 2, "width_multiplier": 0.25},
+    "fairdarts_a": {"width": 4, "depth": 4}, "mobilenet_v2_x0_5": {}, "mobilenet_v3_small": {},
     "preact_resnet": {"width": 8}, "resnet8": {"width": 4},
     "se_resnet20": {}, "shufflenet_v2_x0_5": {}, "vgg11": {}, "vit": {"depth": 2}, "worksheet2": {}, "wrn_16_4": {},
 }  # fmt: skip

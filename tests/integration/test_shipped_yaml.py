@@ -29,8 +29,8 @@ def two_steps(settings: Settings, runs: Path) -> None:
 
 
 BIG_EXPERIMENTS = (  # seconds each
-    "airbench95", "airbench96", "convmixer", "densenet", "mobilenet_v2", "preact_resnet18", "resnet164", "resnet56",
-    "shufflenet_v2", "vgg", "wrn",
+    "airbench95", "airbench96", "convmixer", "densenet", "efficientnet", "fairdarts_a", "mobilenet_v2", "mobilenet_v3",
+    "preact_resnet18", "resnet164", "resnet56", "shufflenet_v2", "vgg", "wrn",
 )  # fmt: skip
 
 

@@ -13,7 +13,10 @@ from cifar.config.resolve import resolve_config
 # Keys of parts that are newer than the first version, with what was done before they were there.
 LATER_KEYS = {"drop_path": 0.0, "se": 0, "ns_together": False}
 # Parts that came with the key, so that no run of them lacks it.
-NEW_PARTS = {"bottleneck_resnet", "resnet164", "se_resnet20", "se_resnet56", "se_resnet110", "se_resnet164"}
+NEW_PARTS = {
+    "bottleneck_resnet", "resnet164", "se_resnet20", "se_resnet56", "se_resnet110", "se_resnet164", "efficientnet",
+    "efficientnet_b0", "darts", "darts_v2", "fairdarts_a", "mobilenet_v3", "mobilenet_v3_large", "mobilenet_v3_small",
+}  # fmt: skip
 
 
 def test_settings_that_came_later_have_the_value_that_changes_nothing() -> None:

@@ -149,6 +149,18 @@ def test_muon_trains_a_weight_normed_network_with_a_recurrence() -> None:
 
 
 def test_no_built_in_network_has_an_unclear_parameter() -> None:
-    for name in ("vit", "airbench94", "resnet20", "convmixer", "mobilenet_v2", "shufflenet_v2", "densenet_bc", "worksheet1"):
+    for name in (
+        "vit",
+        "airbench94",
+        "resnet20",
+        "convmixer",
+        "mobilenet_v2",
+        "shufflenet_v2",
+        "densenet_bc",
+        "worksheet1",
+        "darts_v2",
+        "fairdarts_a",
+        "mobilenet_v3",
+    ):
         with torch.device("meta"):
             assert not find_unclear(models[name].build()), name
