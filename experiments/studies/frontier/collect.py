@@ -30,7 +30,11 @@ RECIPE = {  # key -> its value where it is off
     "se": "0", "dropout": "0.0", "ema": "0.0", "label_smoothing": "0.0", "keep": "1.0", "teacher": "",
     "contrast": "0.0", "brightness": "0.0",
 }  # fmt: skip
-NETWORK = ("model", "width", "depth")
+NETWORK = (
+    "model", "width", "depth", "width_multiplier", "depth_multiplier", "stem_stride", "channel_divisor", "genotype", "growth",
+    "kernel_size", "patch_size", "shortcut",
+)  # fmt: skip
+IN_EACH = ("channel_divisor", "kernel_size", "patch_size", "shortcut")  # not shown: a network's MACs tell them apart
 TRAINING = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "schedule", "flip", "crop", "crop_padding")
 DETAILS = ("randaugment_num_ops", "randaugment_magnitude", "distill_weight", "distill_temperature", "head_lr")
 RESULTS = (
@@ -159,7 +163,7 @@ def collect(runs_dir: Path, name: str, out: Path) -> Path:
 
 def _row_key(line: dict[str, Any]) -> tuple[str, ...]:
     """What the runs of a row have in common."""
-    return tuple(str(line[name]) for name in (*NETWORK, *TRAINING, *RECIPE, *DETAILS, "val_size", "test"))
+    return tuple(str(line[name]) for name in (*NETWORK, *TRAINING, *RECIPE, *DETAILS, "macs", "params", "val_size", "test"))
 
 
 def write_command(config: dict[str, Any]) -> str:
@@ -234,23 +238,25 @@ def print_table(path: Path) -> None:
     groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
     seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for line in lines:
-        key = (*(line[name] for name in (*NETWORK, *TRAINING)), describe_recipe(line))
+        network = " ".join(line[name] for name in NETWORK if line.get(name) and name not in IN_EACH)
+        key = (network, line["macs"], *(line[name] for name in TRAINING), describe_recipe(line))
         groups[key].append(float(line["acc"]))
         seconds[key].append(float(line["seconds_training"]))
     repeated = [values for values in groups.values() if len(values) > 1]
     freedom = sum(len(values) - 1 for values in repeated)
     pooled = (sum((len(v) - 1) * statistics.variance(v) for v in repeated) / freedom) ** 0.5 if freedom else 0.0
     print(f"{len(lines)} finished runs; pooled standard deviation {pooled:.2f} ({freedom} degrees of freedom)")
-    print(f"{'network':28} {'epochs':>6}  {'recipe':34} {'mean':>6} {'n':>2}  {'gain':>6} {'95 %':>6}  s a run")
-    for key, values in sorted(groups.items(), key=lambda item: (item[0][:-1], item[0][-1] != "plain")):
-        network = " ".join(part for part in key[:3] if part)
+    print(f"{'MMACs':>7}  {'network':28} {'epochs':>6}  {'recipe':34} {'mean':>6} {'n':>2}  {'gain':>6} {'95 %':>6}  s a run")
+    for key, values in sorted(groups.items(), key=lambda item: (float(item[0][1]), item[0][:-1], item[0][-1] != "plain")):
         plain = groups.get((*key[:-1], "plain"), [])
         gain = half = ""
         if plain and key[-1] != "plain" and freedom:
             gain = f"{statistics.mean(values) - statistics.mean(plain):+.2f}"
             half = f"{stats.t.ppf(0.975, freedom) * pooled * (1 / len(values) + 1 / len(plain)) ** 0.5:.2f}"
+        epochs = key[2 + TRAINING.index("epochs")]
         print(
-            f"{network:28} {key[6]:>6}  {key[-1]:34} {statistics.mean(values):6.2f} {len(values):2}  {gain:>6} {half:>6}  "
+            f"{float(key[1]) / 1e6:7.2f}  {key[0]:28} {epochs:>6}  {key[-1]:34} "
+            f"{statistics.mean(values):6.2f} {len(values):2}  {gain:>6} {half:>6}  "
             f"{statistics.mean(seconds[key]):.0f}"
         )
 
