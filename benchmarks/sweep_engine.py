@@ -50,7 +50,7 @@ def postgres_url() -> Iterator[str]:
     """The URL of a server, started here if none is given; "" where there is none."""
     with contextlib.ExitStack() as stack:
         given = os.environ.get("CIFAR_POSTGRES", "")
-        yield given or (stack.enter_context(postgres.server()) if postgres.binaries() else "")
+        yield given or (stack.enter_context(postgres.server(is_durable=True)) if postgres.binaries() else "")
 
 
 def run_cifar(*arguments: str) -> float:

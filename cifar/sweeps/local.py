@@ -47,6 +47,7 @@ from cifar.sweeps.folder import read_sweep_info, read_sweep_text
 from cifar.sweeps.objectives import finite_or_none
 from cifar.sweeps.spec import Sweep
 from cifar.sweeps.trial_table import StoredTrial, TrialTable, parse_trial
+from cifar.sweeps.trial_transactions import TrialTransactions
 from cifar.system.files import shorten_repr
 from cifar.system.names import check_id, check_name, escape_controls
 from cifar.system.ownership import RunOwnedError, lease_seconds
@@ -168,6 +169,7 @@ class LocalBackend:
                 f"{storage.redact_url(self._storage_url)} does not hold sweep {sweep_id}; check CIFAR_STORAGE or --storage"
             ) from None
         self._table = TrialTable(self._storage, self._study)
+        self._transactions = TrialTransactions(self._storage, self._study, sweep_id)
         self._last_heartbeats: dict[int, tuple[Any, float]] = {}  # cell -> (its last heartbeat, when we first saw that)
         self._optuna_ids: dict[tuple[int, int], int] = {}  # (cell, attempt) claimed through this object -> Optuna's trial id
 
@@ -195,6 +197,8 @@ class LocalBackend:
 
         "wait": there are open cells, but other agents have them or `trial_filter` refuses them. None: the sweep is over.
         """
+        if trial_filter is None and (quickly := self._claim_quickly(worker)):
+            return quickly
         while True:
             wanted = [] if trial_filter is None else self._find_wanted(trial_filter, 1)
             with storage.lock_storage(self._storage, self.id):
@@ -215,6 +219,17 @@ class LocalBackend:
                 if trial_filter is not None and not trial_filter(first.values):
                     return "wait"
                 return self._claim([first], worker)[0]
+
+    def _claim_quickly(self, worker: str) -> Trial | None:
+        """Claim the next cell, if nothing else is to be done first. None says nothing about the sweep."""
+        offers = self._table.known_offers
+        with self._transactions.begin_claim(offers) as (look, transaction):
+            is_usual = not look.stop_mode and look.last_id == offers.last_id and not any(map(self._has_lapsed, look.running))
+            if not is_usual or not look.open:
+                return None
+            stored = min(look.open, key=lambda trial: (trial.num_failures, trial.cell))
+            transaction.write_claim(stored.optuna_id, _describe_claim(stored, worker))
+        return self._note_claim(stored)
 
     def claim_more(self, worker: str, count: int, trial_filter: TrialFilter) -> list[Trial]:
         """Claim up to `count` waiting cells that the filter accepts, in one transaction, after a `claim_trial`.
@@ -240,15 +255,14 @@ class LocalBackend:
 
     def _claim(self, waiting: Sequence[StoredTrial], worker: str) -> list[Trial]:
         """Write down that this worker has these waiting cells."""
-        changes = {}
-        for stored in waiting:
-            attempt = stored.attempt + 1
-            now = {"attempt": attempt, "worker": worker, "beat": f"{attempt}.0", "state": "running", "reason": ""}
-            changes[stored.optuna_id] = {**stored.now, **now}
+        changes = {stored.optuna_id: _describe_claim(stored, worker) for stored in waiting}
         self._table.update_trials(changes, OptunaState.RUNNING)
-        for stored in waiting:
-            self._optuna_ids[stored.cell, stored.attempt + 1] = stored.optuna_id
-        return [Trial(stored.cell, stored.values, self.run_id(stored.cell), stored.attempt + 1) for stored in waiting]
+        return [self._note_claim(stored) for stored in waiting]
+
+    def _note_claim(self, stored: StoredTrial) -> Trial:
+        attempt = stored.attempt + 1
+        self._optuna_ids[stored.cell, attempt] = stored.optuna_id
+        return Trial(stored.cell, stored.values, self.run_id(stored.cell), attempt)
 
     def peek_values(self, limit: int) -> list[dict[str, Any]] | None:
         """The values of the trials that would be claimed next, in that order, at most `limit`. Nothing is claimed.
@@ -327,6 +341,8 @@ class LocalBackend:
         which there are MAX_RETRIES at most [default: if it was killed].
         """
         objectives, reason = list(objectives or [value]), escape_controls(redact(reason), keeps_lines=True)
+        if quickly := self._finish_quickly(trial, state, value, reason, objectives):
+            return quickly
         with storage.lock_storage(self._storage, self.id):
             stored = self._find_claimed(trial)
             if stored is None:
@@ -341,6 +357,21 @@ class LocalBackend:
             if state == "finished" and self.sweep.targets_met(objectives):
                 self._stop_claims("the metric's target was reached")
             return state
+
+    def _finish_quickly(
+        self, trial: Trial, state: str, value: float | None, reason: str, objectives: Sequence[float | None]
+    ) -> str:
+        """`finish_trial` where nothing follows from the end but that it is written down; "" where more may follow."""
+        optuna_id = self._optuna_ids.get((trial.cell, trial.attempt))
+        ends_sweep = state == "finished" and self.sweep.targets_met(objectives)
+        if optuna_id is None or ends_sweep or state in GIVEN_BACK_STATES or state in FAILURE_STATES:
+            return ""
+        now, optuna_state, values = self._describe_end(trial.cell, state, value, reason, objectives)
+        with self._transactions.begin_end(optuna_id) as (stored, transaction):
+            if not _is_claimed(stored, trial):
+                return "lost"
+            transaction.write_end(optuna_id, {**stored.now, **now}, optuna_state, values)
+        return state
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -540,8 +571,7 @@ class LocalBackend:
         found: list[StoredTrial | None] = []
         for trial, optuna_id in zip(trials, ids, strict=True):
             stored = running.get(trial.cell) if optuna_id is None else known[optuna_id]  # None: through another LocalBackend
-            is_valid = stored is not None and stored.state == OptunaState.RUNNING and stored.attempt == trial.attempt
-            found.append(stored if is_valid else None)
+            found.append(stored if stored is not None and _is_claimed(stored, trial) else None)
         return found
 
     def _has_lapsed(self, trial: StoredTrial) -> bool:
@@ -561,26 +591,44 @@ class LocalBackend:
     def _end_trial(
         self, trial: StoredTrial, state: str, value: float | None, reason: str, objectives: Sequence[float | None] = ()
     ) -> None:
+        now, optuna_state, values = self._describe_end(trial.cell, state, value, reason, objectives)
+        self._table.end_trial(trial.optuna_id, {**trial.now, **now}, optuna_state, values)
+
+    def _describe_end(
+        self, cell: int, state: str, value: float | None, reason: str, objectives: Sequence[float | None]
+    ) -> tuple[dict[str, Any], OptunaState, list[float] | None]:
+        """What is written at an end: what changes of the trial, Optuna's state, and its values."""
         if value is not None and not math.isfinite(value):
             value = None
         values = finite_or_none(objectives) if state == "finished" else None
-        place = self._note_place(trial)
+        place = self._note_place(cell)
         now = {"state": state, "reason": reason, "value": value, "objectives": values or [], "place": place}
         # Optuna has no COMPLETE trial without values; our own `state` says what it is
         optuna_state = _OPTUNA_STATES.get(state, OptunaState.FAIL) if state != "finished" or values else OptunaState.FAIL
-        self._table.end_trial(trial.optuna_id, {**trial.now, **now}, optuna_state, values)
+        return now, optuna_state, values
 
-    def _note_place(self, trial: StoredTrial) -> str:
+    def _note_place(self, cell: int) -> str:
         """The id of this runs folder if the cell's run is in it, else ""."""
-        has_folder = RunDir(self.runs_dir / self.run_id(trial.cell)).exists()
+        has_folder = RunDir(self.runs_dir / self.run_id(cell)).exists()
         return self._read_place(create=True) if has_folder else ""
 
     def _stop_claims(self, reason: str, *, cancel: bool = False) -> None:
         self._storage.set_study_user_attr(self._study, "stopped", "cancel" if cancel else "stop")
         how: dict[str, Any] = {"state": "stopped", "reason": reason, "value": None, "objectives": []}
         waiting = self._table.iterate_waiting()
-        ended = {trial.optuna_id: {**trial.now, **how, "place": self._note_place(trial)} for trial in waiting}
+        ended = {trial.optuna_id: {**trial.now, **how, "place": self._note_place(trial.cell)} for trial in waiting}
         self._table.end_waiting(ended, OptunaState.FAIL)
+
+
+def _describe_claim(stored: StoredTrial, worker: str) -> dict[str, Any]:
+    """What a trial's `now` says when a worker has claimed it."""
+    attempt = stored.attempt + 1
+    return {**stored.now, "attempt": attempt, "worker": worker, "beat": f"{attempt}.0", "state": "running", "reason": ""}
+
+
+def _is_claimed(stored: StoredTrial, trial: Trial) -> bool:
+    """Whether the claim is the one that counts."""
+    return stored.state == OptunaState.RUNNING and stored.attempt == trial.attempt
 
 
 def _attributes_of(cell: int, values: Mapping[str, Any], now: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -139,6 +139,11 @@ class TrialTable:
         last_id = select(func.max(_TRIALS.c.trial_id)).where(self._of_study).scalar_subquery()
         self._last = self._named.where(_TRIALS.c.trial_id == last_id)
 
+    @property
+    def known_offers(self) -> Offers:
+        """What this process has read of cells that were offered again. The database may have more."""
+        return self._offers
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def list_trials(self) -> list[StoredTrial]:
@@ -294,6 +299,8 @@ class TrialTable:
                 for key, value in about.items()
             ]
             connection.execute(_ATTRIBUTES.insert(), attributes)
+            if self._storage.engine.dialect.name == "postgresql":  # it would plan for small tables until it looks by itself
+                connection.execute(sqlalchemy.text("analyze trials, trial_user_attributes"))
 
     def update_trial(self, optuna_id: int, now: Mapping[str, Any], state: OptunaState | None = None) -> None:
         """Write what changes of an open trial, and Optuna's state with it if given: a killed process leaves both or none."""

@@ -30,8 +30,11 @@ def binaries() -> Path | None:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[str]:
-    """A server in a folder of its own, on a free port of loopback -> its URL. It is gone afterwards."""
+def server(*, is_durable: bool = False) -> Iterator[str]:
+    """A server in a folder of its own, on a free port of loopback -> its URL. It is gone afterwards.
+
+    is_durable: a commit waits for the disk, as of every server that people keep data in.
+    """
     where = binaries()
     assert where, "no PostgreSQL: apt-get install postgresql"
     user = {"user": "postgres"} if os.getuid() == 0 else {}  # it refuses to run as root
@@ -44,7 +47,8 @@ def server() -> Iterator[str]:
     clean = {"PATH": os.environ["PATH"], "LANG": "C"}
     options = {"cwd": folder, "env": clean, "stdout": subprocess.DEVNULL, **user}
     subprocess.run([where / "initdb", "-D", folder / "data", "-U", "cifar", "-A", "trust", "-E", "UTF8"], check=True, **options)
-    settings = ("fsync=off", "max_connections=200", f"unix_socket_directories={folder}", "listen_addresses=127.0.0.1")
+    fsync = f"fsync={'on' if is_durable else 'off'}"
+    settings = (fsync, "max_connections=200", f"unix_socket_directories={folder}", "listen_addresses=127.0.0.1")
     command = [where / "postgres", "-D", folder / "data", "-p", str(port), *(f"--{setting}" for setting in settings)]
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, stderr=log, **options)

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from cifar.states import TRIAL_STATES
-from cifar.sweeps import storage, trial_table
+from cifar.sweeps import storage, trial_table, trial_transactions
 from cifar.sweeps.local import LocalBackend, Trial
 from cifar.tracking.run_dir import RunDir
 from helpers.local_sweeps import METRIC, create_local_sweep
@@ -160,6 +160,7 @@ def read_rows(database: optuna.storages.RDBStorage, study: int) -> dict[str, lis
             row["trial_id"] = positions[row["trial_id"]]
             row.pop("study_id", None)
             row.pop("trial_user_attribute_id", None)
+            row.pop("trial_value_id", None)
             row.update({name: row[name] is not None for name in _TIMES if name in row})
     return found
 
@@ -195,3 +196,25 @@ def check_rows(url: str) -> None:
     for rows in (found, expected):  # an attribute that was written again has a new place
         rows["user_attributes"].sort(key=lambda row: (row["trial_id"], row["key"]))
     assert found == expected and [t["state"] for t in found["trials"]] == ["FAIL", "FAIL", "WAITING", "FAIL"]
+    transactions = trial_transactions.TrialTransactions(database, ours, "rows")
+    table.count_cells()  # it reads which cells were offered again
+    with transactions.begin_claim(table.known_offers) as (look, transaction):
+        assert [(t.optuna_id, t.cell, t.values, t.now) for t in look.open] == [(first[2], 2, values[2], {})]
+        assert look.last_id == first[3] == table.known_offers.last_id and not look.running and not look.stop_mode
+        transaction.write_claim(first[2], {"state": "running", "text": "ü % :name 'quoted'"})
+    with transactions.begin_end(first[2]) as (stored, transaction):
+        assert stored == table.read_trial(first[2]) and stored.state == OptunaState.RUNNING
+        transaction.write_end(first[2], {**stored.now, "state": "finished"}, OptunaState.COMPLETE, [0.1 + 0.2])
+    database.set_trial_user_attr(last[2], "now", {"state": "finished", "text": "ü % :name 'quoted'"})
+    database.set_trial_state_values(last[2], OptunaState.RUNNING)
+    database.set_trial_state_values(last[2], OptunaState.COMPLETE, [0.1 + 0.2])
+    found, expected = read_rows(database, ours), read_rows(database, theirs)
+    for rows in (found, expected):
+        rows["user_attributes"].sort(key=lambda row: (row["trial_id"], row["key"]))
+    assert found == expected and found["values"][0]["value"] == 0.1 + 0.2
+    with pytest.raises(RuntimeError), transactions.begin_end(first[2]) as (_, transaction):
+        transaction.write_end(first[2], {}, OptunaState.FAIL)
+        raise RuntimeError("nothing of it is written")
+    assert read_rows(database, ours)["trials"] == found["trials"]
+    with transactions.begin_end(first[2]) as (stored, _):  # and the lock is free
+        assert stored.state == OptunaState.COMPLETE

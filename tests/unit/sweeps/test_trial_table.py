@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,8 @@ import optuna
 import pytest
 import sqlalchemy
 
+from cifar.errors import UserError
+from cifar.sweeps import storage
 from cifar.sweeps.local import LocalBackend, Trial
 from helpers.local_sweeps import METRIC, claim_trial, create_local_sweep
 from helpers.sweep_histories import check_answers, check_rows, create_history_sweep, play_history
@@ -60,6 +63,30 @@ def test_a_filter_is_asked_about_waiting_trials_in_order_until_it_accepts(runs: 
     assert isinstance(trial, Trial) and trial.cell == 8
     assert asked == [(seed, lr) for seed in (0, 1) for lr in (1, 2, 3, 4)] + [(2, 1)]
     assert backend.claim_trial("me", 1, lambda values: False) == "wait"
+
+
+def test_the_lock_of_a_file_that_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has removed the file between our opening and locking it: a third one would lock a new file."""
+    path, lock = tmp_path / "study.db.lock", fcntl.flock
+
+    def remove_and_lock(descriptor: int, operation: int) -> None:
+        path.unlink()
+        lock(descriptor, operation)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", remove_and_lock)
+        assert storage._try_lock(str(path)) is None
+    descriptor = storage._try_lock(str(path))
+    assert descriptor is not None and storage._try_lock(str(path)) is None
+    storage._unlock_file(descriptor)
+
+
+def test_a_lock_that_is_held_too_long_is_said(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = create_local_sweep(runs)
+    monkeypatch.setattr(storage, "LOCK_TIMEOUT_SECONDS", 0.05)
+    with storage.lock_storage(backend._storage, backend.id), pytest.raises(UserError, match=r"study.db.lock for 0 s; find the"):
+        backend.claim_trial("me")
+    assert claim_trial(backend).cell == 0
 
 
 def test_a_trial_that_changes_while_states_are_counted_is_counted_once(runs: Path) -> None:
