@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cifar.errors import name_program
-from cifar.report.load import STAND_IN_BANNER
 from cifar.states import OPEN_TRIAL_STATES
 from cifar.sweeps import spec
 from cifar.sweeps.backend import Backend
@@ -160,6 +159,8 @@ def greeting_lines(backend: Backend, counts: Mapping[str, int], num_workers: int
             f"({backend.runs_dir}), else from the start"
         )
     if info["dataset"] == "stand-in":
+        from cifar.report.load import STAND_IN_BANNER  # the page's modules take a quarter of a second
+
         yield STAND_IN_BANNER
     if gone := backend.list_cells_without_folder():
         yield f"{describe_lost_folders(gone, 'the trials that have ended')}; {advise_on_lost_folders(gone, backend.id)}"

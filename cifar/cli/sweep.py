@@ -16,6 +16,7 @@ from cifar.cli.console import (
     console,
     echo,
     ensure_dataset,
+    pause_collections,
     print_json,
     print_sentence,
     print_table,
@@ -385,6 +386,7 @@ def list_sweeps(runs_dir: RunsDir = None, as_json: Json = False) -> int:
 
 
 @sweeps_app.command("status")
+@pause_collections()
 def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = None, as_json: Json = False) -> int:
     """The trials of a sweep and what became of them."""
     from cifar.agent.dashboard import advise_on_lost_folders, describe_lost_folders, format_metric
@@ -408,7 +410,7 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
                     "run": cell["run_id"],
                     "values": values_of_cell,
                     "state": cell["state"],
-                    "epoch": _read_epoch(runs / cell["run_id"]) if cell["attempt"] else None,
+                    "epoch": _read_epoch(f"{runs}/{cell['run_id']}") if cell["attempt"] else None,
                     "metrics": {name: values.get(name) for name in names},
                     "reason": cell["reason"],
                 }
@@ -442,10 +444,10 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
     return 0
 
 
-def _read_epoch(folder: Path) -> int | None:
+def _read_epoch(folder: str) -> int | None:
     """The epoch that a run has come to; None if that is not known, or if its folder is damaged."""
     with contextlib.suppress(UserError):
-        epoch = run_dir.RunDir(folder).read_json("status").get("epoch")
+        epoch = run_dir.read_json(Path(f"{folder}/status.json"), "status").get("epoch")
         return None if epoch is None else int(epoch)
     return None
 

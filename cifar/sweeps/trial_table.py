@@ -92,6 +92,12 @@ def parse_trial(optuna_id: int, number: int, state: OptunaState, attributes: Map
     return StoredTrial(optuna_id, number, state, int(cell), values, now)
 
 
+def parse_texts(optuna_id: int, number: int, state: OptunaState, texts: Sequence[str | None]) -> StoredTrial:
+    """`parse_trial` of the attributes' JSON texts: cell, values, now. None: the trial has no such attribute."""
+    named = zip(("cell", "values", "now"), texts, strict=True)
+    return parse_trial(optuna_id, number, state, {key: json.loads(text) for key, text in named if text is not None})
+
+
 def _write_now(connection: sqlalchemy.Connection, optuna_id: int, now: Mapping[str, Any]) -> None:
     text = json.dumps(now)
     if not connection.execute(_SET_NOW, {"id": optuna_id, "text": text}).rowcount:
@@ -422,9 +428,5 @@ class TrialTable:
 
 def _read_trials(connection: sqlalchemy.Connection, found: Any, ids: Sequence[int] | None = None) -> list[StoredTrial]:
     """The trials that a select of `TrialTable._whole` finds. `ids`: where it asks for some."""
-    trials = []
-    for optuna_id, number, state, _, *texts in connection.execute(found, {} if ids is None else {"ids": list(ids)}):
-        named = zip(("cell", "values", "now"), texts, strict=True)
-        attributes = {key: json.loads(text) for key, text in named if text is not None}
-        trials.append(parse_trial(optuna_id, number, state, attributes))
-    return trials
+    rows = connection.execute(found, {} if ids is None else {"ids": list(ids)}).all()
+    return [parse_texts(optuna_id, number, state, texts) for optuna_id, number, state, _, *texts in rows]

@@ -27,7 +27,7 @@ from optuna.trial import TrialState as OptunaState
 
 from cifar.sweeps.storage import advisory_key, explain_errors, lock_storage
 from cifar.sweeps.trial_offers import Offers
-from cifar.sweeps.trial_table import StoredTrial, parse_trial
+from cifar.sweeps.trial_table import StoredTrial, parse_texts
 
 NUM_OFFERS = 4  # of the cells offered again that a claim looks at; where none of them waits, the long way looks at all
 _NO_END = 2**62  # above every id
@@ -118,7 +118,7 @@ class TrialTransactions:
         """Hold the sweep's lock and read a trial, which must be there."""
         with self._begin(_READ, {"id": optuna_id}) as (rows, transaction):
             ((*row, state),) = rows
-            yield _parse_trial(row, OptunaState[state]), transaction
+            yield parse_texts(row[0], row[1], OptunaState[state], row[2:]), transaction
 
     @contextlib.contextmanager
     def _begin(self, question: str, parameters: Mapping[str, Any]) -> Iterator[tuple[Sequence[Any], Transaction]]:
@@ -171,14 +171,8 @@ def _parse_look(rows: Sequence[Any]) -> Look:
         elif what == "stopped":
             stop_mode = str(json.loads(row[-1]) or "")
         else:
-            found[what].append(_parse_trial(row, states[what]))
+            found[what].append(parse_texts(row[0], row[1], states[what], row[2:]))
     return Look(last_id, stop_mode, found["running"], found["open"])
-
-
-def _parse_trial(row: Sequence[Any], state: OptunaState) -> StoredTrial:
-    optuna_id, number, *texts = row
-    named = zip(("cell", "values", "now"), texts, strict=True)
-    return parse_trial(optuna_id, number, state, {key: json.loads(text) for key, text in named if text is not None})
 
 
 def _utc_text() -> str:

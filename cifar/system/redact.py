@@ -184,6 +184,7 @@ _FORMS = (
         r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[\w+/=\s\\]{0,16384}(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?",
     ),
 )
+_ANY_MARKER = "|".join(re.escape(marker) for marker in sorted({marker for form in _FORMS for marker in form.markers}))
 
 
 @functools.cache
@@ -326,6 +327,8 @@ class _Redactor:
                 if spelling in text:
                     text = _replace_spelling(spelling, text)
         lowered = text.lower()
+        if _compile(_ANY_MARKER).search(lowered) is None:  # as in most texts
+            return text
         for form in _FORMS:
             if any(marker in lowered for marker in form.markers):
                 text = _compile(form.pattern).sub(form.after, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def fit_table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], width: i
     What gives way, in this order: columns that say nothing, or one thing in all rows; long forms of numbers; extra columns;
     prose is wrapped and text cut, both down to their least width; columns, by their `drop_order`; at last all text.
     """
-    texts = [["" if cell is None else _clean_cell(cell) for cell in row] for row in rows]
+    clean = functools.cache(_clean_text)  # a table of thousands of rows has few different cells
+    texts = [["" if cell is None else clean(str(cell)) for cell in row] for row in rows]
     if width is None:
         widths = _natural_widths(columns, texts, range(len(columns)))
         return _lay_out(columns, texts, widths, {}, [])
@@ -139,8 +141,8 @@ def fit_table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], width: i
     )
 
 
-def _clean_cell(cell: Any) -> str:
-    return escape_controls(redact(str(cell)), keeps_lines=True)
+def _clean_text(text: str) -> str:
+    return escape_controls(redact(text), keeps_lines=True)
 
 
 def format_shared(shared: Mapping[str, str]) -> str:
@@ -163,7 +165,7 @@ def _says_something(texts: Sequence[Sequence[str]], index: int) -> bool:
 
 
 def _natural_widths(columns: Sequence[Column], texts: Sequence[Sequence[str]], kept: Iterable[int]) -> dict[int, int]:
-    return {index: max(text_width(columns[index].name), *(_widest_line(row[index]) for row in texts), 0) for index in kept}
+    return {index: max(map(_widest_line, {columns[index].name, *(row[index] for row in texts)})) for index in kept}
 
 
 def _widest_line(text: str) -> int:
@@ -205,20 +207,28 @@ def _lay_out(
     shared: dict[str, str],
     dropped: list[str],
 ) -> FittedTable:
-    def join(parts: Mapping[int, str]) -> str:
-        padded = []
-        for index, size in widths.items():
-            padding = " " * (size - text_width(parts.get(index, "")))
-            padded.append(padding + parts.get(index, "") if columns[index].is_number else parts.get(index, "") + padding)
-        return (" " * GAP).join(padded).rstrip()
+    def pad(index: int, text: str) -> str:
+        padding = " " * (widths[index] - text_width(text))
+        return padding + text if columns[index].is_number else text + padding
 
-    header = join({index: shorten_text(columns[index].name, size) for index, size in widths.items()})
+    @functools.cache
+    def lay_out_cell(index: int, text: str) -> list[str]:
+        """The lines of a cell, each as wide as its column."""
+        lines = wrap_text(text, widths[index]) if columns[index].wraps else [shorten_text(text, widths[index])]
+        return [pad(index, line) for line in lines]
+
+    def join(parts: Iterable[str]) -> str:
+        return (" " * GAP).join(parts).rstrip()
+
+    empty = {index: pad(index, "") for index in widths}
+    header = join(pad(index, shorten_text(columns[index].name, size)) for index, size in widths.items())
     laid_out = []
     for row in texts:
-        cells = {
-            index: wrap_text(row[index], size) if columns[index].wraps else [shorten_text(row[index], size)]
-            for index, size in widths.items()
-        }
-        height = max(map(len, cells.values()), default=0)
-        laid_out.append([join({index: lines[n] for index, lines in cells.items() if n < len(lines)}) for n in range(height)])
+        cells = [lay_out_cell(index, row[index]) for index in widths]
+        height = max(map(len, cells), default=0)
+        if height == 1:
+            laid_out.append([join(lines[0] for lines in cells)])
+            continue
+        parts = list(zip(cells, empty.values(), strict=True))
+        laid_out.append([join(lines[n] if n < len(lines) else blank for lines, blank in parts) for n in range(height)])
     return FittedTable(header, laid_out, shared, dropped)
