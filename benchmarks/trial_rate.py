@@ -1,6 +1,6 @@
 """How many of the smallest trials 8 workers do in a second: this engine beside Ray Tune and Optuna's `study.optimize`.
 
-    python -m benchmarks.trial_rate [--trials 1000] [--workers 8] [--peers PYTHON] [--json FILE]
+    python -m benchmarks.trial_rate [--trials 1000] [--workers 8] [--rounds 1] [--ray-trials 100] [--peers PYTHON] [--json FILE]
 
 `--peers` (or CIFAR_PEERS): the Python of an environment with `ray[tune]` and `optuna`; what it lacks is said and left out.
 A trial is the same function in all of them: one step of a small regression, in numpy. Its result is on disk when it ends. The
@@ -11,6 +11,7 @@ is installed; Ray has 8 CPUs and writes its results into a folder. The clock sta
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -98,11 +99,12 @@ parameters:
 """
 
 
-def run_ours(num_trials: int, num_workers: int, folder: Path, url: str) -> float:
-    from helpers.engine_agents import start_agents
+def run_ours(num_trials: int, num_workers: int, folder: Path, url: str) -> tuple[float, dict[str, float]]:
+    """-> the seconds, and the memory of an agent in MiB: after its first claim and at most."""
+    from helpers.engine_agents import read_claims, start_agents
     from helpers.local_sweeps import create_local_sweep
 
-    runs = folder / f"runs-{bool(url)}"
+    runs = Path(tempfile.mkdtemp(dir=folder))
     backend = create_local_sweep(runs, SWEEP.format(last=num_trials - 1), url=url)
     agents = start_agents(num_workers, backend.id, runs, url, HERE)
     start = time.perf_counter()
@@ -110,7 +112,11 @@ def run_ours(num_trials: int, num_workers: int, folder: Path, url: str) -> float
     assert [agent.wait() for agent in agents] == [0] * num_workers
     seconds = time.perf_counter() - start
     assert backend.count_states() == {"finished": num_trials}
-    return seconds
+    claims = [claim for claim in read_claims(runs) if "ended" not in claim]
+    assert sorted(claim["cell"] for claim in claims) == list(range(num_trials))  # each cell once
+    measured = [claim for claim in sorted(claims, key=lambda claim: float(claim["time"])) if "rss_mib" in claim]
+    memory = {f"first_{name}": measured[0][name] for name in ("rss_mib", "pss_mib")}
+    return seconds, memory | {f"largest_{name}": max(claim[name] for claim in measured) for name in ("rss_mib", "pss_mib")}
 
 
 def run_peer(python: str, *arguments: object) -> float | None:
@@ -132,30 +138,39 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=1, help="this engine and Optuna in turn")
+    parser.add_argument("--ray-trials", type=int, default=100, help="of Ray Tune, which takes a second for each")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--peers", default=os.environ.get("CIFAR_PEERS", ""), help="a Python with ray[tune] and optuna")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it there too")
     options = parser.parse_args()
     size = options.trials, options.workers
-    seconds: dict[str, float | None] = {}
+    seconds: dict[str, list[float]] = {}
+    memory: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder, postgres_url() as server:
-        for name, url in {"sqlite": "", **({"postgresql": server} if server else {})}.items():
-            seconds[f"cifar, {name}"] = run_ours(*size, Path(folder), url)
-            print(f"cifar, {name}: {seconds[f'cifar, {name}']:.1f} s", file=sys.stderr)
+        databases = {"sqlite": "", **({"postgresql": server} if server else {})}
+        for _, (name, url) in itertools.product(range(options.rounds), databases.items()):
+            own, memory[name] = run_ours(*size, Path(folder), url)
+            seconds.setdefault(f"cifar, {name}", []).append(own)
+            print(f"cifar, {name}: {own:.1f} s", file=sys.stderr)
             if options.peers:
                 peer_url = url.replace("postgresql://", "postgresql+psycopg2://")
-                seconds[f"optuna, {name}"] = run_peer(options.peers, "optuna", *size, folder, peer_url)
-        if options.peers:
-            seconds["ray tune"] = run_peer(options.peers, "ray", *size, f"{folder}/ray")
-        else:
+                place = tempfile.mkdtemp(dir=folder)
+                if peer := run_peer(options.peers, "optuna", *size, place, peer_url):
+                    seconds.setdefault(f"optuna, {name}", []).append(peer)
+        if options.peers and (peer := run_peer(options.peers, "ray", options.ray_trials, options.workers, f"{folder}/ray")):
+            seconds["ray tune"] = [peer * options.trials / options.ray_trials]
+        if not options.peers:
             print("no peers: name the Python of an environment with ray[tune] and optuna by --peers", file=sys.stderr)
     document = {
         "what": f"{options.trials} trials of one step by {options.workers} workers",
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),  # others on the same cores make it slower
         "platform": platform.platform(),
-        "seconds": {name: round(value, 2) for name, value in seconds.items() if value},
-        "trials_a_second": {name: round(options.trials / value, 1) for name, value in seconds.items() if value},
+        "ray_trials": options.ray_trials,  # its seconds are scaled
+        "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
+        "trials_a_second": {name: [round(options.trials / value, 1) for value in each] for name, each in seconds.items()},
+        "agent_mib": memory,
     }
     text = json.dumps(document, indent=1)
     print(text)

@@ -57,6 +57,7 @@ from cifar.system.variables import read_variable
 from cifar.tracking.run_dir import RunDir, generate_id, list_folders, read_json, write_atomic
 
 MAX_LOOKED_AT = 1000  # waiting trials, for one that goes with others
+MAX_KEPT_HEARTBEATS = 100  # of cells that do not run any more
 PLACE_FILE = "place.json"  # in the sweep's folder
 _CELL_DEFAULTS: dict[str, Any] = {"reason": "", "value": None, "objectives": [], "attempt": 0, "worker": ""}
 # what a search learns from an ended trial: its values (COMPLETE), that it was bad (PRUNED), or nothing (FAIL, the default)
@@ -228,6 +229,9 @@ class LocalBackend:
             is_usual = not look.stop_mode and look.last_id == offers.last_id and not any(map(self._has_lapsed, look.running))
             if not is_usual or not look.open:
                 return None
+            if len(self._last_heartbeats) > 2 * len(look.running) + MAX_KEPT_HEARTBEATS:
+                cells = {trial.cell for trial in look.running}
+                self._last_heartbeats = {cell: seen for cell, seen in self._last_heartbeats.items() if cell in cells}
             stored = min(look.open, key=lambda trial: (trial.num_failures, trial.cell))
             transaction.write_claim(stored.optuna_id, _describe_claim(stored, worker))
         return self._note_claim(stored)
@@ -343,6 +347,7 @@ class LocalBackend:
         """
         objectives, reason = list(objectives or [value]), escape_controls(redact(reason), keeps_lines=True)
         if quickly := self._finish_quickly(trial, state, value, reason, objectives):
+            self._optuna_ids.pop((trial.cell, trial.attempt), None)  # else an agent would grow with its sweep
             return quickly
         with storage.lock_storage(self._storage, self.id):
             stored = self._find_claimed(trial)

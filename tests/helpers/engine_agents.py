@@ -2,13 +2,14 @@
 
 python -m helpers.engine_agents SWEEP RUNS URL LOG [STEP]    # one agent; it waits for RUNS/go
 
-LOG gets each claim as a line of JSON. STEP: a Python file with a function `train_one_step(lr, seed)` that is a trial; without
-it a trial does nothing.
+LOG gets each claim as a line of JSON, some of them with the memory of the process. STEP: a Python file with a function
+`train_one_step(lr, seed)` that is a trial; without it a trial does nothing.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.paths import TESTS
+
+MEMORY_EVERY = 250  # claims
 
 
 def start_agents(number: int, sweep: str, runs: Path, url: str, step: Path | None = None) -> list[subprocess.Popen[bytes]]:
@@ -51,6 +54,13 @@ def read_claims(runs: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for log in logs for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+def read_memory() -> dict[str, float]:
+    """MiB of this process: resident, and its share of it (pages that n processes have count as 1/n)."""
+    lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]]
+    sizes = {line[0]: int(line[1]) / 1024 for line in lines}
+    return {"rss_mib": round(sizes["Rss:"], 1), "pss_mib": round(sizes["Pss:"], 1)}
+
+
 def load_step(file: str) -> Callable[[float, int], float]:
     spec = importlib.util.spec_from_file_location("step", file)
     assert spec and spec.loader
@@ -69,7 +79,7 @@ def main(sweep: str, runs: str, url: str, log: str, step: str = "") -> None:
     while not (Path(runs) / "go").exists():
         time.sleep(0.01)
     with open(log, "a", buffering=1) as file:
-        while True:
+        for number in itertools.count():
             start = time.perf_counter()
             trial = backend.claim_trial(f"agent {os.getpid()}")
             seconds = time.perf_counter() - start
@@ -79,6 +89,7 @@ def main(sweep: str, runs: str, url: str, log: str, step: str = "") -> None:
                 time.sleep(0.05)
                 continue
             about = {"cell": trial.cell, "attempt": trial.attempt, "seconds": seconds, "time": time.time()}
+            about |= read_memory() if number % MEMORY_EVERY == 0 else {}
             file.write(json.dumps(about) + "\n")
             state = backend.finish_trial(trial, "finished", train(trial.values["lr"], trial.values["seed"]))
             file.write(json.dumps({**about, "ended": state}) + "\n")
