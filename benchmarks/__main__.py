@@ -55,7 +55,8 @@ ROWS = (
     Row("3", "cold_start", "cuda", "from the command to 94 %, empty and warm caches", "--n 1"),
     Row("11", "architectures", "cuda", "a sweep over architectures, empty caches over warm ones", None),
     Row("curves", "scaling", "any", "the cost of one more epoch, trial, run, ...", "--only epochs width"),
-    Row("8", "cpu_epoch", "cpu", "worksheet 1 on the CPU beside the notebooks' way", "--n 2"),
+    Row("8", "cpu_epoch worksheet1", "cpu", "worksheet 1 on the CPU beside the notebooks' way", "--n 2"),
+    Row("8", "cpu_epoch resnet20", "cpu", "ResNet-20 on the CPU beside a good standard loop", "--n 2"),
     Row("8", "make_sweep", "cpu", "make sweep"),
     Row("2", "airbench 96", "cuda", "the 96 % network beside airbench96_faster.py, which compiles for 6 minutes", None),
 )
