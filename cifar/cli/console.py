@@ -121,9 +121,17 @@ def spinner(text: str) -> Any:
 def progress_bar(text: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal. It appears with the first call of the function that it yields: (done, total)."""
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(text, total=None, visible=False)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # not before: its thread would keep a report from using other cores
+        bar.update(task, completed=done, total=total, visible=True)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def ensure_dataset(data_dir: Path | None, mirrors: Sequence[str]) -> Path:

@@ -21,6 +21,11 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 }
 _TEXT: tuple[str, Callable[[Any], bool]] = ("text", lambda value: isinstance(value, str | bool))  # `compile: false` was allowed
 
+# Settings of many runs, which are checked once: (name, value), and the names and types of whole configurations.
+MAX_RIGHT = 10_000
+_right_items: set[tuple[str, Any]] = set()
+_right_kinds: set[tuple[Any, ...]] = set()
+
 # The settings of the first version: each record of a run has them. What came later is filled in where it is missing, by its
 # default, which is what earlier versions did.
 _FIRST_SETTINGS = frozenset((
@@ -68,11 +73,28 @@ def _list_checks() -> dict[str, tuple[str, Callable[[Any], bool]]]:
 
 def check_config(values: Mapping[str, Any]) -> None:
     """Raise ValueError for a setting of a wrong kind, and for a text that is too long to be one."""
+    kinds = (*values, *map(type, values.values()))
+    try:  # equal values of other types, as 1 and True, are told apart by `kinds`
+        unknown = dict(values.items() - _right_items) if kinds in _right_kinds else values
+        if not _find_problem(unknown):
+            if len(_right_items) < MAX_RIGHT:
+                _right_items.update(unknown.items())
+                _right_kinds.add(kinds)
+            return
+    except TypeError:  # a list or a mapping among the values has no hash
+        pass
+    if problem := _find_problem(values):
+        raise ValueError(problem)
+
+
+def _find_problem(values: Mapping[str, Any]) -> str:
+    """What is wrong with the first value that is wrong; "" if all are right."""
     checks = _list_checks()
     for name, value in values.items():
         if isinstance(value, str) and len(value) > MAX_NAME:
-            raise ValueError(f"{shorten_repr(name)} in config.json has {len(value):,} characters")
+            return f"{shorten_repr(name)} in config.json has {len(value):,} characters"
         if value is not None and name in checks:
             what, check = checks[name]
             if not check(value):
-                raise ValueError(f"{name} in config.json is {shorten_repr(value)}, not {what}")
+                return f"{name} in config.json is {shorten_repr(value)}, not {what}"
+    return ""

@@ -243,11 +243,12 @@ def compare_runs(
     # The dataset of most runs is the one that is reported; the official CIFAR-10 wins a draw.
     majority = max(kinds, key=lambda kind: (kinds[kind], kind == ("cifar10", True)), default=("cifar10", True))
     excluded = list(damaged)
+    describe = json.JSONEncoder(sort_keys=True, default=str).encode
     groups: dict[str, dict[Any, Run]] = {}
     lost_seeds: dict[str, set[Any]] = {}  # group -> seeds that ended without a result
     for run in runs:
         why = _exclusion_reason(run, split, majority)
-        name = json.dumps({**run.config, "seed": None}, sort_keys=True, default=str)
+        name = describe({**run.config, "seed": None})
         seed = run.config.get("seed")
         if why:
             excluded.append(ExcludedRun(run.id, run.name, *why))
@@ -341,25 +342,25 @@ def _label_points(points: list[Point]) -> list[Point]:
     every = dict.fromkeys(["model", *swept, *(key for point in points for key in point.runs[0].config)])
     configs = [point.runs[0].config for point in points]
     differing = [key for key in every if key != "seed" and has_several([c.get(key) for c in configs])]
-    needed, num_different = list(differing), len({_format_label(config, differing) for config in configs})
+    parts = {key: [_format_label(config, [key]) for config in configs] for key in differing}
+    needed, num_different = list(differing), _count_labels(parts, differing)
     for key in reversed(differing):
         fewer = [other for other in needed if other != key]
-        if key != "model" and len({_format_label(config, fewer) for config in configs}) == num_different:
+        if key != "model" and _count_labels(parts, fewer) == num_different:
             needed = fewer
     columns = ["model", *(key for key in differing if key != "model" and (key in needed or key in swept))]
     # In a sweep of several networks a key may be swept for some of them only. For the others it has its default value, which
     # need not be in the label. But a sweep that was extended may vary a key that earlier runs had fixed.
     is_noted = any(run.sweep_keys for point in points for run in point.runs)
+    swept_keys = set(swept) - {"model"}
 
-    def is_own(key: str, point: Point) -> bool:
-        if key not in swept or key == "model" or any(key in run.swept_keys for run in point.runs):
-            return True
-        return is_noted and not any(key in run.sweep_keys for run in point.runs)
+    def leave_out_others(point: Point, config: dict[str, Any]) -> dict[str, Any]:
+        others = swept_keys.difference(*(run.swept_keys for run in point.runs))
+        if is_noted:
+            others &= {key for run in point.runs for key in run.sweep_keys}
+        return {key: value for key, value in config.items() if key not in others} if others else config
 
-    own_configs = [
-        {key: value for key, value in config.items() if is_own(key, point)}
-        for point, config in zip(points, configs, strict=True)
-    ]
+    own_configs = list(map(leave_out_others, points, configs))
     if len({_format_label(config, needed) for config in own_configs}) < num_different:
         own_configs = configs
     labelled = []
@@ -370,8 +371,21 @@ def _label_points(points: list[Point]) -> list[Point]:
     return labelled
 
 
+def _count_labels(parts: dict[str, list[str]], keys: Sequence[str]) -> int:
+    """How many different labels there are by these keys. parts: what each key gives to the label of each point."""
+    if not keys:
+        return len(next(iter(parts.values()), [])[:1])
+    return len({", ".join(filter(None, texts)) for texts in zip(*(parts[key] for key in keys), strict=True)})
+
+
 def has_several(values: Sequence[Any]) -> bool:
     """Whether the values are not all the same as JSON writes them."""
+    first_value = values[0] if values else None
+    is_plain = (
+        first_value is None or isinstance(first_value, str | int) or (isinstance(first_value, float) and first_value != 0)
+    )
+    if is_plain and len(set(map(type, values))) <= 1 and len(set(values)) <= 1:
+        return False  # most often; 0.0 and -0.0 are equal, and written differently
     distinct = {repr(value): value for value in values}.values()
     first = next((json.dumps(value, default=str) for value in distinct), "")
     return any(json.dumps(value, default=str) != first for value in distinct)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import pickle
 import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import BinaryIO, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, TypeVar
 
-Result = TypeVar("Result")
+Result, Item = TypeVar("Result"), TypeVar("Item")
+MAX_COPIES = 7  # of this process at a time; their results are sent one after the other
+MIN_PART = 100  # items for which a copy is worth its start
 MAX_SILENT_SECONDS = 300.0  # a copy of a process whose libraries had threads may hang
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -64,9 +67,82 @@ def start_beside(work: Callable[[], Result]) -> Iterator[Callable[[], Result]]:
             os.waitpid(child, 0)
 
 
-def _read_all(file: BinaryIO) -> bytes:
+def map_beside(work: Callable[[list[Item]], list[Result]], items: Sequence[Item]) -> list[Result]:
+    """`work` of parts of the items, one on each core -> the results of all of them, in the items' order.
+
+    The results are sent as pickles. Where there is no other core, all is done here.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    size = max(MIN_PART, -(-len(items) // min(cores, MAX_COPIES + 1)))
+    first, *others = [list(items[start : start + size]) for start in range(0, len(items), size)] or [[]]
+    with contextlib.ExitStack() as copies:
+        waiting = [copies.enter_context(start_beside(functools.partial(work, part))) for part in others]
+        return [*work(first), *(result for wait in waiting for result in wait())]
+
+
+@contextlib.contextmanager
+def share_beside(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Callable[[], list[Result]]]:
+    """Begin to work on items (at most 256), the last one first, in a copy of this process.
+
+    -> a function that works on those that are left, too, and returns the results of all in the items' order.
+    """
+    reader, writer = os.pipe()  # of numbers of items: whoever reads one works on it
+    os.write(writer, bytes(reversed(range(len(items)))))
+    os.close(writer)
+
+    def work_on() -> dict[int, Result]:
+        found = {}
+        while number := os.read(reader, 1):
+            found[number[0]] = work(items[number[0]])
+        return found
+
+    try:
+        with start_beside(work_on) as wait:
+
+            def finish() -> list[Result]:
+                found = work_on()
+                found |= wait()
+                return [found[place] if place in found else work(item) for place, item in enumerate(items)]
+
+            yield finish
+    finally:
+        os.close(reader)
+
+
+@contextlib.contextmanager
+def start_asked(prepare: Callable[[], None], work: Callable[..., Result]) -> Iterator[Callable[..., Callable[[], Result]]]:
+    """Begin to prepare for `work` in a copy of this process, before it is known what the work is about.
+
+    -> a function that takes the arguments of `work`, once, and gives one that waits for its result. Both can be pickled. The
+    work is done here where `start_beside` would do it here.
+    """
+    parent, arguments = os.getpid(), list[Any]()
+    reader, writer = os.pipe()
+
+    def answer() -> Result:
+        if os.getpid() == parent:
+            return work(*arguments)
+        os.close(writer)
+        prepare()
+        with os.fdopen(reader, "rb") as question:
+            return work(*pickle.load(question))  # of the original
+
+    with start_beside(answer) as wait, os.fdopen(writer, "wb", 0) as question:
+
+        def ask(*given: Any) -> Callable[[], Result]:
+            arguments.extend(given)
+            if wait is not answer:
+                with contextlib.suppress(OSError):  # it was killed: then `wait` works here
+                    question.write(pickle.dumps(given))
+            return wait
+
+        with os.fdopen(reader, "rb"):
+            yield ask
+
+
+def _read_all(file: BinaryIO) -> bytearray:
     """All that the copy writes. Raises TimeoutError where it writes nothing for a long time."""
-    content = b""
+    content = bytearray()
     while True:
         if not select.select([file], [], [], MAX_SILENT_SECONDS)[0]:
             raise TimeoutError

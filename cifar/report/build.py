@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import gc
 import importlib
 import io
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from cifar.errors import UserError
 from cifar.report import html as pages
 from cifar.report import style
 from cifar.report.aggregate import Comparison, Point, compare_runs
-from cifar.report.beside import start_beside
+from cifar.report.beside import share_beside, start_asked
 from cifar.report.explorer.document import MANY_RUNS, build_document
 from cifar.report.explorer.page import render_explorer
 from cifar.report.formatting import (
@@ -34,7 +35,7 @@ from cifar.report.formatting import (
     pluralize,
 )
 from cifar.report.front import front_probabilities
-from cifar.report.importance import compute_importance
+from cifar.report.importance import import_forests, list_settings, rate_settings
 from cifar.report.load import RunCollection, collect_runs, load_run
 from cifar.system.durations import format_duration
 from cifar.system.redact import mask_secrets
@@ -100,7 +101,66 @@ def write_report(
 
     Raises UserError for an unknown name, and if `out` cannot be written.
     """
-    collection = collect_runs(names, runs, progress)
+    with _pause_collection():
+        return _write_report(names, runs, out, split, budget, command, cost_unit, kept, progress)
+
+
+@contextlib.contextmanager
+def _pause_collection() -> Iterator[None]:
+    """No search for cycles of objects: beside the millions of objects of many runs it takes a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _write_report(
+    names: Sequence[str],
+    runs: Path,
+    out: Path | None,
+    split: str,
+    budget: float | None,
+    command: str,
+    cost_unit: str,
+    kept: Sequence[str],
+    progress: Callable[[int, int], None] | None,
+) -> ReportResult:
+    with contextlib.ExitStack() as copies:
+        ask: list[_Ask] = []
+
+        def start_importance(num_runs: int) -> None:
+            if num_runs >= MANY_RUNS:  # it imports scikit-learn while runs are read
+                ask.append(copies.enter_context(start_asked(import_forests, rate_settings)))
+
+        collection = collect_runs(names, runs, progress, on_start=start_importance)
+        rate = ask[0] if ask else _rate_here
+        return _write_collection(collection, rate, names, runs, out, split, budget, command, cost_unit, kept)
+
+
+_Drawn = tuple[list[pages.Section], list[Path], list[str]]
+_Ask = Callable[..., Callable[[], dict[str, Any] | None]]
+
+
+def _rate_here(*arguments: Any) -> Callable[[], dict[str, Any] | None]:
+    return functools.partial(rate_settings, *arguments)
+
+
+def _write_collection(
+    collection: RunCollection,
+    rate: _Ask,
+    names: Sequence[str],
+    runs: Path,
+    out: Path | None,
+    split: str,
+    budget: float | None,
+    command: str,
+    cost_unit: str,
+    kept: Sequence[str],
+) -> ReportResult:
+    """Write the report of runs that have been read. rate: takes what `rate_settings` takes -> waits for its result."""
     comparison = compare_runs(
         collection.runs, split=split, budget=budget, title=collection.title, damaged=collection.damaged, cost_unit=cost_unit
     )
@@ -114,18 +174,25 @@ def write_report(
     options += [word for name in kept for word in ("--keep", name)]
     notes = [*pages.write_sentences(comparison), *_progress_notes(collection, comparison)]
     command = command or shlex.join(["python", "-m", "cifar", "report", *names, *options])
-    draw = functools.partial(_draw_figures, collection, comparison, out)
+    draw = functools.partial(_draw_figure, collection, comparison, out)
+    entries = sorted(registry.figures, key=style.sort_key)
+    shares = share_beside if len(collection.runs) >= MANY_RUNS else _work_here
     try:
         out.mkdir(parents=True, exist_ok=True)
         paths = [out / "report.html", out / "report.csv", out / "report.json"]
-        with start_beside(draw) if len(collection.runs) >= MANY_RUNS else contextlib.nullcontext(draw) as wait_for_figures:
-            explorer = _make_explorer(comparison, collection, runs, kept_ids)
-            sections, drawn, problems = wait_for_figures()
-        notes += problems
-        document = mask_secrets(_build_json(comparison, notes), mask_keys=False)
-        write_atomic(paths[2], json.dumps(document, indent=1).encode())
-        if comparison.points:
-            write_atomic(paths[1], _format_csv(comparison).encode())
+        with shares(draw, entries) as finish_figures:
+            explorer = _make_explorer(comparison, collection, runs, kept_ids, rate)
+            facts = _list_facts(comparison)
+            table = _format_csv(facts) if facts else ""
+            document = format_json(mask_secrets(_build_json(comparison, facts), mask_keys=False))
+            figures = finish_figures()
+        sections, drawn = ([part for figure in figures for part in figure[place]] for place in (0, 1))
+        notes += [f"{problem}." for problem in registry.figures.problems]
+        notes += [note for figure in figures for note in figure[2]]
+        masked_notes = format_json(mask_secrets(notes, mask_keys=False), 1)
+        write_atomic(paths[2], f'{document[:-2]},\n "notes": {masked_notes}\n}}'.encode())
+        if table:
+            write_atomic(paths[1], table.encode())
         else:
             paths.pop(1).unlink(missing_ok=True)
         provenance = pages.describe_provenance(comparison, collection.runs, command)
@@ -184,56 +251,54 @@ def _find_kept(names: Sequence[str], collection: RunCollection) -> list[str]:
     return found
 
 
-def _make_explorer(comparison: Comparison, collection: RunCollection, runs: Path, kept_ids: Sequence[str]) -> str:
+def _make_explorer(comparison: Comparison, collection: RunCollection, runs: Path, kept_ids: Sequence[str], rate: _Ask) -> str:
     """The section of the explorer; "" where there is nothing to compare."""
     if collection.is_single_run or not comparison.points:
         return ""
+    wait_for_importance = rate(*list_settings(comparison))
     points = [point for point in comparison.points if point.num_views == 1]
     chances = front_probabilities([point.macs for point in points], [point.accuracies for point in points]) or ()
     document = build_document(comparison, collection.runs, runs_folder=runs, kept_ids=kept_ids, probabilities=chances)
     listed = {run.id for run in comparison.runs}
-    importance = compute_importance(comparison)
+    importance = wait_for_importance()
     return render_explorer(document, importance=importance, num_apart=sum(run.id not in listed for run in collection.runs))
 
 
-def _draw_figures(
-    collection: RunCollection, comparison: Comparison, out: Path
-) -> tuple[list[pages.Section], list[Path], list[str]]:
-    """Draw every figure into `out` -> (sections of the page, files, problems).
+@contextlib.contextmanager
+def _work_here(
+    work: Callable[[registry.Entry], _Drawn], items: Sequence[registry.Entry]
+) -> Iterator[Callable[[], list[_Drawn]]]:
+    yield lambda: list(map(work, items))
+
+
+def _draw_figure(collection: RunCollection, comparison: Comparison, out: Path, entry: registry.Entry) -> _Drawn:
+    """Draw a figure into `out` -> (its section of the page, its files, problems).
 
     A single run is shown by the figures of a run, everything else by those of a sweep.
     """
-    notes: list[str] = []
-    sections, paths = [], []
-    entries = sorted(registry.figures, key=style.sort_key)
-    notes += [f"{problem}." for problem in registry.figures.problems]
-    for entry in entries:
-        if problem := style.describe_class_problem(entry):
-            notes.append(f"{problem}.")
-            continue
-        is_of_run = style.get_scope(entry) == "run"
-        subject = collection.runs[0] if collection.is_single_run else comparison
-        is_wanted = is_of_run == collection.is_single_run and (is_of_run or comparison.has_scores)
-        drawn = style.render_figure(entry, subject) if is_wanted else None
-        if drawn and drawn.has_failed:
-            notes.append(f"{drawn.problem}.")
-        if not drawn or (drawn.problem and entry.name != "accuracy_vs_macs"):
-            for suffix in ("png", "svg"):  # an earlier report's file would look like this one's
-                (out / f"{entry.name}.{suffix}").unlink(missing_ok=True)
-            continue
-        paths += [out / f"{entry.name}.png", out / f"{entry.name}.svg"]
-        png = style.encode_png(drawn.figure)
-        write_atomic(paths[-2], png)
-        vector = style.encode_svg(drawn.figure, entry.name)
-        write_atomic(paths[-1], vector.encode())
-        figure_class: Any = entry.builder
-        caption = getattr(figure_class, "caption", "")
-        inline = style.inline_svg(vector, drawn.header_inches, figure_class.title)
-        if len(inline) > MAX_INLINE_BYTES:
-            top = 0.0 if subject.banner else drawn.header_inches  # the page has the title; a banner stays
-            inline = pages.render_image(style.shrink_picture(png, top_inches=top), figure_class.title)
-        sections.append(pages.Section(figure_class.title, caption, inline, entry.name in SHOWN_BY_EXPLORER))
-    return sections, paths, notes
+    if problem := style.describe_class_problem(entry):
+        return [], [], [f"{problem}."]
+    is_of_run = style.get_scope(entry) == "run"
+    subject = collection.runs[0] if collection.is_single_run else comparison
+    is_wanted = is_of_run == collection.is_single_run and (is_of_run or comparison.has_scores)
+    drawn = style.render_figure(entry, subject) if is_wanted else None
+    notes = [f"{drawn.problem}."] if drawn and drawn.has_failed else []
+    if not drawn or (drawn.problem and entry.name != "accuracy_vs_macs"):
+        for suffix in ("png", "svg"):  # an earlier report's file would look like this one's
+            (out / f"{entry.name}.{suffix}").unlink(missing_ok=True)
+        return [], [], notes
+    paths = [out / f"{entry.name}.png", out / f"{entry.name}.svg"]
+    png = style.encode_png(drawn.figure)
+    write_atomic(paths[0], png)
+    vector = style.encode_svg(drawn.figure, entry.name)
+    write_atomic(paths[1], vector.encode())
+    figure_class: Any = entry.builder
+    caption = getattr(figure_class, "caption", "")
+    inline = style.inline_svg(vector, drawn.header_inches, figure_class.title)
+    if len(inline) > MAX_INLINE_BYTES:
+        top = 0.0 if subject.banner else drawn.header_inches  # the page has the title; a banner stays
+        inline = pages.render_image(style.shrink_picture(png, top_inches=top), figure_class.title)
+    return [pages.Section(figure_class.title, caption, inline, entry.name in SHOWN_BY_EXPLORER)], paths, notes
 
 
 def _progress_notes(collection: RunCollection, comparison: Comparison) -> list[str]:
@@ -305,9 +370,8 @@ def _list_facts(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def _format_csv(comparison: Comparison) -> str:
+def _format_csv(facts: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
-    facts = _list_facts(comparison)
     lists = ("runs", "accuracies")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(format_csv_cell, facts[0]))
@@ -322,15 +386,46 @@ def format_csv_cell(value: Any) -> Any:
 
     The characters are those of OWASP's page on CSV injection, with their full-width forms.
     """
-    if not isinstance(value, str):
+    return _guard_text(value) if isinstance(value, str) else value
+
+
+@functools.lru_cache(maxsize=4096)
+def _guard_text(value: str) -> str:
+    if not value.lstrip(" ").startswith(FORMULA_STARTS):
         return value
     with contextlib.suppress(ValueError):
         float(value)
         return value
-    return f"'{value}" if value.lstrip(" ").startswith(FORMULA_STARTS) else value
+    return f"'{value}"
 
 
-def _build_json(comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
+def format_json(value: Any, level: int = 0) -> str:
+    """`json.dumps(value, indent=1)`, which leaves the quick encoder for a slow one, in a quarter of the time."""
+    if not value or not isinstance(value, dict | list):
+        return json.dumps(value)
+    start, end = ("{", "}") if isinstance(value, dict) else ("[", "]")
+    margin = "\n" + " " * (level + 1)
+    quick = _make_encoder(f",{margin}")
+    is_dict, names = isinstance(value, dict), [*value]
+    content = [*value.values()] if isinstance(value, dict) else value
+    nested = [place for place, inner in enumerate(content) if isinstance(inner, dict | list)]
+    parts, done = list[str](), 0
+    for place in [*nested, len(content)]:
+        if plain := content[done:place]:  # what lies between two nested values, as a whole
+            parts.append(quick(dict(zip(names[done:place], plain, strict=True)) if is_dict else plain)[1:-1])
+        if place < len(content):
+            parts.append((f"{json.dumps(names[place])}: " if is_dict else "") + format_json(content[place], level + 1))
+        done = place + 1
+    return f"{start}{margin}{f',{margin}'.join(parts)}{margin[:-1]}{end}"
+
+
+@functools.cache
+def _make_encoder(separator: str) -> Callable[[Any], str]:
+    return json.JSONEncoder(separators=(separator, ": ")).encode
+
+
+def _build_json(comparison: Comparison, facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """report.json without its last part, the notes."""
     best = comparison.best
     return {
         "schema": 1,
@@ -342,7 +437,6 @@ def _build_json(comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
         "seeds": comparison.seeds,
         "best": best.label if best else None,
         "rank_correlation": comparison.macs_rank_correlation,
-        "points": _list_facts(comparison),
+        "points": facts,
         "apart": [{"id": run.id, "name": run.name, "kind": run.kind, "reason": run.reason} for run in comparison.excluded],
-        "notes": list(notes),
     }

@@ -9,13 +9,16 @@ for a report, and hours for a setting of twenty categories. Here the variance is
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import itertools
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cifar.report.aggregate import Comparison
-from cifar.report.stats import rank_correlation
+from cifar.report.stats import compute_ranks, rank_correlation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,30 +38,46 @@ def compute_importance(comparison: Comparison) -> dict[str, Any] | None:
     None where there is nothing to say: nothing but the network differs, or there are few points. Shares are fractions of the
     variance.
     """
+    return rate_settings(*list_settings(comparison))
+
+
+def list_settings(comparison: Comparison) -> tuple[dict[str, list[Any]], list[float]]:
+    """(setting -> its value in each point, the accuracy of each point)."""
     points = [point for point in comparison.points if point.num_views == 1]
     columns = {key: [point.values.get(key) for point in points] for key in comparison.distinguishing_keys}
+    return columns, [point.mean for point in points]
+
+
+def import_forests() -> None:
+    """Import scikit-learn, so that the first forest does not take those seconds."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("sklearn.ensemble")
+
+
+def rate_settings(columns: Mapping[str, list[Any]], accuracies: Sequence[float]) -> dict[str, Any] | None:
+    """`compute_importance`, of what `list_settings` finds."""
     columns = {key: values for key, values in columns.items() if len({str(value) for value in values}) > 1}
     if [*columns] in ([], ["model"]):
         return None
     conditional = [key for key, values in columns.items() if None in values]
     shared = {key: values for key, values in columns.items() if key not in conditional}
-    if len(points) < MIN_MENTIONED:
+    if len(accuracies) < MIN_MENTIONED:
         return None
-    if len(points) < MIN_POINTS:
-        return {"reason": f"{len(points)} points are too few: it needs {MIN_POINTS}."}
+    if len(accuracies) < MIN_POINTS:
+        return {"reason": f"{len(accuracies)} points are too few: it needs {MIN_POINTS}."}
     if not shared:
         return {"reason": "no setting is one of all networks."}
     if confounded := find_confounded(shared):
         return {"reason": f"{confounded[0]} and {confounded[1]} vary together, so what each of them does cannot be told apart."}
     try:
-        shares = _resample_shares(shared, [point.mean for point in points])
+        shares = _resample_shares(shared, accuracies)
     except ImportError:
         return {"reason": "scikit-learn is not installed."}
     except (ValueError, OverflowError):
         return {"reason": "a setting has a value that a forest cannot take."}
     if not shares:
         return {"reason": "all points have the same accuracy."}
-    note = f"Functional ANOVA by random forests, mean and range of {NUM_RESAMPLES} resamples of {len(points)} points. "
+    note = f"Functional ANOVA by random forests, mean and range of {NUM_RESAMPLES} resamples of {len(accuracies)} points. "
     note += "The rest is what settings do together, and noise."
     if conditional:
         note += f" Left out, since not all networks have them: {', '.join(conditional)}."
@@ -67,26 +86,25 @@ def compute_importance(comparison: Comparison) -> dict[str, Any] | None:
 
 def find_confounded(columns: Mapping[str, Sequence[Any]]) -> tuple[str, str] | None:
     """Two settings of which one says (nearly) what the other is; None if there are none."""
-    names = [*columns]
-    for index, first in enumerate(names):
-        for second in names[index + 1 :]:
-            a, b = columns[first], columns[second]
-            if _is_number(a) and _is_number(b):
-                correlation = rank_correlation(a, b)
-                if correlation is not None and abs(correlation) > MAX_CORRELATION:
-                    return first, second
-            elif _determines(a, b) or _determines(b, a):
+    ranks = {key: compute_ranks(values) for key, values in columns.items() if _is_number(values)}
+    texts = {key: list(map(str, values)) for key, values in columns.items()}
+    for first, second in itertools.combinations(columns, 2):
+        if first in ranks and second in ranks:
+            correlation = rank_correlation(ranks[first], ranks[second])  # ranks of ranks are the same ranks
+            if correlation is not None and abs(correlation) > MAX_CORRELATION:
                 return first, second
+        elif _determines(texts[first], texts[second]) or _determines(texts[second], texts[first]):
+            return first, second
     return None
 
 
-def _determines(a: Sequence[Any], b: Sequence[Any]) -> bool:
+def _determines(a: Sequence[str], b: Sequence[str]) -> bool:
     """Whether each value of `a` that is there twice goes with one value of `b` only."""
-    names, seen = [str(value) for value in a], dict[str, set[str]]()
-    for x, y in zip(names, b, strict=True):
-        seen.setdefault(x, set()).add(str(y))
-    repeated = [seen[x] for x, number in Counter(names).items() if number > 1]
-    return bool(repeated) and len(repeated) > len(seen) / 2 and all(len(values) == 1 for values in repeated)
+    counts = Counter(a)
+    repeated = {value for value, number in counts.items() if number > 1}
+    if len(repeated) <= len(counts) / 2:
+        return False
+    return len({pair for pair in zip(a, b, strict=True) if pair[0] in repeated}) == len(repeated)
 
 
 def _is_number(values: Sequence[Any]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 from cifar.config.recorded import check_config, fill_config
 from cifar.errors import UserError
+from cifar.report.beside import map_beside
 from cifar.report.formatting import pluralize
 from cifar.report.metric_rows import list_names
 from cifar.report.run_cache import MIN_RUNS, SETTLE_SECONDS, CachedRun, RunCache
@@ -228,17 +229,43 @@ class RunLoader:
     def load_all(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Run | UserError]]:
         """Read run folders, in this order; a damaged one gives an error that says what is damaged."""
         num_runs = Counter(path.parent for path in paths)
-        found: dict[Path, dict[str, CachedRun]] = {}
+        signatures = {path: stat_files(path) for path in paths if num_runs[path.parent] >= self._min_cached}
+        found: dict[Path, dict[str, CachedRun]] = {path.parent: {} for path in signatures}
+        cached = {path: self._load_cached(path, signature) for path, signature in signatures.items()}
+        fresh = self._read_many([path for path, run in cached.items() if run is None])
         for path in paths:
+            known = cached.pop(path, None)
+            if known:
+                found[path.parent][path.name], run = known
+                yield path, run
+                continue
             try:
-                if num_runs[path.parent] < self._min_cached:
+                if path not in signatures:
                     yield path, self.load(path)
-                else:
-                    yield path, self._load_cached(path, found.setdefault(path.parent, {}))
+                    continue
+                with _name_damage(path):
+                    read = fresh.pop(path)
+                    if isinstance(read, Exception):
+                        raise read
+                    run = self._make_run(path, read)
+                found[path.parent][path.name] = CachedRun(signatures[path], read)
+                yield path, run
             except UserError as error:
                 yield path, error
         for folder, runs in found.items():
             self._open_cache(folder).write(runs, self._cleaner)
+
+    def _read_many(self, paths: list[Path]) -> dict[Path, RunFiles | Exception]:
+        """Read run folders, on all cores -> what is in them, or what is damaged."""
+
+        def read(part: list[Path]) -> list[tuple[int, RunFiles | Exception]]:
+            return [(os.getpid(), _try(functools.partial(self._reader.read, path))) for path in part]
+
+        here = os.getpid()
+        return {
+            path: self._reader.share(files) if pid != here and isinstance(files, RunFiles) else files
+            for path, (pid, files) in zip(paths, map_beside(read, paths), strict=True)
+        }
 
     def read_sweep(self, path: Path, num_siblings: int) -> str:
         """The id of the sweep of a run, "" for none. `num_siblings`: runs in its folder."""
@@ -257,19 +284,12 @@ class RunLoader:
             self._caches[folder].read()
         return self._caches[folder]
 
-    def _load_cached(self, path: Path, found: dict[str, CachedRun]) -> Run:
-        """Read a run from its folder's cache, or else from its folder. `found`: gets what is to be in the cache."""
-        signature = stat_files(path)
+    def _load_cached(self, path: Path, signature: list[int]) -> tuple[CachedRun, Run] | None:
+        """A run from its folder's cache; None if it is not there as `stat_files` (`signature`) finds it now."""
         if cached := self._open_cache(path.parent).find_run(path, signature):
             with contextlib.suppress(ValueError, UserError):  # then it was no run's folder that this came from
-                run = self._make_run(path, cached.files)
-                found[path.name] = cached
-                return run
-        with _name_damage(path):
-            fresh = CachedRun(signature, self._reader.read(path))
-            run = self._make_run(path, fresh.files)
-            found[path.name] = fresh
-            return run
+                return cached, self._make_run(path, cached.files)
+        return None
 
     def _make_run(self, path: Path, files: RunFiles) -> Run:
         run, config, status = (self._cleaner.clean(files.documents[name]) for name in ("run", "config", "status"))
@@ -305,6 +325,16 @@ class RunLoader:
         )
 
 
+def _try(read: Callable[[], RunFiles]) -> RunFiles | Exception:
+    """What is read, or an error that can be sent to another process."""
+    try:
+        return read()
+    except UnknownSchemaError as error:
+        return UnknownSchemaError(str(error))
+    except (OSError, ValueError, UserError) as error:
+        return ValueError(str(error) or type(error).__name__)
+
+
 @contextlib.contextmanager
 def _name_damage(path: Path) -> Iterator[None]:
     """Say of which run a file is damaged."""
@@ -318,12 +348,17 @@ def _name_damage(path: Path) -> Iterator[None]:
 
 
 def collect_runs(
-    names: Sequence[str], runs: Path, progress: Callable[[int, int], None] | None = None, loader: RunLoader | None = None
+    names: Sequence[str],
+    runs: Path,
+    progress: Callable[[int, int], None] | None = None,
+    loader: RunLoader | None = None,
+    on_start: Callable[[int], None] | None = None,
 ) -> RunCollection:
     """Read the runs of the named sweeps, runs, folders and W&B projects. No name: the newest sweep, or else every run.
 
     A run (an id) that several names include counts once, and its folder on this machine wins over its copy on W&B.
-    `progress` is called with (runs read, runs in all) while runs are read from W&B. `loader`: what reads them.
+    `progress` is called with (runs read, runs in all) while runs are read from W&B. `loader`: what reads them. `on_start` is
+    called with the number of run folders before they are read.
     """
     loader = loader or RunLoader()
     newest = "" if names else find_newest_sweep(runs)
@@ -363,6 +398,8 @@ def collect_runs(
         raise UserError(f"no runs in {runs}; `python -m cifar sweep quickstart` makes some, --runs-dir names a place")
     found: dict[str, Run] = {}
     remaining = [*paths, *remote]
+    if on_start:
+        on_start(len(remaining))
     while remaining:  # the second folder of an id counts where the first one is damaged
         first = {path.name: path for path in reversed(remaining)}
         for path, run in loader.load_all([path for path in remaining if first[path.name] is path]):
@@ -405,10 +442,15 @@ def _find_wandb_files(path: Path) -> list[Path]:
 
 def _list_run_folders(folder: Path) -> list[Path]:
     intact = [run_dir.path for run_dir in list_run_dirs(folder)]
-    known = set(intact)
-    others = [path for path in list_folders(folder) if path not in known]
+    known = {path.name for path in intact}
+    others = [path for path in list_folders(folder) if path.name not in known]
     # without a run.json, or with a link to nothing in its place; reported as damaged
     return intact + [path for path in others if any(os.path.lexists(path / f"{name}.json") for name in ("run", "config"))]
+
+
+def _has_run_folders(folder: Path) -> bool:
+    """Whether `_list_run_folders` finds one."""
+    return any(os.path.lexists(path / f"{name}.json") for path in list_folders(folder) for name in ("run", "config"))
 
 
 def _is_sweep(name: str, runs: Path, loader: RunLoader) -> bool:
@@ -427,7 +469,7 @@ def _list_sweep_folders(sweep: str, runs: Path, loader: RunLoader) -> list[Path]
 def find_sweep_id(name: str, runs: Path) -> str:
     """The id of the sweep with this name or this start of its id, by the same rules as `agent`. "" if there is none."""
     known = [path.name for path in list_folders(runs / "sweeps")]
-    if not name or Path(name).name != name or name in known or (runs / name).exists() or _list_run_folders(Path(name)):
+    if not name or Path(name).name != name or name in known or (runs / name).exists() or _has_run_folders(Path(name)):
         return ""  # an id, a run or a folder
     named = [sweep for sweep in known if _read_sweep_info(sweep, runs).get("name") == name]
     matches = named or [sweep for sweep in known if sweep.startswith(name)]

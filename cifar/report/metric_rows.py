@@ -13,6 +13,9 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json
+
+from cifar.tracking.records import MAX_EPOCH
 
 Row = dict[str, Any]
 Numbers = NDArray[np.float64]
@@ -49,6 +52,9 @@ class MetricRows(Sequence[Row]):
         is_table = len(layouts) > 0 and all(layout.names == layouts[0].names for layout in layouts[1:])
         self._table = values.reshape(len(ids), len(layouts[0].names)) if is_table else None
         self._last: Row | None = None
+
+    def __reduce__(self) -> tuple[type[MetricRows], tuple[Any, ...]]:
+        return MetricRows, (self.layouts, self.ids, self.values)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -117,15 +123,56 @@ class RowPacker:
     def __init__(self) -> None:
         self._layouts: dict[Any, Layout | None] = {}  # names and types -> the layout; None for other types than numbers
 
+    def parse(self, content: bytes) -> MetricRows | None:
+        """The rows of a metrics.jsonl (bytes) where all have the same names and kinds of numbers; quicker than `pack`.
+
+        None for all others, among them everything that may not be in such a file.
+        """
+        if not content.isascii() or b"\\" in content:
+            return None
+        try:
+            rows = list(map(from_json, content.split(b"\n")[:-1]))
+            if set(map(type, rows)) != {dict} or len(set(map(tuple, rows))) > 1:
+                return None
+            if len({tuple(map(type, row.values())) for row in rows}) > 1:
+                return None
+            layout = self._find_layout(rows[0])
+            if layout is None or not layout.names:
+                return None
+            flat = itertools.chain.from_iterable(map(dict.values, rows))
+            values = np.fromiter(flat, np.float64, len(rows) * len(layout.names))
+        except (ValueError, OverflowError):
+            return None
+        ids = np.zeros(len(rows), np.int64)
+        if not is_exact((layout,), ids, values):
+            return None
+        if (place := layout.places.get("epoch")) is not None:
+            epochs = values[place :: len(layout.names)]
+            if not layout.is_whole[place] or epochs.min() < 0 or epochs.max() > MAX_EPOCH:
+                return None
+        return MetricRows((layout,), ids, values)
+
+    def _find_layout(self, row: Row) -> Layout | None:
+        key = (*row, *map(type, row.values()))
+        if key not in self._layouts and len(self._layouts) < MAX_LAYOUTS:
+            self._layouts[key] = _make_layout(row)
+        return self._layouts.get(key)
+
+    def share(self, rows: MetricRows) -> MetricRows:
+        """The same rows from another process, with the layouts that those of this one have."""
+        layouts = []
+        for layout in rows.layouts:
+            key = (*layout.names, *(int if whole else float for whole in layout.is_whole))
+            known = self._layouts.setdefault(key, layout) if len(self._layouts) < MAX_LAYOUTS else self._layouts.get(key)
+            layouts.append(known or layout)
+        return MetricRows(tuple(layouts), rows.ids, rows.values)
+
     def pack(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The same rows as numbers; a tuple of them if they hold something else, or a whole number that no float holds."""
         places, numbers = dict[Layout, int](), list[float]()
         ids = []
         for row in rows:
-            key = (*row, *map(type, row.values()))
-            if key not in self._layouts and len(self._layouts) < MAX_LAYOUTS:
-                self._layouts[key] = _make_layout(row)
-            layout = self._layouts.get(key)
+            layout = self._find_layout(row)
             if layout is None:
                 return tuple(rows)
             ids.append(places.setdefault(layout, len(places)))

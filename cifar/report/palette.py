@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 INK, MUTED, GRID, PAPER = "#1f2a37", "#6b7785", "#e3e7ec", "#ffffff"
 BLUE, ORANGE, RED, GREEN, AMBER = "#2f6fde", "#e07b2a", "#d2413f", "#2b9a66", "#ffe9b8"
 DIM = "#a3adb8"  # dominated points
@@ -18,9 +20,9 @@ RAMP = (
 )  # cheap to expensive; distinct in print
 
 
-def ramp_colours(num_colours: int) -> list[str]:
-    """Colours along the ramp, for points in the order of their cost."""
+def ramp_colours(num_colours: int, places: Iterable[int] | None = None) -> list[str]:
+    """Colours along the ramp, for points in the order of their cost. places: of these only, of many."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
     ramp = LinearSegmentedColormap.from_list("ramp", RAMP)
-    return [to_hex(ramp(i / max(num_colours - 1, 1))) for i in range(num_colours)]
+    return [to_hex(ramp(i / max(num_colours - 1, 1))) for i in (range(num_colours) if places is None else places)]

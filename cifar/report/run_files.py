@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar.report.metric_rows import Row, RowPacker
+from cifar.report.metric_rows import MetricRows, Row, RowPacker
+from cifar.system.files import UnreadableFileError, read_bytes
 from cifar.system.names import escape_controls
 from cifar.system.redact import MASK, is_secret_name, mask_secrets
-from cifar.tracking.run_dir import RunDir
+from cifar.tracking.run_dir import MAX_METRICS_BYTES, RunDir
 
 FIRST_DOCUMENTS, LAST_DOCUMENTS = ("run", "config", "status"), ("summary", "labels", "environment")  # before and after the rows
 DOCUMENTS = (*FIRST_DOCUMENTS, *LAST_DOCUMENTS)
 FILES = (*(f"{name}.json" for name in DOCUMENTS), "metrics.jsonl")
 MAX_SCATTERED = 2_000_000  # cells of a table of rows and metrics, from which on not more than 9 of 10 may be empty
 MAX_REMEMBERED = 256  # characters of a text that is cleaned once for all runs
+MAX_NAME_LISTS = 10_000  # names of one document each, that are cleaned once for all runs
 _MASK_63 = 2**63 - 1
 
 
@@ -34,6 +37,8 @@ class RunReader:
 
     def __init__(self) -> None:
         self._packer, self._labels = RowPacker(), dict[str, dict[str, Any]]()
+        self._known_labels: dict[int, dict[str, Any]] = {}  # by id, of what has come from other processes
+        self._kept: list[Any] = []  # so that an id stays that of one thing
 
     def read(self, path: Path) -> RunFiles:
         """Read a run's folder. Raises UserError, ValueError or OSError that says what is damaged."""
@@ -41,11 +46,29 @@ class RunReader:
         documents = {name: run_dir.read_json(name) for name in FIRST_DOCUMENTS}
         if not documents["run"] or not documents["config"]:
             raise ValueError(f"{'config' if documents['run'] else 'run'}.json is missing")
-        rows = list(run_dir.read_rows())
-        check_columns(rows)
+        rows = self._read_rows(run_dir)
         documents |= {name: run_dir.read_json(name) for name in LAST_DOCUMENTS}
         documents["labels"] = self._labels.setdefault(repr(documents["labels"]), documents["labels"])
-        return RunFiles(documents, self._packer.pack(rows))
+        return RunFiles(documents, rows)
+
+    def _read_rows(self, run_dir: RunDir) -> Sequence[Row]:
+        content = b""
+        with contextlib.suppress(UnreadableFileError):  # `read_rows` says what is wrong
+            content = read_bytes(run_dir.path / FILES[-1], MAX_METRICS_BYTES)
+        if table := self._packer.parse(content):
+            return table
+        rows = list(run_dir.read_rows())
+        check_columns(rows)
+        return self._packer.pack(rows)
+
+    def share(self, files: RunFiles) -> RunFiles:
+        """What another process has read, with what it has in common with the other runs kept once."""
+        labels = files.documents["labels"]
+        if id(labels) not in self._known_labels:
+            self._known_labels[id(labels)] = self._labels.setdefault(repr(labels), labels)
+            self._kept.append(labels)
+        documents = {**files.documents, "labels": self._known_labels[id(labels)]}
+        return RunFiles(documents, self._packer.share(files.rows) if isinstance(files.rows, MetricRows) else files.rows)
 
 
 def check_columns(rows: Sequence[Row]) -> None:
@@ -91,7 +114,7 @@ class Cleaner:
     """`clean_document` for many runs, which have the same names and texts again and again. For one report."""
 
     def __init__(self) -> None:
-        self._names, self._texts = dict[str, str](), dict[str, str]()
+        self._names, self._texts = dict[tuple[str, ...], tuple[str, ...]](), dict[str, str]()
         self._harmless, self._secret_names = set[str](), dict[str, bool]()
 
     def clean(self, value: Any) -> Any:
@@ -103,16 +126,16 @@ class Cleaner:
                     self._texts[value] = found
             return found
         if type(value) is dict:
-            return {
-                self._clean_name(name): self.clean(inner) if type(inner) in _NESTED else inner for name, inner in value.items()
-            }
+            cleaned = [inner if type(inner) not in _NESTED else self.clean(inner) for inner in value.values()]
+            return dict(zip(self._clean_names(tuple(value)), cleaned, strict=True))
         return [self.clean(inner) for inner in value] if type(value) is list else value
 
-    def _clean_name(self, name: str) -> str:
-        found = self._names.get(name)
+    def _clean_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        found = self._names.get(names)
         if found is None:
-            (found,) = clean_document({name: 0})
-            self._names[name] = found
+            found = tuple(next(iter(clean_document({name: 0}))) for name in names)
+            if len(self._names) < MAX_NAME_LISTS:
+                self._names[names] = found
         return found
 
     def has_secrets(self, files: RunFiles) -> bool:

@@ -148,22 +148,30 @@ def check_values(value: Any) -> None:
     """Raise ValueError for values that are nested too deeply, whole numbers that no float holds, and broken text."""
     layer = [value]
     for _ in range(MAX_DEPTH):
+        kinds = set(map(type, layer))
+        if str in kinds:
+            texts = [item for item in layer if type(item) is str]
+            if not "".join(texts).isascii():
+                for text in texts:
+                    check_text(text)
+        if int in kinds:
+            numbers = [item for item in layer if type(item) is int]
+            if not -MAX_INTEGER <= min(numbers) <= max(numbers) <= MAX_INTEGER:
+                raise ValueError("a whole number with too many digits")
         following: list[Any] = []
-        for item in layer:
-            kind = type(item)
-            if kind is dict:
+        for item in layer if kinds & _NESTED else ():
+            if type(item) is dict:
                 following += item
                 following += item.values()
-            elif kind is list:
+            elif type(item) is list:
                 following += item
-            elif kind is str:
-                check_text(item)
-            elif kind is int and not -MAX_INTEGER <= item <= MAX_INTEGER:
-                raise ValueError("a whole number with too many digits")
         if not following:
             return
         layer = following
     raise ValueError("nested too deeply")
+
+
+_NESTED = {dict, list}
 
 
 def check_text(text: str) -> None:

@@ -404,22 +404,36 @@ def mask_secrets(value: Any, *, mask_keys: bool = True) -> Any:
 def _mask(redactor: _Redactor, value: Any, mask_keys: bool) -> Any:
     if isinstance(value, str):
         return redactor.redact(value)
-    if isinstance(value, Mapping):
+    if type(value) is not list and isinstance(value, Mapping):
         secret = {
             key for key, inner in value.items() if mask_keys and isinstance(inner, str) and inner and is_secret_name(str(key))
         }
         return {
-            _mask_key(redactor, str(key)): MASK if key in secret else _mask(redactor, inner, mask_keys)
+            _mask_key(redactor, str(key)): MASK
+            if key in secret
+            else inner
+            if type(inner) in _HARMLESS
+            else redactor.redact(inner)
+            if type(inner) is str
+            else _mask(redactor, inner, mask_keys)
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_mask(redactor, inner, mask_keys) for inner in value]
+        return [inner if type(inner) in _HARMLESS else _mask(redactor, inner, mask_keys) for inner in value]
     return value
 
 
 def _mask_key(redactor: _Redactor, key: str) -> str:
     """A name in a document. Names of ours stay, or nothing could be read back."""
-    return key if re.fullmatch("[a-z_]{1,30}", key) else redactor.redact(key)
+    return key if _is_own_name(key) else redactor.redact(key)
+
+
+@functools.lru_cache(maxsize=4096)  # the same names in each of many documents
+def _is_own_name(key: str) -> bool:
+    return re.fullmatch("[a-z_]{1,30}", key) is not None
+
+
+_HARMLESS = {int, float, bool, type(None)}
 
 
 # -- secrets where they are not taken ----------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -266,14 +267,15 @@ def list_run_dirs(runs_dir: Path) -> list[RunDir]:
     found = []
     for path in list_folders(runs_dir):
         with contextlib.suppress(OSError):
-            found.append(((path / "run.json").stat().st_mtime, path))
-    return [RunDir(path) for _, path in sorted(found)]
+            found.append((os.stat(f"{path}/run.json").st_mtime, path))
+    return [RunDir(path) for _, path in sorted(found, key=itemgetter(0))]  # of the same age: by name, as they come
 
 
 def list_folders(folder: Path) -> list[Path]:
     """The folders in `folder`, sorted by name, without hidden ones; none where it cannot be read."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return sorted(Path(entry) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        found = sorted((entry.name, entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        return [Path(path) for _, path in found]
     return []
 
 

@@ -198,9 +198,9 @@ def _list_commands(runs: Sequence[Run], runs_folder: Any) -> list[str]:
 
 
 def _read_url(run: Run) -> str:
-    file = run.path / "wandb" / "url.txt"
     try:
-        url = file.read_text(errors="replace").strip()[:400]
+        with open(f"{run.path}/wandb/url.txt", encoding="utf-8", errors="replace") as file:
+            url = file.read().strip()[:400]
     except OSError:
         return ""
     return url if re.fullmatch(r"https?://[^\s\"'<>]+", url) else ""

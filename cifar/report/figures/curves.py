@@ -89,9 +89,9 @@ class LearningCurves:
             ends = []
             if len(lines) > MAX_LINES:
                 _draw_quantiles(axes, lines)
-            for line, ramp in zip(lines, ramp_colours(len(lines)), strict=True):
-                if len(lines) > MAX_LINES and not line.is_on_front:
-                    continue
+            drawn_places = [place for place, line in enumerate(lines) if line.is_on_front or len(lines) <= MAX_LINES]
+            for place, ramp in zip(drawn_places, ramp_colours(len(lines), drawn_places), strict=True):
+                line = lines[place]
                 grey = data.is_front_only and not line.is_on_front
                 colour = MUTED if grey else ramp
                 style = {"lw": 0.8, "alpha": 0.45} if grey else {"lw": 1.6}

@@ -186,13 +186,14 @@ class GradientFlowByNetwork:
         grid = figure.subplots(math.ceil(len(data) / columns), columns, sharey=True, squeeze=False)
         for axes in grid.flat[len(data) :]:
             axes.set_axis_off()
-        shared = _colour_labels([line for panel in data if len(panel.lines) > 1 for line in panel.lines])
+        common = [line for panel in data if len(panel.lines) > 1 for line in panel.lines]
+        shared = _colour_labels(common) if len({label for label, _ in common}) <= MAX_NAMED else {}
         for axes, panel in zip(grid.flat, data, strict=False):
             if len(panel.lines) > MAX_LINES:
                 _draw_quantiles(axes, panel)
             lines = panel.lines if len(panel.lines) <= MAX_LINES else []
             # The same settings have the same colour in all panels, if these are about the same few settings.
-            colours = shared if len(shared) <= MAX_NAMED and len(lines) > 1 else _colour_labels(lines)
+            colours = shared if shared and len(lines) > 1 else _colour_labels(lines)
             for label, norms in sorted(lines, key=lambda line: _sort_by_numbers(line[0])):
                 where = range(1, panel.layers + 1)
                 (line,) = axes.plot(where, norms, "o-", color=colours[label], ms=2.5, lw=1.2, label=label)

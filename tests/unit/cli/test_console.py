@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from cifar.cli import console
@@ -24,3 +26,14 @@ def test_the_progress_bar_survives_any_name(capsys: pytest.CaptureFixture[str], 
     terminal.on_step_end(1, 1)
     terminal.on_run_end("finished", "", {})
     assert "steps" in capsys.readouterr().out
+
+
+def test_a_progress_bar_that_shows_nothing_has_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report uses other cores only while it has one thread."""
+    monkeypatch.setattr(console, "console", type(console.console)(force_terminal=True))
+    before = threading.active_count()
+    with console.progress_bar("reading", "runs") as progress:
+        assert threading.active_count() == before
+        progress(1, 2)
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before

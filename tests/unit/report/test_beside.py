@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cifar.report import beside
-from cifar.report.beside import start_beside
+from cifar.report.beside import map_beside, share_beside, start_asked, start_beside
 from helpers.processes import is_alive, wait_until
 
 
@@ -110,3 +110,75 @@ def test_with_other_threads_the_work_is_done_here() -> None:
     finally:
         done.set()
         thread.join()
+
+
+def run_alone(program: str) -> str:
+    """What a program prints. In a process of its own, which has no threads."""
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.strip()
+
+
+def test_parts_are_worked_on_by_all_cores_and_come_back_in_order() -> None:
+    program = (
+        "import os; from cifar.report.beside import map_beside\n"
+        "found = map_beside(lambda part: [(item, os.getpid()) for item in part], list(range(1000)))\n"
+        "processes = len({pid for _, pid in found})\n"
+        "print([item for item, _ in found] == list(range(1000)), processes, len(os.sched_getaffinity(0)))"
+    )
+    is_ordered, processes, cores = run_alone(program).split()
+    assert is_ordered == "True" and int(processes) == min(int(cores), beside.MAX_COPIES + 1)
+    assert map_beside(lambda part: [2 * item for item in part], [3]) == [6]
+    assert map_beside(lambda part: part, list[int]()) == []
+
+
+def test_an_answer_comes_from_a_copy_that_was_prepared_before_the_question() -> None:
+    program = (
+        "import os; from cifar.report.beside import start_asked\n"
+        "known = []\n"
+        "with start_asked(lambda: known.append(3), lambda a, b: (os.getpid(), sum(known), len(a) + b)) as ask:\n"
+        "    wait = ask(b'x' * 200_000, 1)\n"
+        "    pid, prepared, length = wait()\n"
+        "print(length, pid != os.getpid(), prepared == 3, len(os.sched_getaffinity(0)) > 1)"
+    )
+    length, is_elsewhere, is_prepared, has_cores = run_alone(program).split()
+    assert length == "200001" and is_elsewhere == is_prepared == has_cores
+
+
+def test_a_question_to_a_copy_that_is_gone_is_answered_here() -> None:
+    original = os.getpid()
+
+    def die() -> None:
+        if os.getpid() != original:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with start_asked(die, lambda number: number + 1) as ask:
+        time.sleep(0.2)
+        assert ask(4)() == 5
+    with start_asked(die, lambda number: number + 1):  # and nobody needs to ask
+        pass
+
+
+def test_items_are_shared_with_a_copy_and_each_is_worked_on_once(tmp_path: Path) -> None:
+    def work(item: int) -> int:
+        with (tmp_path / "done").open("a") as file:
+            file.write(f"{item}\n")
+        time.sleep(0.01)
+        return 10 * item
+
+    with share_beside(work, range(20)) as finish:
+        assert finish() == [10 * item for item in range(20)]
+    assert sorted(map(int, (tmp_path / "done").read_text().split())) == [*range(20)]
+
+
+def test_items_of_a_copy_that_is_killed_are_worked_on_here() -> None:
+    original = os.getpid()
+
+    def work(item: int) -> int:
+        if os.getpid() != original:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    with share_beside(work, range(5)) as finish:
+        time.sleep(0.2)
+        assert finish() == [*range(5)]

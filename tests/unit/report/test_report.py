@@ -19,6 +19,7 @@ from cifar.cli.inspect import group_equal_networks
 from cifar.errors import UserError
 from cifar.report import draw_pictures, write_report
 from cifar.report.aggregate import compare_runs, describe_settings
+from cifar.report.build import format_json
 from cifar.report.formatting import format_macs, parse_macs
 from cifar.report.html import write_sentences
 from cifar.report.load import STAND_IN_BANNER, collect_runs, load_run, training_caveats
@@ -481,3 +482,14 @@ def test_rows_are_read_as_json_reads_them(lines: tuple[str, ...], tmp_path: Path
     record = write(tmp_path, "one")
     (record.path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines) + '{"epoch":5,')
     assert repr(load_run(record.path).rows) == repr(tuple(map(json.loads, lines)))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {}, [], "a", None, 1.5, {"a": []}, [[]], [1, [2], 3, {"b": {}}],
+        {"a": 1, "b": [1, 2.5, {"c": None}], "d": True, "e": "é, \n: {", "f": {"g": [[], [float("nan")]]}, "h": float("inf")},
+    ],
+)  # fmt: skip
+def test_indented_json_is_that_of_the_library(value: object) -> None:
+    assert format_json(value) == json.dumps(value, indent=1)

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,8 +19,9 @@ import pytest
 from cifar.report.load import Run, RunCollection, RunLoader, collect_runs, load_run
 from cifar.report.metric_rows import MetricRows, RowPacker
 from cifar.report.run_cache import RunCache
-from cifar.report.run_files import stat_files
+from cifar.report.run_files import RunReader, stat_files
 from cifar.tracking.cleanup import find_leftovers, remove_leftover
+from cifar.tracking.records import parse_rows
 from cifar.tracking.run_dir import CACHE_FILE, CACHE_FOLDER, list_folders
 from helpers.fake_runs import write
 
@@ -257,3 +260,75 @@ def test_packed_rows_are_like_a_tuple(kind: str) -> None:
         assert packed.read_column(name) == pytest.approx([row.get(name, np.nan) for row in rows], nan_ok=True, abs=0)
     with pytest.raises(IndexError):
         packed[len(rows)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"epoch":1,"b":0.5}\n{"epoch":2,"b":NaN}\n{"epoch":3,"b":-0.0}\n{"epoch":4,"b":1e999}\n{"epoch":5',
+        '{"epoch":1,"b":0.5}\n{"epoch":2,"b":1}\n',  # a whole number where the row before has a float
+        '{"epoch":1,"b":0.5}\n{"b":0.5,"epoch":2}\n',
+        '{"epoch":1,"b":0.5}\n{"epoch":2,"b":0.5,"c":1.0}\n',
+        '{"epoch":1,"\u00e4":0.5}\n',
+        '{"epoch":1,"a\\n":0.5}\n',
+        '{"epoch":1,"count":9007199254740993}\n',
+        '{"a":1,"a":2}\n',
+        "{}\n",
+        "",
+        '{"epoch":1}',
+        '{"epoch":1,"note":"text"}\n',
+        '{"epoch":1,"nothing":null}\n',
+    ],
+)
+def test_rows_that_are_read_as_a_whole_are_those_that_are_read_one_by_one(text: str) -> None:
+    content = text.encode()
+    parsed = RowPacker().parse(content)
+    assert parsed is None or repr(parsed) == repr(tuple(parse_rows(content)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"epoch":-1,"b":0.5}\n',
+        '{"epoch":1.5,"b":0.5}\n',
+        '{"epoch":10000000000}\n',
+        '{"epoch":true}\n',
+        "[1]\n",
+        '{"b":0.5}\n\n{"b":1.5}\n',
+        '{"b":0.5},{"b":1.5}\n',
+        '{"b":1' + "0" * 400 + "}\n",
+    ],
+)
+def test_rows_that_are_damaged_are_not_read_as_a_whole(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_rows(text.encode())
+    assert RowPacker().parse(text.encode()) is None
+
+
+def test_what_another_process_has_read_is_the_same(tmp_path: Path) -> None:
+    """Layouts and labels that runs have in common are kept once, also of runs that two processes have read."""
+    make_odd_runs(tmp_path)
+    reader, names = RunReader(), ("plain", "resumed", "null", "no_rows")
+    own = [reader.read(tmp_path / name) for name in names]
+    sent = [reader.share(files) for files in pickle.loads(pickle.dumps([RunReader().read(tmp_path / name) for name in names]))]
+    assert repr(sent) == repr(own)
+    for a, b in zip(sent, own, strict=True):
+        assert a.documents["labels"] is b.documents["labels"]
+        if isinstance(a.rows, MetricRows) and isinstance(b.rows, MetricRows):
+            assert all(first is second for first, second in zip(a.rows.layouts, b.rows.layouts, strict=True))
+
+
+def test_runs_are_the_same_however_many_cores_read_them(tmp_path: Path) -> None:
+    make_odd_runs(tmp_path / "runs")
+    program = (
+        "import os, sys; from pathlib import Path; from cifar.report import beside; from cifar.report.load import RunLoader\n"
+        "beside.MIN_PART = 3\n"
+        "if sys.argv[2] == 'one': os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "paths = sorted(Path(sys.argv[1]).glob('[a-z]*'))\n"
+        "for path, run in RunLoader(min_cached=1).load_all(paths): print(path.name, type(run), str(run))"
+    )
+    one, all_cores = (
+        subprocess.run([sys.executable, "-c", program, tmp_path / "runs", cores], capture_output=True, text=True, check=True)
+        for cores in ("one", "all")
+    )
+    assert one.stdout == all_cores.stdout and one.stdout.count("\n") == 14 and "damaged and left out" in one.stdout
