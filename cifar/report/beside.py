@@ -14,7 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar
 
-Result, Item = TypeVar("Result"), TypeVar("Item")
+Result = TypeVar("Result")
+Item = TypeVar("Item")
 MAX_COPIES = 7  # of this process at a time; their results are sent one after the other
 MIN_PART = 100  # items for which a copy is worth its start
 MAX_SILENT_SECONDS = 300.0  # a copy of a process whose libraries had threads may hang

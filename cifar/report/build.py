@@ -186,7 +186,8 @@ def _write_collection(
             table = _format_csv(facts) if facts else ""
             document = format_json(mask_secrets(_build_json(comparison, facts), mask_keys=False))
             figures = finish_figures()
-        sections, drawn = ([part for figure in figures for part in figure[place]] for place in (0, 1))
+        sections = [section for figure in figures for section in figure[0]]
+        drawn = [path for figure in figures for path in figure[1]]
         notes += [f"{problem}." for problem in registry.figures.problems]
         notes += [note for figure in figures for note in figure[2]]
         masked_notes = format_json(mask_secrets(notes, mask_keys=False), 1)
