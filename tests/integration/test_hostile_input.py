@@ -192,9 +192,11 @@ def read_all_runs(world: World) -> None:
     comparison = compare_runs(collection.runs, damaged=collection.damaged)
     assert {"good1", "good2"} <= {run.id for run in comparison.runs} | {run.id for run in comparison.excluded}
     notes = html.write_sentences(comparison)
-    json.dumps(build._build_json(comparison, notes)).encode()
+    facts = build._list_facts(comparison)
+    json.dumps([build._build_json(comparison, facts), notes]).encode()
+    build.format_json([build._build_json(comparison, facts), notes]).encode()
     if comparison.points:
-        build._format_csv(comparison).encode()
+        build._format_csv(facts).encode()
         str([build._format_row(comparison, point) for point in comparison.points])
     provenance = html.describe_provenance(comparison, collection.runs, "command")
     html.render_page(comparison, [], question="", notes=notes, provenance=provenance).encode()

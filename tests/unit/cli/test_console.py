@@ -36,4 +36,3 @@ def test_a_progress_bar_that_shows_nothing_has_no_thread(monkeypatch: pytest.Mon
         assert threading.active_count() == before
         progress(1, 2)
         assert threading.active_count() == before + 1
-    assert threading.active_count() == before
