@@ -176,9 +176,7 @@ def measure(size: Size, repeats: int, *, is_local: bool) -> dict[str, object]:
             cold.append(timed("me/cifar", home, server))
             warm.append(timed("me/cifar", home, server))
         server.assert_understood()
-    what = (
-        f"{size.runs} runs ({size.design}) x {size.epochs} epochs x {size.layers} layers"
-    )
+    what = f"{size.runs} runs ({size.design}) x {size.epochs} epochs x {size.layers} layers"
     return {
         "what": f"`report` of {what} ({num_bytes / 1e6:.0f} MB of metrics)",
         "histograms": f"{size.histograms} epochs of each run",
