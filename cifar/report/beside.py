@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import io
 import os
 import pickle
 import select
@@ -118,27 +119,38 @@ def start_asked(prepare: Callable[[], None], work: Callable[..., Result]) -> Ite
     work is done here where `start_beside` would do it here.
     """
     parent, arguments = os.getpid(), list[Any]()
-    reader, writer = os.pipe()
+    reader, writer = (
+        os.pipe()
+    )  # for one byte. Long arguments would fill it, and block where the copy is gone: they are in a file
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, reader)
+        stack.callback(os.close, writer)
+        is_linux = hasattr(os, "memfd_create")  # elsewhere there is no copy (`start_beside`), and nothing is written
+        question = stack.enter_context(os.fdopen(os.memfd_create("arguments"), "w+b") if is_linux else io.BytesIO())
 
-    def answer() -> Result:
-        if os.getpid() == parent:
-            return work(*arguments)
-        os.close(writer)
-        prepare()
-        with os.fdopen(reader, "rb") as question:
-            return work(*pickle.load(question))  # of the original
+        def answer() -> Result:
+            if os.getpid() == parent:
+                return work(*arguments)
+            os.close(writer)
+            prepare()
+            os.read(reader, 1)
+            length = os.fstat(question.fileno()).st_size
+            return work(*pickle.loads(os.pread(question.fileno(), length, 0)))  # of the original
 
-    with start_beside(answer) as wait, os.fdopen(writer, "wb", 0) as question:
+        wait = stack.enter_context(start_beside(answer))
 
         def ask(*given: Any) -> Callable[[], Result]:
             arguments.extend(given)
             if wait is not answer:
-                with contextlib.suppress(OSError):  # it was killed: then `wait` works here
+                try:
                     question.write(pickle.dumps(given))
+                    question.flush()
+                    os.write(writer, b"?")
+                except OSError:  # no memory is left for it
+                    return answer
             return wait
 
-        with os.fdopen(reader, "rb"):
-            yield ask
+        yield ask
 
 
 def _read_all(file: BinaryIO) -> bytearray:

@@ -49,8 +49,8 @@ def list_settings(comparison: Comparison) -> tuple[dict[str, list[Any]], list[fl
 
 
 def import_forests() -> None:
-    """Import scikit-learn, so that the first forest does not take those seconds."""
-    with contextlib.suppress(ImportError):
+    """Import scikit-learn, so that the first forest does not take those seconds. Whoever needs it says why it cannot be."""
+    with contextlib.suppress(Exception):  # one that does not fit NumPy raises ValueError
         importlib.import_module("sklearn.ensemble")
 
 

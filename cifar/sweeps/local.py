@@ -48,7 +48,7 @@ from cifar.sweeps.folder import read_sweep_info, read_sweep_text
 from cifar.sweeps.objectives import finite_or_none
 from cifar.sweeps.spec import Sweep
 from cifar.sweeps.trial_table import StoredTrial, TrialTable, parse_trial
-from cifar.sweeps.trial_transactions import TrialTransactions
+from cifar.sweeps.trial_transactions import NUM_OFFERS, TrialTransactions
 from cifar.system.files import shorten_repr
 from cifar.system.names import check_id, check_name, escape_controls
 from cifar.system.ownership import RunOwnedError, lease_seconds
@@ -233,6 +233,8 @@ class LocalBackend:
                 cells = {trial.cell for trial in look.running}
                 self._last_heartbeats = {cell: seen for cell, seen in self._last_heartbeats.items() if cell in cells}
             stored = min(look.open, key=lambda trial: (trial.num_failures, trial.cell))
+            if stored.num_failures and len(offers.unclaimed) > NUM_OFFERS:
+                return None  # cells that were not tried may be among those that were not looked at
             transaction.write_claim(stored.optuna_id, _describe_claim(stored, worker))
         return self._note_claim(stored)
 

@@ -57,7 +57,7 @@ def open_storage(url: str) -> RDBStorage:
     backend = parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql"):
         raise UserError(f"storage '{backend}' cannot lock a claim; use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DB")
-    if parsed.drivername == "postgresql":  # SQLAlchemy 2.1 would look for psycopg 3
+    if backend == "postgresql":  # SQLAlchemy 2.1 would look for psycopg 3; claims are written for psycopg2
         parsed = parsed.set(drivername="postgresql+psycopg2")
     sqlite = {
         "connect_args": {

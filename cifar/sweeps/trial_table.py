@@ -328,8 +328,23 @@ class TrialTable:
                 for key, value in about.items()
             ]
             connection.execute(_ATTRIBUTES.insert(), attributes)
-            if self._storage.engine.dialect.name == "postgresql":  # it would plan for small tables until it looks by itself
+        self._update_statistics()
+
+    def _update_statistics(self) -> None:
+        """PostgreSQL would plan for small tables until it looks by itself. Nothing waits for it, and nothing needs it."""
+        if self._storage.engine.dialect.name != "postgresql":
+            return
+        # Not within a transaction that has written: an index that is being made waits for that one, and this for the index.
+        options = {"isolation_level": "AUTOCOMMIT"}
+        with (
+            contextlib.suppress(sqlalchemy.exc.SQLAlchemyError),
+            self._storage.engine.connect().execution_options(**options) as connection,
+        ):
+            connection.execute(sqlalchemy.text("set lock_timeout = '2s'"))
+            try:
                 connection.execute(sqlalchemy.text("analyze trials, trial_user_attributes"))
+            finally:
+                connection.execute(sqlalchemy.text("reset lock_timeout"))
 
     def update_trial(self, optuna_id: int, now: Mapping[str, Any], state: OptunaState | None = None) -> None:
         """Write what changes of an open trial, and Optuna's state with it if given: a killed process leaves both or none."""

@@ -144,7 +144,8 @@ class TrialTransactions:
             driver.autocommit = True  # else psycopg2 sends a BEGIN of its own
             try:
                 cursor = connection.cursor()
-                lock = f"begin; select pg_advisory_xact_lock({advisory_key(self._name)});"
+                # Each statement sees what others have written until then, whatever the database's default is.
+                lock = f"begin isolation level read committed; select pg_advisory_xact_lock({advisory_key(self._name)});"
                 cursor.execute(lock + _name_parameters(question), parameters)
                 yield cursor.fetchall(), transaction
                 texts = [cursor.mogrify(_name_parameters(text), values).decode() for text, values in transaction.statements]

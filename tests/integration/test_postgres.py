@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -44,3 +46,20 @@ def test_leases_retries_and_extensions_as_on_a_file(
     larger = tmp_path / "larger.yaml"
     larger.write_text(GRID + "\nrun_cap: 5\n")
     assert mine.extend_sweep(larger) == 3 and isinstance(theirs.claim_trial("they"), Trial)
+
+
+def test_claims_do_not_depend_on_the_databases_isolation(runs: Path, postgres_url: str) -> None:
+    """With `repeatable read` a transaction would see the cells as they were before it waited for the sweep's lock."""
+    seeds = ", ".join(map(str, range(60)))
+    text = f"method: grid\nmetric: {{name: val/acc, goal: maximize}}\nparameters: {{seed: {{values: [{seeds}]}}}}"
+    isolation = "-c default_transaction_isolation=repeatable\\ read"  # of these connections only
+    url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}options={quote(isolation)}"
+    sweep = create_local_sweep(runs, url=url, text=text)
+
+    def claim_some(worker: int) -> list[int]:
+        backend = LocalBackend(sweep.id, runs, url)
+        return [claim_trial(backend, f"worker {worker}").cell for _ in range(15)]
+
+    with ThreadPoolExecutor(4) as workers:
+        claimed = [cell for cells in workers.map(claim_some, range(4)) for cell in cells]
+    assert sorted(claimed) == list(range(60))

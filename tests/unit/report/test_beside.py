@@ -182,3 +182,26 @@ def test_items_of_a_copy_that_is_killed_are_worked_on_here() -> None:
     with share_beside(work, range(5)) as finish:
         time.sleep(0.2)
         assert finish() == [*range(5)]
+
+
+@pytest.mark.parametrize("fault", ["killed", "cannot prepare"])
+def test_long_arguments_do_not_wait_for_a_copy_that_is_gone(fault: str) -> None:
+    """In a process of its own, with a limit: a write into a full pipe would never end."""
+    program = (
+        "import os, signal, sys\nfrom cifar.report.beside import start_asked\noriginal = os.getpid()\n"
+        "def prepare():\n"
+        "    if sys.argv[1] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    raise ValueError('numpy.dtype size changed')\n"
+        "with start_asked(prepare, len) as ask: print(ask('x' * 1_000_000)())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, fault], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.strip() == "1000000", done.stderr
+
+
+def test_long_arguments_reach_the_copy() -> None:
+    program = (
+        "from cifar.report.beside import start_asked\n"
+        "with start_asked(lambda: None, len) as ask: print(ask('x' * 1_000_000)())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "1000000"
