@@ -58,7 +58,7 @@ def test_models_have_whole_names_and_short_numbers(screen: Screen) -> None:
     shown = {line.split()[0] for line in lines[1:] if not line.startswith(" ")}
     assert {"resnet20", "shufflenet_v2_x0_5", "densenet_bc_100_12"} <= shown & set(registry.models.names())
     assert "272 k" in text and "40.8 M" in text and lines[-2:] == ["in all: MACs verified yes", "no room for: FLOPs"]
-    wide = screen.run("models", "--no-time", width=160)
+    wide = screen.run("models", "--no-time", width=200)
     assert "40,813,184" in wide and "81,626,368" in wide
 
 
