@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import sys
@@ -62,18 +61,6 @@ def print_sentence(text: str) -> None:
     text = clean_text(name_program(text))
     lines = wrap_text(text, console.width, breaks_words=False) if console.is_terminal else [text]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def pause_collections() -> Iterator[None]:
-    """No looks for unreachable objects meanwhile: they take a third of the time of a command that makes many and then ends."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def redirect_messages(is_redirected: bool) -> contextlib.AbstractContextManager[object]:

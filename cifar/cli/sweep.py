@@ -16,7 +16,6 @@ from cifar.cli.console import (
     console,
     echo,
     ensure_dataset,
-    pause_collections,
     print_json,
     print_sentence,
     print_table,
@@ -46,6 +45,7 @@ from cifar.cli.options import (
 )
 from cifar.errors import UserError, did_you_mean
 from cifar.system.durations import format_duration, parse_duration
+from cifar.system.memory import pause_garbage_collection
 from cifar.system.names import check_id, check_name
 from cifar.system.terminal import Column, Short
 from cifar.system.variables import read_variable, read_whole_number
@@ -386,7 +386,7 @@ def list_sweeps(runs_dir: RunsDir = None, as_json: Json = False) -> int:
 
 
 @sweeps_app.command("status")
-@pause_collections()
+@pause_garbage_collection()
 def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = None, as_json: Json = False) -> int:
     """The trials of a sweep and what became of them."""
     from cifar.agent.dashboard import advise_on_lost_folders, describe_lost_folders, format_metric

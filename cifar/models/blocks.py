@@ -21,6 +21,12 @@ DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of stochastic depth, in th
 Squeeze = Annotated[int, Field(ge=0)]  # by which squeeze-and-excitation divides the channels; 0: none
 
 
+def round_channels(channels: float, divisor: int = 8) -> int:
+    """The nearest multiple of `divisor`, and never more than 10 % below: the rule of MobileNet's and EfficientNet's authors."""
+    near = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return near + divisor if near < 0.9 * channels else near
+
+
 def conv_norm(
     inputs: int,
     outputs: int,

@@ -25,6 +25,7 @@ from cifar.models.blocks import (
     conv_norm,
     he_init_,
     make_drop_path,
+    round_channels,
 )
 from cifar.registry import models
 
@@ -35,12 +36,6 @@ STRIDES = (1, 1, 2, 2, 1, 2, 1)  # for CIFAR, after a stem of stride 1
 
 Stride = Annotated[int, Field(ge=1, le=2)]
 Divisor = Annotated[int, Field(ge=1)]
-
-
-def round_channels(channels: float, divisor: int) -> int:
-    """The nearest multiple of `divisor`, and never more than 10 % below."""
-    near = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return near + divisor if near < 0.9 * channels else near
 
 
 class MBConv(nn.Module):

@@ -9,17 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cifar.models.blocks import Dropout, Multiplier, conv_norm, he_init_
+from cifar.models.blocks import Dropout, Multiplier, conv_norm, he_init_, round_channels
 from cifar.registry import models
 
 # expansion, channels, blocks, first stride: table 2 with CIFAR's strides
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-
-
-def round_channels(channels: float) -> int:
-    """The nearest multiple of 8, and never more than 10 % below."""
-    near = max(8, int(channels + 4) // 8 * 8)
-    return near + 8 if near < 0.9 * channels else near
 
 
 class InvertedResidual(nn.Module):

@@ -13,8 +13,16 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar.models.blocks import Dropout, DropRate, Multiplier, SqueezeExcitation, conv_norm, he_init_, make_drop_path
-from cifar.models.mobilenet_v2 import round_channels
+from cifar.models.blocks import (
+    Dropout,
+    DropRate,
+    Multiplier,
+    SqueezeExcitation,
+    conv_norm,
+    he_init_,
+    make_drop_path,
+    round_channels,
+)
 from cifar.registry import models
 
 Size = Literal["large", "small"]

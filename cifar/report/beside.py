@@ -119,9 +119,8 @@ def start_asked(prepare: Callable[[], None], work: Callable[..., Result]) -> Ite
     work is done here where `start_beside` would do it here.
     """
     parent, arguments = os.getpid(), list[Any]()
-    reader, writer = (
-        os.pipe()
-    )  # for one byte. Long arguments would fill it, and block where the copy is gone: they are in a file
+    # For one byte. The arguments are in a file: long ones would fill a pipe, and block for ever where the copy is gone.
+    reader, writer = os.pipe()
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, reader)
         stack.callback(os.close, writer)

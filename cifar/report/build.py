@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
-import gc
 import importlib
 import io
 import json
@@ -38,6 +37,7 @@ from cifar.report.front import front_probabilities
 from cifar.report.importance import import_forests, list_settings, rate_settings
 from cifar.report.load import RunCollection, collect_runs, load_run
 from cifar.system.durations import format_duration
+from cifar.system.memory import pause_garbage_collection
 from cifar.system.redact import mask_secrets
 from cifar.tracking.run_dir import write_atomic
 
@@ -101,34 +101,7 @@ def write_report(
 
     Raises UserError for an unknown name, and if `out` cannot be written.
     """
-    with _pause_collection():
-        return _write_report(names, runs, out, split, budget, command, cost_unit, kept, progress)
-
-
-@contextlib.contextmanager
-def _pause_collection() -> Iterator[None]:
-    """No search for cycles of objects: beside the millions of objects of many runs it takes a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _write_report(
-    names: Sequence[str],
-    runs: Path,
-    out: Path | None,
-    split: str,
-    budget: float | None,
-    command: str,
-    cost_unit: str,
-    kept: Sequence[str],
-    progress: Callable[[int, int], None] | None,
-) -> ReportResult:
-    with contextlib.ExitStack() as copies:
+    with pause_garbage_collection(), contextlib.ExitStack() as copies:
         ask: list[_Ask] = []
 
         def start_importance(num_runs: int) -> None:
@@ -136,8 +109,18 @@ def _write_report(
                 ask.append(copies.enter_context(start_asked(import_forests, rate_settings)))
 
         collection = collect_runs(names, runs, progress, on_start=start_importance)
-        rate = ask[0] if ask else _rate_here
-        return _write_collection(collection, rate, names, runs, out, split, budget, command, cost_unit, kept)
+        comparison = compare_runs(
+            collection.runs, split=split, budget=budget, title=collection.title, damaged=collection.damaged, cost_unit=cost_unit
+        )
+        kept_ids = _find_kept(kept, collection)
+        out = out or _default_folder(collection, runs, split)
+        options = ["--split", "test"] if split == "test" else []
+        options += ["--budget", f"{budget / 1e6:g}M"] if budget else []
+        options += ["--x", cost_unit] if cost_unit != "macs" else []
+        options += [word for name in kept for word in ("--keep", name)]
+        command = command or shlex.join(["python", "-m", "cifar", "report", *names, *options])
+        explore = functools.partial(_make_explorer, comparison, collection, runs, kept_ids, ask[0] if ask else _rate_here)
+        return _write_files(collection, comparison, explore, out, command)
 
 
 _Drawn = tuple[list[pages.Section], list[Path], list[str]]
@@ -148,32 +131,11 @@ def _rate_here(*arguments: Any) -> Callable[[], dict[str, Any] | None]:
     return functools.partial(rate_settings, *arguments)
 
 
-def _write_collection(
-    collection: RunCollection,
-    rate: _Ask,
-    names: Sequence[str],
-    runs: Path,
-    out: Path | None,
-    split: str,
-    budget: float | None,
-    command: str,
-    cost_unit: str,
-    kept: Sequence[str],
+def _write_files(
+    collection: RunCollection, comparison: Comparison, explore: Callable[[], str], out: Path, command: str
 ) -> ReportResult:
-    """Write the report of runs that have been read. rate: takes what `rate_settings` takes -> waits for its result."""
-    comparison = compare_runs(
-        collection.runs, split=split, budget=budget, title=collection.title, damaged=collection.damaged, cost_unit=cost_unit
-    )
-    kept_ids = _find_kept(kept, collection)
-    wandb_name = collection.wandb_name.partition("://")[2] or collection.wandb_name
-    wandb_folder = re.sub(r"[^\w.-]+", "_", wandb_name)  # "" unless the runs come from W&B
-    out = out or _default_folder(collection, runs) / ("report-test" if split == "test" else "report") / wandb_folder
-    options = ["--split", "test"] if split == "test" else []
-    options += ["--budget", f"{budget / 1e6:g}M"] if budget else []
-    options += ["--x", cost_unit] if cost_unit != "macs" else []
-    options += [word for name in kept for word in ("--keep", name)]
+    """Write all files of a report into `out`. explore: makes the section of the explorer, while figures are drawn beside it."""
     notes = [*pages.write_sentences(comparison), *_progress_notes(collection, comparison)]
-    command = command or shlex.join(["python", "-m", "cifar", "report", *names, *options])
     draw = functools.partial(_draw_figure, collection, comparison, out)
     entries = sorted(registry.figures, key=style.sort_key)
     shares = share_beside if len(collection.runs) >= MANY_RUNS else _work_here
@@ -181,7 +143,7 @@ def _write_collection(
         out.mkdir(parents=True, exist_ok=True)
         paths = [out / "report.html", out / "report.csv", out / "report.json"]
         with shares(draw, entries) as finish_figures:
-            explorer = _make_explorer(comparison, collection, runs, kept_ids, rate)
+            explorer = explore()
             facts = _list_facts(comparison)
             table = _format_csv(facts) if facts else ""
             document = format_json(mask_secrets(_build_json(comparison, facts), mask_keys=False))
@@ -234,10 +196,15 @@ def draw_pictures(run_folder: Path) -> list[Path]:
     return paths
 
 
-def _default_folder(collection: RunCollection, runs: Path) -> Path:
+def _default_folder(collection: RunCollection, runs: Path, split: str) -> Path:
+    place = runs
     if collection.sweep:
-        return runs / "sweeps" / collection.sweep
-    return collection.runs[0].path if collection.is_single_run and not collection.wandb_name else runs
+        place = runs / "sweeps" / collection.sweep
+    elif collection.is_single_run and not collection.wandb_name:
+        place = collection.runs[0].path
+    wandb_name = collection.wandb_name.partition("://")[2] or collection.wandb_name
+    wandb_folder = re.sub(r"[^\w.-]+", "_", wandb_name)  # "" unless the runs come from W&B
+    return place / ("report-test" if split == "test" else "report") / wandb_folder
 
 
 def _find_kept(names: Sequence[str], collection: RunCollection) -> list[str]:

@@ -63,3 +63,8 @@ def test_claims_do_not_depend_on_the_databases_isolation(runs: Path, postgres_ur
     with ThreadPoolExecutor(4) as workers:
         claimed = [cell for cells in workers.map(claim_some, range(4)) for cell in cells]
     assert sorted(claimed) == list(range(60))
+
+
+def test_any_postgresql_url_is_opened_by_the_driver_that_claims_are_written_for(runs: Path, postgres_url: str) -> None:
+    sweep = create_local_sweep(runs, url=postgres_url.replace("postgresql", "postgresql+psycopg", 1), text=GRID)
+    assert claim_trial(sweep).cell == 0
