@@ -100,7 +100,7 @@ def test_widths_of_grouped_convolutions_and_norms() -> None:
         ("densenet_bc", "growth", (4, 12)),
         ("mobilenet_v2", "width_multiplier", (0.1, 0.5, 0.75)),
         ("mobilenet_v3_small", "width_multiplier", (0.1, 0.5, 0.75)),
-        ("fairdarts_a", "width", (1, 2, 5)),
+        pytest.param("fairdarts_a", "width", (1, 2, 5), marks=pytest.mark.slow),
         ("shufflenet_v2", "width_multiplier", (0.5, 1.0, 1.5)),
         ("convmixer", "width", (16, 32)),
         ("convmixer", "depth", (1, 4)),

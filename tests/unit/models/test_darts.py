@@ -22,6 +22,7 @@ def count_tower(outputs: int) -> int:
     return outputs * 128 + 2 * 128 + 128 * 768 * 4 + 2 * 768 + 768 * 10 + 10
 
 
+@pytest.mark.slow
 def test_costs_are_published_ones_with_and_without_the_auxiliary_tower() -> None:
     """quark0/darts: 3.349 M parameters. xiaomi-automl/FairDARTS: 528 M of DARTS_V2; a 2.83 M; c 2.59 M and 400 M. These are
     cut, not rounded. c is counted without the tower, and a with it. Of c their counter adds one pooling only, the last.

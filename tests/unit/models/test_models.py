@@ -15,7 +15,7 @@ from cifar.errors import UserError
 from cifar.models import airbench, efficientnet, mobilenet_v3, resnet, shufflenet_v2, vit
 from cifar.registry import models
 
-BIG = ("darts_v2", "wrn_28_10", "resnet164", "se_resnet110", "se_resnet164")
+BIG = ("darts", "darts_v2", "fairdarts_a", "wrn_28_10", "resnet164", "se_resnet110", "se_resnet164")
 NAMES: list[Any] = [pytest.param(name, marks=pytest.mark.slow) if name in BIG else name for name in models.names()]
 
 # Name -> parameters, MACs of one image. MACs of ResNet-20 to 56, VGG, MobileNetV2, ShuffleNetV2, ResNet-8 and both airbench
