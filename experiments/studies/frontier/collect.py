@@ -1,13 +1,14 @@
 """Compact records of a folder of runs, and a table of them.
 
-    python experiments/studies/frontier/collect.py RUNS --name ablation [--out DIR]
+    python experiments/studies/frontier/collect.py RUNS --name ablation [--add] [--out DIR]
     python experiments/studies/frontier/collect.py --table experiments/studies/frontier/ablation_runs.csv
 
 The first writes four files of all runs in RUNS that have an epoch, then prints the table: NAME_runs.csv (a line a run: its
 recipe, its result, what it cost), NAME_curves.csv.gz (a line an epoch), NAME.csv (a line a row) and NAME_commands.txt (the
 command of each row). Runs that have not finished are in the first two, with their state, and not in the others. A row is the
 runs that differ in their seeds only; "gain" is against the same network without the recipe, with a 95 % interval from the
-standard deviation that is pooled over the rows shown. Accuracies are in percent.
+standard deviation that is pooled over the rows shown. Accuracies are in percent. With --add the runs come to those that the
+files have already.
 """
 
 from __future__ import annotations
@@ -138,10 +139,30 @@ def describe_epoch(run: str, row: dict[str, Any]) -> list[Any]:
     ]
 
 
-def collect(runs_dir: Path, name: str, out: Path) -> Path:
-    """Write both files -> the path of NAME_runs.csv."""
-    lines, curves, first = [], [], dict[tuple[str, ...], tuple[int, dict[str, Any]]]()  # of each row: its smallest seed
+def read_collected(name: str, out: Path) -> tuple[list[dict[str, Any]], list[list[Any]], dict[str, str]]:
+    """What the files have already: lines of NAME_runs.csv, lines of NAME_curves.csv.gz, and of each run its row's command."""
+    with open(out / f"{name}_runs.csv", newline="", encoding="utf-8") as file:
+        lines: list[dict[str, Any]] = list(csv.DictReader(file))
+    with gzip.open(out / f"{name}_curves.csv.gz", "rt", newline="", encoding="utf-8") as file:
+        curves: list[list[Any]] = list(csv.reader(file))[1:]
+    texts = (out / f"{name}_commands.txt").read_text("utf-8").splitlines()[1:]
+    commands = {
+        run: command
+        for about, command in zip(texts[::2], texts[1::2], strict=True)
+        for run in about.partition(", runs ")[2].split()
+    }
+    return lines, curves, commands
+
+
+def collect(runs_dir: Path, name: str, out: Path, *, add: bool = False) -> Path:
+    """Write the files -> the path of NAME_runs.csv. add: beside the runs that they have already."""
+    lines, curves, known = read_collected(name, out) if add else ([], [], {})
+    first: dict[tuple[str, ...], tuple[int, dict[str, Any]]] = {}  # of each row: its smallest seed
+    collected = {line["run"] for line in lines}
+    commands = {_row_key(line): known[line["run"]] for line in lines if line["run"] in known}
     for path in sorted(runs_dir.glob("*/run.json")):
+        if path.parent.name in collected:
+            continue
         rows = read_rows(path.parent) if (path.parent / "metrics.jsonl").exists() else []
         if rows:
             lines.append(describe_run(path.parent, rows))
@@ -156,14 +177,15 @@ def collect(runs_dir: Path, name: str, out: Path) -> Path:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([CURVES, *curves])
     (out / f"{name}_curves.csv.gz").write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
-    commands = {key: write_command(config) for key, (_, config) in first.items()}
+    commands = {key: write_command(config) for key, (_, config) in first.items()} | commands
     write_table(lines, commands, out / f"{name}.csv", out / f"{name}_commands.txt")
     return out / f"{name}_runs.csv"
 
 
 def _row_key(line: dict[str, Any]) -> tuple[str, ...]:
     """What the runs of a row have in common."""
-    return tuple(str(line[name]) for name in (*NETWORK, *TRAINING, *RECIPE, *DETAILS, "macs", "params", "val_size", "test"))
+    names = (*NETWORK, *TRAINING, *RECIPE, *DETAILS, "macs", "params", "val_size", "test")
+    return tuple("" if line[name] is None else str(line[name]) for name in names)
 
 
 def write_command(config: dict[str, Any]) -> str:
@@ -190,7 +212,7 @@ def write_table(lines: list[dict[str, Any]], commands: dict[tuple[str, ...], str
             rows[_row_key(line)].append(line)
     written, texts = [], ["# The command of each row of the table beside it, of its first seed."]
     for key, runs in sorted(rows.items(), key=lambda item: (float(item[1][0]["macs"] or 0), item[0])):
-        runs = sorted(runs, key=lambda line: line["seed"] or 0)
+        runs = sorted(runs, key=lambda line: int(line["seed"] or 0))
         split = "test" if runs[0]["test_acc"] != "" else "val"  # a run on all images has no validation accuracy
         known = [float(line[f"{split}_acc"]) for line in runs if line[f"{split}_acc"] != ""]
         shown = {name: runs[0][name] for name in (*NETWORK, *TRAINING, *RECIPE, *DETAILS, "macs", "params")}
@@ -265,12 +287,13 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="?", type=Path, help="a folder of runs")
     parser.add_argument("--name", default="runs", help="what the files' names begin with")
+    parser.add_argument("--add", action="store_true", help="keep the runs that the files have already")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where they go")
     parser.add_argument("--table", type=Path, metavar="CSV", help="only print the table of such a file")
     options = parser.parse_args(words)
     if options.table is None and options.runs is None:
         parser.error("name a folder of runs, or --table CSV")
-    print_table(options.table or collect(options.runs, options.name, options.out))
+    print_table(options.table or collect(options.runs, options.name, options.out, add=options.add))
     return 0
 
 
