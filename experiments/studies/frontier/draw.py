@@ -32,6 +32,7 @@ OURS, FRONT, PLAIN = "#2f6fde", "#d2413f", "#8b95a1"
 NAMES = {
     "resnet8": "ResNet-8", "resnet20": "ResNet-20", "airbench": "whitened", "shufflenet_v2_x0_5": "ShuffleNetV2 x0.5",
     "preact_resnet18": "PreActResNet-18", "wrn": "WRN", "wrn_16_4": "WRN-16-4",
+    "efficientnet": "EfficientNet",
 }  # fmt: skip
 LABELLED = (
     "μNAS",
@@ -79,6 +80,8 @@ def select_rows(lines: Sequence[dict[str, str]]) -> list[Row]:
     for line in lines:
         half = float(stats.t.ppf(0.975, freedom)) * deviation / int(line["n"]) ** 0.5 if freedom else 0.0
         width = f", width {line['width']}" if line["width"] else ""
+        if line.get("width_multiplier"):
+            width = f" x{float(line['width_multiplier']):g}"
         depth = f"-{line['depth']}" if line["model"] == "wrn" else ""
         rows.append(
             Row(
