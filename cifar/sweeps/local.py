@@ -25,11 +25,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
-
-import optuna
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState as OptunaState
+from typing import TYPE_CHECKING, Any, Literal
 
 from cifar.config.schema import MAX_THREADS
 from cifar.config.yaml_loader import parse_yaml
@@ -42,11 +38,13 @@ from cifar.states import (
     TRIAL_STATES,
     WORST_RESULT_STATES,
 )
-from cifar.sweeps import sampler, spec, storage
+from cifar.sweeps import spec, storage
 from cifar.sweeps.backend import MAX_RETRIES, Trial, TrialFilter
 from cifar.sweeps.folder import read_sweep_info, read_sweep_text
 from cifar.sweeps.objectives import finite_or_none
+from cifar.sweeps.optuna_tables import OptunaState
 from cifar.sweeps.spec import Sweep
+from cifar.sweeps.storage_errors import redact_url
 from cifar.sweeps.trial_table import StoredTrial, TrialTable, parse_trial
 from cifar.sweeps.trial_transactions import NUM_OFFERS, TrialTransactions
 from cifar.system.files import shorten_repr
@@ -56,14 +54,16 @@ from cifar.system.redact import redact
 from cifar.system.variables import read_variable
 from cifar.tracking.run_dir import RunDir, generate_id, list_folders, read_json, write_atomic
 
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+LISTED_METHODS = ("grid", "random")  # whose trials are all in the database from the beginning
 MAX_LOOKED_AT = 1000  # waiting trials, for one that goes with others
 MAX_KEPT_HEARTBEATS = 100  # of cells that do not run any more
 PLACE_FILE = "place.json"  # in the sweep's folder
 _CELL_DEFAULTS: dict[str, Any] = {"reason": "", "value": None, "objectives": [], "attempt": 0, "worker": ""}
 # what a search learns from an ended trial: its values (COMPLETE), that it was bad (PRUNED), or nothing (FAIL, the default)
 _OPTUNA_STATES = {"finished": OptunaState.COMPLETE, **dict.fromkeys(WORST_RESULT_STATES, OptunaState.PRUNED)}
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def create_sweep(
@@ -99,6 +99,8 @@ def create_checked_sweep(
     threads: int = 0,
 ) -> str:
     """`create_sweep` for a sweep whose trials have been checked with the same values. `fixed` names the dataset."""
+    from cifar.sweeps.sampler import optuna_directions
+
     lease_seconds()  # raises UserError for a wrong CIFAR_LEASE now, and not in an agent
     if sweep.scheduler:
         sweep.scheduler.check_runs_locally()
@@ -118,7 +120,7 @@ def create_checked_sweep(
         "threads": threads,
         "sweep_seed": sweep_seed,
         "fixed": dict(fixed),
-        "storage": storage.redact_url(storage_url),
+        "storage": redact_url(storage_url),
         "runs": str(runs_dir),
         "versions": {name: version(name) for name in ("optuna", "torch")} | {"python": platform.python_version()},
     }
@@ -126,11 +128,11 @@ def create_checked_sweep(
         (folder / "logs").mkdir(parents=True)
         write_atomic(folder / "sweep.yaml", sweep.text.encode())
         database = storage.open_storage(storage_url or storage.default_url(folder))
-        study = database.create_new_study(sampler.optuna_directions(sweep), sweep_id)
+        study = database.optuna.create_new_study(optuna_directions(sweep), sweep_id)
         table = TrialTable(database, study)
         table.insert_waiting([_attributes_of(cell, values) for cell, values in enumerate(known_trials)])
         table.add_index()
-        database.set_study_user_attr(study, "sweep", {"yaml": sweep.text, "info": info})  # for other machines
+        table.write_study_attribute("sweep", {"yaml": sweep.text, "info": info})  # for other machines
         write_atomic(folder / "sweep.json", json.dumps(info, indent=1).encode())  # last: with this file the sweep exists
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -164,12 +166,10 @@ class LocalBackend:
         self._storage_url = (storage_url or recorded_url) if recorded_url else storage.default_url(self.folder)
         self.shared_storage = not self._storage_url.startswith("sqlite")
         self._storage = storage.open_storage(self._storage_url)
-        try:
-            self._study = self._storage.get_study_id_from_name(sweep_id)
-        except KeyError:
-            raise UserError(
-                f"{storage.redact_url(self._storage_url)} does not hold sweep {sweep_id}; check CIFAR_STORAGE or --storage"
-            ) from None
+        study = storage.find_study(self._storage, sweep_id)
+        if study is None:
+            raise UserError(f"{redact_url(self._storage_url)} does not hold sweep {sweep_id}; check CIFAR_STORAGE or --storage")
+        self._study = study
         self._table = TrialTable(self._storage, self._study)
         self._transactions = TrialTransactions(self._storage, self._study, sweep_id)
         self._last_heartbeats: dict[int, tuple[Any, float]] = {}  # cell -> (its last heartbeat, when we first saw that)
@@ -178,10 +178,8 @@ class LocalBackend:
     def _fetch_definition(self, storage_url: str) -> bool:
         """Write the files of a sweep that another machine made, from the copy in its storage. False if it is not there."""
         database = storage.open_storage(storage_url)
-        try:
-            definition = database.get_study_user_attrs(database.get_study_id_from_name(self.id)).get("sweep")
-        except KeyError:
-            return False
+        study = storage.find_study(database, self.id)
+        definition = None if study is None else TrialTable(database, study).read_study_attribute("sweep")
         if definition:
             if not (isinstance(definition, dict) and isinstance(definition.get("yaml"), str)):
                 raise UserError(f"what the database says of sweep {self.id} is damaged; restore it from a copy")
@@ -201,6 +199,8 @@ class LocalBackend:
         """
         if trial_filter is None and (quickly := self._claim_quickly(worker)):
             return quickly
+        if self.sweep.method not in LISTED_METHODS:
+            _ = self._storage.optuna  # importing it takes long, so not while others wait for the lock
         while True:
             wanted = [] if trial_filter is None else self._find_wanted(trial_filter, 1)
             with storage.lock_storage(self._storage, self.id):
@@ -285,10 +285,12 @@ class LocalBackend:
         """Add the next trial of a search; None where all are there."""
         if self._table.count_cells() >= self.info["cells"]:
             return None
+        from cifar.sweeps import sampler
+
         trials = self._list_trials()  # the sampler gets them all
         values, params, space = sampler.suggest_trial(self.sweep, trials, self.info["sweep_seed"])
         suggested = _make_waiting_trial(_attributes_of(len(trials), values), params, space)
-        self._storage.create_new_trial(self._study, suggested)
+        self._storage.optuna.create_new_trial(self._study, suggested)
         return next(self._table.iterate_waiting(), None)
 
     def heartbeat(self, trial: Trial) -> Literal["go", "stop", "lost"]:
@@ -322,12 +324,13 @@ class LocalBackend:
         rung = max(history, default=0)
         if early_stopping is None or rung not in early_stopping.rung_epochs(epochs):
             return True
+        database = self._storage.optuna  # importing it takes long, so not while others wait for the lock
         with storage.lock_storage(self._storage, self.id):
             stored = self._find_claimed(trial)
             if stored is None:
                 return True  # the next heartbeat tells the agent
             for epoch, value in history.items():
-                self._storage.set_trial_intermediate_value(stored.optuna_id, epoch, value)
+                database.set_trial_intermediate_value(stored.optuna_id, epoch, value)
             peers = [metric.as_cost(value) for value in self._table.list_values_at(rung)]
         return early_stopping.should_continue(metric.as_cost(history[rung]), metric.as_cost(best), peers)
 
@@ -489,11 +492,11 @@ class LocalBackend:
     def agree_on_threads(self, threads: int) -> int:
         """The CPU threads of each trial: as the first agent proposes, then the same for all agents."""
         with storage.lock_storage(self._storage, self.id):
-            agreed = self._storage.get_study_user_attrs(self._study).get("threads") or self.info["threads"]
+            agreed = self._table.read_study_attribute("threads") or self.info["threads"]
             if agreed and (type(agreed) is not int or not 1 <= agreed <= MAX_THREADS):
                 raise UserError(f"the sweep's database says threads: {shorten_repr(agreed)}; restore the database from a copy")
             if not agreed:
-                self._storage.set_study_user_attr(self._study, "threads", threads)
+                self._table.write_study_attribute("threads", threads)
             self.info["threads"] = agreed or threads
             write_atomic(self.folder / "sweep.json", json.dumps(self.info, indent=1).encode())
             return int(agreed or threads)
@@ -532,13 +535,13 @@ class LocalBackend:
     def _offer_again(self, ended: Sequence[StoredTrial]) -> None:
         """Offer ended cells again. A search goes on knowing a cell by the parameters of its last trial."""
         offers = [_attributes_of(trial.cell, trial.values, _make_offer(trial.attempt)) for trial in ended]
-        if self.sweep.method in ("grid", "random"):
+        if self.sweep.method in LISTED_METHODS:
             self._table.insert_waiting(offers)
             return
         for trial, offer in zip(ended, offers, strict=True):
-            before = self._storage.get_trial(trial.optuna_id)
+            before = self._storage.optuna.get_trial(trial.optuna_id)
             waiting = _make_waiting_trial(offer, before.params, before.distributions)
-            self._storage.create_new_trial(self._study, waiting)
+            self._storage.optuna.create_new_trial(self._study, waiting)
 
     def _read_place(self, *, create: bool = False) -> str:
         """The id of this runs folder, as far as this sweep knows it. "" if there is none, or if its file is damaged."""
@@ -555,16 +558,16 @@ class LocalBackend:
 
     def _reopen_sweep(self) -> None:
         """Hand out trials again, whatever has stopped the sweep."""
-        self._storage.set_study_user_attr(self._study, "stopped", "")
+        self._table.write_study_attribute("stopped", "")
 
     def _publish_definition(self, text: str) -> None:
         """Write the sweep's definition to the storage, for other machines."""
-        self._storage.set_study_user_attr(self._study, "sweep", {"yaml": text, "info": self.info})
+        self._table.write_study_attribute("sweep", {"yaml": text, "info": self.info})
 
     def _list_trials(self) -> list[FrozenTrial]:
         """One trial for each cell, as Optuna's samplers take them. Of a cell that was offered again, the latest."""
-        trials = sorted(self._storage.get_all_trials(self._study, deepcopy=False), key=lambda trial: trial.number)
-        latest = {parse_trial(t._trial_id, t.number, t.state, t.user_attrs).cell: t for t in trials}
+        trials = sorted(self._storage.optuna.get_all_trials(self._study, deepcopy=False), key=lambda trial: trial.number)
+        latest = {parse_trial(t._trial_id, t.number, OptunaState(t.state), t.user_attrs).cell: t for t in trials}
         return [latest[cell] for cell in sorted(latest)]
 
     def _update_trial(self, trial: StoredTrial, optuna_state: OptunaState | None = None, **changes: Any) -> None:
@@ -624,7 +627,7 @@ class LocalBackend:
         return self._read_place(create=True) if has_folder else ""
 
     def _stop_claims(self, reason: str, *, cancel: bool = False) -> None:
-        self._storage.set_study_user_attr(self._study, "stopped", "cancel" if cancel else "stop")
+        self._table.write_study_attribute("stopped", "cancel" if cancel else "stop")
         how: dict[str, Any] = {"state": "stopped", "reason": reason, "value": None, "objectives": []}
         waiting = self._table.iterate_waiting()
         ended = {trial.optuna_id: {**trial.now, **how, "place": self._note_place(trial.cell)} for trial in waiting}
@@ -654,9 +657,9 @@ def _make_offer(attempt: int) -> dict[str, Any]:
 
 def _make_waiting_trial(attributes: Mapping[str, Any], params: Mapping[str, Any], space: Mapping[str, Any]) -> FrozenTrial:
     """A trial of a search."""
-    return optuna.trial.create_trial(
-        state=OptunaState.WAITING, params=dict(params), distributions=dict(space), user_attrs=dict(attributes)
-    )
+    from optuna.trial import TrialState, create_trial
+
+    return create_trial(state=TrialState.WAITING, params=dict(params), distributions=dict(space), user_attrs=dict(attributes))
 
 
 def list_sweeps(runs_dir: Path, damaged: list[tuple[str, str]] | None = None) -> list[dict[str, Any]]:

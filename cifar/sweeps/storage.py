@@ -1,4 +1,4 @@
-"""The databases of local sweeps: opening one, locking it, and showing its URL without the password."""
+"""The databases of local sweeps: opening one, and locking it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 import sqlalchemy
-from optuna.storages import RDBStorage
 
 from cifar.errors import UserError
+from cifar.sweeps import optuna_tables
+from cifar.sweeps.storage_errors import StorageError, explain_errors, redact_url
 from cifar.system.files import is_regular_file
 from cifar.system.ownership import NO_FLOCK_ERRNOS
-from cifar.system.redact import redact
+
+if TYPE_CHECKING:
+    from cifar.sweeps.optuna_storage import GuardedStorage
 
 CONNECT_SECONDS = 8  # to wait for a server that does not answer
 LOCK_TIMEOUT_SECONDS = 300.0  # for others' claims; that of a search takes seconds in a sweep of thousands of cells
@@ -34,21 +36,26 @@ def default_url(folder: Path) -> str:
     return f"sqlite:///{folder / 'study.db'}"
 
 
-def redact_url(url: str) -> str:
-    """The URL as it may be shown and written to files: without passwords, with the absolute path of a SQLite file."""
-    if not url:
-        return ""
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
-        return "***"
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
-        return f"sqlite:///{os.path.realpath(parsed.database)}"
-    secret = {key: "***" for key in parsed.query if "pass" in key.lower() or "key" in key.lower()}
-    return parsed.update_query_dict(secret).render_as_string(hide_password=True)
+class Storage:
+    """The database of local sweeps. `engine`: its connections, for our own SQL."""
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self._url, self._options = url, options
+        self.engine = sqlalchemy.create_engine(url, **options)
+
+    @functools.cached_property
+    def optuna(self) -> GuardedStorage:
+        """The same database through Optuna, with connections of its own.
+
+        To make tables and studies, and for searches. All else does without: the import and the opening take half a second.
+        """
+        from cifar.sweeps.optuna_storage import GuardedStorage
+
+        with explain_errors(self.engine):
+            return GuardedStorage(self._url, engine_kwargs=dict(self._options))
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str) -> Storage:
     """Connect, and make Optuna's tables if there are none. Raises UserError."""
     try:
         parsed = sqlalchemy.make_url(url)
@@ -71,12 +78,23 @@ def open_storage(url: str) -> RDBStorage:
     options = sqlite if backend == "sqlite" else {"pool_pre_ping": True, "connect_args": timeout}
     try:
         whole = redact_url(url) if backend == "sqlite" else parsed.render_as_string(hide_password=False)
-        return GuardedStorage(whole, engine_kwargs=options)
+        storage = Storage(whole, options)
+        if not optuna_tables.has_known_schema(storage.engine):
+            _ = storage.optuna  # it makes the tables, or refuses those of another version
+        return storage
     except Exception as error:  # a file that is no database of Optuna's can raise anything
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):  # that is no fault of the storage
             raise
-        what = "install psycopg2-binary" if isinstance(error, ImportError) else type(error).__name__
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        what = "install psycopg2-binary" if isinstance(error, ImportError) else type(cause).__name__
         raise UserError(f"the storage {redact_url(url)} cannot be opened ({what}); check the URL and its server") from None
+
+
+def find_study(storage: Storage, name: str) -> int | None:
+    """The id of the study of that name; None if there is none."""
+    studies = optuna_tables.STUDIES.c
+    with explain_errors(storage.engine), storage.engine.connect() as connection:
+        return connection.execute(sqlalchemy.select(studies.study_id).where(studies.study_name == name)).scalar()
 
 
 def _check_sqlite_file(database: str | None) -> None:
@@ -85,56 +103,6 @@ def _check_sqlite_file(database: str | None) -> None:
         raise UserError("the storage names no file; write sqlite:///FILE, as all agents have to find it")
     if os.path.lexists(database) and not is_regular_file(database):
         raise UserError(f"the storage {database} is not a file; name another one")
-
-
-class GuardedStorage(RDBStorage):
-    """Optuna's storage, where a damaged database or a lost server is one sentence. The cause stays in the error's chain."""
-
-
-@contextlib.contextmanager
-def explain_errors(storage: RDBStorage, known: type[BaseException] | tuple[()] = ()) -> Iterator[None]:
-    """Turn what a damaged database or a lost server raises into one sentence. `known`: errors that mean something else."""
-    try:
-        yield
-    except known:
-        raise
-    except (
-        sqlalchemy.exc.SQLAlchemyError,
-        storage.engine.dialect.loaded_dbapi.Error,
-        optuna.exceptions.StorageInternalError,
-        *_DAMAGE,
-    ) as error:
-        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error  # says more
-        what = " ".join(str(getattr(cause, "orig", cause) or error).split())[:200] or type(error).__name__
-        raise StorageError(
-            f"the storage {redact_url(str(storage.engine.url))} is damaged or does not answer ({redact(what)}); "
-            "restore it, or check its server"
-        ) from error
-
-
-def _guard_method(name: str) -> Callable[..., Any]:
-    method = getattr(RDBStorage, name)
-
-    @functools.wraps(method)
-    def call(self: RDBStorage, *arguments: Any, **options: Any) -> Any:
-        # a KeyError of that method says that there is no study of that name
-        with explain_errors(self, KeyError if name == "get_study_id_from_name" else ()):
-            return method(self, *arguments, **options)
-
-    return call
-
-
-# What Optuna and SQLAlchemy raise at rows that Optuna never wrote.
-_DAMAGE = (ValueError, TypeError, AssertionError, AttributeError, LookupError, OverflowError, RecursionError)
-for _name in (
-    "get_all_trials", "get_trial", "get_study_id_from_name", "get_study_user_attrs", "set_study_user_attr", "create_new_trial",
-    "set_trial_user_attr", "set_trial_state_values", "set_trial_intermediate_value",
-):  # fmt: skip
-    setattr(GuardedStorage, _name, _guard_method(_name))
-
-
-class StorageError(UserError):
-    """A database that does not do what it should."""
 
 
 class _WalConnection(sqlite3.Connection):
@@ -171,7 +139,7 @@ def _is_on_local_disk(database: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def lock_storage(storage: RDBStorage, name: str) -> Iterator[None]:
+def lock_storage(storage: Storage, name: str) -> Iterator[None]:
     """Hold the lock of a sweep: one process at a time, of all that share the storage. It is released when its process ends.
 
     Optuna's own claim is not enough: two processes can be given the same waiting trial of a SQLite file.
@@ -199,7 +167,7 @@ def advisory_key(name: str) -> int:
 
 
 @contextlib.contextmanager
-def _explain_lock_errors(storage: RDBStorage) -> Iterator[None]:
+def _explain_lock_errors(storage: Storage) -> Iterator[None]:
     """Turn what the file system refuses to a SQLite file's lock into one sentence."""
     try:
         yield

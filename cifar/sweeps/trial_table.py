@@ -2,7 +2,7 @@
 
 Optuna reads a study's trials all at once, with five statements and an object for each row: a second or two for 10,000 trials.
 It writes them one by one, with twelve statements and a commit each. So what happens often, or to all trials at once, is asked
-and written here, in Optuna's own tables and columns. `RDBStorage` does all else. Both read and write the same rows, which
+and written here, in Optuna's own tables and columns. Optuna does all else. Both read and write the same rows, which
 tests/unit/sweeps/test_trial_table.py compares, so a sweep's database stays one that Optuna can open.
 
 What is used of Optuna's tables:
@@ -27,17 +27,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy
-from optuna.storages import RDBStorage
-from optuna.storages._rdb import models  # private, but what they describe is on disk and changes with a migration only
-from optuna.trial import TrialState as OptunaState
 from sqlalchemy import ColumnElement, and_, bindparam, func, literal, select
 
 from cifar.errors import UserError
-from cifar.sweeps.storage import explain_errors
+from cifar.sweeps import optuna_tables
+from cifar.sweeps.optuna_tables import OptunaState
+from cifar.sweeps.storage import Storage
+from cifar.sweeps.storage_errors import explain_errors
 from cifar.sweeps.trial_offers import Offers
 from cifar.tracking.records import is_count
 
-_TRIALS, _ATTRIBUTES = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
+_TRIALS, _ATTRIBUTES = optuna_tables.TRIALS, optuna_tables.TRIAL_ATTRIBUTES
 _CELL, _VALUES, _NOW = (_ATTRIBUTES.alias(key) for key in ("cell", "planned", "now"))
 _CHUNK_SIZE = 32  # waiting trials that a claim reads at once
 _INDEX, _INDEX_COLUMNS = "cifar_trials_by_state", "study_id, state, datetime_start, trial_id"
@@ -51,9 +51,13 @@ _SET_STARTED = _TRIALS.update().where(_IS_TRIAL).values(state=bindparam("new"), 
 _SET_ENDED = _TRIALS.update().where(_IS_TRIAL).values(state=bindparam("new"), datetime_complete=bindparam("end"))
 _IS_NOW = and_(_ATTRIBUTES.c.trial_id == bindparam("id"), _ATTRIBUTES.c.key == "now")
 _SET_NOW = _ATTRIBUTES.update().where(_IS_NOW).values(value_json=bindparam("text"))
-_STUDY = models.StudyUserAttributeModel.__table__
+_STUDY = optuna_tables.STUDY_ATTRIBUTES
 _IS_ATTRIBUTE = and_(_STUDY.c.study_id == bindparam("study"), _STUDY.c.key == bindparam("name"))
 _STUDY_ATTRIBUTE = select(_STUDY.c.value_json).where(_IS_ATTRIBUTE)
+_WRITE_STUDY_ATTRIBUTE = sqlalchemy.text("""
+insert into study_user_attributes (study_id, key, value_json) values (:study, :name, :text)
+on conflict (study_id, key) do update set value_json = excluded.value_json
+""")
 _MAX_IDS = 500  # in one statement
 
 
@@ -120,7 +124,7 @@ def _utc_now() -> datetime.datetime:
 class TrialTable:
     """The trials of one study. Who changes something, or relies on an answer, holds the sweep's lock."""
 
-    def __init__(self, storage: RDBStorage, study: int) -> None:
+    def __init__(self, storage: Storage, study: int) -> None:
         self._storage, self._study = storage, study
         self._offers, self._guard = Offers(), threading.RLock()
         self._ended = Counter[
@@ -131,7 +135,7 @@ class TrialTable:
         # Statements of every claim and end, made once: SQLAlchemy takes longer to make one than a database to answer it.
         is_unclaimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_(None))
         was_claimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_not(None))
-        joined = _TRIALS
+        joined: sqlalchemy.FromClause = _TRIALS
         for attributes, key in ((_CELL, "cell"), (_VALUES, "values"), (_NOW, "now")):
             joined = joined.outerjoin(attributes, self._has_key(attributes, key))
         columns = (_TRIALS.c.trial_id, _TRIALS.c.number, _TRIALS.c.state, _TRIALS.c.datetime_start)  # the last: to check it
@@ -292,15 +296,16 @@ class TrialTable:
 
     def list_values_at(self, step: int) -> list[float]:
         """The intermediate values at a step: one for each cell whose latest trial has come to it."""
-        reached = models.TrialIntermediateValueModel.__table__
+        reached = optuna_tables.INTERMEDIATE_VALUES
         columns = _TRIALS.c.trial_id, reached.c.intermediate_value, reached.c.intermediate_value_type
         found = select(*columns).select_from(reached.join(_TRIALS, _TRIALS.c.trial_id == reached.c.trial_id))
         found = found.where(self._of_study, reached.c.step == step).order_by(_TRIALS.c.trial_id)
-        parse = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
         with self._connect() as connection:
             offers = self._update_offers(connection)
             rows = connection.execute(found).all()
-        return [parse(value, kind) for optuna_id, value, kind in rows if optuna_id not in offers.replaced]
+            return [
+                optuna_tables.parse_value(value, kind) for optuna_id, value, kind in rows if optuna_id not in offers.replaced
+            ]
 
     def read_study_attribute(self, key: str) -> Any:
         """One of the study's user attributes; None where it has none of that name. Another one is the sweep's whole text."""
@@ -313,7 +318,7 @@ class TrialTable:
     def insert_waiting(self, trials: Sequence[Mapping[str, Any]]) -> None:
         """Add waiting trials with these user attributes, in one transaction: as `create_new_trial` would, one by one."""
         with self._begin() as connection:
-            study = models.StudyModel.__table__
+            study = optuna_tables.STUDIES
             connection.execute(select(study.c.study_id).where(study.c.study_id == self._study).with_for_update())
             first = connection.execute(select(func.count()).select_from(_TRIALS).where(self._of_study)).scalar_one()
             rows = [{"number": first + n, "study_id": self._study, "state": OptunaState.WAITING} for n in range(len(trials))]
@@ -364,17 +369,16 @@ class TrialTable:
     def end_trial(
         self, optuna_id: int, now: Mapping[str, Any], state: OptunaState, values: Sequence[float] | None = None
     ) -> None:
-        """End a trial that runs, in one transaction. `values`: one for each objective, if it has them."""
+        """End a trial that runs, in one transaction. `values`: one for each objective, finite, if it has them."""
         with self._begin() as connection:
             _write_now(connection, optuna_id, now)
             connection.execute(_SET_ENDED, {"id": optuna_id, "new": state, "end": _utc_now()})
-            stored = [models.TrialValueModel.value_to_stored_repr(value) for value in values or ()]
             rows = [
-                {"trial_id": optuna_id, "objective": number, "value": value, "value_type": kind}
-                for number, (value, kind) in enumerate(stored)
+                {"trial_id": optuna_id, "objective": number, "value": value, "value_type": "FINITE"}
+                for number, value in enumerate(values or ())
             ]
             if rows:
-                connection.execute(models.TrialValueModel.__table__.insert(), rows)
+                connection.execute(optuna_tables.TRIAL_VALUES.insert(), rows)
 
     def end_waiting(self, ended: Mapping[int, Mapping[str, Any]], state: OptunaState) -> None:
         """End waiting trials in one transaction. `ended`: Optuna's id -> what `now` says from then on."""
@@ -389,6 +393,12 @@ class TrialTable:
                 connection.execute(_TRIALS.update().where(is_ended).values(state=state, datetime_complete=_utc_now()))
             rows = [{"trial_id": optuna_id, "key": "now", "value_json": json.dumps(ended[optuna_id])} for optuna_id in ids]
             connection.execute(_ATTRIBUTES.insert(), rows)
+
+    def write_study_attribute(self, key: str, value: Any) -> None:
+        """Set one of the study's user attributes."""
+        with self._begin() as connection:
+            row = {"study": self._study, "name": key, "text": json.dumps(value)}
+            connection.execute(_WRITE_STUDY_ATTRIBUTE, row)
 
     def add_index(self) -> None:
         """Let a claim find the open trials without a look at the others. Optuna has an index of the studies only.
@@ -418,12 +428,12 @@ class TrialTable:
 
     @contextlib.contextmanager
     def _connect(self) -> Iterator[sqlalchemy.Connection]:
-        with explain_errors(self._storage), self._storage.engine.connect() as connection:
+        with explain_errors(self._storage.engine), self._storage.engine.connect() as connection:
             yield connection
 
     @contextlib.contextmanager
     def _begin(self) -> Iterator[sqlalchemy.Connection]:
-        with explain_errors(self._storage), self._storage.engine.begin() as connection:
+        with explain_errors(self._storage.engine), self._storage.engine.begin() as connection:
             yield connection
 
     def _has_state(self, state: OptunaState) -> ColumnElement[bool]:

@@ -21,11 +21,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
-from optuna.trial import TrialState as OptunaState
-
-from cifar.sweeps.storage import advisory_key, explain_errors, lock_storage
+from cifar.sweeps.optuna_tables import OptunaState
+from cifar.sweeps.storage import Storage, advisory_key, lock_storage
+from cifar.sweeps.storage_errors import explain_errors
 from cifar.sweeps.trial_offers import Offers
 from cifar.sweeps.trial_table import StoredTrial, parse_texts
 
@@ -62,7 +60,7 @@ on conflict (trial_id, key) do update set value_json = excluded.value_json
 """
 _CLAIM = "update trials set state = 'RUNNING', datetime_start = :time where trial_id = :id"
 _END = "update trials set state = :state, datetime_complete = :time where trial_id = :id"
-_VALUE = "insert into trial_values (trial_id, objective, value, value_type) values (:id, :objective, :value, :kind)"
+_VALUE = "insert into trial_values (trial_id, objective, value, value_type) values (:id, :objective, :value, 'FINITE')"
 
 
 @dataclass(frozen=True)
@@ -88,19 +86,17 @@ class Transaction:
     def write_end(
         self, optuna_id: int, now: Mapping[str, Any], state: OptunaState, values: Sequence[float] | None = None
     ) -> None:
-        """`values`: one for each objective, if the trial has them."""
+        """`values`: one for each objective, if the trial has them. They are finite."""
         self.statements.append((_WRITE_NOW, {"id": optuna_id, "now": json.dumps(now)}))
         self.statements.append((_END, {"id": optuna_id, "state": state.name, "time": _utc_text()}))
         for number, each in enumerate(values or ()):
-            value, kind = models.TrialValueModel.value_to_stored_repr(each)
-            row = {"id": optuna_id, "objective": number, "value": value, "kind": kind.name}
-            self.statements.append((_VALUE, row))
+            self.statements.append((_VALUE, {"id": optuna_id, "objective": number, "value": each}))
 
 
 class TrialTransactions:
     """The claims and ends of one sweep's trials. `name`: of its lock."""
 
-    def __init__(self, storage: RDBStorage, study: int, name: str) -> None:
+    def __init__(self, storage: Storage, study: int, name: str) -> None:
         self._storage, self._study, self._name = storage, study, name
         self._is_sqlite = storage.engine.dialect.name == "sqlite"
 
@@ -123,7 +119,7 @@ class TrialTransactions:
     @contextlib.contextmanager
     def _begin(self, question: str, parameters: Mapping[str, Any]) -> Iterator[tuple[Sequence[Any], Transaction]]:
         begin = self._begin_sqlite if self._is_sqlite else self._begin_postgresql
-        with explain_errors(self._storage), begin(question, parameters) as begun:
+        with explain_errors(self._storage.engine), begin(question, parameters) as begun:
             yield begun
 
     @contextlib.contextmanager

@@ -31,7 +31,7 @@ LARGER = TEXT.replace("[1, 2]", "[1, 2, 3]")
 
 def list_latest(backend: LocalBackend) -> list[FrozenTrial]:
     """The latest trial of each cell, by cell."""
-    trials = sorted(backend._storage.get_all_trials(backend._study), key=lambda trial: trial.number)
+    trials = sorted(backend._storage.optuna.get_all_trials(backend._study), key=lambda trial: trial.number)
     latest = {trial.user_attrs["cell"]: trial for trial in trials}
     return [latest[cell] for cell in sorted(latest)]
 
@@ -143,7 +143,7 @@ def create_history_sweep(runs: Path, url: str = "") -> LocalBackend:
 _TIMES = ("datetime_start", "datetime_complete")
 
 
-def read_rows(database: optuna.storages.RDBStorage, study: int) -> dict[str, list[dict[str, Any]]]:
+def read_rows(database: storage.Storage, study: int) -> dict[str, list[dict[str, Any]]]:
     """All rows of Optuna's tables about a study's trials. Ids become positions, and a time whether there is one."""
     with database.engine.connect() as connection:
         rows = connection.execute(sqlalchemy.text("select * from trials where study_id = :s order by trial_id"), {"s": study})
@@ -167,9 +167,10 @@ def read_rows(database: optuna.storages.RDBStorage, study: int) -> dict[str, lis
 
 def check_rows(url: str) -> None:
     """Compare what `TrialTable` writes, row for row, with what Optuna's own methods write for the same trials."""
-    database = storage.open_storage(url)
+    opened = storage.open_storage(url)
+    database = opened.optuna
     ours, theirs = (database.create_new_study([StudyDirection.MAXIMIZE], f"rows of {who}") for who in ("us", "Optuna"))
-    table = trial_table.TrialTable(database, ours)
+    table = trial_table.TrialTable(opened, ours)
     values = [{"lr": 0.1, "model": "conv"}, {"optimizer": "sgd", "nested": [1, None, "ü\u2028"]}, {}]
     new = [{"cell": n, "values": each} for n, each in enumerate(values)]
     offered = [{"cell": 1, "values": values[1], "now": {"state": "waiting", "attempt": 2}}]
@@ -178,7 +179,7 @@ def check_rows(url: str) -> None:
         for about in group:
             trial = optuna.trial.create_trial(state=OptunaState.WAITING, user_attrs=about)
             database.create_new_trial(theirs, trial)
-    assert read_rows(database, ours) == read_rows(database, theirs)
+    assert read_rows(opened, ours) == read_rows(opened, theirs)
     first, last = ([t._trial_id for t in database.get_all_trials(study)] for study in (ours, theirs))
     now: dict[str, Any] = {"state": "running", "attempt": 1}
     for state in (OptunaState.RUNNING, None, OptunaState.WAITING):
@@ -187,16 +188,16 @@ def check_rows(url: str) -> None:
         database.set_trial_user_attr(last[0], "now", now)
         if state is not None:
             database.set_trial_state_values(last[0], state)
-        assert read_rows(database, ours) == read_rows(database, theirs)
+        assert read_rows(opened, ours) == read_rows(opened, theirs)
     table.end_waiting({first[n]: {"state": "stopped", "n": n} for n in (0, 1, 3)}, OptunaState.FAIL)
     for n in (0, 1, 3):
         database.set_trial_user_attr(last[n], "now", {"state": "stopped", "n": n})
         database.set_trial_state_values(last[n], OptunaState.FAIL)
-    found, expected = read_rows(database, ours), read_rows(database, theirs)
+    found, expected = read_rows(opened, ours), read_rows(opened, theirs)
     for rows in (found, expected):  # an attribute that was written again has a new place
         rows["user_attributes"].sort(key=lambda row: (row["trial_id"], row["key"]))
     assert found == expected and [t["state"] for t in found["trials"]] == ["FAIL", "FAIL", "WAITING", "FAIL"]
-    transactions = trial_transactions.TrialTransactions(database, ours, "rows")
+    transactions = trial_transactions.TrialTransactions(opened, ours, "rows")
     table.count_cells()  # it reads which cells were offered again
     with transactions.begin_claim(table.known_offers) as (look, transaction):
         assert [(t.optuna_id, t.cell, t.values, t.now) for t in look.open] == [(first[2], 2, values[2], {})]
@@ -208,13 +209,13 @@ def check_rows(url: str) -> None:
     database.set_trial_user_attr(last[2], "now", {"state": "finished", "text": "ü % :name 'quoted'"})
     database.set_trial_state_values(last[2], OptunaState.RUNNING)
     database.set_trial_state_values(last[2], OptunaState.COMPLETE, [0.1 + 0.2])
-    found, expected = read_rows(database, ours), read_rows(database, theirs)
+    found, expected = read_rows(opened, ours), read_rows(opened, theirs)
     for rows in (found, expected):
         rows["user_attributes"].sort(key=lambda row: (row["trial_id"], row["key"]))
     assert found == expected and found["values"][0]["value"] == 0.1 + 0.2
     with pytest.raises(RuntimeError), transactions.begin_end(first[2]) as (_, transaction):
         transaction.write_end(first[2], {}, OptunaState.FAIL)
         raise RuntimeError("nothing of it is written")
-    assert read_rows(database, ours)["trials"] == found["trials"]
+    assert read_rows(opened, ours)["trials"] == found["trials"]
     with transactions.begin_end(first[2]) as (stored, _):  # and the lock is free
         assert stored.state == OptunaState.COMPLETE

@@ -34,6 +34,7 @@ from cifar.report.aggregate import compare_runs
 from cifar.report.load import collect_runs, load_run
 from cifar.report.table import runs_table
 from cifar.sweeps import local, spec, storage
+from cifar.sweeps.storage_errors import redact_url
 from cifar.system.disk import cache_folder
 from cifar.system.ownership import lease_seconds
 from cifar.system.redact import redact
@@ -251,7 +252,7 @@ def read_storage_url(world: World, given: Input) -> None:
     text = given.data.decode("utf-8", "replace")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world.folder)  # a relative path of a SQLite file
-        storage.redact_url(text)
+        redact_url(text)
         if "@" not in text and "postgresql://" in text:
             text = text.replace("postgresql://", "postgresql://127.0.0.1:1/")  # no other machine is asked
         storage.open_storage(text)

@@ -21,6 +21,7 @@ from cifar.errors import UserError
 from cifar.states import TRIAL_STATES
 from cifar.sweeps import local, spec, storage
 from cifar.sweeps.local import LocalBackend, Trial
+from cifar.sweeps.storage_errors import redact_url
 from cifar.tracking.run_dir import RunDir
 from helpers.local_sweeps import GRID, METRIC, claim_trial, create_local_sweep
 
@@ -271,7 +272,7 @@ def test_early_termination_compares_with_all_that_reached_the_rung(runs: Path) -
 def test_no_password_is_written_down_or_said(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "hunter2hunter2"
     for url in (f"postgresql://me:{secret}@127.0.0.1:1/db", f"postgresql://me@127.0.0.1:1/db?password={secret}"):
-        assert secret not in storage.redact_url(url) and "127.0.0.1" in storage.redact_url(url)
+        assert secret not in redact_url(url) and "127.0.0.1" in redact_url(url)
         with pytest.raises(UserError, match="cannot be opened") as error:
             create_local_sweep(runs, url=url)
         assert secret not in str(error.value) and error.value.__suppress_context__

@@ -47,7 +47,7 @@ def test_a_finished_cell_without_a_folder_is_offered_once(runs: Path, capsys: py
     assert (again.cell, again.run_id, again.attempt) == (second.cell, second.run_id, 2) and backend.claim_trial("me") == "wait"
     assert backend.finish_trial(again, "finished", 0.6) == "finished" and backend.claim_trial("me") is None
     assert [cell["value"] for cell in backend.list_cells()] == [0.5, 0.6] and first.cell == 0
-    history = [trial.values for trial in backend._storage.get_all_trials(backend._study) if trial.values]
+    history = [trial.values for trial in backend._storage.optuna.get_all_trials(backend._study) if trial.values]
     assert history == [[0.5], [0.7], [0.6]], "the database keeps what it knew"
 
 

@@ -215,7 +215,7 @@ def test_every_end_is_told_and_only_whole_results_count(runs: Path) -> None:
         "skipped": 1,
     }
     assert backend.finish_trial(taken(backend), "interrupted") == "interrupted" and taken(backend).cell == 7
-    study = backend._storage.get_study_directions(backend._study)
+    study = backend._storage.optuna.get_study_directions(backend._study)
     assert study == [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE]
 
 
