@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import io
 import os
 import pickle
 import select
@@ -74,82 +73,47 @@ def map_beside(work: Callable[[list[Item]], list[Result]], items: Sequence[Item]
 
     The results are sent as pickles. Where there is no other core, all is done here.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    size = max(MIN_PART, -(-len(items) // min(cores, MAX_COPIES + 1)))
+    size = max(MIN_PART, -(-len(items) // min(_count_cores(), MAX_COPIES + 1)))
     first, *others = [list(items[start : start + size]) for start in range(0, len(items), size)] or [[]]
     with contextlib.ExitStack() as copies:
         waiting = [copies.enter_context(start_beside(functools.partial(work, part))) for part in others]
         return [*work(first), *(result for wait in waiting for result in wait())]
 
 
-@contextlib.contextmanager
-def share_beside(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Callable[[], list[Result]]]:
-    """Begin to work on items (at most 256), the last one first, in a copy of this process.
+def _count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
-    -> a function that works on those that are left, too, and returns the results of all in the items' order.
+
+@contextlib.contextmanager
+def share_beside(tasks: Sequence[Callable[[], Any]]) -> Iterator[Callable[[], list[Any]]]:
+    """Begin with tasks (at most 256), the last one first, in copies of this process, one on each other core.
+
+    -> a function that works on those that are left, too, and returns the results of all in the tasks' order.
     """
-    reader, writer = os.pipe()  # of numbers of items: whoever reads one works on it
-    os.write(writer, bytes(reversed(range(len(items)))))
+    reader, writer = os.pipe()  # of numbers of tasks: whoever reads one does it
+    os.write(writer, bytes(reversed(range(len(tasks)))))
     os.close(writer)
 
-    def work_on() -> dict[int, Result]:
+    def work() -> dict[int, Any]:
         found = {}
         while number := os.read(reader, 1):
-            found[number[0]] = work(items[number[0]])
+            found[number[0]] = tasks[number[0]]()
         return found
 
     try:
-        with start_beside(work_on) as wait:
+        with contextlib.ExitStack() as copies:
+            num_copies = min(_count_cores() - 1, MAX_COPIES, len(tasks))
+            waiting = [copies.enter_context(start_beside(work)) for _ in range(num_copies)]
 
-            def finish() -> list[Result]:
-                found = work_on()
-                found |= wait()
-                return [found[place] if place in found else work(item) for place, item in enumerate(items)]
+            def finish() -> list[Any]:
+                found = work()
+                for wait in waiting:
+                    found |= wait()
+                return [found[place] if place in found else task() for place, task in enumerate(tasks)]
 
             yield finish
     finally:
         os.close(reader)
-
-
-@contextlib.contextmanager
-def start_asked(prepare: Callable[[], None], work: Callable[..., Result]) -> Iterator[Callable[..., Callable[[], Result]]]:
-    """Begin to prepare for `work` in a copy of this process, before it is known what the work is about.
-
-    -> a function that takes the arguments of `work`, once, and gives one that waits for its result. Both can be pickled. The
-    work is done here where `start_beside` would do it here.
-    """
-    parent, arguments = os.getpid(), list[Any]()
-    # For one byte. The arguments are in a file: long ones would fill a pipe, and block for ever where the copy is gone.
-    reader, writer = os.pipe()
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, reader)
-        stack.callback(os.close, writer)
-        is_linux = hasattr(os, "memfd_create")  # elsewhere there is no copy (`start_beside`), and nothing is written
-        question = stack.enter_context(os.fdopen(os.memfd_create("arguments"), "w+b") if is_linux else io.BytesIO())
-
-        def answer() -> Result:
-            if os.getpid() == parent:
-                return work(*arguments)
-            os.close(writer)
-            prepare()
-            os.read(reader, 1)
-            length = os.fstat(question.fileno()).st_size
-            return work(*pickle.loads(os.pread(question.fileno(), length, 0)))  # of the original
-
-        wait = stack.enter_context(start_beside(answer))
-
-        def ask(*given: Any) -> Callable[[], Result]:
-            arguments.extend(given)
-            if wait is not answer:
-                try:
-                    question.write(pickle.dumps(given))
-                    question.flush()
-                    os.write(writer, b"?")
-                except OSError:  # no memory is left for it
-                    return answer
-            return wait
-
-        yield ask
 
 
 def _read_all(file: BinaryIO) -> bytearray:

@@ -9,8 +9,6 @@ for a report, and hours for a setting of twenty categories. Here the variance is
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import itertools
 import random
 from collections import Counter
@@ -48,12 +46,6 @@ def list_settings(comparison: Comparison) -> tuple[dict[str, list[Any]], list[fl
     return columns, [point.mean for point in points]
 
 
-def import_forests() -> None:
-    """Import scikit-learn, so that the first forest does not take those seconds. Whoever needs it says why it cannot be."""
-    with contextlib.suppress(Exception):  # one that does not fit NumPy raises ValueError
-        importlib.import_module("sklearn.ensemble")
-
-
 def rate_settings(columns: Mapping[str, list[Any]], accuracies: Sequence[float]) -> dict[str, Any] | None:
     """`compute_importance`, of what `list_settings` finds."""
     columns = {key: values for key, values in columns.items() if len({str(value) for value in values}) > 1}
@@ -82,6 +74,21 @@ def rate_settings(columns: Mapping[str, list[Any]], accuracies: Sequence[float])
     if conditional:
         note += f" Left out, since not all networks have them: {', '.join(conditional)}."
     return {"shares": shares, "note": note}
+
+
+def is_rating(value: Any) -> bool:
+    """Whether a value that was kept is one that `rate_settings` gives, other than None."""
+    if type(value) is not dict or not all(type(text) is str for name, text in value.items() if name != "shares"):
+        return False
+    shares = value.get("shares")
+    if shares is None:
+        return "reason" in value
+    return "note" in value and type(shares) is list and len(shares) > 0 and all(map(_is_share, shares))
+
+
+def _is_share(value: Any) -> bool:
+    is_named = type(value) is dict and type(value.get("key")) is str
+    return is_named and all(type(value.get(name)) is float for name in ("mean", "low", "high"))
 
 
 def find_confounded(columns: Mapping[str, Sequence[Any]]) -> tuple[str, str] | None:

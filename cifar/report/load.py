@@ -352,13 +352,11 @@ def collect_runs(
     runs: Path,
     progress: Callable[[int, int], None] | None = None,
     loader: RunLoader | None = None,
-    on_start: Callable[[int], None] | None = None,
 ) -> RunCollection:
     """Read the runs of the named sweeps, runs, folders and W&B projects. No name: the newest sweep, or else every run.
 
     A run (an id) that several names include counts once, and its folder on this machine wins over its copy on W&B.
-    `progress` is called with (runs read, runs in all) while runs are read from W&B. `loader`: what reads them. `on_start` is
-    called with the number of run folders before they are read.
+    `progress` is called with (runs read, runs in all) while runs are read from W&B. `loader`: what reads them.
     """
     loader = loader or RunLoader()
     newest = "" if names else find_newest_sweep(runs)
@@ -398,8 +396,6 @@ def collect_runs(
         raise UserError(f"no runs in {runs}; `python -m cifar sweep quickstart` makes some, --runs-dir names a place")
     found: dict[str, Run] = {}
     remaining = [*paths, *remote]
-    if on_start:
-        on_start(len(remaining))
     while remaining:  # the second folder of an id counts where the first one is damaged
         first = {path.name: path for path in reversed(remaining)}
         for path, run in loader.load_all([path for path in remaining if first[path.name] is path]):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -138,8 +139,48 @@ def matplotlib_settings() -> Any:
     }
 
 
-def render_figure(entry: Entry, subject: Any) -> DrawnFigure:
-    """Draw a registered figure of a Comparison or a Run. It never raises: the figure then shows the error."""
+@dataclass(frozen=True)
+class Selection:
+    """A figure and what it shows, as its select() gives it; `error` is what that raised."""
+
+    maker: Any = None
+    data: Any = None
+    error: BaseException | None = None
+
+
+def select_data(entry: Entry, subject: Any) -> Selection:
+    """Find out what a registered figure shows of a Comparison or a Run. It never raises."""
+    try:
+        with _silence_warnings():
+            maker = entry.build()
+            return Selection(maker, maker.select(subject))
+    except BaseException as error:  # perhaps a plug-in's
+        pass_interrupt(error)
+        return Selection(error=error)
+
+
+def describe_drawing() -> list[Any]:
+    """All that a drawing depends on beside the figure's data: libraries, their settings, the files of the fonts."""
+    import matplotlib
+    import PIL
+    from matplotlib import font_manager, ft2font
+
+    versions = [matplotlib.__version__, ft2font.__freetype_version__, PIL.__version__]
+    with matplotlib.rc_context(matplotlib_settings()):
+        settings = {name: repr(dict.get(matplotlib.rcParams, name)) for name in sorted(matplotlib.rcParams)}
+        families = matplotlib.rcParams["font.family"]
+    settings = {name: text for name, text in settings.items() if not name.startswith("backend")}  # ours are fixed
+    files = sorted({font.fname for font in font_manager.fontManager.ttflist if font.name in families})
+    stats = [os.stat(file) if os.path.exists(file) else None for file in files]
+    fonts = [[file, about.st_size, about.st_mtime_ns] for file, about in zip(files, stats, strict=True) if about]
+    return [*versions, settings, fonts]
+
+
+def render_figure(entry: Entry, subject: Any, selection: Selection | None = None) -> DrawnFigure:
+    """Draw a registered figure of a Comparison or a Run. It never raises: the figure then shows the error.
+
+    selection: what `select_data` has found, if that was called before.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -149,10 +190,12 @@ def render_figure(entry: Entry, subject: Any) -> DrawnFigure:
         FigureCanvasAgg(figure)
         return figure, _draw_header(figure, figure_maker.title, subject.subtitle, subject.banner)
 
+    selection = selection or select_data(entry, subject)
+    figure_maker, data = selection.maker, selection.data
     with matplotlib.rc_context(matplotlib_settings()), _silence_warnings():
         try:
-            figure_maker = entry.build()
-            data = figure_maker.select(subject)
+            if selection.error:
+                raise selection.error
             if isinstance(data, Nothing):
                 figure, header_inches = make_figure((SIZE[0], 2.2))
                 _draw_message(figure, f"nothing to show: {data.why}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from cifar.errors import DiskFullError, UserError
 from cifar.states import CONCLUSIVE_STATES, ENDED_STATES
 from cifar.system.ownership import LEASE_FILE, LeaseObserver, OwnershipLostError, RunLock, lease_seconds
-from cifar.tracking.run_dir import CACHE_FILE, CACHE_FOLDER, RunDir, list_run_dirs
+from cifar.tracking.run_dir import CACHE_FILE, CACHE_FOLDER, MADE_FILE, RunDir, list_run_dirs
 
 HOUR = 3600.0
 
@@ -74,7 +74,8 @@ def find_leftovers(
                 damaged.append(str(error))
     cache = runs_dir / CACHE_FOLDER  # other programs have folders of this name: only what reports write there is ours
     if cache.is_dir() and not cache.is_symlink():
-        files = [cache / CACHE_FILE, *cache.glob(f".{CACHE_FILE}.*")]
+        files = [cache / name for name in (CACHE_FILE, MADE_FILE)]
+        files += [*cache.glob(f".{CACHE_FILE}.*"), *cache.glob(f".{MADE_FILE}.*")]
         reason = "the next report makes it again"
         found += [_measure_leftover(None, file, reason) for file in files if file.is_file() and not file.is_symlink()]
     return _keep_free(found)

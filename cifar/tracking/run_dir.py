@@ -49,7 +49,8 @@ from cifar.tracking.histograms import cut_histograms
 from cifar.tracking.records import SCHEMA, UnknownSchemaError, check_fields, parse_rows
 
 CARD_FILE = "card.json"  # in the folder of a pretrained network
-CACHE_FOLDER, CACHE_FILE = ".cache", "runs.npz"  # in a runs folder: what can be made again; `gc` removes it
+# In a runs folder: what can be made again; `gc` removes it.
+CACHE_FOLDER, CACHE_FILE, MADE_FILE = ".cache", "runs.npz", "made.json"
 MAX_METRICS_BYTES = 2**30  # a thousand epochs of a network of a thousand layers have a fifth of it
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can be read only by setting it

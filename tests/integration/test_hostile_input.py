@@ -29,7 +29,7 @@ from cifar.data import cifar10, synthetic
 from cifar.errors import UserError
 from cifar.integrations.wandb import offline, upload
 from cifar.integrations.wandb import settings as wandb_settings
-from cifar.report import build, html
+from cifar.report import build, facts, html
 from cifar.report.aggregate import compare_runs
 from cifar.report.load import collect_runs, load_run
 from cifar.report.table import runs_table
@@ -193,11 +193,11 @@ def read_all_runs(world: World) -> None:
     comparison = compare_runs(collection.runs, damaged=collection.damaged)
     assert {"good1", "good2"} <= {run.id for run in comparison.runs} | {run.id for run in comparison.excluded}
     notes = html.write_sentences(comparison)
-    facts = build._list_facts(comparison)
-    json.dumps([build._build_json(comparison, facts), notes]).encode()
-    build.format_json([build._build_json(comparison, facts), notes]).encode()
+    listed = facts.list_facts(comparison)
+    json.dumps([facts.build_json(comparison, listed), notes]).encode()
+    facts.format_json([facts.build_json(comparison, listed), notes]).encode()
     if comparison.points:
-        build._format_csv(facts).encode()
+        facts.format_csv(listed).encode()
         str([build._format_row(comparison, point) for point in comparison.points])
     provenance = html.describe_provenance(comparison, collection.runs, "command")
     html.render_page(comparison, [], question="", notes=notes, provenance=provenance).encode()

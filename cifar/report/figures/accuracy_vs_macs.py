@@ -34,7 +34,7 @@ class Dot:
     num_seeds_text: str  # the number, or "1 of 3" if two seeds ended without a result
     label: str
     kind: str  # front, dominated or views (several views of an image: not comparable with the front)
-    tip: str
+    tip: str  # "" where the dot is drawn without one
 
     @property
     def is_on_front(self) -> bool:
@@ -66,6 +66,7 @@ class AccuracyVsMacs:
     def select(self, comparison: Comparison) -> Data | Nothing:
         if not comparison.points:
             return Nothing(f"no finished run with {comparison.accuracy_label.partition(',')[0]} and verified MACs yet")
+        has_tips = sum(not point.on_front for point in comparison.points) <= MAX_DRAWN_APART
         dots = [
             Dot(
                 p.macs * comparison.cost_factor,
@@ -77,7 +78,7 @@ class AccuracyVsMacs:
                 p.num_seeds_text,
                 p.label,
                 point_kind(p),
-                point_tooltip(p),
+                point_tooltip(p) if p.on_front or has_tips else "",
             )
             for p in comparison.points
         ]

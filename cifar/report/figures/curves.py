@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cifar.registry import figures
-from cifar.report.aggregate import Comparison
+from cifar.report.aggregate import Comparison, Point
 from cifar.report.formatting import format_power
 from cifar.report.labels import label_line_ends, set_epoch_axis
 from cifar.report.load import Run
@@ -56,9 +56,29 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Where a share of many lines is, by epoch."""
+
+    epochs: list[int]
+    low: list[float]
+    high: list[float]
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What is drawn of lines in the order of their cost: all of them, or of many those of the front, and bands."""
+
+    drawn: list[Line]
+    places: list[int]  # of the drawn ones among all
+    num_lines: int
+    bands: list[Band]
+
+
+@dataclass(frozen=True)
 class LearningData:
-    accuracy: list[Line]
-    loss: list[Line]
+    accuracy: Lines
+    loss: Lines
     is_front_only: bool  # only the front is coloured and named, because there are many lines
 
 
@@ -73,12 +93,11 @@ class LearningCurves:
     )
 
     def select(self, comparison: Comparison) -> LearningData | Nothing:
-        accuracy = [_average_seeds(point, "val/acc", 100.0) for point in comparison.configurations]
-        loss = [_average_seeds(point, "val/loss", 1.0) for point in comparison.configurations]
-        kept = [line for line in accuracy if line.epochs]
-        if not kept:
+        accuracy = _select_lines(comparison.configurations, "val/acc", 100.0)
+        if not accuracy.num_lines:
             return Nothing("no finished run has validation rows")
-        return LearningData(kept, [line for line in loss if line.epochs], len(kept) > MAX_NAMED)
+        loss = _select_lines(comparison.configurations, "val/loss", 1.0)
+        return LearningData(accuracy, loss, accuracy.num_lines > MAX_NAMED)
 
     def size(self, data: LearningData) -> tuple[float, float]:
         return 9.6, 3.9
@@ -87,11 +106,9 @@ class LearningCurves:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1))
         for axes, lines, title in ((left, data.loss, "validation loss"), (right, data.accuracy, "validation accuracy (%)")):
             ends = []
-            if len(lines) > MAX_LINES:
-                _draw_quantiles(axes, lines)
-            drawn_places = [place for place, line in enumerate(lines) if line.is_on_front or len(lines) <= MAX_LINES]
-            for place, ramp in zip(drawn_places, ramp_colours(len(lines), drawn_places), strict=True):
-                line = lines[place]
+            for band in lines.bands:
+                axes.fill_between(band.epochs, band.low, band.high, color=MUTED, alpha=band.alpha, lw=0)
+            for line, ramp in zip(lines.drawn, ramp_colours(lines.num_lines, lines.places), strict=True):
                 grey = data.is_front_only and not line.is_on_front
                 colour = MUTED if grey else ramp
                 style = {"lw": 0.8, "alpha": 0.45} if grey else {"lw": 1.6}
@@ -109,19 +126,55 @@ class LearningCurves:
                 label_line_ends(axes, sorted(ends, key=lambda end: -end[1])[::step])
 
 
-def _draw_quantiles(axes: Any, lines: Sequence[Line]) -> None:
+def _select_lines(points: Sequence[Point], key: str, scale: float) -> Lines:
+    """The lines of a metric. Points without it have none."""
+    if len(points) <= MAX_LINES:
+        lines = [line for point in points if (line := _average_seeds(point, key, scale)).epochs]
+        return Lines(lines, [*range(len(lines))], len(lines), [])
+    places, epochs, values = _read_means(points, key, scale)
+    present = np.unique(places)
+    chosen = [place for place in present.tolist() if points[place].on_front or len(present) <= MAX_LINES]
+    drawn = [_average_seeds(points[place], key, scale) for place in chosen]
+    bands = _compute_bands(epochs, values) if len(present) > MAX_LINES else []
+    return Lines(drawn, np.searchsorted(present, chosen).tolist(), len(present), bands)
+
+
+def _read_means(points: Sequence[Point], key: str, scale: float) -> tuple[Any, Any, Any]:
+    """The means of the seeds of many points: place of the point, epoch, mean, each (values,)."""
+    columns = []
+    for point in points:
+        rows: Sequence[dict[str, Any]] = point.runs[0].rows if len(point.runs) == 1 else ()
+        columns.append((read_column(rows, key), read_column(rows, "epoch")))
+    is_single = np.array([values is not None and epochs is not None for values, epochs in columns], bool)
+    singles = [(values, epochs) for values, epochs in columns if values is not None and epochs is not None]
+    places = np.repeat(np.flatnonzero(is_single), [len(epochs) for _, epochs in singles])
+    values, epochs = (np.concatenate([np.zeros(0), *each]) for each in (zip(*singles, strict=True) if singles else ((), ())))
+    is_known = np.isfinite(values) & np.isfinite(epochs)
+    places, epochs, values = places[is_known], epochs[is_known].astype(int), scale * values[is_known]
+    is_single[places[1:][(np.diff(places) == 0) & (np.diff(epochs) <= 0)]] = False  # an epoch is there twice
+    others = [(place, _average_seeds(points[place], key, scale)) for place in np.flatnonzero(~is_single).tolist()]
+    is_kept = is_single[places]
+    return (
+        np.concatenate([places[is_kept], *(np.full(len(line.epochs), place) for place, line in others)]),
+        np.concatenate([epochs[is_kept], *(np.array(line.epochs, int) for _, line in others)]),
+        np.concatenate([values[is_kept], *(np.array(line.mean, float) for _, line in others)]),
+    )
+
+
+def _compute_bands(epochs: Any, values: Any) -> list[Band]:
     """Where half and nine tenths of many lines are, at each epoch."""
-    all_epochs = np.concatenate([np.array(line.epochs) for line in lines])
-    all_values = np.concatenate([np.array(line.mean) for line in lines])
-    order = np.lexsort((all_values, all_epochs))
-    epochs, starts, counts = np.unique(all_epochs[order], return_index=True, return_counts=True)
-    ordered = all_values[order]
-    for low, high, alpha in ((0.05, 0.95, 0.18), (0.25, 0.75, 0.3)):
-        edges = [ordered[starts + np.rint(share * (counts - 1)).astype(int)] for share in (low, high)]
-        axes.fill_between(epochs, *edges, color=MUTED, alpha=alpha, lw=0)
+    order = np.argsort(epochs, kind="stable")
+    known, starts = np.unique(epochs[order], return_index=True)
+    ordered = [np.sort(part) for part in np.split(values[order], starts[1:])]
+
+    def read_edge(share: float) -> list[float]:
+        return [float(part[round(share * (len(part) - 1))]) for part in ordered]
+
+    shares = ((0.05, 0.95, 0.18), (0.25, 0.75, 0.3))
+    return [Band(known.tolist(), read_edge(low), read_edge(high), alpha) for low, high, alpha in shares]
 
 
-def _average_seeds(point: Any, key: str, scale: float) -> Line:
+def _average_seeds(point: Point, key: str, scale: float) -> Line:
     series = [read_series(run.rows, key, scale) for run in point.runs]
     epochs = series[0][0]
     if all(other == epochs for other, _ in series) and all(map(operator.lt, epochs, epochs[1:])):

@@ -26,7 +26,7 @@ MAX_DRAWN_APART = 300  # dots of a panel
 class Effect:
     key: str
     ticks: list[str]  # names of the categories; empty if the axis is numeric
-    dots: list[tuple[float, float, str]]  # position or value, accuracy in percent, label
+    dots: list[tuple[float, float, str]]  # position or value, accuracy in percent, label (of many dots: "")
     means: list[tuple[float, float]]  # by value; empty if the axis is numeric and values do not repeat
     is_log: bool
 
@@ -84,11 +84,12 @@ class Effects:
 
 def _compute_effect(key: str, comparison: Comparison) -> Effect | None:
     groups: dict[Any, list[tuple[float, str]]] = defaultdict(list)
+    is_named = sum(point.values.get(key) is not None for point in comparison.configurations) <= MAX_DRAWN_APART
     for point in comparison.configurations:
         value = point.values.get(key)
         if value is not None:
             groups[value if isinstance(value, str | int | float) else format_value(value)].append(
-                (100 * point.mean, point.label)
+                (100 * point.mean, point.label if is_named else "")
             )
     if len(groups) < 2:
         return None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_PANELS = 12
 MAX_LINES = 40  # a panel with more shows where most of them are
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MAX_NAMED = 6  # a panel with more lines has no legend
 
 
@@ -100,7 +101,9 @@ class GradientFlow:
 class Panel:
     title: str
     layers: int
-    lines: list[tuple[str, list[float]]]  # label, gradient norm by layer
+    lines: list[tuple[str, list[float]]]  # label, gradient norm by layer; none of more than MAX_LINES
+    num_lines: int
+    quantiles: dict[float, list[float]]  # share of the lines -> norm by layer below which they are, of more than MAX_LINES
 
 
 def _panel_title(model: str, layers: int, has_siblings: bool) -> str:
@@ -130,17 +133,21 @@ def _sort_by_numbers(label: str) -> list[tuple[float, str]]:
     return [(float(part), "") if index % 2 else (-math.inf, part) for index, part in enumerate(parts)]
 
 
+def _make_panel(title: str, model: str, layers: int, lines: list[tuple[str, list[float]]]) -> Panel:
+    if len(lines) <= MAX_LINES:
+        return Panel(title, layers, _shorten_labels(model, lines), len(lines), {})
+    by_layer = [sorted(filter(math.isfinite, values)) for values in zip(*(norms for _, norms in lines), strict=True)]
+    quantiles = {share: [_read_quantile(values, share) for values in by_layer] for share in QUANTILES}
+    return Panel(title, layers, [], len(lines), quantiles)
+
+
 def _draw_quantiles(axes: Axes, panel: Panel) -> None:
     """The middle line of many, and where half and nine tenths of them are."""
     where = range(1, panel.layers + 1)
-    by_layer = [
-        sorted(value for value in values if math.isfinite(value)) for values in zip(*(n for _, n in panel.lines), strict=True)
-    ]
     for low, high, alpha in ((0.05, 0.95, 0.18), (0.25, 0.75, 0.3)):
-        bottom, top = ([_read_quantile(values, share) for values in by_layer] for share in (low, high))
-        axes.fill_between(where, bottom, top, color=BLUE, alpha=alpha, lw=0)
-    axes.plot(where, [_read_quantile(values, 0.5) for values in by_layer], "o-", color=BLUE, ms=2.5, lw=1.4)
-    axes.text(0.03, 0.97, f"{len(panel.lines)} configurations", transform=axes.transAxes, size=6.5, color=MUTED, va="top")
+        axes.fill_between(where, panel.quantiles[low], panel.quantiles[high], color=BLUE, alpha=alpha, lw=0)
+    axes.plot(where, panel.quantiles[0.5], "o-", color=BLUE, ms=2.5, lw=1.4)
+    axes.text(0.03, 0.97, f"{panel.num_lines} configurations", transform=axes.transAxes, size=6.5, color=MUTED, va="top")
 
 
 def _read_quantile(ordered: Sequence[float], share: float) -> float:
@@ -167,13 +174,13 @@ class GradientFlowByNetwork:
                     flows.append(_read_layers(run.rows[-1], metric, run.layers_with(metric)))
             flows = [flow for flow in flows if len(flow) == len(flows[0]) and any(map(math.isfinite, flow))]
             if flows:
-                mean = [statistics.fmean(layer) for layer in zip(*flows, strict=True)]
+                mean = [*map(statistics.fmean, zip(*flows, strict=True))] if len(flows) > 1 else flows[0]
                 panels.setdefault((point.model, len(mean)), []).append((point.label, mean))
         if not panels:
             return Nothing("no finished run has gradient_norm rows (the probes were off)")
         models = [model for model, _ in panels]
         return [
-            Panel(_panel_title(model, layers, models.count(model) > 1), layers, _shorten_labels(model, lines))
+            _make_panel(_panel_title(model, layers, models.count(model) > 1), model, layers, lines)
             for (model, layers), lines in panels.items()
         ][:MAX_PANELS]
 
@@ -187,14 +194,14 @@ class GradientFlowByNetwork:
         for axes in grid.flat[len(data) :]:
             axes.set_axis_off()
         common = [line for panel in data if len(panel.lines) > 1 for line in panel.lines]
-        shared = _colour_labels(common) if len({label for label, _ in common}) <= MAX_NAMED else {}
+        has_many = any(panel.quantiles for panel in data) or len({label for label, _ in common}) > MAX_NAMED
+        shared = {} if has_many else _colour_labels(common)
         for axes, panel in zip(grid.flat, data, strict=False):
-            if len(panel.lines) > MAX_LINES:
+            if panel.quantiles:
                 _draw_quantiles(axes, panel)
-            lines = panel.lines if len(panel.lines) <= MAX_LINES else []
             # The same settings have the same colour in all panels, if these are about the same few settings.
-            colours = shared if shared and len(lines) > 1 else _colour_labels(lines)
-            for label, norms in sorted(lines, key=lambda line: _sort_by_numbers(line[0])):
+            colours = shared if shared and len(panel.lines) > 1 else _colour_labels(panel.lines)
+            for label, norms in sorted(panel.lines, key=lambda line: _sort_by_numbers(line[0])):
                 where = range(1, panel.layers + 1)
                 (line,) = axes.plot(where, norms, "o-", color=colours[label], ms=2.5, lw=1.2, label=label)
                 line.set_gid(f"tip:{label}")

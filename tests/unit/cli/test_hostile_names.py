@@ -22,7 +22,7 @@ from cifar.cli.app import main
 from cifar.cli.completion import complete_run
 from cifar.errors import UserError
 from cifar.integrations.wandb.paths import parse_sweep_path, parse_wandb_path
-from cifar.report.build import format_csv_cell
+from cifar.report.facts import format_csv_cell
 from cifar.sweeps.local import LocalBackend, find_sweep_id, list_sweeps
 from cifar.tracking.run_dir import RunDir, find_run_dir
 from cifar.training.callbacks import LineCallback

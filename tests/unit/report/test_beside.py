@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import pickle
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cifar.report import beside
-from cifar.report.beside import map_beside, share_beside, start_asked, start_beside
+from cifar.report.beside import map_beside, share_beside, start_beside
 from helpers.processes import is_alive, wait_until
 
 
@@ -132,76 +133,28 @@ def test_parts_are_worked_on_by_all_cores_and_come_back_in_order() -> None:
     assert map_beside(lambda part: part, list[int]()) == []
 
 
-def test_an_answer_comes_from_a_copy_that_was_prepared_before_the_question() -> None:
-    program = (
-        "import os; from cifar.report.beside import start_asked\n"
-        "known = []\n"
-        "with start_asked(lambda: known.append(3), lambda a, b: (os.getpid(), sum(known), len(a) + b)) as ask:\n"
-        "    wait = ask(b'x' * 200_000, 1)\n"
-        "    pid, prepared, length = wait()\n"
-        "print(length, pid != os.getpid(), prepared == 3, len(os.sched_getaffinity(0)) > 1)"
-    )
-    length, is_elsewhere, is_prepared, has_cores = run_alone(program).split()
-    assert length == "200001" and is_elsewhere == is_prepared == has_cores
-
-
-def test_a_question_to_a_copy_that_is_gone_is_answered_here() -> None:
-    original = os.getpid()
-
-    def die() -> None:
-        if os.getpid() != original:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with start_asked(die, lambda number: number + 1) as ask:
-        time.sleep(0.2)
-        assert ask(4)() == 5
-    with start_asked(die, lambda number: number + 1):  # and nobody needs to ask
-        pass
-
-
-def test_items_are_shared_with_a_copy_and_each_is_worked_on_once(tmp_path: Path) -> None:
-    def work(item: int) -> int:
+def test_tasks_are_shared_with_copies_and_each_is_done_once(tmp_path: Path) -> None:
+    def work(number: int) -> int:
         with (tmp_path / "done").open("a") as file:
-            file.write(f"{item}\n")
+            file.write(f"{number}\n")
         time.sleep(0.01)
-        return 10 * item
+        return 10 * number
 
-    with share_beside(work, range(20)) as finish:
-        assert finish() == [10 * item for item in range(20)]
+    with share_beside([functools.partial(work, number) for number in range(20)]) as finish:
+        assert finish() == [10 * number for number in range(20)]
     assert sorted(map(int, (tmp_path / "done").read_text().split())) == [*range(20)]
+    with share_beside([]) as finish:
+        assert finish() == []
 
 
-def test_items_of_a_copy_that_is_killed_are_worked_on_here() -> None:
+def test_tasks_of_a_copy_that_is_killed_are_done_here() -> None:
     original = os.getpid()
 
-    def work(item: int) -> int:
+    def work(number: int) -> int:
         if os.getpid() != original:
             os.kill(os.getpid(), signal.SIGKILL)
-        return item
+        return number
 
-    with share_beside(work, range(5)) as finish:
+    with share_beside([functools.partial(work, number) for number in range(5)]) as finish:
         time.sleep(0.2)
         assert finish() == [*range(5)]
-
-
-@pytest.mark.parametrize("fault", ["killed", "cannot prepare"])
-def test_long_arguments_do_not_wait_for_a_copy_that_is_gone(fault: str) -> None:
-    """In a process of its own, with a limit: a write into a full pipe would never end."""
-    program = (
-        "import os, signal, sys\nfrom cifar.report.beside import start_asked\noriginal = os.getpid()\n"
-        "def prepare():\n"
-        "    if sys.argv[1] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    raise ValueError('numpy.dtype size changed')\n"
-        "with start_asked(prepare, len) as ask: print(ask('x' * 1_000_000)())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, fault], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.strip() == "1000000", done.stderr
-
-
-def test_long_arguments_reach_the_copy() -> None:
-    program = (
-        "from cifar.report.beside import start_asked\n"
-        "with start_asked(lambda: None, len) as ask: print(ask('x' * 1_000_000)())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "1000000"

@@ -19,7 +19,7 @@ from cifar.cli.inspect import group_equal_networks
 from cifar.errors import UserError
 from cifar.report import draw_pictures, write_report
 from cifar.report.aggregate import compare_runs, describe_settings
-from cifar.report.build import format_json
+from cifar.report.facts import format_json
 from cifar.report.formatting import format_macs, parse_macs
 from cifar.report.html import write_sentences
 from cifar.report.load import STAND_IN_BANNER, collect_runs, load_run, training_caveats
