@@ -172,6 +172,7 @@ class LocalBackend:
         self._study = study
         self._table = TrialTable(self._storage, self._study)
         self._transactions = TrialTransactions(self._storage, self._study, sweep_id)
+        self._has_claimed = False
         self._last_heartbeats: dict[int, tuple[Any, float]] = {}  # cell -> (its last heartbeat, when we first saw that)
         self._optuna_ids: dict[tuple[int, int], int] = {}  # (cell, attempt) claimed through this object -> Optuna's trial id
 
@@ -268,6 +269,7 @@ class LocalBackend:
 
     def _note_claim(self, stored: StoredTrial) -> Trial:
         attempt = stored.attempt + 1
+        self._has_claimed = True
         self._optuna_ids[stored.cell, attempt] = stored.optuna_id
         return Trial(stored.cell, stored.values, self.run_id(stored.cell), attempt)
 
@@ -428,6 +430,8 @@ class LocalBackend:
     def count_states(self, cells: Sequence[Mapping[str, Any]] | None = None) -> dict[str, int]:
         """State -> number of cells. Cells that Bayesian search has not suggested yet are waiting. `cells`: as above."""
         counted = Counter(self._table.count_states() if cells is None else [cell["state"] for cell in cells])
+        if self._has_claimed:  # others only look
+            self._table.keep_counts()
         if cells is None and not set(counted) <= set(TRIAL_STATES):  # a damaged trial: the list says which
             counted = Counter(cell["state"] for cell in self.list_cells())
         if not self.stop_mode:

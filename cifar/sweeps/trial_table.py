@@ -21,19 +21,19 @@ import datetime
 import heapq
 import json
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import ColumnElement, and_, bindparam, func, literal, select
+from sqlalchemy import ColumnElement, and_, bindparam, func, select
 
 from cifar.errors import UserError
-from cifar.sweeps import optuna_tables
+from cifar.sweeps import optuna_tables, trial_counts
 from cifar.sweeps.optuna_tables import OptunaState
 from cifar.sweeps.storage import Storage
 from cifar.sweeps.storage_errors import explain_errors
+from cifar.sweeps.trial_counts import EndedTrials, TrialCounter
 from cifar.sweeps.trial_offers import Offers
 from cifar.tracking.records import is_count
 
@@ -59,6 +59,8 @@ insert into study_user_attributes (study_id, key, value_json) values (:study, :n
 on conflict (study_id, key) do update set value_json = excluded.value_json
 """)
 _MAX_IDS = 500  # in one statement
+_ENDED = "ended"  # the study's attribute with `EndedTrials`
+_NUM_UNKEPT = 100  # trials whose end a first count reads by itself
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,8 @@ class TrialTable:
     def __init__(self, storage: Storage, study: int) -> None:
         self._storage, self._study = storage, study
         self._offers, self._guard = Offers(), threading.RLock()
-        self._ended = Counter[
-            str
-        ]()  # trial state -> number of trials that have ended without being complete, when last counted
-        self._end_words = dict[int, str]()  # id -> trial state of these
+        self._counter: TrialCounter | None = None  # made by the first count
+        self._num_kept = 0  # of the trials that it knows to have ended, those that the database says it of
         self._of_study = _TRIALS.c.study_id == study
         # Statements of every claim and end, made once: SQLAlchemy takes longer to make one than a database to answer it.
         is_unclaimed = and_(self._has_state(OptunaState.WAITING), _TRIALS.c.datetime_start.is_(None))
@@ -239,60 +239,20 @@ class TrialTable:
         """Trial state -> number of cells."""
         with self._connect() as connection:
             offers = self._update_offers(connection)
-            is_known = and_(self._of_study, _TRIALS.c.trial_id <= offers.last_id)  # one that was added since is not counted
-            counted, self._ended = self._count_words(connection, is_known, self._ended)
-        counted += self._ended
+            if self._counter is None:
+                text = connection.execute(_STUDY_ATTRIBUTE, {"study": self._study, "name": _ENDED}).scalar()
+                kept = trial_counts.parse_ended(json.loads(text or "null"))
+                self._counter, self._num_kept = TrialCounter(self._study, kept), kept.states.total()
+            counted = self._counter.count(connection, offers.last_id)  # a trial that was added since is not counted
         counted.subtract(offers.replaced_states)
         return dict(+counted)
 
-    def _count_words(
-        self, connection: sqlalchemy.Connection, which: ColumnElement[bool], before: Counter[str]
-    ) -> tuple[Counter[str], Counter[str]]:
-        """Trial state -> number of trials: of those that are open or complete, and of those that have ended otherwise.
-
-        `before`: the second part as it was found before, for the same condition.
-
-        Optuna's own state says it for trials that nobody has claimed, that run, and that are complete. Only of the others
-        `now` has to be read. One statement asks for all, so that a trial that changes meanwhile is counted once.
-
-        Trials only ever join those that have ended, and how they ended never changes. So it is read again only if there are
-        more than before.
-        """
-        t = _TRIALS.c
-        was_claimed = t.datetime_start.is_not(None)
-        # only `end_waiting` ends a trial that nobody has had, when the sweep is stopped
-        known = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "finished", "FAIL": "stopped"}
-        is_known = sqlalchemy.or_(
-            and_(t.state.in_([OptunaState.WAITING, OptunaState.FAIL]), sqlalchemy.not_(was_claimed)),
-            and_(t.state.in_([OptunaState.RUNNING, OptunaState.COMPLETE]), was_claimed),
-        )
-        has_ended = and_(t.state.in_([OptunaState.PRUNED, OptunaState.FAIL]), was_claimed)
-        no_word = sqlalchemy.cast(sqlalchemy.null(), sqlalchemy.String)
-        state = sqlalchemy.cast(t.state, sqlalchemy.String)
-        said = self._json_of(_NOW, "state").as_string()
-        with_now = _TRIALS.outerjoin(_NOW, self._has_key(_NOW, "now"))
-        by_state = select(literal("state"), state, func.count()).where(which, is_known).group_by(t.state)
-        by_word = select(literal("word"), said, func.count()).select_from(with_now).group_by(said)
-        of_open = by_word.where(which, sqlalchemy.not_(is_known), sqlalchemy.not_(has_ended))
-        num_ended = select(literal("number"), no_word, func.count()).where(which, has_ended)
-        ended_ids = select(literal("id"), no_word, t.trial_id).where(which, has_ended)
-        for ended in (num_ended, ended_ids):  # ten thousand ids take 15 ms
-            counted, ids, number_before = Counter[str](), list[int](), -1
-            for what, word, number in connection.execute(sqlalchemy.union_all(by_state, of_open, ended)):
-                if what == "id":
-                    ids.append(number)
-                elif what == "number":
-                    number_before = number
-                else:
-                    counted[known[word] if what == "state" else str(word)] += number
-            if number_before in (0, before.total()):
-                return counted, (before if number_before else Counter())
-        new = [optuna_id for optuna_id in ids if optuna_id not in self._end_words]
-        for start in range(0, len(new), _MAX_IDS):
-            is_new = and_(_NOW.c.trial_id.in_(new[start : start + _MAX_IDS]), _NOW.c.key == "now")
-            words = connection.execute(select(_NOW.c.trial_id, said).where(is_new))
-            self._end_words |= {optuna_id: str(word) for optuna_id, word in words}
-        return counted, Counter(self._end_words.get(optuna_id, "None") for optuna_id in ids)
+    def keep_counts(self) -> None:
+        """Write down for other processes how trials have ended, if the last count knows of many more than are written."""
+        ended = EndedTrials() if self._counter is None else self._counter.ended
+        if ended.states.total() >= self._num_kept + _NUM_UNKEPT:
+            self.write_study_attribute(_ENDED, ended.describe())
+            self._num_kept = ended.states.total()
 
     def list_values_at(self, step: int) -> list[float]:
         """The intermediate values at a step: one for each cell whose latest trial has come to it."""
@@ -443,12 +403,6 @@ class TrialTable:
         """The condition of a join that gives each trial one of its attributes."""
         return and_(attributes.c.trial_id == _TRIALS.c.trial_id, attributes.c.key == key)
 
-    def _json_of(self, attributes: Any, key: str) -> Any:
-        column = attributes.c.value_json  # a text to Optuna; SQLite reads it as JSON without a cast
-        if self._storage.engine.dialect.name == "postgresql":
-            return sqlalchemy.cast(column, sqlalchemy.JSON)[key]
-        return sqlalchemy.type_coerce(column, sqlalchemy.JSON)[key]
-
     def _update_offers(self, connection: sqlalchemy.Connection) -> Offers:
         """Read of the trials that are not known yet whether they took the place of others."""
         with self._guard:
@@ -469,8 +423,8 @@ class TrialTable:
                 offers.resolve((row[0], row[1]) for row in rows)
             ids = sorted(offers.replaced - before)
             for start in range(0, len(ids), _MAX_IDS):
-                is_replaced = _TRIALS.c.trial_id.in_(ids[start : start + _MAX_IDS])
-                offers.replaced_states += sum(self._count_words(connection, is_replaced, Counter()), Counter())
+                chunk = ids[start : start + _MAX_IDS]
+                offers.replaced_states += trial_counts.count_ids(connection, self._study, chunk)
             return offers
 
 

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from cifar.states import TRIAL_STATES
-from cifar.sweeps import storage, trial_table, trial_transactions
+from cifar.sweeps import storage, trial_counts, trial_table, trial_transactions
 from cifar.sweeps.local import LocalBackend, Trial
 from cifar.tracking.run_dir import RunDir
 from helpers.local_sweeps import METRIC, create_local_sweep
@@ -60,6 +60,7 @@ def check_answers(backend: LocalBackend) -> None:
     assert table.count_states() == states and set(states) <= set(TRIAL_STATES)
     assert backend.count_states() == {state: states[state] for state in TRIAL_STATES if states[state]}
     assert backend.count_states() == backend.count_states(backend.list_cells())
+    assert LocalBackend(backend.id, backend.runs_dir, backend._storage_url)._table.count_states() == states  # the first count
     for step in (1, 2):
         reached = [t.intermediate_values[step] for t in trials if step in t.intermediate_values]
         assert sorted(table.list_values_at(step)) == sorted(reached)
@@ -72,6 +73,8 @@ def play_history(
     draw, running, events = random.Random(seed), list[tuple[LocalBackend, Trial]](), Counter[str]()
     monkeypatch.setattr(trial_table, "_CHUNK_SIZE", draw.choice((1, 2, 32)))
     monkeypatch.setattr(trial_table, "_MAX_IDS", draw.choice((1, 3, 500)))
+    monkeypatch.setattr(trial_table, "_NUM_UNKEPT", draw.choice((1, 3)))
+    monkeypatch.setattr(trial_counts, "SETTLE_SECONDS", draw.choice((0.0, 0.02)))
     agents = [backend, LocalBackend(backend.id, backend.runs_dir, backend._storage_url)]
     larger = folder / f"larger-{seed}.yaml"
     larger.write_text(LARGER)
@@ -131,6 +134,29 @@ def play_history(
         agents[1].info["cells"] = backend.info["cells"]
         check_answers(backend)
     return events
+
+
+def play_wrong_clocks(backend: LocalBackend, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare counts with what all trials say, while trials end by clocks that are wrong by up to an hour, or by none."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(trial_counts, "SETTLE_SECONDS", (0.0, 0.02, 4000.0)[seed % 3])
+    monkeypatch.setattr(trial_table, "_NUM_UNKEPT", draw.choice((1, 3)))
+    watcher = LocalBackend(backend.id, backend.runs_dir, backend._storage_url)
+    set_time = sqlalchemy.text(
+        "update trials set datetime_complete = :time where trial_id = :id and datetime_complete is not null"
+    )
+    for _ in range(2):
+        while isinstance(trial := backend.claim_trial("me"), Trial):
+            optuna_id = backend._optuna_ids[trial.cell, trial.attempt]
+            backend.finish_trial(trial, draw.choice(ENDS), draw.random(), "because", retry=draw.choice((None, False)))
+            time = draw.choice((trial_counts._utc_text(draw.choice((-3600.0, -1.0, 0.0, 3600.0))), None))
+            with backend._storage.engine.begin() as connection:
+                connection.execute(set_time, {"time": time, "id": optuna_id})
+            for each in (backend, watcher, LocalBackend(backend.id, backend.runs_dir, backend._storage_url)):
+                if draw.random() < 0.6:
+                    assert each.count_states() == each.count_states(backend.list_cells())
+                    assert each._table.count_states() == Counter(map(state_of, list_latest(backend)))
+        backend.retry_cells()
 
 
 def create_history_sweep(runs: Path, url: str = "") -> LocalBackend:

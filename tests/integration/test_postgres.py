@@ -12,7 +12,7 @@ import pytest
 
 from cifar.sweeps.local import LocalBackend, Trial
 from helpers.local_sweeps import GRID, claim_trial, create_local_sweep
-from helpers.sweep_histories import check_rows, create_history_sweep, play_history
+from helpers.sweep_histories import check_rows, create_history_sweep, play_history, play_wrong_clocks
 
 pytestmark = pytest.mark.slow
 NUM_HISTORIES = int(os.environ.get("CIFAR_TEST_HISTORIES", "6"))
@@ -27,6 +27,11 @@ def test_every_answer_is_what_all_trials_say(
 ) -> None:
     for seed in range(NUM_HISTORIES):
         play_history(create_history_sweep(runs, postgres_url), 1000 + seed, 30, tmp_path, monkeypatch)
+
+
+def test_counts_do_not_depend_on_clocks(runs: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        play_wrong_clocks(create_history_sweep(runs, postgres_url), 1000 + seed, monkeypatch)
 
 
 def test_leases_retries_and_extensions_as_on_a_file(

@@ -12,10 +12,10 @@ import pytest
 import sqlalchemy
 
 from cifar.errors import UserError
-from cifar.sweeps import storage
+from cifar.sweeps import storage, trial_counts, trial_table
 from cifar.sweeps.local import LocalBackend, Trial
 from helpers.local_sweeps import METRIC, claim_trial, create_local_sweep
-from helpers.sweep_histories import check_answers, check_rows, create_history_sweep, play_history
+from helpers.sweep_histories import check_answers, check_rows, create_history_sweep, play_history, play_wrong_clocks
 
 NUM_HISTORIES = int(os.environ.get("CIFAR_TEST_HISTORIES", "8"))  # of the slow test
 
@@ -37,6 +37,43 @@ def test_every_answer_is_what_all_trials_say_over_many_histories(
     for seed in range(1, 1 + NUM_HISTORIES):
         events += play_history(create_history_sweep(runs), seed, 40, tmp_path, monkeypatch)
     assert {"claim", "end", "rung", "lapse", "retry", "extend", "stop"} <= set(events)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_do_not_depend_on_clocks(runs: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    play_wrong_clocks(create_history_sweep(runs), seed, monkeypatch)
+
+
+def test_how_trials_ended_is_read_once_and_kept_for_other_processes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_counts, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(trial_table, "_NUM_UNKEPT", 3)
+    backend = create_local_sweep(runs)
+
+    def fail(number: int) -> None:
+        for _ in range(number):
+            backend.finish_trial(claim_trial(backend), "failed", retry=False)
+
+    def write(statement: str) -> None:
+        with backend._storage.engine.begin() as connection:
+            connection.execute(sqlalchemy.text(statement))
+
+    def count_first() -> dict[str, int]:
+        return LocalBackend(backend.id, runs).count_states()
+
+    kept = "from study_user_attributes where key = 'ended'"
+    fail(2)
+    assert backend.count_states()["failed"] == count_first()["failed"] == 2
+    with backend._storage.engine.connect() as connection:
+        assert connection.execute(sqlalchemy.text(f"select count(*) {kept}")).scalar() == 0  # too few to write it down
+    fail(2)
+    assert backend.count_states()["failed"] == 4
+    write("""update trial_user_attributes set value_json = '{"state": "pruned"}' where key = 'now'""")
+    assert backend.count_states()["failed"] == count_first()["failed"] == 4, "no text was read again"
+    fail(1)
+    assert backend.count_states()["failed"] == count_first()["failed"] == 5, "only the new one's"
+    for damaged in ("null", "[1]", '{"until": 5, "states": {}}', '{"until": "2026-01-01", "states": 7}', '{"until": "x"}'):
+        write(f"update study_user_attributes set value_json = '{damaged.replace(':', chr(92) + ':')}' where key = 'ended'")
+        assert {"pruned": 4, "failed": 1}.items() <= count_first().items(), "all are read"
 
 
 def test_a_search_is_handed_out_and_tried_again(runs: Path) -> None:
