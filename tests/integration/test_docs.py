@@ -135,6 +135,7 @@ PARSED = {
     "cifar evaluate ENTITY/PROJECT/model-SWEEP:best": ACCOUNT,
     "cifar evaluate frontier-28m": PRETRAINED,
     "cifar train --experiment resnet20 --seeds 0,1,2": "the same with worksheet1 is run",
+    "cifar train --from frontier-161m": PRETRAINED,
     "cifar train --from frontier-28m seed=5": PRETRAINED,
     "cifar train model=resnet20 teacher=frontier-28m val_size=0": PRETRAINED,
     "cifar push RUN": ACCOUNT,

@@ -16,7 +16,14 @@ from helpers.paths import PACKAGE
 
 pytestmark = pytest.mark.slow
 FOLDERS = sorted(file.parent for file in (PACKAGE / "pretrained").glob("*/card.json") if (file.parent / "weights.pt").exists())
-MODELS = {"frontier-28m": ("airbench", {"width": 24, "depth": 3})}  # what each is, written once more
+MODELS = {  # what each is, written once more
+    "frontier-3m": ("efficientnet", {"width_multiplier": 0.15, "depth_multiplier": 0.5, "channel_divisor": 4}),
+    "frontier-6m": ("efficientnet", {"width_multiplier": 0.25, "depth_multiplier": 0.5, "channel_divisor": 4}),
+    "frontier-26m": ("airbench", {"width": 24, "depth": 3}),
+    "frontier-28m": ("efficientnet", {"width_multiplier": 0.59, "depth_multiplier": 0.5, "channel_divisor": 4}),
+    "frontier-41m": ("efficientnet", {"width_multiplier": 0.74, "depth_multiplier": 0.5, "channel_divisor": 4}),
+    "frontier-400m": ("wrn_16_4", {}),
+}
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ RESULTS = (
     "joules_missing", "train_flops", "teacher_flops", "teacher_train_flops", "weights_bytes", "latency_seconds",
     "latency_device", "together", "compiled", "gpu", "torch", "commit", "date", "val_size", "test", "experiment",
 )  # fmt: skip
+COLUMNS = ("run", *NETWORK, *TRAINING, *RECIPE, *DETAILS, *RESULTS)  # of NAME_runs.csv
 # Of a line of NAME.csv: the means of what its finished runs have; and what they have in common, or else all values.
 MEANS = (
     "best_val_acc_seen", "train_acc", "seconds_training", "joules", "train_flops", "teacher_flops", "latency_seconds",
@@ -142,7 +143,8 @@ def describe_epoch(run: str, row: dict[str, Any]) -> list[Any]:
 def read_collected(name: str, out: Path) -> tuple[list[dict[str, Any]], list[list[Any]], dict[str, str]]:
     """What the files have already: lines of NAME_runs.csv, lines of NAME_curves.csv.gz, and of each run its row's command."""
     with open(out / f"{name}_runs.csv", newline="", encoding="utf-8") as file:
-        lines: list[dict[str, Any]] = list(csv.DictReader(file))
+        columns = dict.fromkeys(COLUMNS, "") | RECIPE  # what an older file lacks was off
+        lines: list[dict[str, Any]] = [columns | line for line in csv.DictReader(file)]
     with gzip.open(out / f"{name}_curves.csv.gz", "rt", newline="", encoding="utf-8") as file:
         curves: list[list[Any]] = list(csv.reader(file))[1:]
     texts = (out / f"{name}_commands.txt").read_text("utf-8").splitlines()[1:]
@@ -171,7 +173,7 @@ def collect(runs_dir: Path, name: str, out: Path, *, add: bool = False) -> Path:
             curves += [describe_epoch(path.parent.name, row) for row in rows]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"{name}_runs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["run", *NETWORK, *TRAINING, *RECIPE, *DETAILS, *RESULTS], lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     text = io.StringIO()

@@ -49,7 +49,8 @@ LABELLED = (
 class Row:
     """A row of ours. Accuracies in percent; seconds and joules of a run, the latter None where not known."""
 
-    name: str
+    family: str
+    size: str  # of the network within its family
     mmacs: float
     accuracy: float
     half_width: float  # of its 95 % interval
@@ -85,7 +86,8 @@ def select_rows(lines: Sequence[dict[str, str]]) -> list[Row]:
         depth = f"-{line['depth']}" if line["model"] == "wrn" else ""
         rows.append(
             Row(
-                f"{NAMES.get(line['model'], line['model'])}{depth}{width}",
+                f"{NAMES.get(line['model'], line['model'])}{depth}",
+                width,
                 float(line["macs"]) / 1e6,
                 float(line["test_acc_mean"]),
                 half,
@@ -113,22 +115,33 @@ def draw_front(ax: Axes, points: Sequence[tuple[float, float]], colour: str, **s
         ax.step(*zip(*[(x, 100 - y) for x, y in ends], strict=True), where="post", color=colour, zorder=1, **style)
 
 
+def name_rows(rows: Sequence[Row]) -> list[str]:
+    """The rows' labels. Neighbours of one family that are close to each other share that of the last."""
+    names, sizes = [], ""
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        sizes += row.size
+        is_close = following is not None and following.family == row.family and following.mmacs < 1.8 * row.mmacs
+        names.append("" if is_close else f"{row.family}{sizes}")
+        sizes = sizes + "," if is_close else ""
+    return names
+
+
 def draw_rows(ax: Axes, rows: Sequence[Row], costs: Sequence[float], *, has_names: bool) -> None:
-    for row, cost in zip(rows, costs, strict=True):
+    for row, cost, name in zip(rows, costs, name_rows(rows), strict=True):
         ax.errorbar(
             cost, 100 - row.accuracy, yerr=row.half_width, fmt="o", markersize=6, color=OURS, capsize=2.5, elinewidth=1.2,
             markerfacecolor=OURS if has_names or not row.is_packed else "white", zorder=4,
         )  # fmt: skip
         if has_names:
             ax.annotate(
-                row.name, (cost, 100 - row.accuracy), xytext=(7, -10) if row.mmacs < 300 else (-7, 6),
+                name, (cost, 100 - row.accuracy), xytext=(7, -10) if row.mmacs < 300 else (-7, 6),
                 ha="left" if row.mmacs < 300 else "right", textcoords="offset points", fontsize=7.5, color=OURS,
                 zorder=5, path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )  # fmt: skip
         else:
             ax.annotate(
-                f"{row.mmacs:.3g}", (cost, 100 - row.accuracy), xytext=(6, -3), textcoords="offset points", fontsize=7,
-                color="#6b7785", path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                f"{row.mmacs:.2g}", (cost, 100 - row.accuracy), xytext=(0, 7), textcoords="offset points", fontsize=7,
+                ha="center", color="#6b7785", path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )  # fmt: skip
 
 
@@ -166,9 +179,10 @@ def draw(rows: Sequence[Row], published: Sequence[dict[str, str]], about: str) -
     )
     for line in published:
         if line["network"] in LABELLED and line["group"] == "front":
+            below_ours = 5 < float(line["mmacs"]) < 20  # our line passes on the left of these
             main.annotate(
-                line["network"], (float(line["mmacs"]), 100 - float(line["test_acc"])), xytext=(-4, 5),
-                ha="right" if float(line["mmacs"]) > 1 else "left",
+                line["network"], (float(line["mmacs"]), 100 - float(line["test_acc"])),
+                xytext=(5, -9) if below_ours else (-4, 5), ha="left" if below_ours or float(line["mmacs"]) < 1 else "right",
                 textcoords="offset points", fontsize=7, color=FRONT,
             )  # fmt: skip
     draw_rows(main, rows, [row.mmacs for row in rows], has_names=True)
