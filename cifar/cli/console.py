@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment, Segments
 
 from cifar.errors import name_program
 from cifar.system.names import escape_controls, escape_in_json
@@ -38,8 +39,9 @@ def print_table(title: str, columns: Sequence[str | Column], rows: Sequence[Sequ
     if title:
         console.print(clean_text(title), style="italic", markup=False)
     console.print(table.header, style="bold", markup=False, soft_wrap=True)
-    if len(table.lines) > 1:  # at once: rich takes a tenth of a millisecond for each call
-        console.out("\n".join(table.lines[1:]), highlight=False)
+    if len(table.lines) > 1:  # at once and as they are: rich takes a tenth of a millisecond for each call, and time to wrap
+        text = "\n".join(table.lines[1:]).expandtabs()
+        console.print(Segments([Segment(text), Segment.line()]), crop=False, soft_wrap=True)
     if table.shared:
         console.print(format_shared(table.shared), markup=False)
     if table.dropped:

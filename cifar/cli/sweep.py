@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -398,6 +399,7 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
     trials: list[dict[str, Any]] = []
     with redirect_messages(as_json):
         backend = _open_local(sweep_id, storage, runs)
+        gc.freeze()  # all that was imported stays; to look for cycles in it at the end would take a twentieth of the time
         names = [metric.name for metric in backend.sweep.metrics]
         cells, gone = backend.list_cells_and_lost()
         keys = backend.list_swept_keys(cells)
@@ -447,7 +449,7 @@ def show_status(sweep_id: SweepId, storage: Storage = None, runs_dir: RunsDir = 
 def _read_epoch(folder: str) -> int | None:
     """The epoch that a run has come to; None if that is not known, or if its folder is damaged."""
     with contextlib.suppress(UserError):
-        epoch = run_dir.read_json(Path(f"{folder}/status.json"), "status").get("epoch")
+        epoch = run_dir.read_json(f"{folder}/status.json", "status").get("epoch")
         return None if epoch is None else int(epoch)
     return None
 

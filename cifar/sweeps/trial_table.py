@@ -37,6 +37,7 @@ from cifar.sweeps.trial_counts import EndedTrials, TrialCounter
 from cifar.sweeps.trial_offers import Offers
 from cifar.tracking.records import is_count
 
+_decode = json.JSONDecoder().decode  # `json.loads` does the same and looks first at options and bytes
 _TRIALS, _ATTRIBUTES = optuna_tables.TRIALS, optuna_tables.TRIAL_ATTRIBUTES
 _CELL, _VALUES, _NOW = (_ATTRIBUTES.alias(key) for key in ("cell", "planned", "now"))
 _CHUNK_SIZE = 32  # waiting trials that a claim reads at once
@@ -101,7 +102,7 @@ def parse_trial(optuna_id: int, number: int, state: OptunaState, attributes: Map
 def parse_texts(optuna_id: int, number: int, state: OptunaState, texts: Sequence[str | None]) -> StoredTrial:
     """`parse_trial` of the attributes' JSON texts: cell, values, now. None: the trial has no such attribute."""
     named = zip(("cell", "values", "now"), texts, strict=True)
-    return parse_trial(optuna_id, number, state, {key: json.loads(text) for key, text in named if text is not None})
+    return parse_trial(optuna_id, number, state, {key: _decode(text) for key, text in named if text is not None})
 
 
 def _write_now(connection: sqlalchemy.Connection, optuna_id: int, now: Mapping[str, Any]) -> None:

@@ -63,6 +63,8 @@ def text_width(text: str) -> int:
 
 def shorten_text(text: str, width: int) -> str:
     """The text, or its beginning and an ellipsis, in at most `width` columns."""
+    if len(text) <= width and text.isascii() and text.isprintable():  # as nearly all are
+        return text
     text = escape_controls(" ".join(text.splitlines()))
     if text_width(text) <= width:
         return text

@@ -41,6 +41,8 @@ def is_amount(value: Any) -> bool:
 
 def is_count(value: Any) -> bool:
     """A whole number of at least 0. W&B turns such numbers into floats."""
+    if type(value) is int:  # nearly always, and asked of every trial
+        return 0 <= value <= MAX_INTEGER
     return is_amount(value) and value == int(value)
 
 

@@ -324,7 +324,7 @@ def generate_id() -> str:
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8))
 
 
-def read_json(path: Path, kind: str = "") -> dict[str, Any]:
+def read_json(path: Path | str, kind: str = "") -> dict[str, Any]:
     """A JSON object from a file, {} if there is no file. Raises UserError if it is damaged.
 
     kind: the key of `records.FIELDS` by which its fields are checked.
@@ -339,11 +339,11 @@ def read_json(path: Path, kind: str = "") -> dict[str, Any]:
     except MissingFileError:
         return {}
     except (UnreadableFileError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({_reason(error)}); restore it, or delete {path.parent}") from None
+        raise UserError(f"{path} is damaged ({_reason(error)}); restore it, or delete {os.path.dirname(path)}") from None
     return value
 
 
-def check_schema(run: Mapping[str, Any], path: Path) -> None:
+def check_schema(run: Mapping[str, Any], path: Path | str) -> None:
     """Raise UnknownSchemaError if another version has written this run.json."""
     if run.get("schema", SCHEMA) != SCHEMA:
         raise UnknownSchemaError(
