@@ -7,12 +7,13 @@ part takes any more.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cifar.config.schema import Settings
 from cifar.system.files import shorten_repr
-from cifar.tracking.records import MAX_NAME, is_amount, is_count
+from cifar.tracking.records import MAX_NAME, is_amount, is_column_right, is_count
 
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     int: ("a whole number from 0", is_count),
@@ -85,6 +86,19 @@ def check_config(values: Mapping[str, Any]) -> None:
         pass
     if problem := _find_problem(values):
         raise ValueError(problem)
+
+
+def check_all_configs(configs: Sequence[Mapping[str, Any]]) -> None:
+    """`check_config` of many: by columns, which is quicker. The error does not say of which."""
+    checks = _list_checks()
+    for name in dict.fromkeys(itertools.chain.from_iterable(configs)):
+        values = [config.get(name) for config in configs]
+        if not is_column_right(values, _is_short) or (name in checks and not is_column_right(values, checks[name][1])):
+            raise ValueError(f"a {shorten_repr(name)} in config.json is not what it has to be")
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, str) or len(value) <= MAX_NAME
 
 
 def _find_problem(values: Mapping[str, Any]) -> str:

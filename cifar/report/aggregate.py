@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections import Counter
@@ -243,12 +244,11 @@ def compare_runs(
     # The dataset of most runs is the one that is reported; the official CIFAR-10 wins a draw.
     majority = max(kinds, key=lambda kind: (kinds[kind], kind == ("cifar10", True)), default=("cifar10", True))
     excluded = list(damaged)
-    describe = json.JSONEncoder(sort_keys=True, default=str).encode
-    groups: dict[str, dict[Any, Run]] = {}
-    lost_seeds: dict[str, set[Any]] = {}  # group -> seeds that ended without a result
+    groups: dict[Any, dict[Any, Run]] = {}
+    lost_seeds: dict[Any, set[Any]] = {}  # group -> seeds that ended without a result
     for run in runs:
         why = _exclusion_reason(run, split, majority)
-        name = describe({**run.config, "seed": None})
+        name = _describe_config(run.config)
         seed = run.config.get("seed")
         if why:
             excluded.append(ExcludedRun(run.id, run.name, *why))
@@ -261,7 +261,7 @@ def compare_runs(
             excluded.append(ExcludedRun(old.id, old.name, "repeated", f"same configuration and seed as the newer {run.id}"))
         group[seed] = run
     points = [
-        replace(point, num_lost=len(lost_seeds.get(name, set()) - set(group)))
+        replace(point, num_lost=len(lost_seeds[name] - set(group))) if name in lost_seeds else point
         for name, group in groups.items()
         for point in _make_points(group.values(), split)
     ]
@@ -271,7 +271,7 @@ def compare_runs(
     front = stats.pareto_front([point.macs for point in single_view], [point.mean for point in single_view])
     front_ids = {id(single_view[i]) for i in front}
     return Comparison(
-        points=tuple(replace(point, on_front=id(point) in front_ids) for point in points),
+        points=tuple(replace(point, on_front=True) if id(point) in front_ids else point for point in points),
         excluded=tuple(excluded),
         distinguishing_keys=tuple(points[0].values) if points else (),
         split=split,
@@ -281,6 +281,24 @@ def compare_runs(
         has_scores=split == "val" or any(run.accuracies_by_views(split) for run in runs),
         cost_unit=cost_unit,
     )
+
+
+def _describe_config(config: dict[str, Any]) -> tuple[str, ...]:
+    """What a configuration without its seed is, to the last bit and the types of its values."""
+    names = tuple(config)
+    order = _find_order(names)
+    values = [config[name] for name in order]
+    if not set(map(type, values)) <= _PLAIN_TYPES:
+        return ("", json.dumps({**config, "seed": None}, sort_keys=True, default=str))
+    return (*order, repr(values))
+
+
+_PLAIN_TYPES = {str, int, float, bool, type(None)}
+
+
+@functools.lru_cache(maxsize=1024)  # many runs have the same names
+def _find_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if name != "seed"))
 
 
 def describe_settings(comparison: Comparison) -> str:
@@ -361,11 +379,13 @@ def _label_points(points: list[Point]) -> list[Point]:
         return {key: value for key, value in config.items() if key not in others} if others else config
 
     own_configs = list(map(leave_out_others, points, configs))
-    if len({_format_label(config, needed) for config in own_configs}) < num_different:
+    labels = [_format_label(config, needed) for config in own_configs]
+    if len(set(labels)) < num_different:
         own_configs = configs
+        labels = [_format_label(config, needed) for config in configs]
     labelled = []
-    for point, config in zip(points, own_configs, strict=True):
-        label = _format_label(config, needed) or point.model
+    for point, config, label in zip(points, own_configs, labels, strict=True):
+        label = label or point.model
         label += f" ({point.num_views} views)" if point.num_views > 1 else ""
         labelled.append(replace(point, label=label, values={key: config.get(key) for key in columns}))
     return labelled

@@ -25,7 +25,7 @@ from cifar.report.digest import compute_digest, digest_program, find_versions
 from cifar.report.drawing import FigureResult, FigureWriter
 from cifar.report.explorer.document import MANY_RUNS, Document, build_document
 from cifar.report.explorer.page import render_explorer
-from cifar.report.facts import build_json, format_csv, format_json, list_facts
+from cifar.report.facts import format_csv, format_json, list_facts, write_json
 from cifar.report.formatting import (
     format_mega_macs,
     format_mega_params,
@@ -107,6 +107,7 @@ def _write_files(
     writer = FigureWriter(collection, comparison, out, made)
     tasks: list[Callable[[], Any]] = [
         *(functools.partial(writer.write, entry) for entry in sorted(registry.figures, key=style.sort_key)),
+        functools.partial(pages.describe_provenance, comparison, collection.runs, command),
         functools.partial(_make_tables, comparison),
         functools.partial(_rate_settings, collection, comparison, made),
     ]
@@ -117,7 +118,7 @@ def _write_files(
         with shares(tasks) as finish:
             explored = explore()
             figures: list[FigureResult]
-            *figures, (table, document), (importance, importance_key) = finish()
+            *figures, provenance, (table, document), (importance, importance_key) = finish()
         for figure in figures:
             made.keep(figure.key, figure.made)
         made.keep(importance_key, importance)
@@ -127,12 +128,11 @@ def _write_files(
         notes += [f"{problem}." for problem in registry.figures.problems]
         notes += [note for figure in figures for note in figure.notes]
         masked_notes = format_json(mask_secrets(notes, mask_keys=False), 1)
-        write_atomic(paths[2], f'{document[:-2]},\n "notes": {masked_notes}\n}}'.encode())
+        write_atomic(paths[2], f'{document},\n "notes": {masked_notes}\n}}'.encode())
         if table:
             write_atomic(paths[1], table.encode())
         else:
             paths.pop(1).unlink(missing_ok=True)
-        provenance = pages.describe_provenance(comparison, collection.runs, command)
         listed = {run.id for run in comparison.runs}
         num_apart = sum(run.id not in listed for run in collection.runs)
         explorer = render_explorer(explored, importance=importance, num_apart=num_apart) if explored else ""
@@ -208,8 +208,7 @@ def _explore(comparison: Comparison, collection: RunCollection, runs: Path, kept
 def _make_tables(comparison: Comparison) -> tuple[str, str]:
     """report.csv, "" without points; and report.json without its last part, the notes."""
     facts = list_facts(comparison)
-    document = format_json(mask_secrets(build_json(comparison, facts), mask_keys=False))
-    return format_csv(facts) if facts else "", document
+    return format_csv(facts) if facts else "", write_json(comparison, facts)
 
 
 def _rate_settings(collection: RunCollection, comparison: Comparison, made: Made) -> tuple[dict[str, Any] | None, str]:

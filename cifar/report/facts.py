@@ -7,10 +7,12 @@ import csv
 import functools
 import io
 import json
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cifar.report.aggregate import Comparison
+from cifar.system.redact import mask_secrets
 
 # Columns of report.csv, beside MACs and seconds.
 COST_COLUMNS = ("train_flops", "joules", "weights_bytes", "latency_seconds", "teacher_flops", "teacher_train_flops")
@@ -90,6 +92,8 @@ def _guard_text(value: str) -> str:
 
 def format_json(value: Any, level: int = 0) -> str:
     """`json.dumps(value, indent=1)`, which leaves the quick encoder for a slow one, in a quarter of the time."""
+    if type(value) is str:
+        return json.encoder.encode_basestring_ascii(value)
     if not value or not isinstance(value, dict | list):
         return json.dumps(value)
     start, end = ("{", "}") if isinstance(value, dict) else ("[", "]")
@@ -113,10 +117,10 @@ def _make_encoder(separator: str) -> Callable[[Any], str]:
     return json.JSONEncoder(separators=(separator, ": ")).encode
 
 
-def build_json(comparison: Comparison, facts: list[dict[str, Any]]) -> dict[str, Any]:
-    """report.json without its last part, the notes."""
+def write_json(comparison: Comparison, facts: list[dict[str, Any]]) -> str:
+    """report.json without secrets and without its last part, the notes: up to its last brace."""
     best = comparison.best
-    return {
+    first = {
         "schema": 1,
         "title": comparison.title,
         "dataset": comparison.banner or "CIFAR-10",
@@ -126,6 +130,38 @@ def build_json(comparison: Comparison, facts: list[dict[str, Any]]) -> dict[str,
         "seeds": comparison.seeds,
         "best": best.label if best else None,
         "rank_correlation": comparison.macs_rank_correlation,
-        "points": facts,
-        "apart": [{"id": run.id, "name": run.name, "kind": run.kind, "reason": run.reason} for run in comparison.excluded],
     }
+    apart = [{"id": run.id, "name": run.name, "kind": run.kind, "reason": run.reason} for run in comparison.excluded]
+    texts = [format_json(mask_secrets(part, mask_keys=False)) for part in (first, {"apart": apart})]
+    points = format_json_rows(mask_rows(facts), 1)
+    return f'{texts[0][:-2]},\n "points": {points},{texts[1][1:-2]}'
+
+
+def mask_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`mask_secrets` of rows with the same names: by columns, most of which hold numbers."""
+    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    masked = [
+        values if set(map(type, values)) <= _NUMBERS else mask_secrets(values, mask_keys=False) for values in columns.values()
+    ]
+    names = [next(iter(mask_secrets({name: 0}, mask_keys=False))) for name in columns]
+    return [dict(zip(names, values, strict=True)) for values in zip(*masked, strict=True)]
+
+
+def format_json_rows(rows: list[dict[str, Any]], level: int) -> str:
+    """`format_json` of rows with the same names: by columns, in a quarter of the time."""
+    if not rows:
+        return "[]"
+    margin = "\n" + " " * (level + 1)
+    columns = [_format_column([row[name] for row in rows], level + 2) for name in rows[0]]
+    starts = [f"{margin} {json.dumps(name)}: " for name in rows[0]]
+    texts = (",".join(map(operator.add, starts, values)) for values in zip(*columns, strict=True))
+    return "[" + ",".join(f"{margin}{{{text}{margin}}}" for text in texts) + f"{margin[:-1]}]"
+
+
+def _format_column(values: list[Any], level: int) -> list[str]:
+    if set(map(type, values)) <= _NUMBERS:
+        return json.dumps(values)[1:-1].split(", ")
+    return [format_json(value, level) for value in values]
+
+
+_NUMBERS = {int, float, bool, type(None)}

@@ -284,14 +284,17 @@ def describe_provenance(comparison: Comparison, runs: Iterable[Run], command: st
     """How the report was made: name -> text. The facts come from the configurations and environments of the runs."""
     runs = list(comparison.runs or runs)
 
+    environments: dict[int, tuple[Any, list[Run]]] = {}  # by id: many runs have one in common
+    for run in runs:
+        environments.setdefault(id(run.environment), (run.environment, []))[1].append(run)
+
     def list_distinct(*keys: str) -> str:
         found: dict[str, int] = {}
-        for run in runs:
-            value: Any = run.environment
+        for value, own_runs in environments.values():
             for key in keys:
                 value = value.get(key) if isinstance(value, Mapping) else None
             if value not in (None, "", {}):
-                found[format_value(value)] = found.get(format_value(value), 0) + 1
+                found[format_value(value)] = found.get(format_value(value), 0) + len(own_runs)
         texts = [text if len(found) == 1 else f"{text} ({pluralize(n, 'run')})" for text, n in found.items()]
         return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from cifar.config.recorded import check_config, fill_config
 from cifar.errors import UserError
-from cifar.report.beside import map_beside
+from cifar.report.beside import map_beside, start_beside
 from cifar.report.formatting import pluralize
 from cifar.report.metric_rows import list_names
 from cifar.report.run_cache import MIN_RUNS, SETTLE_SECONDS, CachedRun, RunCache
@@ -31,6 +31,7 @@ from cifar.tracking.run_dir import RunDir, find_run_dir, list_folders, list_run_
 
 STAND_IN_BANNER = "STAND-IN DATA, not CIFAR-10"
 UNOFFICIAL_BANNER = "NOT THE OFFICIAL CIFAR-10 FILES"
+MIN_STATTED = 2000  # runs whose files another process looks at
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 
 
@@ -229,7 +230,8 @@ class RunLoader:
     def load_all(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Run | UserError]]:
         """Read run folders, in this order; a damaged one gives an error that says what is damaged."""
         num_runs = Counter(path.parent for path in paths)
-        signatures = {path: stat_files(path) for path in paths if num_runs[path.parent] >= self._min_cached}
+        many = [path for path in paths if num_runs[path.parent] >= self._min_cached]
+        signatures = dict(zip(many, self._stat_all(many), strict=True))
         found: dict[Path, dict[str, CachedRun]] = {path.parent: {} for path in signatures}
         cached = {path: self._load_cached(path, signature) for path, signature in signatures.items()}
         fresh = self._read_many([path for path, run in cached.items() if run is None])
@@ -254,6 +256,15 @@ class RunLoader:
                 yield path, error
         for folder, runs in found.items():
             self._open_cache(folder).write(runs, self._cleaner)
+
+    def _stat_all(self, paths: list[Path]) -> list[list[int]]:
+        """`stat_files` of each. Of many, beside the reading of the caches, which takes as long."""
+        if len(paths) < MIN_STATTED:
+            return list(map(stat_files, paths))
+        with start_beside(lambda: list(map(stat_files, paths))) as wait:
+            for folder in {path.parent for path in paths}:
+                self._open_cache(folder)
+            return wait()
 
     def _read_many(self, paths: list[Path]) -> dict[Path, RunFiles | Exception]:
         """Read run folders, on all cores -> what is in them, or what is damaged."""
@@ -288,13 +299,14 @@ class RunLoader:
         """A run from its folder's cache; None if it is not there as `stat_files` (`signature`) finds it now."""
         if cached := self._open_cache(path.parent).find_run(path, signature):
             with contextlib.suppress(ValueError, UserError):  # then it was no run's folder that this came from
-                return cached, self._make_run(path, cached.files)
+                return cached, self._make_run(path, cached.files, is_checked=True)
         return None
 
-    def _make_run(self, path: Path, files: RunFiles) -> Run:
+    def _make_run(self, path: Path, files: RunFiles, *, is_checked: bool = False) -> Run:
         run, config, status = (self._cleaner.clean(files.documents[name]) for name in ("run", "config", "status"))
         cost = run.get("cost") or {}
-        check_config(config)
+        if not is_checked:
+            check_config(config)
         dataset = str(run.get("dataset") or config.get("dataset"))
         return Run(
             id=path.name,

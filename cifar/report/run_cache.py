@@ -23,14 +23,15 @@ from typing import Any
 
 import numpy as np
 
+from cifar.config.recorded import check_all_configs
 from cifar.errors import UserError
 from cifar.report.metric_rows import Ids, Layout, MetricRows, Numbers, find_starts, is_exact
-from cifar.report.run_files import DOCUMENTS, FILES, Cleaner, RunFiles, stat_files
-from cifar.system.files import check_text, check_values, read_arrays
-from cifar.tracking.records import MAX_EPOCH, MAX_NAME, check_fields
-from cifar.tracking.run_dir import CACHE_FILE, CACHE_FOLDER, check_schema
+from cifar.report.run_files import DOCUMENTS, FILES, SHARED_DOCUMENTS, Cleaner, RunFiles, stat_files
+from cifar.system.files import check_all_values, check_text, read_arrays
+from cifar.tracking.records import MAX_EPOCH, MAX_NAME, SCHEMA, check_all_fields
+from cifar.tracking.run_dir import CACHE_FILE, CACHE_FOLDER
 
-FORMAT = 1  # changes with what is in the file
+FORMAT = 2  # changes with what is in the file
 MAX_BYTES = 2**30  # of the numbers of all rows; further runs are not kept
 MIN_RUNS = 200  # of a folder; fewer are read from their folders
 SETTLE_SECONDS = 2.0
@@ -63,17 +64,7 @@ class RunCache:
     def find_run(self, path: Path, signature: list[int]) -> CachedRun | None:
         """The run as it was read, if they are still the same and all is right with them."""
         known = self._known.get(path.name)
-        if known is None or known.signature != signature:
-            return None
-        documents = known.files.documents
-        try:
-            for name in DOCUMENTS:
-                check_values(documents[name])
-                check_fields(name, documents[name])
-            check_schema(documents["run"], path)
-        except (UserError, ValueError, KeyError):
-            return None
-        return known if documents["run"] and documents["config"] else None
+        return known if known is not None and known.signature == signature else None
 
     def read_sweep(self, path: Path) -> str | None:
         """The sweep of a run whose run.json is still the same; None if that is not known."""
@@ -136,18 +127,17 @@ class RunCache:
 def _compose(runs: Mapping[str, CachedRun]) -> dict[str, Any]:
     """The arrays of the file."""
     layouts = _Numbers(lambda layout: (layout.names, layout.is_whole))
-    labels = _Numbers(repr)
+    shared = {name: _Numbers(repr) for name in SHARED_DOCUMENTS}
     documents, ids = [], [np.zeros(0, np.uint16)]
     for run in runs.values():
         rows, about = _rows_of(run), dict(run.files.documents)
-        shared = about.pop("labels")
-        documents.append({**about, "labels": labels.find(shared)})
+        documents.append(about | {name: numbers.find(about[name]) for name, numbers in shared.items()})
         ids.append(np.array([layouts.find(layout) for layout in rows.layouts], np.uint16)[rows.ids])
     about_all = {
         "format": FORMAT,
         "names": list(runs),
         "documents": documents,
-        "labels": labels.items,
+        "shared": {name: numbers.items for name, numbers in shared.items()},
         "layouts": [[layout.names, layout.is_whole] for layout in layouts.items],
     }
     return {
@@ -177,18 +167,34 @@ def _parse(arrays: Mapping[str, Any]) -> dict[str, CachedRun]:
     ids = ids.astype(np.int64)
     _check_rows(layouts, ids, values)
     starts, row_ends = find_starts(layouts, ids), np.cumsum(num_rows).tolist()
+    documents = _share_documents(about["documents"], about["shared"])
     found = {}
-    for number, (name, documents, signature) in enumerate(
-        zip(about["names"], about["documents"], signatures.tolist(), strict=True)
-    ):
+    for number, (name, signature) in enumerate(zip(about["names"], signatures.tolist(), strict=True)):
         first, end = row_ends[number] - int(num_rows[number]), row_ends[number]
         rows = _slice_rows(layouts, ids[first:end], values[starts[first] : starts[end]])
-        documents = {**documents, "labels": about["labels"][documents["labels"]]}
-        if not all(type(document) is dict for document in documents.values()):
-            raise ValueError("documents of another kind")
-        files = RunFiles(documents, rows)
-        found[str(name)] = CachedRun(signature, files)
+        found[str(name)] = CachedRun(signature, RunFiles(documents[number], rows))
     return found
+
+
+def _share_documents(runs: list[dict[str, Any]], shared: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """The documents of all runs. Raises ValueError for what a run's folder could not have."""
+    columns: dict[str, list[Any]] = {name: [run[name] for run in runs] for name in DOCUMENTS if name not in SHARED_DOCUMENTS}
+    for name, items in {**columns, **{name: shared[name] for name in SHARED_DOCUMENTS}}.items():
+        if set(map(type, items)) - {dict}:
+            raise ValueError("documents of another kind")
+        check_all_values(items)
+        check_all_fields(name, items)
+    check_all_configs(columns["config"])
+    if not all(columns["run"]) or not all(columns["config"]):
+        raise ValueError("runs without a configuration")
+    if any(run.get("schema", SCHEMA) != SCHEMA for run in columns["run"]):
+        raise ValueError("runs of another version")
+    for name in SHARED_DOCUMENTS:
+        numbers = [run[name] for run in runs]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("numbers of no documents")
+        columns[name] = [shared[name][number] for number in numbers]
+    return [dict(zip(columns, documents, strict=True)) for documents in zip(*columns.values(), strict=True)]
 
 
 def _check_rows(layouts: list[Layout], ids: Ids, values: Numbers) -> None:

@@ -17,6 +17,7 @@ from cifar.tracking.run_dir import MAX_METRICS_BYTES, RunDir
 
 FIRST_DOCUMENTS, LAST_DOCUMENTS = ("run", "config", "status"), ("summary", "labels", "environment")  # before and after the rows
 DOCUMENTS = (*FIRST_DOCUMENTS, *LAST_DOCUMENTS)
+SHARED_DOCUMENTS = ("labels", "environment")  # that many runs have in common
 FILES = (*(f"{name}.json" for name in DOCUMENTS), "metrics.jsonl")
 MAX_SCATTERED = 2_000_000  # cells of a table of rows and metrics, from which on not more than 9 of 10 may be empty
 MAX_REMEMBERED = 256  # characters of a text that is cleaned once for all runs
@@ -36,8 +37,8 @@ class RunReader:
     """Reads many run folders. What they have in common is kept once."""
 
     def __init__(self) -> None:
-        self._packer, self._labels = RowPacker(), dict[str, dict[str, Any]]()
-        self._known_labels: dict[int, dict[str, Any]] = {}  # by id, of what has come from other processes
+        self._packer, self._shared = RowPacker(), dict[str, dict[str, Any]]()
+        self._known: dict[int, dict[str, Any]] = {}  # by id, of what has come from other processes
         self._kept: list[Any] = []  # so that an id stays that of one thing
 
     def read(self, path: Path) -> RunFiles:
@@ -48,7 +49,7 @@ class RunReader:
             raise ValueError(f"{'config' if documents['run'] else 'run'}.json is missing")
         rows = self._read_rows(run_dir)
         documents |= {name: run_dir.read_json(name) for name in LAST_DOCUMENTS}
-        documents["labels"] = self._labels.setdefault(repr(documents["labels"]), documents["labels"])
+        documents |= {name: self._shared.setdefault(repr(documents[name]), documents[name]) for name in SHARED_DOCUMENTS}
         return RunFiles(documents, rows)
 
     def _read_rows(self, run_dir: RunDir) -> Sequence[Row]:
@@ -63,11 +64,13 @@ class RunReader:
 
     def share(self, files: RunFiles) -> RunFiles:
         """What another process has read, with what it has in common with the other runs kept once."""
-        labels = files.documents["labels"]
-        if id(labels) not in self._known_labels:
-            self._known_labels[id(labels)] = self._labels.setdefault(repr(labels), labels)
-            self._kept.append(labels)
-        documents = {**files.documents, "labels": self._known_labels[id(labels)]}
+        documents = dict(files.documents)
+        for name in SHARED_DOCUMENTS:
+            document = documents[name]
+            if id(document) not in self._known:
+                self._known[id(document)] = self._shared.setdefault(repr(document), document)
+                self._kept.append(document)
+            documents[name] = self._known[id(document)]
         return RunFiles(documents, self._packer.share(files.rows) if isinstance(files.rows, MetricRows) else files.rows)
 
 
@@ -126,7 +129,15 @@ class Cleaner:
                     self._texts[value] = found
             return found
         if type(value) is dict:
-            cleaned = [inner if type(inner) not in _NESTED else self.clean(inner) for inner in value.values()]
+            known = self._texts.get
+            cleaned = [
+                inner
+                if (kind := type(inner)) not in _NESTED
+                else text
+                if kind is str and (text := known(inner)) is not None
+                else self.clean(inner)
+                for inner in value.values()
+            ]
             return dict(zip(self._clean_names(tuple(value)), cleaned, strict=True))
         return [self.clean(inner) for inner in value] if type(value) is list else value
 

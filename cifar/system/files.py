@@ -146,7 +146,12 @@ def load_json(content: bytes | str) -> Any:
 
 def check_values(value: Any) -> None:
     """Raise ValueError for values that are nested too deeply, whole numbers that no float holds, and broken text."""
-    layer = [value]
+    check_all_values([value])
+
+
+def check_all_values(values: list[Any]) -> None:
+    """`check_values` of many: quicker, and the error is that of any of them."""
+    layer = values
     for _ in range(MAX_DEPTH):
         kinds = set(map(type, layer))
         if str in kinds:

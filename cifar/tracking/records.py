@@ -6,7 +6,7 @@ A field that is missing or null is always allowed: runs of earlier versions lack
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cifar.errors import UserError
@@ -130,6 +130,24 @@ def check_fields(kind: str, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if name.startswith(_METRIC_PREFIXES) and value is not None and not is_number(value):
                 raise ValueError(f"{name} is {shorten_repr(value)}, not a number")
+
+
+def check_all_fields(kind: str, documents: Sequence[Mapping[str, Any]]) -> None:
+    """`check_fields` of many files: by columns, which is quicker. The error does not say of which file."""
+    checks = dict(FIELDS.get(kind, {}))
+    if kind == "summary":
+        metrics = [name for name in set().union(*documents) if name.startswith(_METRIC_PREFIXES)]
+        checks = {**dict.fromkeys(metrics, _NUMBER), **checks}
+    for name, (what, check) in checks.items():
+        if not is_column_right([document.get(name) for document in documents], check):
+            raise ValueError(f"a {name} is not {what}")
+
+
+def is_column_right(values: Sequence[Any], check: Check) -> bool:
+    """Whether all values that are not None pass the check. Equal ones are checked once."""
+    kinds = set(map(type, values)) - {type(None)}
+    is_plain = len(kinds) == 1 and kinds <= {str, int, float, bool}  # of other types, values that are equal may differ
+    return all(check(value) for value in (set(values) if is_plain else values) if value is not None)
 
 
 def _show(name: str, value: Any) -> str:

@@ -194,8 +194,8 @@ def read_all_runs(world: World) -> None:
     assert {"good1", "good2"} <= {run.id for run in comparison.runs} | {run.id for run in comparison.excluded}
     notes = html.write_sentences(comparison)
     listed = facts.list_facts(comparison)
-    json.dumps([facts.build_json(comparison, listed), notes]).encode()
-    facts.format_json([facts.build_json(comparison, listed), notes]).encode()
+    json.loads(f"{facts.write_json(comparison, listed)}}}")
+    facts.format_json(notes).encode()
     if comparison.points:
         facts.format_csv(listed).encode()
         str([build._format_row(comparison, point) for point in comparison.points])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,11 +20,12 @@ from cifar.cli.inspect import group_equal_networks
 from cifar.errors import UserError
 from cifar.report import draw_pictures, write_report
 from cifar.report.aggregate import compare_runs, describe_settings
-from cifar.report.facts import format_json
+from cifar.report.facts import format_json, format_json_rows, mask_rows
 from cifar.report.formatting import format_macs, parse_macs
 from cifar.report.html import write_sentences
 from cifar.report.load import STAND_IN_BANNER, collect_runs, load_run, training_caveats
 from cifar.report.table import runs_table
+from cifar.system.redact import mask_secrets
 from helpers.fake_runs import NETWORKS, quickstart, sweep_folder, write
 
 HOSTILE = "</title></script><script>alert(1)</script><img src=x onerror=alert(2)>-->&\"'"
@@ -493,3 +495,15 @@ def test_rows_are_read_as_json_reads_them(lines: tuple[str, ...], tmp_path: Path
 )  # fmt: skip
 def test_indented_json_is_that_of_the_library(value: object) -> None:
     assert format_json(value) == json.dumps(value, indent=1)
+
+
+def test_rows_are_written_and_masked_by_columns_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", "swordfish-swordfish")
+    rows = [
+        {"label": "a, b: \n é", "n": 1, "x": -0.0, "runs": ["r0", "swordfish-swordfish"], "swordfish-swordfish": None, "l": []},
+        {"label": "swordfish-swordfish!", "n": None, "x": math.nan, "runs": [], "swordfish-swordfish": True, "l": [{"a": [1]}]},
+    ]
+    masked = mask_rows(rows)
+    assert repr(masked) == repr(mask_secrets(rows, mask_keys=False)) and "swordfish" not in repr(masked)
+    assert format_json_rows(masked, 1) == format_json(masked, 1) and format_json_rows([], 1) == "[]" and mask_rows([]) == []
+    assert json.dumps({"a": masked}, indent=1) == f'{{\n "a": {format_json_rows(masked, 1)}\n}}'
