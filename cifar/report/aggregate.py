@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +13,15 @@ from typing import Any
 from cifar.config.schema import Settings
 from cifar.errors import UserError
 from cifar.report import stats
+from cifar.report.config_columns import (
+    count_labels,
+    describe_config,
+    format_label,
+    format_part,
+    has_several,
+    join_parts,
+    list_columns,
+)
 from cifar.report.formatting import format_percent, format_value, pluralize
 from cifar.report.load import SPLIT_NAMES, ExcludedRun, Run, find_banner, training_caveats
 from cifar.states import ENDED_STATES
@@ -179,8 +186,15 @@ class Comparison:
     @cached_property
     def shared_config(self) -> dict[str, Any]:
         """The configuration keys other than the seed that have the same value in all of these runs."""
+        columns = list_columns([run.config for run in self.runs])
         first = self.runs[0].config if self.runs else {}
-        return {k: v for k, v in first.items() if k != "seed" and all(k in r.config and r.config[k] == v for r in self.runs)}
+        return {
+            key: value
+            for key, value in first.items()
+            if key != "seed"
+            and all(other == value for other in columns[key])
+            and (value is not None or all(key in run.config for run in self.runs))
+        }
 
     @property
     def differing_keys(self) -> list[str]:
@@ -248,7 +262,7 @@ def compare_runs(
     lost_seeds: dict[Any, set[Any]] = {}  # group -> seeds that ended without a result
     for run in runs:
         why = _exclusion_reason(run, split, majority)
-        name = _describe_config(run.config)
+        name = describe_config(run.config)
         seed = run.config.get("seed")
         if why:
             excluded.append(ExcludedRun(run.id, run.name, *why))
@@ -281,24 +295,6 @@ def compare_runs(
         has_scores=split == "val" or any(run.accuracies_by_views(split) for run in runs),
         cost_unit=cost_unit,
     )
-
-
-def _describe_config(config: dict[str, Any]) -> tuple[str, ...]:
-    """What a configuration without its seed is, to the last bit and the types of its values."""
-    names = tuple(config)
-    order = _find_order(names)
-    values = [config[name] for name in order]
-    if not set(map(type, values)) <= _PLAIN_TYPES:
-        return ("", json.dumps({**config, "seed": None}, sort_keys=True, default=str))
-    return (*order, repr(values))
-
-
-_PLAIN_TYPES = {str, int, float, bool, type(None)}
-
-
-@functools.lru_cache(maxsize=1024)  # many runs have the same names
-def _find_order(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sorted(name for name in names if name != "seed"))
 
 
 def describe_settings(comparison: Comparison) -> str:
@@ -357,14 +353,15 @@ def _make_points(runs: Iterable[Run], split: str) -> list[Point]:
 def _label_points(points: list[Point]) -> list[Point]:
     """Label each point by the fewest keys that make all labels different. Swept keys are preferred."""
     swept = list(dict.fromkeys(key for point in points for run in point.runs for key in run.swept_keys))
-    every = dict.fromkeys(["model", *swept, *(key for point in points for key in point.runs[0].config)])
     configs = [point.runs[0].config for point in points]
-    differing = [key for key in every if key != "seed" and has_several([c.get(key) for c in configs])]
-    parts = {key: [_format_label(config, [key]) for config in configs] for key in differing}
-    needed, num_different = list(differing), _count_labels(parts, differing)
+    columns_of_all = list_columns(configs)
+    every = dict.fromkeys(["model", *swept, *columns_of_all])
+    differing = [key for key in every if key != "seed" and has_several(columns_of_all.get(key, ()))]
+    parts = {key: [format_part(key, value) for value in columns_of_all[key]] for key in differing}
+    needed, num_different = list(differing), count_labels(parts, differing)
     for key in reversed(differing):
         fewer = [other for other in needed if other != key]
-        if key != "model" and _count_labels(parts, fewer) == num_different:
+        if key != "model" and count_labels(parts, fewer) == num_different:
             needed = fewer
     columns = ["model", *(key for key in differing if key != "model" and (key in needed or key in swept))]
     # In a sweep of several networks a key may be swept for some of them only. For the others it has its default value, which
@@ -379,39 +376,16 @@ def _label_points(points: list[Point]) -> list[Point]:
         return {key: value for key, value in config.items() if key not in others} if others else config
 
     own_configs = list(map(leave_out_others, points, configs))
-    labels = [_format_label(config, needed) for config in own_configs]
+    whole = join_parts(parts, needed) or [""] * len(points)
+    labels = [
+        label if own is config else format_label(own, needed)
+        for own, config, label in zip(own_configs, configs, whole, strict=True)
+    ]
     if len(set(labels)) < num_different:
-        own_configs = configs
-        labels = [_format_label(config, needed) for config in configs]
+        own_configs, labels = configs, whole
     labelled = []
     for point, config, label in zip(points, own_configs, labels, strict=True):
         label = label or point.model
         label += f" ({point.num_views} views)" if point.num_views > 1 else ""
         labelled.append(replace(point, label=label, values={key: config.get(key) for key in columns}))
     return labelled
-
-
-def _count_labels(parts: dict[str, list[str]], keys: Sequence[str]) -> int:
-    """How many different labels there are by these keys. parts: what each key gives to the label of each point."""
-    if not keys:
-        return len(next(iter(parts.values()), [])[:1])
-    return len({", ".join(filter(None, texts)) for texts in zip(*(parts[key] for key in keys), strict=True)})
-
-
-def has_several(values: Sequence[Any]) -> bool:
-    """Whether the values are not all the same as JSON writes them."""
-    first_value = values[0] if values else None
-    is_plain = (
-        first_value is None or isinstance(first_value, str | int) or (isinstance(first_value, float) and first_value != 0)
-    )
-    if is_plain and len(set(map(type, values))) <= 1 and len(set(values)) <= 1:
-        return False  # most often; 0.0 and -0.0 are equal, and written differently
-    distinct = {repr(value): value for value in values}.values()
-    first = next((json.dumps(value, default=str) for value in distinct), "")
-    return any(json.dumps(value, default=str) != first for value in distinct)
-
-
-def _format_label(config: dict[str, Any], keys: Iterable[str]) -> str:
-    return ", ".join(
-        format_value(config[k]) if k == "model" else f"{k}={format_value(config[k])}" for k in keys if config.get(k) is not None
-    )

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar.report.aggregate import Comparison, Point, has_several
+from cifar.report.aggregate import Comparison, Point
+from cifar.report.config_columns import has_several, list_columns
 from cifar.report.figures.predictions import class_names, read_predictions
 from cifar.report.load import ExcludedRun, Run
 from cifar.report.metric_rows import read_column
@@ -106,8 +107,8 @@ def build_document(
             "lost": [point.num_lost for point in points],
             "chance": [_round(chances.get(id(point)), 3) for point in points],
             "values": {
-                **{key: [_plain(point.values.get(key)) for point in points] for key in comparison.distinguishing_keys},
-                **{key: [_plain(point.runs[0].config.get(key)) for point in points] for key in also},
+                **{key: _plain_all([point.values.get(key) for point in points]) for key in comparison.distinguishing_keys},
+                **{key: _plain_all([point.runs[0].config.get(key) for point in points]) for key in also},
             },
         },
         "runs": _list_runs(ordered, {run_id: index for run_id, (_, index) in listed.items()}, comparison.excluded, runs_folder),
@@ -136,9 +137,9 @@ def name_family(model: str) -> str:
 
 def find_other_differences(points: Sequence[Point], keys: Sequence[str]) -> list[str]:
     """The settings in which points differ, too, beside those that tell them apart."""
-    configs = [point.runs[0].config for point in points]
-    names = dict.fromkeys(name for config in configs for name in config)
-    return [name for name in names if name not in (*keys, "seed", "experiment") and has_several([c.get(name) for c in configs])]
+    columns = list_columns([point.runs[0].config for point in points])
+    known = {*keys, "seed", "experiment"}
+    return [name for name, values in columns.items() if name not in known and has_several(values)]
 
 
 def list_tags(runs: Sequence[Run]) -> list[str]:
@@ -166,10 +167,7 @@ def _list_runs(
 ) -> dict[str, list[Any]]:
     why = {run.id: f"{run.kind}: {run.reason}" for run in excluded}
 
-    def accuracy(run: Run, split: str, *, most_views: bool = False) -> float | None:
-        found = run.accuracies_by_views(split)
-        return _round(found.get(max(found) if found and most_views else 1), 6)
-
+    tests = [run.accuracies_by_views("test") for run in runs]
     return {
         "id": [run.id for run in runs],
         "name": [_clean(run.name) for run in runs],
@@ -179,10 +177,10 @@ def _list_runs(
         "why": [_clean(why.get(run.id, "")) for run in runs],
         "epoch": [run.epoch or len(run.rows) for run in runs],
         "epochs": [run.epochs for run in runs],
-        "val": [accuracy(run, "val") for run in runs],
-        "test": [accuracy(run, "test") for run in runs],
-        "views": [max(run.accuracies_by_views("test"), default=1) for run in runs],
-        "test_views": [accuracy(run, "test", most_views=True) for run in runs],
+        "val": [_round(run.accuracies_by_views("val").get(1), 6) for run in runs],
+        "test": [_round(found.get(1), 6) for found in tests],
+        "views": [max(found, default=1) for found in tests],
+        "test_views": [_round(found.get(max(found, default=1)), 6) for found in tests],
         "seconds": [_round(run.seconds, 3) for run in runs],
         "images": [run.num_images for run in runs],
         "command": _list_commands(runs, runs_folder),
@@ -221,13 +219,18 @@ def _sample_places(num_rows: int, count: int) -> list[int]:
     return [round(i * (num_rows - 1) / (count - 1)) for i in range(count)]
 
 
+@functools.lru_cache(maxsize=1024)
+def _sample_array(num_rows: int, count: int) -> NDArray[np.int64]:
+    return np.array(_sample_places(num_rows, count), np.int64)
+
+
 def _encode_curves(runs: Sequence[Run], num_points: int) -> bytes:
     """Blocks of 16-bit numbers: the number of points of each run, then the epochs of all runs, then each metric of all runs.
 
     A value is the difference to the one before it in its run, with the sign in the lowest bit. A block has its low bytes first
     and its high bytes, which are mostly zero, after them. All of it so that it compresses well.
     """
-    places = [_sample_places(len(run.rows), num_points) for run in runs]
+    places = [_sample_array(len(run.rows), num_points) for run in runs]
     epochs = np.concatenate([np.zeros(0), *(_read_values(run.rows, "epoch", at) for run, at in zip(runs, places, strict=True))])
     blocks = [np.array(list(map(len, places)), np.int64)]
     columns = [np.minimum(np.nan_to_num(epochs), MISSING - 1).astype(np.int64)]
@@ -244,12 +247,12 @@ def _encode_curves(runs: Sequence[Run], num_points: int) -> bytes:
     return b"".join(block.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes() for block in blocks)
 
 
-def _read_values(rows: Sequence[Mapping[str, Any]], name: str, places: Sequence[int]) -> NDArray[np.float64]:
+def _read_values(rows: Sequence[Mapping[str, Any]], name: str, places: NDArray[np.int64]) -> NDArray[np.float64]:
     """The numbers of that name in some rows; NaN where there is none."""
     column = read_column(rows, name)
     if column is not None:
         return column[places]
-    values = (rows[place].get(name) for place in places)
+    values = (rows[place].get(name) for place in places.tolist())
     return np.array([float(value) if isinstance(value, int | float) else math.nan for value in values], np.float64)
 
 
@@ -371,6 +374,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, int) else _clean(str(value))
+
+
+def _plain_all(values: list[Any]) -> list[Any]:
+    if set(map(type, values)) <= {int, float} and all(map(math.isfinite, values)):
+        return values  # most often, and quicker
+    return list(map(_plain, values))
 
 
 def _clean(text: str) -> str:

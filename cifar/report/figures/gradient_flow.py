@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_PANELS = 12
 MAX_LINES = 40  # a panel with more shows where most of them are
+METRICS = ("gradient_norm", "gradient_mean")  # the first one that a run has
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MAX_NAMED = 6  # a panel with more lines has no legend
 
@@ -169,9 +170,9 @@ class GradientFlowByNetwork:
         for point in comparison.configurations:
             flows = []
             for run in point.runs:
-                metric = next((m for m in ("gradient_norm", "gradient_mean") if run.layers_with(m)), "")
+                metric, layers = next(((m, names) for m in METRICS if (names := run.layers_with(m))), ("", []))
                 if metric:
-                    flows.append(_read_layers(run.rows[-1], metric, run.layers_with(metric)))
+                    flows.append(_read_layers(run.rows[-1], metric, layers))
             flows = [flow for flow in flows if len(flow) == len(flows[0]) and any(map(math.isfinite, flow))]
             if flows:
                 mean = [*map(statistics.fmean, zip(*flows, strict=True))] if len(flows) > 1 else flows[0]

@@ -1,0 +1,72 @@
+"""The settings of many configurations side by side: what differs, what they are called, which are the same."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cifar.report.formatting import format_value
+
+
+def describe_config(config: dict[str, Any]) -> tuple[str, ...]:
+    """What a configuration without its seed is, to the last bit and the types of its values."""
+    names = tuple(config)
+    order = _find_order(names)
+    values = [config[name] for name in order]
+    if not set(map(type, values)) <= _PLAIN_TYPES:
+        return ("", json.dumps({**config, "seed": None}, sort_keys=True, default=str))
+    return (*order, repr(values))
+
+
+_PLAIN_TYPES = {str, int, float, bool, type(None)}
+
+
+@functools.lru_cache(maxsize=1024)  # many runs have the same names
+def _find_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if name != "seed"))
+
+
+def count_labels(parts: dict[str, list[str]], keys: Sequence[str]) -> int:
+    """How many different labels there are by these keys. parts: what each key gives to the label of each point."""
+    return len(set(join_parts(parts, keys))) if keys else len(next(iter(parts.values()), [])[:1])
+
+
+def join_parts(parts: dict[str, list[str]], keys: Sequence[str]) -> list[str]:
+    """The labels by these keys; none where there is no key."""
+    return [", ".join(filter(None, texts)) for texts in zip(*(parts[key] for key in keys), strict=True)]
+
+
+def list_columns(configs: Sequence[dict[str, Any]]) -> dict[str, Sequence[Any]]:
+    """The values of each setting in many configurations, None where it is missing."""
+    names = tuple(configs[0]) if configs else ()
+    if all(tuple(config) == names for config in configs):  # most often, and quicker
+        return dict(zip(names, zip(*(config.values() for config in configs), strict=True), strict=True))
+    every = dict.fromkeys(itertools.chain.from_iterable(configs))
+    return {name: [config.get(name) for config in configs] for name in every}
+
+
+def has_several(values: Sequence[Any]) -> bool:
+    """Whether the values are not all the same as JSON writes them."""
+    first_value = values[0] if values else None
+    is_plain = (
+        first_value is None or isinstance(first_value, str | int) or (isinstance(first_value, float) and first_value != 0)
+    )
+    if is_plain and len(set(map(type, values))) <= 1 and len(set(values)) <= 1:
+        return False  # most often; 0.0 and -0.0 are equal, and written differently
+    distinct = {repr(value): value for value in values}.values()
+    first = next((json.dumps(value, default=str) for value in distinct), "")
+    return any(json.dumps(value, default=str) != first for value in distinct)
+
+
+def format_label(config: dict[str, Any], keys: Iterable[str]) -> str:
+    return ", ".join(filter(None, (format_part(key, config.get(key)) for key in keys)))
+
+
+def format_part(key: str, value: Any) -> str:
+    """What a setting gives to a label; "" where it is missing."""
+    if value is None:
+        return ""
+    return format_value(value) if key == "model" else f"{key}={format_value(value)}"
