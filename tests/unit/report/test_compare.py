@@ -11,6 +11,7 @@ from cifar.errors import UserError
 from cifar.report import write_report
 from cifar.report.aggregate import Comparison
 from cifar.report.compare import compare_means, compare_pairs, describe_comparison, find_point
+from cifar.report.config_columns import describe_config, list_columns
 from cifar.report.stats import t_tail
 from helpers.fake_runs import write
 
@@ -74,3 +75,22 @@ def test_a_comparison_says_what_differs(comparison: Comparison) -> None:
 def test_a_name_that_fits_no_point_or_several(comparison: Comparison, name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         find_point(comparison, name)
+
+
+def test_settings_side_by_side() -> None:
+    assert list_columns([]) == {} and list_columns([{"a": 1}, {"a": 2}]) == {"a": (1, 2)}
+    assert list_columns([{"a": 1, "b": 0}, {"b": 2, "a": 3}]) == {"a": [1, 3], "b": [0, 2]}  # in another order
+    assert list_columns([{"a": 1}, {"b": 2}]) == {"a": [1, None], "b": [None, 2]}
+    same = [{"a": 1, "seed": 0, "b": "x"}, {"b": "x", "a": 1, "seed": 1}, {"a": 1, "b": "x"}]
+    others = [
+        {"a": 1.0, "b": "x"},
+        {"a": True, "b": "x"},
+        {"a": 1},
+        {"a": "1", "b": "x"},
+        {"a": [1], "b": {"c": 1}},
+        {"a": -0.0},
+        {"a": 0.0},
+    ]
+    assert len({describe_config(config) for config in same}) == 1
+    assert len({describe_config(config) for config in [*same, *others]}) == 1 + len(others)
+    assert describe_config({"a": {"b": 1, "c": 2}}) == describe_config({"a": {"c": 2, "b": 1}, "seed": 5})

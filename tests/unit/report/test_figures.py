@@ -341,3 +341,33 @@ def test_old_names_stay_importable_for_figure_plugins() -> None:
     assert curves.series is curves.read_series
     assert [runs.seconds_text(s) for s in (None, 9.94, 1234.5)] == ["–", "9.9", "1,234"]
     assert runs.count(2, "run") == "2 runs" and runs.show(0.5) == "0.5"
+
+
+def test_bands_of_many_lines_are_those_of_the_lines_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of runs that have an epoch twice, values that are no numbers, fewer epochs, or two seeds."""
+    from cifar.report.figures import curves, gradient_flow
+
+    for number in range(9):
+        record = write(tmp_path, f"r{number}", lr=0.1 + number // 2, seed=number % 2, swept=("lr",), layers=2)
+        lines = (record.path / "metrics.jsonl").read_text().splitlines()
+        lines[number % 5] = lines[number % 5].replace('"val/acc": 0.', '"val/acc": NaN, "x": 0.') if number > 6 else lines[2]
+        (record.path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines[: 3 + number]))
+    comparison = compare_runs(collect_runs([str(tmp_path)], tmp_path).runs)
+    plain = BY_NAME["learning_curves"].build().select(comparison).accuracy.drawn
+    flows = [norms for _, norms in BY_NAME["gradient_flow_by_network"].build().select(comparison)[0].lines]
+    monkeypatch.setattr(curves, "MAX_LINES", 2)
+    monkeypatch.setattr(gradient_flow, "MAX_LINES", 2)
+    many = BY_NAME["learning_curves"].build().select(comparison).accuracy
+    assert many.num_lines == len(plain) == 5 and many.drawn == [line for line in plain if line.is_on_front]
+    assert [plain[place].label for place in many.places] == [line.label for line in many.drawn]
+    values: dict[int, list[float]] = {}
+    for line in plain:
+        for epoch, value in zip(line.epochs, line.mean, strict=True):
+            values.setdefault(epoch, []).append(value)
+    for band, (low, high) in zip(many.bands, ((0.05, 0.95), (0.25, 0.75)), strict=True):
+        assert band.epochs == sorted(values)
+        for share, edge in ((low, band.low), (high, band.high)):
+            assert edge == [sorted(values[epoch])[round(share * (len(values[epoch]) - 1))] for epoch in band.epochs]
+    (panel,) = BY_NAME["gradient_flow_by_network"].build().select(comparison)
+    assert panel.num_lines == 5 and not panel.lines
+    assert panel.quantiles[0.5] == [sorted(norms)[2] for norms in zip(*flows, strict=True)]
