@@ -228,7 +228,8 @@ class Agent:
 
     def _training_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A trial's values as its worker trains them."""
-        return {"threads": self.threads, **values, **self.backend.info["fixed"], "test": "never"}
+        fixed = self.backend.info["fixed"]
+        return {"threads": self.threads, **values, **fixed, "test": fixed.get("test", "never")}
 
     def _claimed_values(self) -> list[dict[str, Any]]:
         """The values of the trials that workers have."""

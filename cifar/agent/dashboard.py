@@ -13,7 +13,7 @@ from cifar.states import OPEN_TRIAL_STATES
 from cifar.sweeps import spec
 from cifar.sweeps.backend import Backend
 from cifar.sweeps.early_stopping import Hyperband
-from cifar.sweeps.objectives import Metric, finite_or_none, pareto_front
+from cifar.sweeps.objectives import TEST_ACCURACY, Metric, finite_or_none, pareto_front
 from cifar.sweeps.spec import Sweep
 from cifar.system.names import escape_controls
 from cifar.system.redact import redact
@@ -87,7 +87,7 @@ class BestTrial:
         """Whether they are the best so far."""
         if len(self.metrics) > 1 and (point := finite_or_none(objectives)):
             self.points.append(point)
-        if value is None or not math.isfinite(value):
+        if value is None or not math.isfinite(value) or self.metric.name == TEST_ACCURACY:  # nothing is chosen by the test set
             return False
         if self.value is not None and self.metric.as_cost(value) >= self.metric.as_cost(self.value):
             return False

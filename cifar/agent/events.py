@@ -181,8 +181,9 @@ class EventHandler:
         row.epoch, row.value, row.images_per_second = event["epoch"], event["value"], event["images_per_second"]
         row.fraction = row.epoch / row.epochs
         self.dashboard.print_epoch_line(
-            f"trial {trial.cell:03d} epoch {row.epoch}/{row.epochs}: {self._format_value(row.value)}, "
-            f"{row.images_per_second:,.0f} images/s"
+            f"trial {trial.cell:03d} epoch {row.epoch}/{row.epochs}: "
+            + (f"{self._format_value(row.value)}, " if row.value is not None else "")  # test accuracy comes at the end
+            + f"{row.images_per_second:,.0f} images/s"
         )
 
     def _should_continue(self, trial: Trial, ask: dict[str, Any], epochs: int) -> bool:

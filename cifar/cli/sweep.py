@@ -201,10 +201,11 @@ def _create_sweep(file: Path, options: SweepOptions, agent_options: AgentOptions
 
     runs = paths.resolve_runs_dir()
     has_storage = bool(agent_options.storage or read_variable("CIFAR_STORAGE"))
-    is_hosted = mode_from_environment(agent_options.wandb) == "online" and not has_storage
     file = find_sweep_file(file)
     parsed = spec.read_sweep(file)
     fixed = {**parse_pairs(options.overrides), **({"dataset": options.dataset} if options.dataset else {})}
+    # W&B's server hands out what its own rules say; trials that score the test set are handed out here
+    is_hosted = mode_from_environment(agent_options.wandb) == "online" and not has_storage and not spec.is_final(fixed)
     overrides = dict(fixed)  # without the dataset that is found out now
     with spinner("checking every trial ...") as status:
 
@@ -325,13 +326,15 @@ def _run_agent(name: str, options: AgentOptions, paths: PathOptions) -> int:
 def _run_and_draw(name: str, options: SweepOptions, agent_options: AgentOptions, paths: PathOptions) -> int:
     """Run the trials, then draw the report, unless a signal ended the agent."""
     from cifar.cli.report import draw_report, print_report
+    from cifar.config.resolve import parse_pairs
     from cifar.integrations.wandb.paths import parse_sweep_path
+    from cifar.sweeps import spec
 
     code = _run_agent(name, agent_options, paths)
     if options.draw and code < 128:
         sweep_id = parse_sweep_path(name)[2] if "/" in name else name
-        runs = paths.resolve_runs_dir()
-        print_report(draw_report([sweep_id], runs=runs), runs)
+        runs, split = paths.resolve_runs_dir(), "test" if spec.is_final(parse_pairs(options.overrides)) else "val"
+        print_report(draw_report([sweep_id], runs=runs, split=split), runs)
     return code
 
 

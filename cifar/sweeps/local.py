@@ -128,7 +128,7 @@ def create_checked_sweep(
         (folder / "logs").mkdir(parents=True)
         write_atomic(folder / "sweep.yaml", sweep.text.encode())
         database = storage.open_storage(storage_url or storage.default_url(folder))
-        study = database.optuna.create_new_study(optuna_directions(sweep), sweep_id)
+        study = database.optuna.create_new_study(optuna_directions(spec.set_shown_metric(sweep, fixed)), sweep_id)
         table = TrialTable(database, study)
         table.insert_waiting([_attributes_of(cell, values) for cell, values in enumerate(known_trials)])
         table.add_index()
@@ -157,7 +157,8 @@ class LocalBackend:
             raise UserError(f"no sweep '{sweep_id}' in {runs_dir}; `python -m cifar sweeps list` shows what there is")
         self.info: dict[str, Any] = read_sweep_info(self.folder)
         text = read_sweep_text(self.folder)
-        self.sweep = spec.parse_sweep(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", self.info["name"])
+        parsed = spec.parse_sweep(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", self.info["name"])
+        self.sweep = spec.set_shown_metric(parsed, self.info["fixed"])
         self.wandb_target = {"project": self.sweep.project} if self.sweep.project else {}
         recorded_url = self.info["storage"]
         if recorded_url and "***" in recorded_url and not storage_url:
@@ -469,7 +470,8 @@ class LocalBackend:
 
         Two cells are the same if their whole configurations are, so a parameter may be added with its default among its values.
         """
-        new, fixed = spec.read_sweep(file), self.info["fixed"]
+        fixed = self.info["fixed"]
+        new = spec.set_shown_metric(spec.read_sweep(file), fixed)
         if self.sweep.method != "grid" or new.method != "grid":
             raise UserError(f"a {self.sweep.method} sweep is not extended by a {new.method} one: both have to be method: grid")
         if new.metric != self.sweep.metric:

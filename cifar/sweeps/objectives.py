@@ -14,6 +14,7 @@ from cifar import registry
 from cifar.errors import UserError, did_you_mean
 
 ACCURACY = "val/acc"
+TEST_ACCURACY = "test/acc"  # what is shown of trials that score the test set; no file may name it
 MAX_METRICS = 20
 _METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 _EPOCH_METRICS = (

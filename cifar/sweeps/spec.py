@@ -12,7 +12,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ _STRUCTURE_KEYS = (
     "schedule",
     "probes",
 )  # keys whose values decide which other keys exist
+FINAL_KEYS = ("experiment", "seed")  # what a sweep may vary whose trials score the test set
 _TOP_LEVEL_KEYS = (
     "apiVersion", "command", "controller", "description", "early_terminate", "entity", "image_uri", "job", "kind", "method",
     "metric", "metrics", "name", "parameters", "program", "project", "run_cap", "scheduler",
@@ -226,8 +227,33 @@ def num_trials(sweep: Sweep, count: int | None) -> int:
 def resolve_trial(
     values: Mapping[str, Any], fixed: Mapping[str, Any], read_experiment: ExperimentReader | None = None
 ) -> Settings:
-    """A trial's configuration. `fixed` wins over `values`. A trial never scores the test set."""
-    return resolve_config(values, fixed, {"test": "never"}, read_experiment=read_experiment)
+    """A trial's configuration. `fixed` wins over `values`. A trial scores the test set only where `fixed` says so."""
+    return resolve_config(values, fixed, {"test": fixed.get("test", "never")}, read_experiment=read_experiment)
+
+
+def is_final(fixed: Mapping[str, Any]) -> bool:
+    """Whether the trials of a sweep with these fixed values score the test set."""
+    return bool(fixed.get("test", "never") != "never")
+
+
+def set_shown_metric(sweep: Sweep, fixed: Mapping[str, Any]) -> Sweep:
+    """The sweep with test accuracy for its metric where its trials score the test set: shown, and nothing is chosen by it."""
+    return replace(sweep, metrics=(Metric(objectives.TEST_ACCURACY, "maximize"),)) if is_final(fixed) else sweep
+
+
+def check_final(sweep: Sweep) -> None:
+    """Refuse a sweep that could choose by the test set. Raises UserError.
+
+    What has been chosen before is trained again: a grid over experiments and seeds, which no result ends early.
+    """
+    chosen_from = [key for key in sweep.swept_keys if key not in FINAL_KEYS]
+    rule = "test=final is for what has been chosen: a grid over experiment and seed"
+    if chosen_from:
+        raise UserError(f"{rule}; this file varies {', '.join(chosen_from[:3])}, so remove test=final")
+    if sweep.method != "grid":
+        raise UserError(f"{rule}; this file's method is {sweep.method}; write method: grid, or remove test=final")
+    if sweep.early_stopping or any(metric.target is not None for metric in sweep.metrics):
+        raise UserError(f"{rule}, of which every trial is trained to its end; remove early_terminate and target")
 
 
 def check_sweep(sweep: Sweep, fixed: Mapping[str, Any], sweep_seed: int = 0, count: int | None = None) -> str:
@@ -251,6 +277,8 @@ def bind_trials(
     for key in fixed:
         if key in sweep.swept_keys:
             raise UserError(f"'{key}' is swept by the file and set on the command line; remove one of them")
+    if is_final(fixed):
+        check_final(sweep)
     known = list_known_trials(sweep, sweep_seed, count)
     boundary = [] if sweep.method == "grid" else _bind_boundary_trials(sweep, fixed)
     read_experiment = functools.cache(load_experiment)  # thousands of trials may name the same one
@@ -268,10 +296,13 @@ def bind_trials(
 def _bind_trial(
     values: Mapping[str, Any], fixed: Mapping[str, Any], read_experiment: ExperimentReader | None = None
 ) -> Settings:
-    if {**values, **fixed}.get("test", "never") != "never":
-        raise UserError("'test' is set: a sweep's trials never score the test set; remove it")
+    if values.get("test", "never") != "never":
+        raise UserError(
+            "'test' is set: a sweep chooses, so its trials do not score the test set; remove it (what has been chosen, a grid "
+            "over experiment and seed, is trained again with --set test=final)"
+        )
     config = resolve_trial(values, fixed, read_experiment)
-    if not config.val_size:
+    if not config.val_size and not is_final(fixed):
         raise UserError("val_size is 0: a sweep compares by validation accuracy; add val_size: {value: 5000}")
     return config
 

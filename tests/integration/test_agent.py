@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from cifar.agent import agent, dashboard, rich_dashboard, worker_process
+from cifar.sweeps.local import LocalBackend
 from cifar.tracking.run_dir import RunDir
 from helpers.agent_processes import create_sweep, list_epochs_of_cell, start_agent
 from helpers.processes import find_alive, list_descendants, list_workers, wait_for_exit, wait_until
@@ -35,6 +36,24 @@ def test_trials_end_as_they_should_and_two_agents_share_them(runs: Path) -> None
     assert (run["sweep"], run["cell"], run["swept"]) == (backend.id, 0, ["model", "lr"]) and "lr=0.05" in run["name"]
     config = RunDir(runs / backend.run_id(0)).read_json("config")
     assert config["threads"] == 1 and config["test"] == "never"
+
+
+@pytest.mark.slow
+def test_what_was_chosen_before_is_trained_again_and_scores_the_test_set(runs: Path, tmp_path: Path) -> None:
+    """No validation images, two seeds side by side: records and sweep have test accuracies, and nothing is called the best."""
+    for name, width in (("small", 4), ("large", 8)):
+        (tmp_path / f"{name}.yaml").write_text(f"model: conv{width}\nval_size: 0\ntest: final\n")
+    files = ", ".join(str(tmp_path / f"{name}.yaml") for name in ("small", "large"))
+    backend = create_sweep(
+        runs, f"parameters: {{experiment: {{values: [{files}]}}, seed: {{values: [0, 1]}}}}", test="final", val_size=0
+    )
+    code, output = wait_for_exit(start_agent(backend, "workers=1", "pack='2'"))
+    assert code == 0, output
+    accuracies = [RunDir(runs / backend.run_id(cell)).read_json("summary")["test/acc"] for cell in range(4)]
+    assert [cell["value"] for cell in LocalBackend(backend.id, runs).list_cells()] == accuracies
+    assert all(f"finished: test/acc {100 * value:.2f} %" in output for value in accuracies)
+    assert "best" not in output and "val/acc" not in output
+    assert not any("val/acc" in row for row in RunDir(runs / backend.run_id(0)).read_rows())
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from cifar.sweeps.spec import (
     read_sweep,
     resolve_trial,
     sample_trial,
+    set_shown_metric,
 )
 from helpers.paths import ROOT
 
@@ -48,8 +49,14 @@ def checked(text: str, **fixed: Any) -> Sweep:
 
 @pytest.mark.parametrize("path", STUDY_SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_of_a_study_resolves(path: Path) -> None:
-    read = read_sweep(path)
-    assert check_sweep(read, {}) == "cifar10" and num_trials(read, None) > 0
+    read, fixed = read_sweep(path), {"test": "final"} if path.stem == "rows" else {}
+    assert check_sweep(read, fixed) == "cifar10" and num_trials(read, None) > 0
+
+
+def test_the_rows_of_the_frontier_are_all_in_their_sweep() -> None:
+    rows = read_sweep(next(path for path in STUDY_SWEEPS if path.stem == "rows"))
+    named = next(parameter.values for parameter in rows.parameters if parameter.name == "experiment")
+    assert sorted(named or []) == sorted(f"frontier/{path.stem}" for path in (ROOT / "experiments" / "frontier").glob("*.yaml"))
 
 
 def test_there_are_sweeps_of_studies() -> None:
@@ -94,7 +101,7 @@ def test_every_shipped_sweep_binds_to_the_configuration_and_opens_with_its_quest
         ("{value: conv}", "{value: {model: conv, lr: 0.1}}", "'lr' is given twice"),
         ("{value: conv}", "{parameters: {lr: {value: 1}}}", "'lr' is given twice"),
         ("  lr:", "  val_size: {value: 0}\n  lr:", "val_size is 0"),
-        ("  lr:", "  test: {value: final}\n  lr:", "never score the test set"),
+        ("  lr:", "  test: {value: final}\n  lr:", "do not score the test set"),
         ("  lr:", "  dataset: {values: [cifar10, stand-in]}\n  lr:", "one sweep, one dataset"),
     ],
 )  # fmt: skip
@@ -103,6 +110,43 @@ def test_a_wrong_file_is_answered_in_one_sentence(old: str, new: str, said: str)
     checked(VALID)
     with pytest.raises(UserError, match=said) as error:
         checked(VALID.replace(old, new))
+    assert "\n" not in str(error.value)
+
+
+CHOSEN = (
+    "method: grid\nmetric: {name: val/acc, goal: maximize}\nparameters:\n  experiment: {values: [resnet20, worksheet1]}\n"
+    "  seed: {values: [0, 1]}\n  val_size: {value: 0}\n"
+)
+
+
+def test_what_was_chosen_before_may_score_the_test_set() -> None:
+    bound = bind_trials(parsed(CHOSEN), {"test": "final"})
+    assert [(c.experiment, c.seed, c.test, c.val_size) for _, c in bound] == [
+        (name, seed, "final", 0) for name in ("resnet20", "worksheet1") for seed in (0, 1)
+    ]
+    shown = set_shown_metric(parsed(CHOSEN), {"test": "final"}).metric
+    assert (shown.name, shown.goal, shown.target) == ("test/acc", "maximize", None)
+    assert set_shown_metric(parsed(CHOSEN), {"test": "never"}).metric.name == "val/acc"
+    checked(CHOSEN.replace("val_size: {value: 0}", "val_size: {value: 5000}"), test="never")
+    with pytest.raises(UserError, match="val_size is 0"):
+        checked(CHOSEN, test="never")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  val_size: {value: 0}", "  lr: {values: [0.1, 0.2]}", "a grid over experiment and seed; this file varies lr"),
+        ("  val_size: {value: 0}", "  recipe: {values: [{lr: 0.1}, {lr: 0.2, epochs: 3}]}", "this file varies lr, epochs"),
+        ("  val_size: {value: 0}", "  lr: {min: 0.1, max: 0.2}", "this file varies lr"),
+        ("method: grid", "method: random\nrun_cap: 2", "method is random"),
+        ("goal: maximize}", "goal: maximize, target: 0.9}", "remove early_terminate and target"),
+        ("parameters:", "early_terminate: {type: hyperband, min_iter: 1}\nparameters:", "remove early_terminate and target"),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_could_choose_may_not_score_the_test_set(old: str, new: str, said: str) -> None:
+    assert old in CHOSEN
+    with pytest.raises(UserError, match=said) as error:
+        checked(CHOSEN.replace(old, new), test="final")
     assert "\n" not in str(error.value)
 
 
