@@ -134,6 +134,7 @@ PARSED = {
     "cifar data --mirror URL": "asks the network",
     "cifar evaluate ENTITY/PROJECT/model-SWEEP:best": ACCOUNT,
     "cifar evaluate frontier-28m": PRETRAINED,
+    "cifar sweep chosen.yaml --set test=final": "tests/integration/test_agent.py trains such a sweep",
     "cifar train --experiment resnet20 --seeds 0,1,2": "the same with worksheet1 is run",
     "cifar train --from frontier-161m": PRETRAINED,
     "cifar train --from frontier-28m seed=5": PRETRAINED,

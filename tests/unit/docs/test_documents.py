@@ -136,7 +136,8 @@ for where, text in json.load(sys.stdin):
     content = parse_yaml(text, where)
     if "method" in content:
         sweep = spec.parse_sweep(content, text, where, "a sweep")
-        spec.check_sweep(sweep, {}, count=sweep.run_cap or 20)
+        fixed = {"test": "final"} if text.startswith("# sweep FILE --set test=final") else {}
+        spec.check_sweep(sweep, fixed, count=sweep.run_cap or 20)
     else:
         Path("experiment.yaml").write_text(text)
         resolve_config({"experiment": "experiment.yaml"})

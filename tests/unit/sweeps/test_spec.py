@@ -137,7 +137,6 @@ def test_what_was_chosen_before_may_score_the_test_set() -> None:
     [
         ("  val_size: {value: 0}", "  lr: {values: [0.1, 0.2]}", "a grid over experiment and seed; this file varies lr"),
         ("  val_size: {value: 0}", "  recipe: {values: [{lr: 0.1}, {lr: 0.2, epochs: 3}]}", "this file varies lr, epochs"),
-        ("  val_size: {value: 0}", "  lr: {min: 0.1, max: 0.2}", "this file varies lr"),
         ("method: grid", "method: random\nrun_cap: 2", "method is random"),
         ("goal: maximize}", "goal: maximize, target: 0.9}", "remove early_terminate and target"),
         ("parameters:", "early_terminate: {type: hyperband, min_iter: 1}\nparameters:", "remove early_terminate and target"),
