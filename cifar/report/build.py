@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from cifar.errors import UserError
 from cifar.report import html as pages
 from cifar.report import style
 from cifar.report.aggregate import Comparison, Point, compare_runs
-from cifar.report.beside import share_beside
+from cifar.report.beside import share_beside, start_beside
 from cifar.report.digest import compute_digest, digest_program, find_versions
 from cifar.report.drawing import FigureResult, FigureWriter
 from cifar.report.explorer.document import MANY_RUNS, Document, build_document
@@ -38,9 +39,11 @@ from cifar.report.importance import is_rating, list_settings, rate_settings
 from cifar.report.load import RunCollection, collect_runs, load_run
 from cifar.report.made import Made, open_made
 from cifar.system.durations import format_duration
+from cifar.system.files import is_regular_file
 from cifar.system.memory import pause_garbage_collection
 from cifar.system.redact import mask_secrets
-from cifar.tracking.run_dir import write_atomic
+from cifar.system.variables import read_words
+from cifar.tracking.run_dir import CACHE_FOLDER, MADE_FILE, write_atomic
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def write_report(
 
     Raises UserError for an unknown name, and if `out` cannot be written.
     """
-    with pause_garbage_collection():
+    with pause_garbage_collection(), _describe_drawing_beside([runs, *map(Path, names)]) as wait_for_drawing:
         collection = collect_runs(names, runs, progress)
         comparison = compare_runs(
             collection.runs, split=split, budget=budget, title=collection.title, damaged=collection.damaged, cost_unit=cost_unit
@@ -95,16 +98,33 @@ def write_report(
         options += [word for name in kept for word in ("--keep", name)]
         command = command or shlex.join(["python", "-m", "cifar", "report", *names, *options])
         explore = functools.partial(_explore, comparison, collection, runs, kept_ids)
-        return _write_files(collection, comparison, explore, out, command)
+        made = open_made([run.path for run in collection.runs])
+        writer = FigureWriter(collection, comparison, out, made, wait_for_drawing() if made.is_kept else None)
+        return _write_files(collection, comparison, explore, writer, command)
+
+
+@contextlib.contextmanager
+def _describe_drawing_beside(folders: Sequence[Path]) -> Iterator[Callable[[], Any]]:
+    """`style.describe_drawing` while runs are read, where it may spare the import of matplotlib: no figure may have changed.
+
+    -> a function that gives it, or None where it is not known yet. A plug-in could change what matplotlib does.
+    """
+    has_figures = any(is_regular_file(folder / CACHE_FOLDER / MADE_FILE) for folder in folders)
+    is_worth = has_figures and not read_words("CIFAR_PLUGINS", os.pathsep)
+    with start_beside(style.describe_drawing) if is_worth else contextlib.nullcontext(lambda: None) as wait:
+        yield wait
 
 
 def _write_files(
-    collection: RunCollection, comparison: Comparison, explore: Callable[[], Document | None], out: Path, command: str
+    collection: RunCollection,
+    comparison: Comparison,
+    explore: Callable[[], Document | None],
+    writer: FigureWriter,
+    command: str,
 ) -> ReportResult:
-    """Write all files of a report into `out`. explore: makes the data of the explorer, while all else is made beside it."""
+    """Write all files of a report. explore: makes the data of the explorer, while all else is made beside it."""
     notes = [*pages.write_sentences(comparison), *_progress_notes(collection, comparison)]
-    made = open_made([run.path for run in collection.runs])
-    writer = FigureWriter(collection, comparison, out, made)
+    out, made = writer.out, writer.made
     tasks: list[Callable[[], Any]] = [
         *(functools.partial(writer.write, entry) for entry in sorted(registry.figures, key=style.sort_key)),
         functools.partial(pages.describe_provenance, comparison, collection.runs, command),

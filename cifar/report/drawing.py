@@ -40,10 +40,16 @@ class Picture:
 
 
 class FigureWriter:
-    """Draws figures of one report into `out`. A single run is shown by the figures of a run, all else by those of a sweep."""
+    """Draws figures of one report into `out`. A single run is shown by the figures of a run, all else by those of a sweep.
 
-    def __init__(self, collection: RunCollection, comparison: Comparison, out: Path, made: Made) -> None:
-        self._is_single_run, self._out, self._made = collection.is_single_run, out, made
+    drawing: what `style.describe_drawing` says, if that is known.
+    """
+
+    def __init__(
+        self, collection: RunCollection, comparison: Comparison, out: Path, made: Made, drawing: list[Any] | None = None
+    ) -> None:
+        self._is_single_run, self._drawing = collection.is_single_run, drawing
+        self.out, self.made = out, made
         self._subject = collection.runs[0] if collection.is_single_run else comparison
         self._has_scores = collection.is_single_run or comparison.has_scores
 
@@ -51,7 +57,7 @@ class FigureWriter:
         """Draw a figure, unless its files are there already."""
         if problem := style.describe_class_problem(entry):
             return FigureResult(notes=(f"{problem}.",))
-        paths = (self._out / f"{entry.name}.png", self._out / f"{entry.name}.svg")
+        paths = (self.out / f"{entry.name}.png", self.out / f"{entry.name}.svg")
         is_wanted = self._has_scores and (style.get_scope(entry) == "run") == self._is_single_run
         selection = style.select_data(entry, self._subject) if is_wanted else None
         key = self._find_key(entry, selection) if selection else ""
@@ -72,14 +78,15 @@ class FigureWriter:
 
     def _find_key(self, entry: Entry, selection: style.Selection) -> str:
         """A digest of all that the figure is made from; "" for one that nobody knows that of, as of a plug-in's."""
-        if not self._made.is_kept or entry.is_plugin or selection.error:
+        if not self.made.is_kept or entry.is_plugin or selection.error:
             return ""
         subject = (self._subject.subtitle, self._subject.banner)
-        return compute_digest(entry.name, selection.data, subject, digest_program(), style.describe_drawing())
+        drawing = self._drawing or style.describe_drawing()
+        return compute_digest(entry.name, selection.data, subject, digest_program(), drawing)
 
     def _find_picture(self, key: str, paths: tuple[Path, Path]) -> Picture | None:
         """The files as they were made from the same; None if one of them is another now."""
-        made = self._made.find(key)
+        made = self.made.find(key)
         if type(made) is not dict or type(made.get("header_inches")) is not float:
             return None
         png, svg = (read_same(path, made.get(path.suffix)) for path in paths)
