@@ -1,6 +1,7 @@
-"""Takes explorer.png: the report's page of a folder of runs, as a browser shows it.
+"""Takes explorer.png: the report's page of a folder of runs, or a page that is there, as a browser shows it.
 
-    python docs/draw_explorer.py RUNS
+    python docs/draw_explorer.py RUNS [PICTURE]
+    python docs/draw_explorer.py PAGE.html PICTURE
 
 It needs Playwright and Chromium, as the tests of the page do. If the data is not CIFAR-10, the picture has the banner.
 """
@@ -31,16 +32,16 @@ return [box.left + x(view.measured.x[i]), box.top + y(view.measured.y[i])];
 """
 
 
-def main(runs: Path) -> None:
+def main(runs: Path, picture_file: Path = Path(__file__).parent / "explorer.png") -> None:
     with tempfile.TemporaryDirectory() as folder, open_browser() as browser:
-        file = write_report([], runs=runs, out=Path(folder)).page
+        file = runs if runs.suffix == ".html" else write_report([], runs=runs, out=Path(folder)).page
         page = OpenPage(browser, page_url(file), width=SIZE[0], height=SIZE[1])
         page.page.mouse.move(*page.run(POINT))
         page.settle()
         picture = Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
-        picture.save(Path(__file__).parent / "explorer.png", optimize=True)
+        picture.save(picture_file, optimize=True)
         page.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

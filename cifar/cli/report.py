@@ -242,8 +242,10 @@ def _make_columns(result: ReportResult) -> list[Column]:
 def _print_best_run(result: ReportResult, runs: Path) -> None:
     if best := result.comparison.best:
         first, *others = best.runs
+        own = first.own_command or "(its folder is gone, and its command is not known)"
+        command = clean_text(own) if first.is_rebuilt else run_dir.format_repeat_command(first.path, runs)
         seeds = f", the first of {len(best.runs)} seeds" if others else ""
-        echo(f"      run {first.id}{seeds}; repeat it: {run_dir.format_repeat_command(first.path, runs)}")
+        echo(f"      run {first.id}{seeds}; repeat it: {command}")
 
 
 def _publish_report(names: Sequence[str], result: ReportResult, runs: Path, split: str) -> PublishedUrls:

@@ -16,11 +16,13 @@ from cifar.report import stats
 from cifar.report.config_columns import (
     count_labels,
     describe_config,
+    drop_needless,
     format_label,
     format_part,
     has_several,
     join_parts,
     list_columns,
+    shorten_labels,
 )
 from cifar.report.formatting import format_percent, format_value, pluralize
 from cifar.report.load import SPLIT_NAMES, ExcludedRun, Run, find_banner, training_caveats
@@ -196,6 +198,12 @@ class Comparison:
             and (value is not None or all(key in run.config for run in self.runs))
         }
 
+    @cached_property
+    def setting_keys(self) -> tuple[str, ...]:
+        """The distinguishing keys without those that say how a run was carried out or observed, where no sweep varies them."""
+        swept = {key for run in self.runs for key in run.swept_keys}
+        return tuple(key for key in self.distinguishing_keys if key in swept or key not in _NEVER_LISTED)
+
     @property
     def differing_keys(self) -> list[str]:
         """The settings in which the points differ, other than `distinguishing_keys`. Keys of a network do not count."""
@@ -252,7 +260,7 @@ def compare_runs(
         raise UserError(f"--x {cost_unit}: choose macs or flops")
     if split not in SPLIT_NAMES:
         raise UserError(f"--split {split}: choose val or test")
-    runs = sorted(runs, key=lambda run: (run.created, run.id))
+    runs = sorted(runs, key=lambda run: (run.created, _seed_order(run), run.id))
     finished = [run for run in runs if run.state == "finished"]
     kinds = Counter((run.dataset, run.official) for run in finished or runs)
     # The dataset of most runs is the one that is reported; the official CIFAR-10 wins a draw.
@@ -295,6 +303,11 @@ def compare_runs(
         has_scores=split == "val" or any(run.accuracies_by_views(split) for run in runs),
         cost_unit=cost_unit,
     )
+
+
+def _seed_order(run: Run) -> float:
+    seed = run.config.get("seed")
+    return float(seed) if isinstance(seed, int | float) else 0.0
 
 
 def describe_settings(comparison: Comparison) -> str:
@@ -358,12 +371,12 @@ def _label_points(points: list[Point]) -> list[Point]:
     every = dict.fromkeys(["model", *swept, *columns_of_all])
     differing = [key for key in every if key != "seed" and has_several(columns_of_all.get(key, ()))]
     parts = {key: [format_part(key, value) for value in columns_of_all[key]] for key in differing}
-    needed, num_different = list(differing), count_labels(parts, differing)
-    for key in reversed(differing):
-        fewer = [other for other in needed if other != key]
-        if key != "model" and count_labels(parts, fewer) == num_different:
-            needed = fewer
-    columns = ["model", *(key for key in differing if key != "model" and (key in needed or key in swept))]
+    settings = [key for key in differing if key in swept or key not in _NEVER_LISTED]
+    others = [key for key in differing if key not in settings]
+    needed = drop_needless(settings, ["model"], parts)  # whatever the others tell apart
+    needed = drop_needless([*needed, *others], needed, parts)
+    num_different = count_labels(parts, differing)
+    columns = ["model", *(key for key in (*settings, *others) if key != "model" and (key in needed or key in swept))]
     # In a sweep of several networks a key may be swept for some of them only. For the others it has its default value, which
     # need not be in the label. But a sweep that was extended may vary a key that earlier runs had fixed.
     is_noted = any(run.sweep_keys for point in points for run in point.runs)
@@ -383,6 +396,8 @@ def _label_points(points: list[Point]) -> list[Point]:
     ]
     if len(set(labels)) < num_different:
         own_configs, labels = configs, whole
+    own_swept = [frozenset(key for run in point.runs for key in run.swept_keys) for point in points]
+    labels = shorten_labels(labels, own_configs, needed, own_swept, observed=_NEVER_LISTED)
     labelled = []
     for point, config, label in zip(points, own_configs, labels, strict=True):
         label = label or point.model

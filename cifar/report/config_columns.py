@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from cifar.report.formatting import format_value
@@ -70,3 +71,65 @@ def format_part(key: str, value: Any) -> str:
     if value is None:
         return ""
     return format_value(value) if key == "model" else f"{key}={format_value(value)}"
+
+
+def drop_needless(keys: Sequence[str], kept: Sequence[str], parts: dict[str, list[str]]) -> list[str]:
+    """The keys without those, but for the kept ones, that as many different labels do not need. The last ones go first."""
+    needed, num_different = list(keys), count_labels(parts, keys)
+    for key in reversed(keys):
+        fewer = [other for other in needed if other != key]
+        if key not in kept and count_labels(parts, fewer) == num_different:
+            needed = fewer
+    return needed
+
+
+def shorten_labels(
+    labels: list[str],
+    configs: Sequence[dict[str, Any]],
+    needed: Sequence[str],
+    swept: Sequence[frozenset[str]],
+    observed: Collection[str],
+) -> list[str]:
+    """Labels by the needed keys -> without what their reader does not need: runs of several sweeps differ in many keys.
+
+    What a point's sweep varies stays (swept: of each point). Of the rest goes, as long as no two labels become the same: what
+    all points of the network have (but not what is on, and off in most points), what is off, and the observed keys, which say
+    how a run was carried out.
+    """
+    if all(own.issuperset(needed) for own in {own | {"model"} for own in set(swept)}):
+        return labels  # most often: one sweep
+    columns = {key: [config.get(key) for config in configs] for key in needed}
+    is_mostly_off = {key: 2 * sum(map(_is_off, values)) > len(values) for key, values in columns.items()}
+    models: dict[Any, list[int]] = {}
+    for index, config in enumerate(configs):
+        models.setdefault(config.get("model"), []).append(index)
+    differing = {
+        model: {key for key in needed if has_several([columns[key][index] for index in own])} for model, own in models.items()
+    }
+
+    def is_common(config: dict[str, Any], key: str) -> bool:
+        return key not in differing[config.get("model")] and (_is_off(config.get(key)) or not is_mostly_off[key])
+
+    def is_switched_off(config: dict[str, Any], key: str) -> bool:
+        return _is_off(config.get(key))
+
+    def write(shown: Sequence[Sequence[str]]) -> list[str]:
+        return [format_label(config, keys) for config, keys in zip(configs, shown, strict=True)]
+
+    shown: list[list[str]] = [list(needed) for _ in configs]
+    kept = [own | {"model"} for own in swept]
+    for may_go in (is_common, is_switched_off):
+        fewer = [
+            [key for key in keys if key in own or not may_go(config, key)]
+            for config, keys, own in zip(configs, shown, kept, strict=True)
+        ]
+        shorter = write(fewer)
+        if len(set(shorter)) == len(set(labels)):
+            labels, shown = shorter, fewer
+    short = write([[key for key in keys if key in own or key not in observed] for keys, own in zip(shown, kept, strict=True)])
+    counts = Counter(short)
+    return [brief if counts[brief] == 1 else label for brief, label in zip(short, labels, strict=True)]
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value in ("", "none", 0)

@@ -42,7 +42,7 @@ def compute_importance(comparison: Comparison) -> dict[str, Any] | None:
 def list_settings(comparison: Comparison) -> tuple[dict[str, list[Any]], list[float]]:
     """(setting -> its value in each point, the accuracy of each point)."""
     points = [point for point in comparison.points if point.num_views == 1]
-    columns = {key: [point.values.get(key) for point in points] for key in comparison.distinguishing_keys}
+    columns = {key: [point.values.get(key) for point in points] for key in comparison.setting_keys}
     return columns, [point.mean for point in points]
 
 

@@ -123,7 +123,7 @@ def label_points(
     num_left_out = 0
     for label, (cx, cy) in zip(labels, centres, strict=True):
         drawn = axes.annotate(
-            shorten_text(label.text, 34), (label.x, label.y), (0, 0), textcoords="offset points",
+            shorten_text(label.text, 44), (label.x, label.y), (0, 0), textcoords="offset points",
             size=size, color=label.colour, weight="bold" if label.is_bold else "normal", zorder=6,
         )  # fmt: skip
         drawn.set_in_layout(False)

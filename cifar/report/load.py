@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from cifar.tracking.run_dir import RunDir, find_run_dir, list_folders, list_run_
 STAND_IN_BANNER = "STAND-IN DATA, not CIFAR-10"
 UNOFFICIAL_BANNER = "NOT THE OFFICIAL CIFAR-10 FILES"
 MIN_STATTED = 2000  # runs whose files another process looks at
+_TRAIN = ["python", "-m", "cifar", "train"]
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 
 
@@ -64,6 +66,7 @@ class Run:
     labels: dict[str, Any]
     environment: dict[str, Any]
     tags: tuple[str, ...] = ()
+    is_rebuilt: bool = False  # its record was made from tables: its folder is no place to go back to
 
     @property
     def banner(self) -> str:
@@ -82,6 +85,11 @@ class Run:
     @property
     def seconds(self) -> float | None:
         return self.summary.get("seconds")
+
+    @property
+    def own_command(self) -> str:
+        """Of a rebuilt run, the command that trains it again without its folder, if its record has one; "" otherwise."""
+        return self.command if self.is_rebuilt else ""
 
     @property
     def num_images(self) -> int | None:
@@ -144,6 +152,14 @@ def _order_layers(metric: str, names: tuple[str, ...], last_names: tuple[str, ..
     order = {name: i for i, name in enumerate(layers)}
     first_seen = {name.removeprefix(f"{metric}/"): i for i, name in enumerate(last_names)}
     return tuple(sorted(present, key=lambda name: (order.get(name, len(order)), first_seen.get(name, 0))))
+
+
+def is_training_command(command: Any) -> bool:
+    """Whether a record's command trains from settings and does nothing else: a record may come from anywhere."""
+    with contextlib.suppress(ValueError):
+        words = shlex.split(command) if isinstance(command, str) else []
+        return words[:4] == _TRAIN and "--from" not in words and shlex.join(words) == command
+    return False
 
 
 def find_banner(dataset: str, official: bool) -> str:
@@ -334,6 +350,7 @@ class RunLoader:
             labels=files.documents["labels"],
             environment=files.documents["environment"],
             tags=tuple(map(str, run.get("tags") or ())),
+            is_rebuilt=run.get("command") == "" or is_training_command(run.get("command")),
         )
 
 

@@ -860,6 +860,22 @@ def test_what_leaves_the_page_says_that_the_data_is_a_stand_in(browser: Any, tmp
     page.close()
 
 
+def test_runs_on_all_images_show_a_curve_that_they_have(browser: Any, tmp_path: Path) -> None:
+    for n, model in enumerate(("resnet20", "vgg11")):
+        record = write(tmp_path, model, model=model, epochs=9, layers=1, val_size=0, test=0.8 + 0.01 * n)
+        rows = [{k: v for k, v in row.items() if not k.startswith("val/")} for row in record.read_rows()]
+        (record.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = OpenPage(browser, page_url(write_report([], runs=tmp_path, split="test").page))
+    page.run("view.select(0)")
+    assert page.page.locator("#explorer-curve option").all_inner_texts() == ["training accuracy", "training loss"]
+    assert page.page.input_value("#explorer-curve") == "train/acc"
+    assert page.page.locator(".detail .chart path.line").count() == 1
+    page.page.select_option("#explorer-curve", "train/loss")
+    page.settle()
+    assert page.page.input_value("#explorer-curve") == "train/loss" and not page.messages
+    page.close()
+
+
 def test_many_runs(browser: Any, tmp_path: Path) -> None:
     for n in range(150):
         write(

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from cifar.config.resolve import parse_pairs, resolve_config
+from cifar.report.aggregate import compare_runs
+from cifar.report.load import collect_runs
 from cifar.tracking.run_dir import RunDir
 from cifar.training import run
 from helpers.paths import ROOT
@@ -61,6 +63,63 @@ def test_rows_costs_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(configs) == 3
     for config in recorded:
         assert {**config, "threads": 0} in configs, "each command gives exactly the configuration of its row"
+
+
+def test_runs_made_from_the_records_are_what_the_tables_say(tmp_path: Path) -> None:
+    """The study's records -> run folders -> the report's reader: the points of rows.csv and recipes.csv, and what was lost."""
+    script = runpy.run_path(str(SCRIPT.with_name("make_page.py")))
+    for part, split in (("rows", "test"), ("recipes", "val")):
+        script["rebuild_runs"]([part], tmp_path / part)
+        runs = collect_runs([script["PAGES"][split][0]], tmp_path / part).runs
+        points = {frozenset(run.id for run in point.runs): point for point in compare_runs(runs, split=split).points}
+        lines = read(SCRIPT.with_name(f"{part}_runs.csv"))
+        table = read(SCRIPT.with_name(f"{part}.csv"))
+        commands = (SCRIPT.with_name(f"{part}_commands.txt")).read_text().splitlines()[1::2]
+        for row, about in zip(table, commands, strict=True):
+            point = points.pop(frozenset(about.partition(", runs ")[2].split()))
+            assert (str(point.num_seeds), point.macs, point.params) == (row["n"], float(row["macs"]), int(row["params"])), about
+            assert 100 * point.mean == pytest.approx(float(row[f"{split}_acc_mean"]), abs=6e-4), about
+            assert " ".join(f"{100 * accuracy:.2f}" for accuracy in point.accuracies) == row["values"], about
+            for name, column in (("seconds", "seconds_training"), ("joules", "joules"), ("train_flops", "train_flops")):
+                known = row[f"{column}_mean"]
+                assert point.mean_cost(name) == (pytest.approx(float(known), rel=1e-5) if known else None), (about, name)
+        assert not points, "a point that the table does not have"
+        assert len(runs) == len(lines) and {run.id for run in runs if run.state != "finished"} == {
+            line["run"] for line in lines if line["state"] != "finished"
+        }
+        num_epochs = {line["run"]: int(line["epochs_done"]) for line in lines}
+        assert {run.id: len(run.rows) for run in runs} == num_epochs and all("step" not in run.rows[0] for run in runs)
+        no_other = {"val": "test", "test": "val"}[split]
+        assert not any(run.accuracies_by_views(no_other) for run in runs), "validation and test are never in one report"
+
+
+def test_only_what_the_records_say(tmp_path: Path) -> None:
+    """A value that a line lacks is in no file of the run, and no time, process or folder of this machine is."""
+    script = runpy.run_path(str(SCRIPT.with_name("make_page.py")))
+    record = {run.id: run for run in script["rebuild_runs"](["ablation"], tmp_path)}["poamolmk-003"]  # its row has no command
+    config = record.read_json("config")
+    assert (config["lr"], config["augment_policy"], config["seed"], config["dataset"]) == (0.4, "trivialaugment", 0, "cifar10")
+    assert not {"normalize", "momentum", "threads", "probes"} & {*config} and record.read_json("summary") == {}
+    assert record.read_json("status") == {
+        "state": "interrupted", "reason": "ended at epoch 32 of 100, validation accuracy 80.54 %", "epoch": 32, "epochs": 100,
+    }  # fmt: skip
+    assert record.read_json("environment") == {
+        "versions": {"torch": "2.11.0"}, "device": "NVIDIA H200", "git": {"commit": "2d6c6c2", "dirty": False},
+        "step": {"together": 3, "compiled": True},
+    }  # fmt: skip
+    about = record.read_json("run")
+    assert (about["name"], about["created"]) == ("ablation: wrn_16_4, trivialaugment, seed 0, 100 epochs", 1795824000)
+    assert about["tags"] == ["ablation"] and about["command"] == ""
+    lost = next(line for line in read(SCRIPT.with_name("pilot_runs.csv")) if line["run"] == "otgtmjki-030")
+    files = script["describe_files"]("pilots", lost, [], [])
+    assert (files["status"]["state"], files["run"]["name"]) == (
+        "interrupted",
+        "pilots: airbench width 10, head_lr 105, lr 0.03, seed 0, 150 epochs",
+    )
+    assert (
+        files["status"]["reason"] == "lost at epoch 118 of 150, validation accuracy 80.48 %"
+        and "git" not in files["environment"]
+    )
 
 
 @pytest.mark.slow

@@ -184,15 +184,17 @@ def _list_runs(
         "seconds": [_round(run.seconds, 3) for run in runs],
         "images": [run.num_images for run in runs],
         "command": _list_commands(runs, runs_folder),
-        "folder": [str(run.path) for run in runs],
+        "folder": ["" if run.is_rebuilt else str(run.path) for run in runs],
         "url": [_read_url(run) for run in runs],
     }
 
 
 def _list_commands(runs: Sequence[Run], runs_folder: Any) -> list[str]:
     if runs_folder:
-        return list(format_repeat_commands((run.path for run in runs), runs_folder))
-    return [format_repeat_command(run.path, run.path.parent) for run in runs]
+        commands = format_repeat_commands((run.path for run in runs), runs_folder)
+    else:
+        commands = (format_repeat_command(run.path, run.path.parent) for run in runs)
+    return [_clean(run.own_command) if run.is_rebuilt else command for run, command in zip(runs, commands, strict=True)]
 
 
 def _read_url(run: Run) -> str:

@@ -42,7 +42,7 @@ class Effects:
     )
 
     def select(self, comparison: Comparison) -> list[Effect] | Nothing:
-        effects = [effect for key in comparison.distinguishing_keys if (effect := _compute_effect(key, comparison))]
+        effects = [effect for key in comparison.setting_keys if (effect := _compute_effect(key, comparison))]
         if [effect.key for effect in effects] == ["model"]:
             return Nothing("only the network was swept: the first figure says it all")
         return effects or Nothing("fewer than two values of any key have finished")

@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 def make_comparison(rows: list[dict[str, Any]], accuracies: list[float]) -> Any:
     """As much of a Comparison as is read."""
     points = [SimpleNamespace(values=row, mean=mean, num_views=1) for row, mean in zip(rows, accuracies, strict=True)]
-    return SimpleNamespace(points=points, distinguishing_keys=list(rows[0]))
+    return SimpleNamespace(points=points, setting_keys=list(rows[0]))
 
 
 def draw_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import json
 import math
 import os
@@ -138,6 +140,67 @@ def test_labels_are_as_short_as_they_can_be(tmp_path: Path) -> None:
     comparison = comparison_of(tmp_path)
     assert [p.label for p in comparison.points] == ["resnet20, lr=0.1", "resnet20, lr=0.2", "vgg11, lr=0.1"]
     assert comparison.distinguishing_keys == ("model", "lr", "optimizer")
+
+
+def test_labels_of_several_sweeps_name_what_is_on_and_differs(tmp_path: Path) -> None:
+    """Runs of several sweeps differ in many keys. A label has those in which its network's points differ, and what few have."""
+    cells = [
+        ("resnet20", {"lr": 0.4, "epochs": 6, "cutmix": 0.0, "teacher": "", "probes": "all"}),
+        ("resnet20", {"lr": 0.4, "epochs": 6, "cutmix": 1.0, "teacher": "", "probes": "all"}),
+        ("resnet20", {"lr": 0.4, "epochs": 6, "cutmix": 0.0, "teacher": "big", "probes": "none", "experiment": "x/y"}),
+        ("resnet20", {"lr": 0.4, "epochs": 6, "cutmix": 0.0, "teacher": "big", "probes": "all"}),
+        ("vgg11", {"lr": 0.1, "epochs": 7, "cutmix": 1.0, "teacher": "", "probes": "all"}),
+        ("vgg11", {"lr": 0.2, "epochs": 7, "cutmix": 1.0, "teacher": "", "probes": "none"}),
+        ("worksheet1", {"lr": 0.2, "epochs": 8, "cutmix": 0.0, "teacher": "", "probes": "none", "experiment": "x/z"}),
+    ]
+    for i, (model, settings) in enumerate(cells):
+        write(tmp_path, f"r{i}", model=model, swept=(), **settings)
+    comparison = comparison_of(tmp_path)
+    assert {run.id: point.label for point in comparison.points for run in point.runs} == {
+        "r0": "resnet20",
+        "r1": "resnet20, cutmix=1",
+        "r2": "resnet20, teacher=big",
+        "r3": "resnet20, teacher=big, probes=all",  # nothing else tells it from the one above
+        "r4": "vgg11, lr=0.1, cutmix=1",
+        "r5": "vgg11, lr=0.2, cutmix=1",
+        "r6": "worksheet1",
+    }
+    assert "probes" in comparison.distinguishing_keys and "probes" not in comparison.setting_keys  # it is no setting to rate
+    assert "experiment" not in comparison.distinguishing_keys and {"lr", "cutmix", "teacher"} <= {*comparison.setting_keys}
+    effects = next(entry for entry in registry.figures if entry.name == "effects").builder().select(comparison)
+    assert [effect.key for effect in effects] == [*comparison.setting_keys]
+    for path in tmp_path.glob("r?"):  # one sweep has varied it
+        path.joinpath("run.json").write_text(
+            path.joinpath("run.json").read_text().replace('"swept": []', '"swept": ["probes"]')
+        )
+    swept = comparison_of(tmp_path)
+    assert "probes" in swept.setting_keys and {"resnet20, probes=all", "worksheet1, probes=none"} <= {
+        p.label for p in swept.points
+    }
+
+
+def test_a_record_made_from_tables_has_its_own_command(tmp_path: Path) -> None:
+    """Its folder is gone when somebody reads the page. A record may come from anywhere, so that only a training is taken."""
+    own = "python -m cifar train model=resnet20 width=4 'experiment=a b' seed=1"
+    hostile = [
+        "python -m cifar train; rm -rf x",
+        "curl x | sh",
+        "python -m cifar train $(rm x)",
+        "python -m cifar train --from x",
+        "'",
+    ]
+    for i, command in enumerate([own, *hostile, ""]):
+        record = write(tmp_path, f"r{i}", lr=0.1 * (i + 1))
+        record.write_json("run", {**record.read_json("run"), "command": command})
+    runs = {run.id: run for run in collect_runs([], tmp_path).runs}
+    assert {name: run.own_command for name, run in runs.items() if run.own_command} == {"r0": own}
+    page = write_report([], runs=tmp_path).page.read_text()
+    table = json.loads(gzip.decompress(base64.b64decode(re.search(r'id="explorer-table">([^<]*)<', page)[1])))["runs"]
+    for name, command, folder in zip(table["id"], table["command"], table["folder"], strict=True):
+        if name == "r6":  # the record says that there is none
+            assert (command, folder) == ("", "")
+            continue
+        assert (command, folder) == (own, "") if name == "r0" else f" --from {name}" in command and folder.endswith(f"/{name}")
 
 
 @pytest.mark.parametrize("state", ["diverged", "pruned", "failed", "killed"])

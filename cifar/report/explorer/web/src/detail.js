@@ -91,23 +91,26 @@ export class Detail {
   }
 
   drawCurves(lines, curves, details) {
-    const { state, table } = this.view, metric = state.values.curve;
+    const { state, table } = this.view;
+    const read = (run, metric) => {
+      const full = details[table.runs.id[run]];
+      const scale = table.curves.scales[table.curves.metrics.indexOf(metric)];
+      const source = full?.curves?.[metric] ? { epochs: full.epochs, values: addUp(full.curves[metric]).map((v) => v / scale) } : { epochs: curves[run].epochs, values: curves[run][metric] };
+      return source.epochs.map((epoch, k) => [epoch, source.values[k]]).filter(([, value]) => value !== null && Number.isFinite(value));
+    };
+    // Runs on all images have no curves of validation: then another curve is shown, and those are not offered.
+    const known = Object.keys(CURVES).filter((metric) => lines.some(({ runs }) => runs.some((run) => read(run, metric).length)));
+    const metric = known.includes(state.values.curve) ? state.values.curve : known[0];
     const select = make("select", { id: "explorer-curve", "aria-label": "curve", onchange: (event) => state.set({ curve: event.target.value }) },
-      Object.entries(CURVES).map(([value, text]) => make("option", { value, selected: value === metric }, text)));
+      known.map((value) => make("option", { value, selected: value === metric }, CURVES[value])));
     const series = lines.map(({ label, runs }, n) => ({
-      label, colour: LINES[n % LINES.length],
-      runs: runs.map((run) => {
-        const full = details[table.runs.id[run]];
-        const scale = table.curves.scales[table.curves.metrics.indexOf(metric)];
-        const source = full?.curves?.[metric] ? { epochs: full.epochs, values: addUp(full.curves[metric]).map((v) => v / scale) } : { epochs: curves[run].epochs, values: curves[run][metric] };
-        return source.epochs.map((epoch, k) => [epoch, source.values[k]]).filter(([, value]) => value !== null && Number.isFinite(value));
-      }).filter((points) => points.length),
+      label, colour: LINES[n % LINES.length], runs: runs.map((run) => read(run, metric)).filter((points) => points.length),
     })).filter(({ runs }) => runs.length);
     const isSampled = lines.some(({ runs }) => runs.some((run) => !details[table.runs.id[run]] && table.runs.epoch[run] > table.curves.points));
     this.chart = series.length ? { series, label: CURVES[metric], isAccuracy: metric.endsWith("acc") } : null;
     const save = (kind) => make("button", { type: "button", class: "small", "data-save": kind, "data-figure": "curves", "aria-label": `curves as ${kind.toUpperCase()}` }, kind.toUpperCase());
-    const head = make("div", { class: "bar" }, make("h3", {}, "Curves"), select, series.length ? [save("svg"), save("png")] : null);
-    if (!series.length) return make("div", {}, head, make("p", { class: "hint" }, "These runs have no such values."));
+    const head = make("div", { class: "bar" }, make("h3", {}, "Curves"), series.length ? [select, save("svg"), save("png")] : null);
+    if (!series.length) return make("div", {}, head, make("p", { class: "hint" }, "These runs have no curves."));
     return make("div", { class: "curves" }, head, drawLines(this.chart, Math.min(620, Math.max(300, this.root.clientWidth))), legend(series), curveTable(series, metric.endsWith("acc")),
       isSampled ? make("p", { class: "hint" }, `At ${table.curves.points} epochs of each run. Full curves: those of the front, of the best, and of \`cifar report --keep RUN\`; \`cifar report --serve\` has all.`) : null);
   }
@@ -144,7 +147,7 @@ export function describeTests(apart, together) {
   return `${sentences.join("")}.`;
 }
 
-const repeat = (runs, run) => make("p", { class: "repeat" }, make("code", {}, runs.command[run]), " ",
+const repeat = (runs, run) => runs.command[run] && make("p", { class: "repeat" }, make("code", {}, runs.command[run]), " ",
   make("button", { type: "button", class: "small", "data-copy": runs.command[run] }, "copy"), make("br"), make("span", { class: "hint" }, runs.folder[run]));
 const link = (url) => (/^https?:/.test(url) ? make("a", { href: url, rel: "noreferrer noopener", target: "_blank" }, "open") : "–");
 

@@ -295,7 +295,7 @@ function nameFront(pen, view, { x, y }, theme) {
   for (const i of front) count.set(points.model[i], (count.get(points.model[i]) ?? 0) + 1);
   const named = isFew ? front : front.filter((i, n) => points.model[front[n + 1]] !== points.model[i]); // the best one of each network
   for (const i of [...named].reverse()) {
-    const text = isFew && (count.get(points.model[i]) > 1 || isAlone) ? points.label[i] : points.model[i], short = text.length > 34 ? `${text.slice(0, 33)}…` : text;
+    const text = isFew && (count.get(points.model[i]) > 1 || isAlone) ? points.label[i] : points.model[i], short = text.length > 44 ? `${text.slice(0, 43)}…` : text;
     const px = x(measured.x[i]), py = y(measured.y[i]), width = 6.2 * short.length;
     if (px < left || px > right || py < top || py > bottom) continue;
     const anchor = px - 9 - width > left ? "end" : "start", start = anchor === "end" ? px - 9 - width : px + 9;
