@@ -159,6 +159,7 @@ class Comparison:
     title: str = ""
     banner: str = ""
     has_scores: bool = True  # False if the split is test and no run has scored it
+    num_test_only: int = 0  # runs that the validation split lacks, and the test split has
     cost_unit: str = "macs"  # of the axis: "macs", or "flops", which are twice as many
 
     @property
@@ -302,6 +303,9 @@ def compare_runs(
         banner=find_banner(*majority) if runs else "",
         has_scores=split == "val" or any(run.accuracies_by_views(split) for run in runs),
         cost_unit=cost_unit,
+        num_test_only=sum(
+            split == "val" and run.accuracy("val") is None and bool(run.accuracies_by_views("test")) for run in runs
+        ),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-PACKAGE = Path(__file__).parent  # its files say how things are made
+PACKAGE = Path(__file__).parents[1]  # its files say how things are made: the report's, and what these use
 
 
 def compute_digest(*values: Any) -> str:
@@ -76,7 +76,7 @@ _PLAIN = {bool, int, float, str, type(None)}
 
 @functools.cache
 def digest_program() -> str:
-    """Of the program that makes reports: its own files, Python, numpy, the machine. "" where its files cannot be read."""
+    """Of the program: its own files, Python, numpy, the machine. "" where its files cannot be read."""
     digest = hashlib.sha256(f"{sys.version} {np.__version__} {platform.machine()} {os.name}".encode())
     try:
         for file in sorted(PACKAGE.rglob("*.py")):

@@ -342,6 +342,9 @@ def write_sentences(comparison: Comparison) -> list[str]:
         notes = ["No point has a single view of an image, and several views do not compare with one: nothing is the best."]
     else:
         notes = ["No finished run to compare yet." if comparison.has_scores else NO_TEST_SCORES]
+    if comparison.num_test_only:
+        have = f"{pluralize(comparison.num_test_only, 'run')} without validation images"
+        notes.append(f"Not compared here: {have}, with a test accuracy; --split test compares these.")
     xs = [point.macs for point in comparison.points if point.num_views == 1]
     if len(xs) > 2 and (rho := comparison.macs_rank_correlation) is not None:
         spread = f"over a factor {xs[-1] / xs[0]:.3g} in MACs" if xs[0] else ""

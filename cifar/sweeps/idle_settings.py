@@ -37,8 +37,8 @@ _SUSPICIOUS_MEDIAN = 0.5  # of log_normal: `mu` is a logarithm, and one between 
 
 # key -> when it has no effect, and why. Keys that a part does not take at all are errors, and never come to this.
 _KEY_RULES: dict[str, tuple[Callable[[Settings], bool], str]] = {
-    "tta": (lambda config: True, "it is for the test set, which no trial of a sweep scores"),
-    "tta_share": (lambda config: True, "it is for the test set, which no trial of a sweep scores"),
+    "tta": (lambda config: config.test == "never", "it is for the test set, which no trial of a sweep scores"),
+    "tta_share": (lambda config: config.test == "never", "it is for the test set, which no trial of a sweep scores"),
     "crop_padding": (lambda config: config.crop == 0, "crop is 0"),
     "randaugment_num_ops": (lambda config: config.augment_policy != "randaugment", "augment_policy is not randaugment"),
     "randaugment_magnitude": (lambda config: config.augment_policy != "randaugment", "augment_policy is not randaugment"),

@@ -483,6 +483,8 @@ class LocalBackend:
             added = [values for values in spec.list_grid_cells(new) if _configuration_key(values, fixed) not in known_keys]
             if not added:
                 return 0
+            if spec.is_final(fixed):
+                spec.check_final_cells([*(cell["values"] for cell in known), *added], str(file))
             numbered = enumerate(added, start=len(known))
             self._table.insert_waiting([_attributes_of(cell, values, _make_offer(0)) for cell, values in numbered])
             backup = self.folder / f"sweep-{len(list(self.folder.glob('sweep*.yaml')))}.yaml"

@@ -354,6 +354,17 @@ def _boundary_trials(sweep: Sweep) -> Iterator[tuple[dict[str, Any], dict[str, A
             yield flatten_values({**base, **drawn}), flatten_values({**base, **named})
 
 
+def check_final_cells(cells: Sequence[Mapping[str, Any]], file: str) -> None:
+    """Refuse old and new cells of a sweep that scores the test set if they differ in what such a sweep may not vary."""
+    kept = [{key: value for key, value in values.items() if key not in FINAL_KEYS} for values in cells]
+    for other in kept:
+        if differing := sorted(key for key in {*kept[0], *other} if kept[0].get(key) != other.get(key)):
+            raise UserError(
+                f"{file}: {', '.join(differing[:3])} is not as in the sweep; one with test=final is extended by experiments "
+                "and seeds only, so make another sweep"
+            )
+
+
 # -- swept keys --------------------------------------------------------------------------------------------------------
 
 _NOT_TAKEN = object()  # the "value" of a key in a trial whose parts do not take it

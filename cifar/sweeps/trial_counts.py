@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -72,9 +73,10 @@ class EndedTrials:
         return {"until": self.until, "states": self.states}
 
 
-def parse_ended(value: Any) -> EndedTrials:
-    """What an agent has written. If it is damaged, nothing is known."""
+def parse_ended(text: str) -> EndedTrials:
+    """What an agent has written, as JSON. If it is damaged, nothing is known."""
     try:
+        value = json.loads(text)
         until = datetime.datetime.fromisoformat(value["until"]).isoformat(" ", "microseconds")
         states = {str(state): number for state, number in value["states"].items() if type(number) is int and number > 0}
     except (TypeError, KeyError, ValueError, AttributeError):

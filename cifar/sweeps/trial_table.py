@@ -242,7 +242,7 @@ class TrialTable:
             offers = self._update_offers(connection)
             if self._counter is None:
                 text = connection.execute(_STUDY_ATTRIBUTE, {"study": self._study, "name": _ENDED}).scalar()
-                kept = trial_counts.parse_ended(json.loads(text or "null"))
+                kept = trial_counts.parse_ended(text or "null")
                 self._counter, self._num_kept = TrialCounter(self._study, kept), kept.states.total()
             counted = self._counter.count(connection, offers.last_id)  # a trial that was added since is not counted
         counted.subtract(offers.replaced_states)

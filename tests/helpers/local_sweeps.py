@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ parameters:
 """
 
 
-def create_local_sweep(runs: Path, text: str = GRID, *, url: str = "", **options: Any) -> LocalBackend:
+def create_local_sweep(
+    runs: Path, text: str = GRID, *, url: str = "", fixed: Mapping[str, Any] | None = None, **options: Any
+) -> LocalBackend:
     read = spec.parse_sweep(parse_yaml(text, "sweep"), text, "sweep", "a sweep")
-    return LocalBackend(local.create_sweep(read, runs, fixed={"dataset": "stand-in"}, storage_url=url, **options), runs, url)
+    fixed = {"dataset": "stand-in", **(fixed or {})}
+    return LocalBackend(local.create_sweep(read, runs, fixed=fixed, storage_url=url, **options), runs, url)
 
 
 def claim_trial(backend: LocalBackend, worker: str = "me") -> Trial:

@@ -134,14 +134,14 @@ def draw_rows(ax: Axes, rows: Sequence[Row], costs: Sequence[float], *, has_name
         )  # fmt: skip
         if has_names:
             ax.annotate(
-                name, (cost, 100 - row.accuracy), xytext=(7, -10) if row.mmacs < 300 else (-7, 6),
-                ha="left" if row.mmacs < 300 else "right", textcoords="offset points", fontsize=7.5, color=OURS,
-                zorder=5, path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                name, (cost, 100 - row.accuracy), xytext=(7, -10), ha="left", textcoords="offset points", fontsize=7.5,
+                color=OURS, zorder=5, path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )  # fmt: skip
         else:
             ax.annotate(
-                f"{row.mmacs:.2g}", (cost, 100 - row.accuracy), xytext=(0, 7), textcoords="offset points", fontsize=7,
-                ha="center", color="#6b7785", path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                f"{row.mmacs:.{0 if row.mmacs > 10 else 1}f}", (cost, 100 - row.accuracy), xytext=(0, 7),
+                textcoords="offset points", fontsize=7, ha="center", color="#6b7785",
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )  # fmt: skip
 
 

@@ -152,17 +152,18 @@ def test_other_libraries_settings_and_programs_draw_again(reports: Reports) -> N
 
 
 def test_the_digest_of_the_program_has_all_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(digest.PACKAGE, tmp_path / "report", ignore=shutil.ignore_patterns("web", "__pycache__"))
-    monkeypatch.setattr(digest, "PACKAGE", tmp_path / "report")
+    place = tmp_path / "cifar"
+    shutil.copytree(digest.PACKAGE, place, ignore=shutil.ignore_patterns("web", "__pycache__", "pretrained"))
+    monkeypatch.setattr(digest, "PACKAGE", place)
     found = []
-    for name in ("style.py", "figures/effects.py", "figures/effects.py"):
+    for name in ("report/style.py", "report/figures/effects.py", "report/figures/effects.py", "system/durations.py"):
         digest.digest_program.cache_clear()
         found.append(digest.digest_program())
-        file = tmp_path / "report" / name
+        file = place / name
         file.write_text(f"{file.read_text()}\n# another program")
-    (tmp_path / "report" / "figures" / "effects.py").rename(tmp_path / "report" / "figures" / "other.py")
+    (place / "report" / "figures" / "effects.py").rename(place / "report" / "figures" / "other.py")
     digest.digest_program.cache_clear()
-    assert len({*found, digest.digest_program()}) == 4
+    assert len({*found, digest.digest_program()}) == 5
     digest.digest_program.cache_clear()
 
 

@@ -109,6 +109,17 @@ def test_other_data_and_unverified_macs_stand_apart_by_name(tmp_path: Path) -> N
     assert comparison.banner == STAND_IN_BANNER and {run.dataset for p in comparison.points for run in p.runs} == {"stand-in"}
 
 
+def test_of_runs_without_validation_images_it_is_said_how_to_compare_them(tmp_path: Path) -> None:
+    record = write(tmp_path, "a", test=0.8)
+    write(tmp_path, "b", model="worksheet1", accuracy=0.6)
+    rows = [{key: value for key, value in row.items() if "val/" not in key} for row in record.read_rows()]
+    (record.path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    record.write_json("summary", {key: value for key, value in record.read_json("summary").items() if "val/" not in key})
+    said = "Not compared here: 1 run without validation images, with a test accuracy; --split test compares these."
+    assert said in write_sentences(comparison_of(tmp_path))
+    assert not any("Not compared here" in sentence for sentence in write_sentences(comparison_of(tmp_path, split="test")))
+
+
 def test_split_test_uses_only_runs_that_have_it_and_charges_views(tmp_path: Path) -> None:
     write(tmp_path, "a", test=0.81, accuracy=0.6)
     write(tmp_path, "b", model="worksheet1", test=0.9, views=6)

@@ -166,6 +166,8 @@ def test_keys_without_effect_are_said_once() -> None:
     assert list_notes("method: grid", "tta: {values: [none, flip]}, lr: {values: [0.1, 0.2]}") == [
         "tta has no effect: it is for the test set, which no trial of a sweep scores",
     ]
+    chosen = "experiment: {values: [worksheet1, resnet20]}, seed: {values: [0, 1]}"
+    assert list_notes("method: grid", chosen, fixed={"test": "final", "tta": "flip"}) == []
     assert list_notes("method: grid", "lr: {values: [0.1, 0.2]}", fixed={"crop": 0, "crop_padding": "reflect"}) == [
         "crop_padding has no effect: crop is 0"
     ]

@@ -18,6 +18,7 @@ import pytest
 
 from cifar.cli.sweep import list_sweeps, show_status
 from cifar.errors import UserError
+from cifar.integrations.wandb.upload import push_sweep
 from cifar.states import TRIAL_STATES
 from cifar.sweeps import local, spec, storage
 from cifar.sweeps.local import LocalBackend, Trial
@@ -204,6 +205,20 @@ def test_extend_adds_the_new_cells_and_keeps_what_is_done(runs: Path, tmp_path: 
         larger.write_text(text)
         with pytest.raises(UserError, match=said):
             opened.extend_sweep(larger)
+
+
+def test_what_scores_the_test_set_is_extended_by_experiments_and_seeds_only(runs: Path, tmp_path: Path) -> None:
+    values = "experiment: {value: worksheet1}, seed: {values: [0, 1]}, lr: {value: 0.1}"
+    text = f"method: grid\n{METRIC}\nparameters: {{{values}}}"
+    backend, file = create_local_sweep(runs, text, fixed={"test": "final"}), tmp_path / "more.yaml"
+    for old, new in (("lr: {value: 0.1}", "lr: {value: 0.2}"), (", lr: {value: 0.1}", ""), ("}}", "}, epochs: {value: 2}}")):
+        file.write_text(text.replace(old, new).replace("[0, 1]", "[0, 1, 2]"))
+        with pytest.raises(UserError, match=r"(lr|epochs) is not as in the sweep.*experiments and seeds only"):
+            backend.extend_sweep(file)
+    file.write_text(text.replace("{value: worksheet1}", "{values: [worksheet1, resnet20]}").replace("[0, 1]", "[0, 1, 2]"))
+    assert backend.extend_sweep(file) == 4 and backend.count_states() == {"waiting": 6}
+    with pytest.raises(UserError, match="scores the test set"):
+        push_sweep(backend.folder, [])
 
 
 def test_a_stopped_sweep_hands_out_nothing_and_a_cancelled_one_ends_what_runs(runs: Path) -> None:

@@ -71,7 +71,7 @@ def test_how_trials_ended_is_read_once_and_kept_for_other_processes(runs: Path, 
     assert backend.count_states()["failed"] == count_first()["failed"] == 4, "no text was read again"
     fail(1)
     assert backend.count_states()["failed"] == count_first()["failed"] == 5, "only the new one's"
-    for damaged in ("null", "[1]", '{"until": 5, "states": {}}', '{"until": "2026-01-01", "states": 7}', '{"until": "x"}'):
+    for damaged in ("{", "null", "[1]", '{"until": 5, "states": {}}', '{"until": "2026-01-01", "states": 7}', '{"until": "x"}'):
         write(f"update study_user_attributes set value_json = '{damaged.replace(':', chr(92) + ':')}' where key = 'ended'")
         assert {"pruned": 4, "failed": 1}.items() <= count_first().items(), "all are read"
 
