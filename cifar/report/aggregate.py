@@ -271,7 +271,7 @@ def compare_runs(
     lost_seeds: dict[Any, set[Any]] = {}  # group -> seeds that ended without a result
     for run in runs:
         why = _exclusion_reason(run, split, majority)
-        name = describe_config(run.config)
+        name = describe_config(run.config, run.swept_keys)
         seed = run.config.get("seed")
         if why:
             excluded.append(ExcludedRun(run.id, run.name, *why))

@@ -11,14 +11,22 @@ from typing import Any
 
 from cifar.report.formatting import format_value
 
+# They say how a run is observed and named, and change no weight: runs that differ in them only are of one configuration.
+OBSERVING_KEYS = frozenset(
+    ("experiment", "test", "probes", "probe_every", "histograms", "checkpoint_every", "max_macs", "eval_batch_size")
+)
 
-def describe_config(config: dict[str, Any]) -> tuple[str, ...]:
-    """What a configuration without its seed is, to the last bit and the types of its values."""
-    names = tuple(config)
-    order = _find_order(names)
+
+def describe_config(config: dict[str, Any], swept: Sequence[str] = ()) -> tuple[str, ...]:
+    """What a configuration is, without its seed and how it is observed, to the last bit and the types of its values.
+
+    swept: what the run's sweep varied on purpose; that is always a part of it.
+    """
+    kept = OBSERVING_KEYS.intersection(swept)
+    order = _find_order(tuple(config), kept)
     values = [config[name] for name in order]
     if not set(map(type, values)) <= _PLAIN_TYPES:
-        return ("", json.dumps({**config, "seed": None}, sort_keys=True, default=str))
+        return ("", json.dumps(dict(zip(order, values, strict=True)), sort_keys=True, default=str))
     return (*order, repr(values))
 
 
@@ -26,8 +34,8 @@ _PLAIN_TYPES = {str, int, float, bool, type(None)}
 
 
 @functools.lru_cache(maxsize=1024)  # many runs have the same names
-def _find_order(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sorted(name for name in names if name != "seed"))
+def _find_order(names: tuple[str, ...], kept: frozenset[str]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if name != "seed" and (name not in OBSERVING_KEYS or name in kept)))
 
 
 def count_labels(parts: dict[str, list[str]], keys: Sequence[str]) -> int:

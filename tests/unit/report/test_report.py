@@ -165,18 +165,19 @@ def test_labels_of_several_sweeps_name_what_is_on_and_differs(tmp_path: Path) ->
         ("worksheet1", {"lr": 0.2, "epochs": 8, "cutmix": 0.0, "teacher": "", "probes": "none", "experiment": "x/z"}),
     ]
     for i, (model, settings) in enumerate(cells):
-        write(tmp_path, f"r{i}", model=model, swept=(), **settings)
+        write(tmp_path, f"r{i}", model=model, swept=(), seed=int(i == 3), **settings)
     comparison = comparison_of(tmp_path)
     assert {run.id: point.label for point in comparison.points for run in point.runs} == {
         "r0": "resnet20",
         "r1": "resnet20, cutmix=1",
         "r2": "resnet20, teacher=big",
-        "r3": "resnet20, teacher=big, probes=all",  # nothing else tells it from the one above
-        "r4": "vgg11, lr=0.1, cutmix=1",
-        "r5": "vgg11, lr=0.2, cutmix=1",
+        "r3": "resnet20, teacher=big",  # the same point: probes and the experiment's name change no weight
+        "r4": "vgg11, lr=0.1",
+        "r5": "vgg11, lr=0.2",
         "r6": "worksheet1",
     }
-    assert "probes" in comparison.distinguishing_keys and "probes" not in comparison.setting_keys  # it is no setting to rate
+    assert "probes" not in {*comparison.distinguishing_keys, *comparison.setting_keys}
+    assert [len(point.runs) for point in comparison.points if point.label == "resnet20, teacher=big"] == [2]
     assert "experiment" not in comparison.distinguishing_keys and {"lr", "cutmix", "teacher"} <= {*comparison.setting_keys}
     effects = next(entry for entry in registry.figures if entry.name == "effects").builder().select(comparison)
     assert [effect.key for effect in effects] == [*comparison.setting_keys]
