@@ -105,6 +105,7 @@ def test_of_two_that_resume_a_killed_run_one_goes_on(
     assert ways["being"] >= num_pairs / 4  # they did meet
 
 
+@pytest.mark.slow
 def test_a_run_that_is_trained_is_refused_to_all_who_would_write(
     killed: RunDir, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

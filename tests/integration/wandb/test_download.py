@@ -159,6 +159,7 @@ def test_figures_are_equal_to_the_last_digit(tmp_path: Path, server: Server) -> 
             assert drawn[0] == drawn[1], entry.name
 
 
+@pytest.mark.slow
 def test_reports_are_equal_to_the_last_digit(tmp_path: Path, server: Server) -> None:
     runs = tmp_path / "runs"
     sweep_id = write_quickstart(runs, server)

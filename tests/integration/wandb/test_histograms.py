@@ -67,6 +67,7 @@ def wanted(*epochs: int) -> dict[int, dict[str, tuple[float, list[int]]]]:
     }
 
 
+@pytest.mark.slow
 def test_they_are_in_the_rows_of_their_epochs(server: Server, tmp_path: Path) -> None:
     record = make_record(tmp_path, "hist0001", epochs=4)
     mirror = Mirror(record, "online")

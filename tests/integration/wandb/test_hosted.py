@@ -188,6 +188,7 @@ def test_wandb_hears_of_ends_that_no_mirror_told(make: Make, wandb_server: Serve
     assert all(run.sweep == backend.id for run in runs) and runs[2].exits == [1]
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_holds_up_nobody(make: Make, wandb_server: Server) -> None:
     backend = make(slots=2)
     trial = claimed(backend)

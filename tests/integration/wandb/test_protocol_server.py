@@ -185,6 +185,7 @@ print(json.dumps({"read": read, "config": api.run("me/p/two").config, "some": so
 """
 
 
+@pytest.mark.slow
 def test_the_real_client_writes_and_reads(wandb_server: Server, tmp_path: Path) -> None:
     def client(code: str) -> Any:
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)

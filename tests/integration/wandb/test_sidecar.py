@@ -193,6 +193,7 @@ time.sleep(60)
     parent.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare here: cannot take the network away")
 def test_without_network_input_or_account(tmp_path: Path) -> None:
     if subprocess.run(["unshare", "-rn", "true"], check=False).returncode:
@@ -211,6 +212,7 @@ assert follower.shut_down()
     assert inspect_only(record).rows == list(record.read_rows())
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_costs_its_grace_at_most(tmp_path: Path, silent_server: str) -> None:
     record = make_record(tmp_path, "hangs001", epochs=3)
     log = tmp_path / "follow.log"
@@ -357,6 +359,7 @@ def test_where_no_more_processes_can_be_started_it_draws_by_itself(tmp_path: Pat
     assert all(list((record.path / "pictures").glob("*.png")) for record in records)
 
 
+@pytest.mark.slow
 def test_no_room_for_the_wandb_files(tmp_path: Path) -> None:
     record = make_record(tmp_path, "full0001", epochs=2)
     (record.path / "wandb").write_text("a file in the folder's place")

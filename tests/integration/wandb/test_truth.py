@@ -51,6 +51,7 @@ def assert_complete(run: Run, record: RunDir) -> None:
 SLOW_LOSSES = [pytest.param(name, marks=pytest.mark.slow) for name in ("what came after a backup", "all rows")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["the first rows", *SLOW_LOSSES])
 def test_rows_that_the_server_loses_are_sent_again(tmp_path: Path, server: Server, lost: str) -> None:
     record = make_record(tmp_path, "lost0001", epochs=5)
@@ -226,6 +227,7 @@ def test_rows_that_nobody_can_take_back_keep_a_run_incomplete(tmp_path: Path, se
     mirror.release()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["interrupted", "preempted", "diverged", "stopped"])
 def test_each_end_says_what_it_is(tmp_path: Path, server: Server, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror_module, "LOST_SECONDS", 60.0)  # nothing is lost here; a busy machine needs its time

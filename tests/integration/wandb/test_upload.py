@@ -44,6 +44,7 @@ def all_is_there(server: Server, records: list[RunDir], project: str = "cifar") 
         )
 
 
+@pytest.mark.slow
 def test_a_sweep_arrives_once_with_all_its_runs(
     tmp_path: Path, runs: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,12 +123,14 @@ def delete_a_run(reports: Reports) -> None:
     shutil.rmtree(reports.runs / "r03")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [add_a_run, delete_a_run])
 def test_runs_that_come_and_go_are_drawn(change: Callable[[Reports], None], reports: Reports) -> None:
     change(reports)
     assert reports.list_drawn() == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "drawn"),
     [({"split": "test"}, FILES), ({"cost_unit": "flops"}, FILES), ({"budget": 2e7}, FILES), ({"kept": ["r03"]}, set())],
@@ -141,6 +143,7 @@ def test_options_draw_what_they_change(options: dict[str, Any], drawn: set[str],
     assert reports.list_drawn() == drawn  # the files were those of the other options
 
 
+@pytest.mark.slow
 def test_other_libraries_settings_and_programs_draw_again(reports: Reports) -> None:
     with reports.patch.context() as patch:
         patch.setattr(matplotlib, "__version__", "99.0")
@@ -176,12 +179,14 @@ def replace_by_a_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "name"), [(spoil, "svg"), (spoil, "png"), (os.remove, "svg"), (replace_by_a_pipe, "png")])
 def test_a_figure_that_somebody_has_changed_is_drawn_again(change: Callable[[Path], None], name: str, reports: Reports) -> None:
     change(reports.out / f"accuracy_vs_macs.{name}")
     assert reports.list_drawn() == FILES
 
 
+@pytest.mark.slow
 def test_the_importance_of_settings_is_kept(reports: Reports) -> None:
     file = reports.runs / CACHE_FOLDER / MADE_FILE
     content = json.loads(file.read_text())
@@ -219,12 +224,14 @@ def test_a_broken_file_counts_as_none(tmp_path: Path) -> None:
     assert Made(tmp_path).find("a") is None
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_is_no_error(reports: Reports) -> None:
     shutil.rmtree(reports.runs / CACHE_FOLDER)
     (reports.runs / CACHE_FOLDER).write_text("no folder")
     assert reports.list_drawn() == FILES
 
 
+@pytest.mark.slow
 def test_a_plugin_figure_is_always_drawn(reports: Reports) -> None:
     """Nobody knows what it is made from."""
 

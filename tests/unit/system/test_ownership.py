@@ -91,6 +91,7 @@ def test_a_stopped_owner_keeps_its_run_where_locks_work(record: RunDir, monkeypa
     assert list_writers(record) == ["still"]
 
 
+@pytest.mark.slow
 def test_an_owner_elsewhere_keeps_its_run_while_it_lives_and_loses_it_after_the_lease(
     record: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

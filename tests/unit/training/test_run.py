@@ -99,6 +99,7 @@ def test_frozen_parameters_are_skipped_in_steps_without_probes(runs: Path) -> No
     assert hash_run(watched)[0] == hash_run(bare)[0], "with a learning rate of zero gradients change nothing"
 
 
+@pytest.mark.slow
 def test_a_run_that_compiles_nothing_does_not_import_the_compiler(runs: Path) -> None:
     code = "import sys; from cifar.cli.app import main; print(main(sys.argv[1:]), 'torch._dynamo' in sys.modules)"
     pairs = [f"{key}={value}" for key, value in TINY.items()]
