@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import runpy
 import shlex
@@ -130,8 +131,11 @@ def test_the_picture_of_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(names + lines)
     script = runpy.run_path(str(SCRIPT.with_name("draw.py")))
     cheap, dear = script["select_rows"](read(tmp_path / "rows.csv"))
-    assert (cheap.name, cheap.mmacs, cheap.joules, cheap.is_packed) == ("ResNet-8, width 4", 1.0, 5.5, True)
-    assert (dear.name, dear.joules, dear.is_packed) == ("WRN-28, width 24", None, False)
+    assert (cheap.mmacs, cheap.joules, cheap.is_packed) == (1.0, 5.5, True)
+    assert (dear.joules, dear.is_packed) == (None, False)
+    assert script["name_rows"]([cheap, dear]) == ["ResNet-8, width 4", "WRN-28, width 24"]
+    near = dataclasses.replace(dear, size=", width 30", mmacs=7.0)  # within 1.8 times: one label for both
+    assert script["name_rows"]([cheap, dear, near]) == ["ResNet-8, width 4", "", "WRN-28, width 24, width 30"]
     pooled = ((2 * 0.3**2 + 2 * 0.1**2) / 4) ** 0.5
     assert cheap.half_width == dear.half_width == pytest.approx(2.7764 * pooled / 3**0.5, rel=1e-4)
     assert script["find_front"]([(3, 90.0), (1, 80.0), (2, 79.0), (4, 90.0)]) == [(1, 80.0), (3, 90.0)]

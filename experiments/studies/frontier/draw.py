@@ -119,10 +119,10 @@ def name_rows(rows: Sequence[Row]) -> list[str]:
     """The rows' labels. Neighbours of one family that are close to each other share that of the last."""
     names, sizes = [], ""
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        sizes += row.size
+        sizes = f"{sizes.removesuffix(',')}{row.size}" if row.size.startswith(",") else f"{sizes}{row.size}"
         is_close = following is not None and following.family == row.family and following.mmacs < 1.8 * row.mmacs
         names.append("" if is_close else f"{row.family}{sizes}")
-        sizes = sizes + "," if is_close else ""
+        sizes = f"{sizes}," if is_close else ""
     return names
 
 
