@@ -14,6 +14,7 @@ from cifar.config.schema import Settings
 from cifar.errors import UserError
 from cifar.report import stats
 from cifar.report.config_columns import (
+    OBSERVING_KEYS,
     count_labels,
     describe_config,
     drop_needless,
@@ -33,10 +34,7 @@ from cifar.system.amounts import format_joules, format_latency
 # optimizers and schedules those that are on (not 0, False or empty).
 _ALWAYS_LISTED = ("epochs", "optimizer", "lr", "schedule", "batch_size")
 # These settings say how a run is carried out or observed, or the report says them elsewhere.
-_NEVER_LISTED = (
-    "experiment", "dataset", "test", "probes", "probe_every", "histograms", "checkpoint_every", "device", "threads", "max_macs",
-    "seed",
-)  # fmt: skip
+_NEVER_LISTED = OBSERVING_KEYS | {"dataset", "device", "threads", "seed"}
 
 # With two seeds Student's t is 12.7: an interval of 40 points says less than the two accuracies, which are shown instead.
 MIN_SEEDS_OF_INTERVAL = 3

@@ -59,7 +59,9 @@ def push_sweep(
     """Send the sweep in `folder` and its runs. Raises UserError if W&B cannot be used, or if no run has ended yet."""
     text, info = read_sweep_text(folder), read_sweep_info(folder)
     if spec.is_final(info["fixed"]):  # an agent that W&B hands an open cell of it to would train that without its score
-        raise UserError(f"sweep {folder.name} scores the test set, and W&B's sweeps do not; push its runs: python -m cifar push RUN")
+        raise UserError(
+            f"sweep {folder.name} scores the test set, and W&B's sweeps do not; push its runs: python -m cifar push RUN"
+        )
     sweep = spec.parse_sweep(parse_yaml(text, "sweep.yaml"), text, "sweep.yaml", info["name"])
     ended = [run_dir for run_dir in run_dirs if run_dir.state in ENDED_STATES and not find_owner(run_dir.path)]
     ended_ids = {run_dir.id for run_dir in ended}
